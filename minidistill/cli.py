@@ -1,0 +1,228 @@
+"""The command line: `run`, `config` and `report`. What is heavy is imported where it is used."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from minidistill import __version__
+from minidistill.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_USAGE,
+    UserError,
+    printable,
+)
+
+if TYPE_CHECKING:
+    from minidistill.config import LoadedConfig
+
+_HELP = """\
+minidistill: bake a context into a model's weights
+
+usage: minidistill COMMAND …
+
+  run FILES… [--key VALUE]…     train
+  config FILES… [--key VALUE]…  show every setting and where it comes from
+  report DIR                    write a run's HTML report again
+
+  --help      also after a command
+  --version
+
+examples:
+  minidistill run configs/sokoban.toml
+  minidistill run configs/sokoban.toml --trainer.loss.adv_tau 0 --max-steps 20
+"""
+
+_RUN_HELP = """\
+usage: minidistill run FILES… [--key VALUE]… [--resume] [--traceback]
+
+Train as the TOML files say, the later beating the earlier and the command line beating all.
+
+  --key VALUE   any setting by its dotted name, in snake or kebab case; see `minidistill config`
+  --resume      go on from the run directory's latest checkpoint
+  --traceback   show where an error was raised
+
+examples:
+  minidistill run configs/sokoban.toml --output-dir runs/first
+  minidistill run @ base.toml @ more.toml --inference_gpu_ids 0,1 --trainer_gpu_ids 2 3
+  minidistill run configs/sokoban.toml --wandb --no-orchestrator.eval
+"""
+
+_CONFIG_HELP = """\
+usage: minidistill config FILES… [--key VALUE]… [--json] [--traceback]
+
+Show the configuration that `run` would use, and where each setting comes from.
+
+  --json        as JSON: {"config": {…}, "provenance": {"dotted.key": "file:line"}}
+  --traceback   show where an error was raised
+
+examples:
+  minidistill config configs/sokoban.toml --trainer.optim.lr 1e-3
+  minidistill config configs/sokoban.toml --json
+"""
+
+_REPORT_HELP = """\
+usage: minidistill report DIR [--traceback]
+
+Write the HTML report of the run in DIR again and print its path.
+
+example:
+  minidistill report runs/sokoban
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; errors go to standard error."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = _take(args, "--traceback")
+    try:
+        return _dispatch(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `minidistill config … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc()
+        return _report_error(error)
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args:
+        print(_HELP, end="", file=sys.stderr)
+        return EXIT_USAGE
+    name, rest = args[0], args[1:]
+    if name in ("--help", "-h", "help"):
+        print(_HELP, end="")
+        return EXIT_OK
+    if name == "--version":
+        print(f"minidistill {__version__}")
+        return EXIT_OK
+    if name not in _COMMANDS:
+        # "rl" is what the public trainer calls the same thing.
+        near = ["run"] if name == "rl" else difflib.get_close_matches(name, _COMMANDS, 1, 0.4)
+        fix = f"did you mean `minidistill {near[0]}`?" if near else "see minidistill --help"
+        raise UserError(f"there is no command {name}", fix=fix)
+    command, usage = _COMMANDS[name]
+    if "--help" in rest or "-h" in rest:
+        print(usage, end="")
+        return EXIT_OK
+    return command(rest)
+
+
+def _run(args: list[str]) -> int:
+    resume = _take(args, "--resume")
+    loaded = _load("run", args)
+    from minidistill.loop import run
+
+    return run(loaded, resume=resume)
+
+
+def _config(args: list[str]) -> int:
+    as_json = _take(args, "--json")
+    loaded = _load("config", args)
+    if as_json:
+        print(json.dumps({"config": loaded.resolved(), "provenance": loaded.provenance}, indent=2))
+    else:
+        _show(_settings(loaded))
+    sys.stdout.flush()
+    return EXIT_OK
+
+
+def _report(args: list[str]) -> int:
+    if len(args) != 1 or args[0].startswith("-"):
+        raise UserError("report takes one run directory", fix="minidistill report runs/NAME")
+    from pathlib import Path
+
+    directory = Path(args[0])
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory", fix="give the directory of a run")
+    from minidistill.report import write_report
+
+    print(printable(str(write_report(directory))))
+    return EXIT_OK
+
+
+def _load(command: str, args: list[str]) -> LoadedConfig:
+    if not args:
+        fix = f"minidistill {command} configs/sokoban.toml"
+        raise UserError("no configuration file is given", fix=fix)
+    from minidistill.config import load_config
+
+    return load_config(args)
+
+
+def _settings(loaded: LoadedConfig) -> list[tuple[str, str, str]]:
+    """Key, value and origin of each setting, ready to print."""
+    from minidistill.config.emit import dotted
+    from minidistill.config.merge import leaves
+    from minidistill.config.problems import shown
+
+    rows = []
+    for path, value in leaves(loaded.resolved()):
+        key = dotted(path)
+        text = "-" if value is None else shown(value)
+        rows.append((printable(key), text, printable(loaded.provenance[key])))
+    return rows
+
+
+def _show(rows: list[tuple[str, str, str]]) -> None:
+    if not sys.stdout.isatty():
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        for key, value, origin in rows:
+            print(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("setting", "value", "from", box=None, pad_edge=False, header_style="bold")
+    for key, value, origin in rows:
+        style = "dim" if origin == "default" else ""
+        table.add_row(Text(key, style), Text(value, style), Text(origin, style))
+    Console().print(table)
+
+
+def _report_error(error: Exception) -> int:
+    package = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+    if package and not package.startswith("minidistill"):
+        error = UserError(
+            f"the package {package} is missing", "", f"pip install {package}", EXIT_ENVIRONMENT
+        )
+    if isinstance(error, UserError):
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        hidden = getattr(error, "hidden", 0)
+        if hidden:
+            print(f"(and {hidden} more)", file=sys.stderr)
+        return error.exit_code
+    first, *_ = str(error).strip().splitlines() or [""]
+    what = UserError(
+        f"{type(error).__name__}: {first}", fix="--traceback shows where it was raised"
+    )
+    print(f"error: {what}", file=sys.stderr)
+    return EXIT_ENVIRONMENT if isinstance(error, MemoryError) else EXIT_FAILED
+
+
+def _take(args: list[str], flag: str) -> bool:
+    """Whether `flag` is among `args`, from which it is removed."""
+    found = flag in args
+    args[:] = [arg for arg in args if arg != flag]
+    return found
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "run": (_run, _RUN_HELP),
+    "config": (_config, _CONFIG_HELP),
+    "report": (_report, _REPORT_HELP),
+}

@@ -1,0 +1,152 @@
+"""From files and flags to one validated configuration that knows where each value came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import tomli
+from pydantic import ValidationError
+
+from minidistill.config import overrides
+from minidistill.config.checks import Problem, contradictions
+from minidistill.config.emit import dotted, to_toml
+from minidistill.config.lines import key_lines
+from minidistill.config.merge import Layers, leaves
+from minidistill.config.problems import from_validation, place
+from minidistill.config.schema import Config
+from minidistill.config.tree import Path
+from minidistill.errors import UserError, UserErrors
+
+_TEACHER = ("orchestrator", "teacher_model")
+_CONTEXT = (*_TEACHER, "context")
+_CONTEXT_FILE = (*_TEACHER, "context_file")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A validated configuration and how it came about."""
+
+    config: Config
+    provenance: dict[str, str]
+    """For each setting, by its dotted key: `file:line`, the flag, or `default`."""
+    files: tuple[FilePath, ...]
+    text: str
+    """What files and flags set, merged, as TOML that loads again; defaults are left out."""
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, defaults included, as JSON-able data."""
+        return json.loads(self.config.model_dump_json())
+
+
+def load_config(argv: Sequence[str]) -> LoadedConfig:
+    """The configuration that a command line names.
+
+    `argv` holds TOML files (`a.toml`, `@ b.toml`; later beats earlier) and dotted overrides
+    (`--trainer.loss.adv_tau 0`; they beat the files). Raises `UserError` naming file, line and key.
+    """
+    files, settings = overrides.parse(argv)
+    layers = Layers()
+    for name in files:
+        data, origin = read_file(name)
+        layers.put((), data, origin)
+    _apply(layers, settings)
+    config = _validate(layers, ", ".join(files))
+    provenance = {}
+    for path, _ in leaves(json.loads(config.model_dump_json())):
+        provenance[dotted(path)] = layers.origins.get(path, "default")
+    paths = tuple(FilePath(name) for name in files)
+    return LoadedConfig(config, provenance, paths, to_toml(layers.data))
+
+
+def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
+    """A TOML file's data, and a function that says on which of its lines a path was written."""
+    text = _read_text(FilePath(name), "")
+    try:
+        data = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        where = f"{name}:{error.lineno}, column {error.colno}"
+        raise UserError(f"not valid TOML: {error.msg}", where, "correct the syntax there") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid TOML: {error}", name, "correct the syntax") from None
+    lines = key_lines(text)
+    teacher = data.get("orchestrator")
+    teacher = teacher.get("teacher_model") if isinstance(teacher, dict) else None
+
+    def origin(path: Path) -> str:
+        if path == _CONTEXT and _CONTEXT not in lines:
+            path = _CONTEXT_FILE
+        for length in range(len(path), 0, -1):
+            if path[:length] in lines:
+                return f"{name}:{lines[path[:length]]}"
+        return name
+
+    if isinstance(teacher, dict):
+        _use_context_file(teacher, FilePath(name).parent, origin(_CONTEXT_FILE))
+    return data, origin
+
+
+def _apply(layers: Layers, settings: Sequence[overrides.Override]) -> None:
+    """Lay the command line over the files."""
+    for setting in settings:
+        layers.put(setting.path, setting.value, lambda _, flag=setting.flag: flag)  # type: ignore[misc]
+    teacher = layers.get(_TEACHER)
+    flag = layers.origins.get(_CONTEXT_FILE, "")
+    if not isinstance(teacher, dict) or not flag.startswith("--"):
+        return
+    # A file's context_file has become its context by now; one from a flag beats that.
+    if not layers.origins.get(_CONTEXT, "").startswith("--"):
+        teacher.pop("context", None)
+    _use_context_file(teacher, FilePath(), flag)
+    if "context" in teacher:
+        layers.origins[_CONTEXT] = flag
+        del layers.origins[_CONTEXT_FILE]
+
+
+def _use_context_file(teacher: dict[str, Any], base: FilePath, origin: str) -> None:
+    """Put the text of `context_file` into `context`, so that a run holds all it was made of."""
+    name = teacher.get("context_file")
+    if not isinstance(name, str) or not name:
+        return
+    where = place(origin, _CONTEXT_FILE)
+    if "context" in teacher:
+        raise UserError("both context and context_file are given", where, "keep one of the two")
+    teacher["context"] = _read_text(base / FilePath(name).expanduser(), where)
+    del teacher["context_file"]
+
+
+def _read_text(path: FilePath, where: str) -> str:
+    try:
+        return path.read_bytes().decode().replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text", where, "save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        fix = "check the path; overrides are written --a.b.c VALUE"
+        raise UserError(f"cannot read {path}: {reason}", where, fix) from None
+
+
+def _validate(layers: Layers, files: str) -> Config:
+    data = layers.data
+    # Empty tables in place of missing ones: the errors then name the keys that are required.
+    orchestrator = data.get("orchestrator", {})
+    if isinstance(orchestrator, dict):
+        data = {**data, "orchestrator": {"teacher_model": {}, **orchestrator}}
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise from_validation(error, layers, files or "command line") from None
+    found = [_as_error(problem, layers, files) for problem in contradictions(config)]
+    if found:
+        raise UserErrors(found) if len(found) > 1 else found[0]
+    return config
+
+
+def _as_error(problem: Problem, layers: Layers, files: str) -> UserError:
+    paths = [tuple(key.split(".")) if isinstance(key, str) else key for key in problem.keys]
+    written = [place(layers.origin(path), path) for path in paths if path in layers.origins]
+    tables = [place(layers.origin(paths[0]) or files, paths[0])]
+    return UserError(problem.what, "; ".join(written or tables), problem.fix)

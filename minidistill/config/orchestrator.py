@@ -1,0 +1,110 @@
+"""The configuration's `[orchestrator]`: rollouts, environments, teacher and evaluation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le, MinLen
+from pydantic import ConfigDict, Field
+
+from minidistill.config.base import Count, Fraction, Positive, PositiveFloat, Table, Text, Weight
+
+
+class SamplingConfig(Table):
+    """How the student samples in training."""
+
+    temperature: PositiveFloat = 1.0
+    """Temperature of the sampler, and of both distributions in the objective."""
+    max_tokens: Positive = 512
+    """Longest completion."""
+
+
+class EvalSamplingConfig(Table):
+    """How both models sample in evaluations."""
+
+    temperature: Weight | None = None
+    """By default as in training; 0 is greedy."""
+    max_tokens: Positive | None = None
+    """By default as in training."""
+
+
+class BufferConfig(Table):
+    """What happens to rollouts before training."""
+
+    skip_verification: bool = False
+    """Pure distillation: no rewards in training; `trainer.loss.adv_tau` must be 0."""
+
+
+class TeacherConfig(Table):
+    """The teacher: the same model, with a context in front of the student's prompt."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["context"]}, {"required": ["context_file"]}]}
+    )
+
+    context: str = ""
+    """The context. This or `context_file` is required."""
+    context_file: Text | None = None
+    """A text file to take the context from, relative to the TOML file that names it. `load_config`
+    puts its text into `context`."""
+    context_placement: Literal["user", "system"] = "user"
+    """In front of the first user message, or at the end of the system message."""
+    eval_baseline: bool = False
+    """Evaluate student and teacher before training; needs `[orchestrator.eval]`."""
+    update: Literal["frozen", "live", "ema"] = "frozen"
+    """The teacher's weights: the base model's, the student's, or a moving average of those."""
+    ema_decay: Fraction = 0.99
+    """Decay of the moving average when `update = "ema"`."""
+
+
+class EnvConfig(Table):
+    """A task and its arguments."""
+
+    id: Text
+    """Which environment."""
+    name: Text = Field(default_factory=lambda data: data["id"])
+    """Name in the metrics, unique; by default the id."""
+    args: dict[str, Any] = Field(default={})
+    """Arguments of the environment, as it defines them."""
+
+
+class EvalConfig(Table):
+    """Evaluation on held-out problems; off unless the table is there."""
+
+    interval: Count = 50
+    """Steps between evaluations; 0 evaluates only before and after the run."""
+    num_examples: Positive = 256
+    """Problems of each environment."""
+    rollouts_per_example: Positive = 1
+    """Samples of each problem."""
+    batch_size: Positive = 256
+    """Rollouts sampled at a time."""
+    env: Annotated[list[EnvConfig], MinLen(1)] | None = None
+    """A list of tables, one for each environment to evaluate; by default the training ones'
+    evaluation split."""
+    sampling: EvalSamplingConfig = EvalSamplingConfig()
+
+
+class AdvantageConfig(Table):
+    """The task advantage: the reward minus the mean of its group."""
+
+    std_norm: bool = False
+    """Divide it by the group's standard deviation."""
+
+
+class OrchestratorConfig(Table):
+    """Rollouts and where they come from."""
+
+    batch_size: Positive = 64
+    """Rollouts a step; a multiple of `rollouts_per_example`."""
+    rollouts_per_example: Positive = 4
+    """Samples of each prompt: the group that a reward is compared with."""
+    max_env_error_frac: Annotated[float, Ge(0), Le(1)] = 0.1
+    """Share of a step's rollouts whose environment may fail before the run stops."""
+    sampling: SamplingConfig = SamplingConfig()
+    buffer: BufferConfig = BufferConfig()
+    teacher_model: TeacherConfig
+    env: Annotated[list[EnvConfig], MinLen(1)]
+    """A list of tables, one for each environment to train on; at least one."""
+    eval: EvalConfig | None = None
+    advantage: AdvantageConfig = AdvantageConfig()

@@ -1,0 +1,207 @@
+"""The configuration: top level, trainer and engines. A docstring under a field is its help."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import Field
+
+from minidistill.config.base import (
+    Count,
+    Decay,
+    Fraction,
+    GpuIds,
+    Positive,
+    PositiveFloat,
+    Table,
+    Text,
+    Weight,
+)
+from minidistill.config.orchestrator import OrchestratorConfig
+
+
+class ModelConfig(Table):
+    """The model: student and teacher are the same one, with and without the adapter."""
+
+    name: Text = "tiny-sokoban"
+    """A built-in model's name, a local directory, or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights' dtype; `auto` is bfloat16 on a GPU that has it and float32 on a CPU."""
+    attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation of the trainer."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for a model whose author you trust."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub model."""
+
+
+class CkptConfig(Table):
+    """Checkpoints: adapter, optimizer and counters, enough for `--resume`."""
+
+    interval: Count = 50
+    """Steps between checkpoints; 0 writes only the one at the end, which is always written."""
+    keep: Positive = 2
+    """How many of the latest checkpoints stay on disk."""
+
+
+class WandbConfig(Table):
+    """Weights & Biases; off unless the table is there (`--wandb`, `--no-wandb`)."""
+
+    project: Text = "minidistill"
+    """Project to log to."""
+    name: Text | None = None
+    """Name of the run; by default the output directory's."""
+    entity: Text | None = None
+    """Team or user that owns the project."""
+    tags: list[Text] = Field(default=[])
+    """Labels of the run."""
+    offline: bool = False
+    """Keep the log on disk for a later `wandb sync`."""
+
+
+class LoraConfig(Table):
+    """The adapter that is trained."""
+
+    rank: Annotated[int, Ge(1), Le(512)] = 16
+    """Rank of the update."""
+    alpha: PositiveFloat = 32.0
+    """Scale of the update: it is multiplied by alpha / rank."""
+    dropout: Decay = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: Literal["all-linear"] | Annotated[list[Text], MinLen(1)] = "all-linear"
+    """Layers that get an adapter: every linear one but the head, or a list of module names."""
+
+
+class AcConfig(Table):
+    """Activation checkpointing: less memory for more compute; off unless the table is there."""
+
+    freq: Positive = 1
+    """Checkpoint every freq-th layer."""
+
+
+class TrainerModelConfig(Table):
+    """How the trainer holds the model."""
+
+    impl: Literal["auto", "hf"] = "auto"
+    """Model implementation; both values mean transformers."""
+    lora: LoraConfig = LoraConfig()
+    ac: AcConfig | None = None
+
+
+class OptimConfig(Table):
+    """The optimizer."""
+
+    type: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    weight_decay: Weight = 0.0
+    """Decoupled weight decay."""
+    betas1: Decay = 0.9
+    """Decay of the gradient's running mean."""
+    betas2: Decay = 0.999
+    """Decay of the squared gradient's running mean."""
+    max_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this global norm."""
+
+
+class SchedulerConfig(Table):
+    """The learning rate over the run."""
+
+    type: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up."""
+    warmup_steps: Count = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: Positive | None = None
+    """Steps of decay; by default the rest of the run."""
+    min_lr: Weight = 0.0
+    """Where the decay ends."""
+
+
+class LossConfig(Table):
+    """The objective: adv_tau * A + teacher_tau * log q - student_tau * log π, per token."""
+
+    adv_tau: Weight = 0.5
+    """Weight of the task reward's advantage."""
+    teacher_tau: Weight = 0.5
+    """Weight of the teacher's log-probability (distillation)."""
+    student_tau: Weight = 0.5
+    """Weight of the student's log-probability (entropy bonus)."""
+    estimator: Literal["auto", "sampled", "full", "top_k"] = "auto"
+    """How the log-probability terms become a gradient: from the sampled token, the full
+    distribution, or the top k and a bucket for the rest. `auto` is `full` where the teacher runs
+    in the trainer, else `sampled`."""
+    top_k: Positive = 64
+    """Tokens kept by `top_k`."""
+    ratio_clip_high: Annotated[float, Ge(1)] = 2.0
+    """The trainer / sampler ratio is truncated here."""
+    token_mask_low: Annotated[float, Ge(0), Lt(1)] = 0.125
+    """Tokens whose ratio is below are left out of the loss, and counted."""
+    token_mask_high: Annotated[float, Gt(1)] = 8.0
+    """Tokens whose ratio is above are left out of the loss, and counted."""
+    kl_clip: Literal["auto", "off"] | PositiveFloat = "auto"
+    """Clip of one token's distillation term; `auto` is 5.0 with `sampled` and off otherwise."""
+
+
+class TrainerConfig(Table):
+    """The trainer."""
+
+    micro_batch_tokens: Positive = 16384
+    """Padded tokens in one forward pass. Less of it needs less memory; the result is the same."""
+    packing: bool = False
+    """Put several sequences in one row instead of padding."""
+    model: TrainerModelConfig = TrainerModelConfig()
+    optim: OptimConfig = OptimConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    loss: LossConfig = LossConfig()
+
+
+class ParallelConfig(Table):
+    """Engines over GPUs: dp replicas of tp GPUs each."""
+
+    tp: Positive = 1
+    """GPUs that share one replica of the model."""
+    dp: Positive | None = None
+    """Replicas; by default as many as the GPUs allow."""
+
+
+class TeacherInferenceConfig(Table):
+    """The teacher's engine, where it has GPUs of its own."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    gpu_memory_utilization: Fraction = 0.9
+    """Share of each GPU's memory that the engine may take."""
+
+
+class InferenceConfig(TeacherInferenceConfig):
+    """The engine that samples."""
+
+    engine: Literal["auto", "embedded", "vllm"] = "auto"
+    """`embedded` samples with the trainer's own weights; `auto` takes vLLM where there is a GPU."""
+
+
+class Config(Table):
+    """A run of minidistill."""
+
+    max_steps: Positive = 100
+    """Optimizer steps."""
+    seq_len: Annotated[int, Ge(2)] = 2048
+    """Longest context + prompt + completion, in tokens."""
+    output_dir: Text | None = None
+    """The run's directory; by default `runs/<name of the first configuration file>`."""
+    seed: Count = 0
+    """Seed of everything random."""
+    inference_gpu_ids: GpuIds | None = None
+    """GPUs that sample; by default chosen from what the machine has."""
+    teacher_gpu_ids: GpuIds | None = None
+    """GPUs of the teacher's engine."""
+    trainer_gpu_ids: GpuIds | None = None
+    """GPUs of the trainer."""
+    model: ModelConfig = ModelConfig()
+    ckpt: CkptConfig = CkptConfig()
+    wandb: WandbConfig | None = None
+    trainer: TrainerConfig = TrainerConfig()
+    orchestrator: OrchestratorConfig
+    inference: InferenceConfig = InferenceConfig()
+    teacher_inference: TeacherInferenceConfig = TeacherInferenceConfig()

@@ -1,0 +1,106 @@
+"""Sokoban boards: symbols, moves, symmetry.
+
+A board is its rows in XSB notation: `#` wall, `@` player, `+` player on goal, `$` box, `*` box on
+goal, `.` goal, space floor. Cells are numbered row by row; sets of cells are bit masks, so a state
+of the game is two integers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+MOVES = "UDLR"
+XSB = {"wall": "#", "player": "@", "player_on_goal": "+", "box": "$", "box_on_goal": "*",
+       "goal": ".", "floor": " "}  # fmt: skip
+RG = {"wall": "+", "player": "*", "player_on_goal": "%", "box": "@", "box_on_goal": "$",
+      "goal": "X", "floor": "-"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """The fixed part of a level (walls, goals) and its starting state.
+
+    `walls`, `goals`, `boxes` are bit masks over the `width * height` cells; `player` is a cell.
+    """
+
+    width: int
+    height: int
+    walls: int
+    goals: int
+    boxes: int
+    player: int
+    offsets: tuple[int, int, int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", (-self.width, self.width, -1, 1))
+
+    @classmethod
+    def parse(cls, text: str) -> Board:
+        """Read XSB rows. Raises ValueError unless there is one player and as many boxes as goals."""
+        rows = text.strip("\n").split("\n")
+        width = max(map(len, rows))
+        walls = goals = boxes = 0
+        players = []
+        for cell, char in enumerate("".join(row.ljust(width, "#") for row in rows)):
+            bit = 1 << cell
+            if char == "#":
+                walls |= bit
+            if char in ".+*":
+                goals |= bit
+            if char in "$*":
+                boxes |= bit
+            if char in "@+":
+                players.append(cell)
+            if char not in "#.+*$@ ":
+                raise ValueError(f"{char!r} is not an XSB symbol")
+        if len(players) != 1 or boxes.bit_count() != goals.bit_count():
+            raise ValueError("a board needs one player and as many goals as boxes")
+        return cls(width, len(rows), walls, goals, boxes, players[0])
+
+    def kind(self, cell: int) -> str:
+        """The name of what stands on a cell, a key of `XSB`."""
+        bit = 1 << cell
+        on_goal = "_on_goal" if self.goals & bit else ""
+        if self.walls & bit:
+            return "wall"
+        if self.boxes & bit:
+            return "box" + on_goal
+        if self.player == cell:
+            return "player" + on_goal
+        return "goal" if on_goal else "floor"
+
+    def render(self, symbols: dict[str, str] = XSB, separator: str = "") -> str:
+        """The board as text, a line a row."""
+        chars = [symbols[self.kind(c)] for c in range(self.width * self.height)]
+        rows = (chars[i : i + self.width] for i in range(0, len(chars), self.width))
+        return "\n".join(separator.join(row) for row in rows)
+
+    @property
+    def solved(self) -> bool:
+        return self.boxes == self.goals
+
+    def step(self, move: str) -> Board | None:
+        """The board after one of "UDLR", or None where a wall or a blocked box is in the way."""
+        offset = self.offsets[MOVES.index(move)]
+        target = self.player + offset
+        bit = 1 << target
+        if self.walls & bit:
+            return None
+        boxes = self.boxes
+        if boxes & bit:
+            behind = 1 << (target + offset)
+            if (self.walls | boxes) & behind:
+                return None
+            boxes ^= bit | behind
+        return Board(self.width, self.height, self.walls, self.goals, boxes, target)
+
+    def key(self) -> int:
+        """A 64-bit hash that a level shares with its rotations and mirror images."""
+        rows = self.render().split("\n")
+        forms = []
+        for _ in range(4):
+            rows = ["".join(column) for column in zip(*rows[::-1], strict=True)]
+            forms += ["\n".join(rows), "\n".join(row[::-1] for row in rows)]
+        digest = hashlib.blake2b(min(forms).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big")

@@ -1,0 +1,208 @@
+"""Seeded levels of bounded difficulty, in two splits that never share a level.
+
+A level's split is read off its symmetry-free hash, so that no train level equals an eval level
+(turned or mirrored) whatever the seeds and counts. Each split is also free of duplicates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from minidistill.envs.sokoban.board import Board
+from minidistill.envs.sokoban.solver import UNREACHABLE, push_distances, solve
+from minidistill.errors import UserError
+
+EVAL_SHARE = 4  # one hash in four belongs to the eval split
+ATTEMPTS = 20_000  # rejected rooms before the settings are called impossible
+SLOW_SECONDS = 2.0  # generation that took longer than this is kept on disk
+
+
+@dataclass(frozen=True, slots=True)
+class Difficulty:
+    """Bounds of a level. Sizes count the outer walls; `max_depth` caps the solution's moves."""
+
+    min_w: int = 6
+    max_w: int = 6
+    min_h: int = 6
+    max_h: int = 6
+    min_boxes: int = 1
+    max_boxes: int = 1
+    max_depth: int = 80
+    min_moves: int = 1
+    max_moves: int | None = None
+    min_pushes: int = 1
+    max_pushes: int | None = None
+    min_boxes_off_goal: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("w", "h", "boxes"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if low > high:
+                raise UserError(
+                    f"sokoban-env: min_{name} = {low} is above max_{name} = {high}",
+                    where="args",
+                    fix=f"choose min_{name} <= max_{name}",
+                )
+        if min(self.min_w, self.min_h) < 4 or self.min_boxes < 1 or self.max_w * self.max_h > 4096:
+            raise UserError(
+                "sokoban-env: a level needs at least 4 x 4 cells (walls included), one box, "
+                "and at most 4096 cells",
+                where="args",
+                fix="raise min_w, min_h or min_boxes, or lower max_w or max_h",
+            )
+
+    @property
+    def move_limit(self) -> int:
+        return self.max_depth if self.max_moves is None else min(self.max_depth, self.max_moves)
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A board in XSB and a shortest solution."""
+
+    board: str
+    solution: str
+    key: int
+
+
+def generate(difficulty: Difficulty, seed: int, split: str, index: int, taken: set[int]) -> Level:
+    """The level of one (seed, split, index), unlike all in `taken`.
+
+    Raises UserError when the difficulty leaves no level to find.
+    """
+    rng = random.Random(f"{seed}/{split}/{index}")
+    for _ in range(ATTEMPTS):
+        board = _room(difficulty, rng)
+        if board is None:
+            continue
+        key = board.key()
+        if (key % EVAL_SHARE == 0) != (split == "eval") or key in taken:
+            continue
+        solution = solve(board, max_moves=difficulty.move_limit)
+        if solution is not None and _fits(difficulty, board, solution):
+            return Level(board.render(), solution, key)
+    raise UserError(
+        f"sokoban-env: no new level in {ATTEMPTS} tries for {split} level {index}",
+        where="args",
+        fix="ask for fewer examples or widen the sizes, boxes or move bounds",
+    )
+
+
+def _room(difficulty: Difficulty, rng: random.Random) -> Board | None:
+    """A connected room with boxes, goals and a player; None where they do not fit."""
+    width = rng.randint(difficulty.min_w, difficulty.max_w)
+    height = rng.randint(difficulty.min_h, difficulty.max_h)
+    count = rng.randint(difficulty.min_boxes, difficulty.max_boxes)
+    density = rng.uniform(0.0, 0.35)
+    inside = [y * width + x for y in range(1, height - 1) for x in range(1, width - 1)]
+    floor = {c for c in inside if rng.random() >= density}
+    floor = _largest_component(floor, width)
+    if len(floor) < 2 * count + 1:
+        return None
+    cells = sorted(floor)
+    walls = ((1 << width * height) - 1) ^ sum(1 << c for c in cells)
+    goals = rng.sample(cells, count)
+    empty = Board(width, height, walls, sum(1 << c for c in goals), 0, cells[0])
+    distance = push_distances(empty)
+    live = [c for c in cells if distance[c] < UNREACHABLE]
+    if len(live) < count:
+        return None
+    boxes = rng.sample(live, count)
+    if len(set(boxes) - set(goals)) < difficulty.min_boxes_off_goal:
+        return None
+    player = rng.choice([c for c in cells if c not in boxes])
+    return dataclasses.replace(empty, boxes=sum(1 << c for c in boxes), player=player)
+
+
+def _largest_component(floor: set[int], width: int) -> set[int]:
+    best: set[int] = set()
+    left = set(floor)
+    while left:
+        stack = [left.pop()]
+        component = set(stack)
+        while stack:
+            cell = stack.pop()
+            for near in (cell - width, cell + width, cell - 1, cell + 1):
+                if near in left:
+                    left.discard(near)
+                    component.add(near)
+                    stack.append(near)
+        # the smallest cell breaks ties: a set's own order must not decide what a seed means
+        if (len(component), -min(component)) > (len(best), -min(best, default=0)):
+            best = component
+    return best
+
+
+def _fits(difficulty: Difficulty, board: Board, solution: str) -> bool:
+    pushes = 0
+    for move in solution:
+        after = board.step(move)
+        assert after is not None, "the solver made an illegal move"
+        pushes += after.boxes != board.boxes
+        board = after
+    return len(solution) >= difficulty.min_moves and (
+        difficulty.min_pushes <= pushes <= (difficulty.max_pushes or pushes)
+    )
+
+
+class LevelSet:
+    """A split's levels in order, generated when first asked for, kept on disk where that was slow."""
+
+    def __init__(self, difficulty: Difficulty, seed: int, split: str, count: int) -> None:
+        self.difficulty, self.seed, self.split, self.count = difficulty, seed, split, count
+        self._levels: list[Level] = []
+        self._taken: set[int] = set()
+        self._seconds = 0.0
+        for level in self._read_cache():
+            self._add(level)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Level:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        began = time.perf_counter()
+        known = len(self._levels)
+        while len(self._levels) <= index:
+            position = len(self._levels)
+            self._add(generate(self.difficulty, self.seed, self.split, position, self._taken))
+        self._seconds += time.perf_counter() - began
+        if self._seconds > SLOW_SECONDS and len(self._levels) > known:
+            self._write_cache()
+            self._seconds = 0.0
+        return self._levels[index]
+
+    def _add(self, level: Level) -> None:
+        self._levels.append(level)
+        self._taken.add(level.key)
+
+    @property
+    def cache_path(self) -> Path:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        bounds = "-".join(str(v) for v in dataclasses.astuple(self.difficulty))
+        return home / "minidistill" / "sokoban" / f"v1-{bounds}-{self.seed}-{self.split}.jsonl"
+
+    def _read_cache(self) -> list[Level]:
+        try:
+            lines = self.cache_path.read_text().splitlines()[: self.count]
+            return [Level(**json.loads(line)) for line in lines]
+        except (OSError, ValueError, TypeError):
+            return []  # no cache, or a damaged one: generate
+
+    def _write_cache(self) -> None:
+        path = self.cache_path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+                file.writelines(json.dumps(dataclasses.asdict(v)) + "\n" for v in self._levels)
+            os.replace(file.name, path)
+        except OSError:
+            pass  # a cache that cannot be written costs time, not the run

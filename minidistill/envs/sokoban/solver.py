@@ -1,0 +1,130 @@
+"""Move-optimal Sokoban solutions: breadth-first up to three boxes, A* beyond."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+
+from minidistill.envs.sokoban.board import MOVES, Board
+
+UNREACHABLE = 10**6
+
+
+def push_distances(board: Board) -> list[int]:
+    """For every cell the fewest pushes that bring a lone box from it to its nearest goal.
+
+    Found by pulling a box backwards from the goals; `UNREACHABLE` marks the dead squares.
+    """
+    distance = [UNREACHABLE] * (board.width * board.height)
+    queue = deque(c for c in range(len(distance)) if board.goals >> c & 1)
+    for cell in queue:
+        distance[cell] = 0
+    while queue:
+        cell = queue.popleft()
+        for offset in board.offsets:
+            source, player = cell + offset, cell + 2 * offset
+            if board.walls >> source & 1 or distance[source] != UNREACHABLE:
+                continue
+            # `source` is no wall, so it lies inside the border and `player` is still a cell
+            if not board.walls >> player & 1:
+                distance[source] = distance[cell] + 1
+                queue.append(source)
+    return distance
+
+
+def solve(board: Board, max_moves: int = 10**6, max_states: int = 2_000_000) -> str | None:
+    """The shortest solution as a string over "UDLR", or None if there is none within the limits.
+
+    Among the shortest ones of up to three boxes it is the first in the order U, D, L, R, so that a
+    level has one answer. `max_states` bounds the states looked at.
+    """
+    if board.solved:
+        return ""
+    distance = push_distances(board)
+    cells = [c for c in range(len(distance)) if board.boxes >> c & 1]
+    if sum(distance[c] for c in cells) >= UNREACHABLE:
+        return None
+    if len(cells) <= 3:
+        return _breadth_first(board, distance, max_moves, max_states)
+    return _a_star(board, distance, max_moves, max_states)
+
+
+def _neighbours(
+    board: Board, distance: list[int], player: int, boxes: int
+) -> list[tuple[int, int, int, int]]:
+    """(move index, player, boxes, change of the boxes' distance) for each legal, live move."""
+    found = []
+    for index, offset in enumerate(board.offsets):
+        target = player + offset
+        bit = 1 << target
+        if board.walls & bit:
+            continue
+        if not boxes & bit:
+            found.append((index, target, boxes, 0))
+            continue
+        behind = target + offset
+        if (board.walls | boxes) >> behind & 1 or distance[behind] >= UNREACHABLE:
+            continue
+        moved = boxes ^ (bit | 1 << behind)
+        found.append((index, target, moved, distance[behind] - distance[target]))
+    return found
+
+
+Parents = dict[tuple[int, int], tuple[tuple[int, int], int] | None]
+
+
+def _path(parents: Parents, state: tuple[int, int]) -> str:
+    moves = []
+    while (link := parents[state]) is not None:
+        state, index = link
+        moves.append(MOVES[index])
+    return "".join(reversed(moves))
+
+
+def _breadth_first(
+    board: Board, distance: list[int], max_moves: int, max_states: int
+) -> str | None:
+    start = (board.player, board.boxes)
+    parents: Parents = {start: None}
+    layer = [start]
+    for _ in range(max_moves):
+        following = []
+        for state in layer:
+            for index, player, boxes, _ in _neighbours(board, distance, *state):
+                reached = (player, boxes)
+                if reached in parents:
+                    continue
+                parents[reached] = (state, index)
+                if boxes == board.goals:
+                    return _path(parents, reached)
+                following.append(reached)
+        if not following or len(parents) > max_states:
+            return None
+        layer = following
+    return None
+
+
+def _a_star(board: Board, distance: list[int], max_moves: int, max_states: int) -> str | None:
+    """A* on moves; the boxes' push distances never overestimate and change by one push at most."""
+    start = (board.player, board.boxes)
+    estimate = sum(distance[c] for c in range(len(distance)) if board.boxes >> c & 1)
+    parents: Parents = {start: None}
+    cost = {start: 0}
+    heap = [(estimate, 0, start, estimate)]
+    closed = set()
+    while heap and len(cost) <= max_states:
+        total, _, state, remaining = heapq.heappop(heap)
+        if state in closed:
+            continue
+        closed.add(state)
+        if state[1] == board.goals:
+            return _path(parents, state)
+        moves = cost[state] + 1
+        for index, player, boxes, change in _neighbours(board, distance, *state):
+            reached = (player, boxes)
+            left = remaining + change
+            if moves + left <= max_moves and moves < cost.get(reached, UNREACHABLE):
+                cost[reached] = moves
+                parents[reached] = (state, index)
+                heapq.heappush(heap, (moves + left, -moves, reached, left))
+    return None

@@ -1,0 +1,58 @@
+"""What a Sokoban prompt says, and how an answer is read."""
+
+from __future__ import annotations
+
+import re
+
+from minidistill.envs.sokoban.board import MOVES
+
+RULES = """Sokoban: push every box onto a goal.
+Symbols: {legend}.
+Moves: U up, D down, L left, R right. Walking into a box pushes it one cell when the cell behind \
+it is free; walls and second boxes stop it. Boxes cannot be pulled.
+"""
+TASK = "Solve this puzzle."
+TAGGED = "Give the moves (U, D, L, R) inside <answer></answer>."
+BARE = "Give the moves (U, D, L, R) alone."
+
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
+_WORDS = {"up": "U", "down": "D", "left": "L", "right": "R"}
+_TOKEN = re.compile(r"(up|down|left|right)(?![a-z])|([udlr]+)(?![a-z])|[\s,;.:>\-→'\"`\[\]()]+", re.IGNORECASE)  # fmt: skip
+
+
+def prompt_text(board: str, symbols: dict[str, str], rules: bool, tagged: bool) -> str:
+    """The user message for a rendered board."""
+    task = f"{TASK} {TAGGED if tagged else BARE}"
+    if rules:
+        names = {kind.replace("_", " "): repr(char).strip("'") for kind, char in symbols.items()}
+        legend = ", ".join(f"{char or 'space'} {kind}" for kind, char in names.items())
+        return f"{RULES.format(legend=legend.replace('  floor', 'space floor'))}\n{task}\n\n{board}"
+    return f"{task}\n\n{board}"
+
+
+def parse_moves(completion: str, tagged: bool) -> str | None:
+    """The moves of an answer over "UDLR", or None where there is no well-formed answer.
+
+    The last `<answer>…</answer>` counts. Inside are letters in either case, or the words up, down,
+    left, right, with separators; anything else (prose) is no answer. Without tags the whole
+    completion is the answer, read by the same rule, and only if the prompt asked for that.
+    """
+    if tagged:
+        found = _ANSWER.findall(completion)
+        if not found:
+            return None
+        text = found[-1]
+    else:
+        text = completion
+    moves: list[str] = []
+    position = 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            return None
+        word, letters = match.groups()
+        moves.append(_WORDS[word.lower()] if word else (letters or "").upper())
+        position = match.end()
+    joined = "".join(moves)
+    assert set(joined) <= set(MOVES)
+    return joined or None

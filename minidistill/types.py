@@ -1,0 +1,91 @@
+"""The data of a run, in the order it flows: Task → Prompt → Completion → Rollout → Batch → Metrics.
+
+All are frozen; values that follow from others are properties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = Mapping[str, Any]
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One problem of an environment: its id, the chat messages to show, and what scoring needs."""
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A completion's score and the named figures behind it."""
+
+    value: float
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The two views of one task: what the student reads and what the teacher reads."""
+
+    env: str
+    task: Task
+    student_text: str
+    teacher_text: str
+    student_ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Sampled token ids with the sampler's log-probs (nats, at the sampling temperature).
+
+    `stop` is "eos" (the end-of-sequence id is the last token) or "length".
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop: str
+
+    @property
+    def truncated(self) -> bool:
+        return self.stop == "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One scored sample of a prompt. `reward` is None where rewards are not computed."""
+
+    prompt: Prompt
+    sample: int
+    completion: Completion
+    text: str
+    reward: Reward | None
+    advantage: float = 0.0
+    policy_version: int = 0
+
+    @property
+    def student_length(self) -> int:
+        return len(self.prompt.student_ids) + len(self.completion.token_ids)
+
+    @property
+    def teacher_length(self) -> int:
+        return len(self.prompt.teacher_ids) + len(self.completion.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """Per-token figures of one rollout after the loss, for the records and the terminal.
+
+    Each has one value a completion token: log π(y), log q(y), KL(π‖q), all in nats.
+    """
+
+    student: Sequence[float]
+    teacher: Sequence[float]
+    kl: Sequence[float]
