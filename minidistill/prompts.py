@@ -56,6 +56,10 @@ class PromptBuilder:
         """Token ids of a rendered text; the template wrote the special tokens already."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """A completion's text, without the special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def with_context(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The teacher's messages."""
         out = [dict(message) for message in messages]
@@ -99,23 +103,14 @@ class PromptBuilder:
         return ""
 
     def joint_warning(self, prompt: Prompt) -> str | None:
-        """A warning where the context runs into the text beside it without white space."""
-        context, teacher = self.context, prompt.teacher_text
-        at = teacher.find(context)
-        if at < 0 or not context:
+        """A warning where the context runs into the prompt's text without white space."""
+        at = prompt.teacher_text.find(self.context)
+        end = at + len(self.context)
+        cut = end if self.placement == "user" else at
+        joint = prompt.teacher_text[max(cut - 1, 0) : cut + 1]
+        if at < 0 or any(c.isspace() for c in joint) or not joint[-1].isalnum():
             return None
-        if self.placement == "user":
-            left, right = context[-1], teacher[at + len(context) : at + len(context) + 1]
-        else:
-            left, right = teacher[max(at - 1, 0) : at], context[0]
-        if left.isalnum() or left in ".,:;!?":
-            if not right.isalnum():
-                return None
-            return (
-                f"the context runs into the prompt ({(left + right)!r}): "
-                "end it with a space or a blank line"
-            )
-        return None
+        return f"the context runs into the text beside it ({joint!r}): put white space between them"
 
 
 def _join(first: Any, second: Any) -> Any:

@@ -66,7 +66,7 @@ class Rollout:
     sample: int
     completion: Completion
     text: str
-    reward: Reward | None
+    reward: Reward | None = None
     advantage: float = 0.0
     policy_version: int = 0
 

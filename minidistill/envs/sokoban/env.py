@@ -79,7 +79,9 @@ class SokobanEnv:
             "boxes_on_goal": on_goal if moves is not None else 0.0,
             "format": float(moves is not None),
             # 1 for a shortest solution, less the longer it is, 0 where the level is not solved
-            "length_vs_optimal": len(level.solution) / len(moves) if moves and board.solved else 0.0,
+            "length_vs_optimal": len(level.solution) / len(moves)
+            if moves and board.solved
+            else 0.0,
         }
         metrics = {
             **parts,

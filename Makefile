@@ -1,0 +1,49 @@
+# Two commands need nothing but Python 3.11 or newer: `make run` and `make test`.
+PYTHON ?= python3
+CONFIG ?= configs/sokoban.toml
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: run test check bench setup lock docs
+
+run: setup
+	$(BIN)/minidistill run $(CONFIG) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m minidistill.config.docs --check
+
+bench: setup
+	$(BIN)/python -m bench.kernels $(ARGS)
+
+docs: setup
+	$(BIN)/python -m minidistill.config.docs
+
+setup: $(READY)
+
+# With an NVIDIA GPU: vLLM and the torch it wants. Without one: torch first, so that nothing pulls
+# another build of it, then the pinned rest.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("minidistill needs Python 3.11 or newer" * (sys.version_info < (3, 11)))'
+	@echo "setting up .venv (a few minutes, once)"
+	@$(PYTHON) -m venv .venv
+	@if nvidia-smi -L > /dev/null 2>&1; then \
+	  $(BIN)/pip install --quiet --editable '.[vllm,wandb,dev]'; \
+	else \
+	  $(BIN)/pip install --quiet torch==2.13.0 && \
+	  $(BIN)/pip install --quiet --requirement requirements.lock && \
+	  $(BIN)/pip install --quiet --no-deps --editable . ; \
+	fi
+	@touch $@
+
+# Pins what is installed now, as CI's lock.
+lock: setup
+	{ sed -n '/^#/p' requirements.lock; \
+	  $(BIN)/pip freeze --exclude-editable | grep -v '^torch=='; } > .lock.tmp
+	mv .lock.tmp requirements.lock

@@ -1,0 +1,17 @@
+"""Fused log-prob, entropy and reverse-KL kernels: Triton on CUDA, its twin in torch on a CPU.
+
+Importing this package imports neither triton nor minidistill.
+"""
+
+from minidistill_kernels.distill import DistillOutput, linear_distill
+from minidistill_kernels.linear import linear_logprob, linear_reverse_kl
+from minidistill_kernels.rows import reverse_kl, selective_logprob
+
+__all__ = [
+    "DistillOutput",
+    "linear_distill",
+    "linear_logprob",
+    "linear_reverse_kl",
+    "reverse_kl",
+    "selective_logprob",
+]

@@ -1,0 +1,138 @@
+"""Argument checks: every public function raises a ValueError that names the argument."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PADDING_ID = -100
+
+
+def matrix(name: str, x: Tensor) -> None:
+    """A plain 2-D float tensor with rows, whose last dimension is contiguous."""
+    if hasattr(x, "full_tensor"):
+        raise ValueError(f"{name}: is a DTensor; pass a plain tensor (`{name}.full_tensor()`)")
+    if x.dim() != 2:
+        raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{name}: dtype {x.dtype}, expected float32, bfloat16 or float16")
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"{name}: shape {tuple(x.shape)} has no rows or no columns")
+    if x.stride(1) != 1:
+        raise ValueError(f"{name}: last dimension is not contiguous (strides {x.stride()})")
+
+
+def like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Same dtype and device as another argument."""
+    if x.dtype != other.dtype:
+        raise ValueError(f"{name}: dtype {x.dtype}, but {other_name} is {other.dtype}")
+    if x.device != other.device:
+        raise ValueError(f"{name}: on {x.device}, but {other_name} is on {other.device}")
+
+
+def same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.shape != other.shape:
+        raise ValueError(
+            f"{name}: shape {tuple(x.shape)}, but {other_name} has {tuple(other.shape)}"
+        )
+
+
+def per_token(name: str, x: Tensor, rows: int, device: torch.device, kind: str) -> None:
+    """A vector with one entry a token; `kind` is 'ids', 'float' or 'bool'."""
+    if x.dim() != 1 or x.shape[0] != rows:
+        raise ValueError(f"{name}: shape {tuple(x.shape)}, expected ({rows},)")
+    per_entry(name, x, device, kind)
+
+
+def per_entry(name: str, x: Tensor, device: torch.device, kind: str) -> None:
+    wanted = {"ids": (torch.int64, torch.int32), "float": FLOATS, "bool": (torch.bool,)}[kind]
+    if x.dtype not in wanted:
+        raise ValueError(f"{name}: dtype {x.dtype}, expected {' or '.join(map(str, wanted))}")
+    if x.device != device:
+        raise ValueError(f"{name}: on {x.device}, expected {device}")
+
+
+def head(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -> None:
+    """A frozen (V, H) head that fits (N, H) hidden states."""
+    matrix(name, weight)
+    like(name, weight, hidden_name, hidden)
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"{name}: width {weight.shape[1]}, but {hidden_name} has {hidden.shape[1]}"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: requires a gradient, which these kernels do not compute; "
+            f"freeze the head or pass `{name}.detach()`"
+        )
+
+
+def states(
+    h_s: Tensor,
+    weight: Tensor,
+    h_t: Tensor | None,
+    teacher_weight: Tensor | None,
+    names: tuple[str, str, str] = ("h_s_NH", "weight_VH", "h_t_NH"),
+) -> None:
+    """Student's and teacher's hidden states with their frozen heads; `names` of the first three."""
+    s_name, w_name, t_name = names
+    matrix(s_name, h_s)
+    head(w_name, weight, s_name, h_s)
+    if h_t is None:
+        if teacher_weight is not None:
+            raise ValueError(f"teacher_weight: given without {t_name}")
+        return
+    matrix(t_name, h_t)
+    like(t_name, h_t, s_name, h_s)
+    if h_t.shape[0] != h_s.shape[0]:
+        raise ValueError(f"{t_name}: {h_t.shape[0]} rows, but {s_name} has {h_s.shape[0]}")
+    if teacher_weight is None:
+        same_shape(t_name, h_t, s_name, h_s)
+        return
+    head("teacher_weight", teacher_weight, t_name, h_t)
+    if teacher_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"teacher_weight: vocabulary of {teacher_weight.shape[0]}, "
+            f"but {w_name} has {weight.shape[0]}"
+        )
+
+
+def no_gradient(name: str, x: Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: requires a gradient, which is not computed; detach it")
+
+
+def positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: {value}, expected a finite number above 0")
+
+
+def finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: {value}, expected a finite number")
+
+
+def chunk_size(chunk: int | None) -> int:
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk: {chunk}, expected a whole number of tokens above 0")
+    return chunk or 0
+
+
+def usable_rows(ids: Tensor, vocab: int, valid: Tensor | None) -> Tensor | None:
+    """Which rows to compute: not padding (-100) and valid. None means all of them.
+
+    Runs inside the opaque op, so that reading values costs torch.compile no graph break.
+    One device synchronisation.
+    """
+    keep = ids != PADDING_ID
+    if valid is not None:
+        keep = keep & valid
+    in_range = (ids >= 0) & (ids < vocab)
+    every, sound = torch.stack([keep.all(), (in_range | ~keep).all()]).tolist()
+    if not sound:
+        bad = int(ids[keep & ~in_range][0])
+        raise ValueError(f"ids: {bad} is outside the vocabulary of {vocab} (padding is -100)")
+    return None if every else keep

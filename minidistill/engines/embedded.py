@@ -1,0 +1,222 @@
+"""Sampling in this process with the trainer's own weights: transformers, nothing to sync.
+
+Shapes: `_B` sequences, `_V` vocabulary, `_L` length, `_N` completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidistill.engines.base import Advance, Request
+from minidistill.trainer.batching import collate, common_prefix, split_by_tokens
+from minidistill.trainer.forward import (
+    MIN_PREFIX,
+    KeysValues,
+    PrefixCache,
+    hidden_states,
+    prefix_states,
+    seeded_cache,
+)
+from minidistill.trainer.model import STUDENT, Policy
+from minidistill.types import Completion
+from minidistill_kernels import linear_logprob
+
+CACHE_BYTES = 2 << 30  # keys and values of the sequences decoded at a time
+
+
+class EmbeddedEngine:
+    """The resident model as an engine.
+
+    Prompts that several requests share are read once; what all prompts begin with is read once a
+    call, or once a run for the frozen base (the teacher's context).
+    """
+
+    def __init__(
+        self, policy: Policy, prefixes: PrefixCache, teacher_role: str | None, shares: bool
+    ) -> None:
+        self.policy, self.prefixes = policy, prefixes
+        self.teacher_role, self.shares = teacher_role, shares
+
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_tokens: int,
+        temperature: float,
+        student: bool,
+        advance: Advance | None = None,
+    ) -> list[Completion]:
+        """See `Engine.generate`."""
+        done: dict[int, Completion] = {}
+        with self.policy.role(STUDENT if student else self.teacher_role), self.policy.inference():
+            # equal prompts side by side, to be read once
+            order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_ids)
+            for rows in self._batches(requests, order, max_tokens):
+                batch = [requests[i] for i in rows]
+                completions = self._decode(batch, max_tokens, temperature, student, advance)
+                done.update(zip(rows, completions, strict=True))
+        return [done[i] for i in range(len(requests))]
+
+    def _batches(
+        self, requests: Sequence[Request], order: Sequence[int], max_tokens: int
+    ) -> list[list[int]]:
+        config = self.policy.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        bytes_a_token = 2 * config.num_hidden_layers * heads * size * self.policy.dtype.itemsize
+        lengths = [len(requests[i].prompt_ids) + max_tokens for i in order]
+        groups = split_by_tokens(lengths, max(1, CACHE_BYTES // bytes_a_token))
+        # back in the given order, so that requests of one prompt stand together
+        return [sorted(order[i] for i in group) for group in groups]
+
+    def _decode(
+        self,
+        requests: Sequence[Request],
+        max_tokens: int,
+        temperature: float,
+        student: bool,
+        advance: Advance | None,
+    ) -> list[Completion]:
+        """One batch: read the prompts, then a token a step; finished rows leave the batch."""
+        device = self.policy.device
+        cache, mask_BL, hidden_BH = self._prefill(requests, student)
+        draws_BL = torch.tensor(
+            np.stack([np.random.default_rng(r.seed).random(max_tokens) for r in requests]),
+            device=device,
+        )
+        tokens: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[float]] = [[] for _ in requests]
+        ended = [False] * len(requests)
+        rows = list(range(len(requests)))
+        for step in range(max_tokens):
+            chosen_B, logp_B = sample(self.policy.logits(hidden_BH), temperature, draws_BL[:, step])
+            for row, token, logp in zip(rows, chosen_B.tolist(), logp_B.tolist(), strict=True):
+                tokens[row].append(token)
+                logprobs[row].append(logp)
+                ended[row] = token in self.policy.eos_ids
+            going = [i for i, row in enumerate(rows) if not ended[row]]
+            last = step + 1 == max_tokens
+            if advance is not None:
+                advance(len(rows) - (0 if last else len(going)))
+            if not going or last:
+                break
+            if len(going) < len(rows):
+                keep = torch.tensor(going, device=device)
+                rows = [rows[i] for i in going]
+                cache.batch_select_indices(keep)
+                mask_BL, draws_BL, chosen_B = mask_BL[keep], draws_BL[keep], chosen_B[keep]
+            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], dim=1)
+            hidden_BH = self._forward(chosen_B[:, None], mask_BL, cache)
+        return [
+            Completion(tuple(t), tuple(p), "eos" if end else "length")
+            for t, p, end in zip(tokens, logprobs, ended, strict=True)
+        ]
+
+    def _prefill(self, requests: Sequence[Request], student: bool) -> tuple[Any, Tensor, Tensor]:
+        """Cache, mask and last hidden state of every request, each distinct prompt read once."""
+        device = self.policy.device
+        same = groupby(request.prompt_ids for request in requests)
+        distinct = [(prompt, len(list(copies))) for prompt, copies in same]
+        prompts = [prompt for prompt, _ in distinct]
+        prefix = self.shared_prefix(prompts)
+        width = max(map(len, prompts)) - len(prefix)
+        ids_BL = torch.full((len(prompts), width), self.policy.pad_id)
+        mask_BL = torch.zeros(len(prompts), len(prefix) + width, dtype=torch.int64)
+        mask_BL[:, : len(prefix)] = 1
+        for row, prompt in enumerate(prompts):  # padded on the left: all end in the same column
+            own = len(prompt) - len(prefix)
+            ids_BL[row, width - own :] = torch.tensor(prompt[len(prefix) :])
+            mask_BL[row, len(prefix) + width - own :] = 1
+        mask_BL = mask_BL.to(device)
+        cache = seeded_cache(self.policy, self._states(prefix, student), len(prompts))
+        hidden_BH = self._forward(ids_BL.to(device), mask_BL, cache)
+        index = torch.arange(len(prompts)).repeat_interleave(torch.tensor([n for _, n in distinct]))
+        index = index.to(device)
+        cache.batch_select_indices(index)
+        return cache, mask_BL[index], hidden_BH[index]
+
+    def shared_prefix(self, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        """What all prompts begin with, where it is worth a pass of its own."""
+        prefix = common_prefix(prompts) if self.shares and len(prompts) > 1 else ()
+        return prefix if len(prefix) >= MIN_PREFIX else ()
+
+    def _states(self, prefix: tuple[int, ...], student: bool) -> KeysValues | None:
+        if not prefix:
+            return None
+        if student or self.teacher_role is not None:
+            return prefix_states(self.policy, prefix)
+        return self.prefixes.get(prefix)
+
+    def _forward(self, ids_BL: Tensor, mask_BL: Tensor, cache: Any) -> Tensor:
+        """The last column's hidden states, (B, H)."""
+        positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)[:, -ids_BL.shape[1] :]
+        return self.policy.body(
+            input_ids=ids_BL,
+            attention_mask=mask_BL,
+            position_ids=positions_BL,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        student: bool,
+        budget: int = 16384,
+    ) -> list[list[float]]:
+        """See `Engine.score`. `budget` bounds the padded tokens of one pass."""
+        scores: dict[int, list[float]] = {}
+        lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+        prefix = self.shared_prefix(prompts)
+        with self.policy.role(STUDENT if student else self.teacher_role), self.policy.inference():
+            states = self._states(prefix, student)
+            for rows in split_by_tokens(lengths, budget):
+                tokens = collate(
+                    [prompts[i] for i in rows],
+                    [completions[i] for i in rows],
+                    pad_id=self.policy.pad_id,
+                    prefix=prefix,
+                ).to(self.policy.device)
+                hidden_NH = hidden_states(self.policy, tokens, states)
+                logp_N, _ = linear_logprob(
+                    hidden_NH, self.policy.head_VH, tokens.targets_N, temperature=temperature
+                )
+                parts = logp_N.cpu().split([len(completions[i]) for i in rows])
+                scores.update((i, part.tolist()) for i, part in zip(rows, parts, strict=True))
+        return [scores[i] for i in range(len(prompts))]
+
+    def sync(self, version: int) -> None:
+        """Nothing to do: the engine runs the trainer's own tensors."""
+
+    def sleep(self) -> None:
+        """Nothing is held between calls but the context's keys and values."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def sample(logits_BV: Tensor, temperature: float, draws_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids by inverse transform of uniform draws in [0, 1), and their log-probs, fp32."""
+    logits_BV = logits_BV.float()
+    if temperature == 0:
+        logp_BV = torch.log_softmax(logits_BV, dim=-1)
+        chosen_B = logits_BV.argmax(dim=-1)
+    else:
+        logp_BV = torch.log_softmax(logits_BV / temperature, dim=-1)
+        mass_BV = logp_BV.exp().double().cumsum(dim=-1)
+        # `right` skips tokens of no mass; scaling by the total leaves none outside
+        points_B1 = (draws_B[:, None] * mass_BV[:, -1:]).contiguous()
+        chosen_B = torch.searchsorted(mass_BV, points_B1, right=True)[:, 0]
+        chosen_B = chosen_B.clamp(max=logits_BV.shape[1] - 1)
+    return chosen_B, logp_BV.gather(1, chosen_B[:, None])[:, 0]

@@ -1,0 +1,185 @@
+"""Reading a run directory that may be incomplete or damaged."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minidistill.errors import UserError
+
+MARKS = ("metrics.jsonl", "scoreboard.json", "config.resolved.json", "config.toml")
+"""A directory with none of these is no run."""
+ROLLOUTS = 3
+"""Rollouts shown of each step."""
+TOKENS = 400
+"""Tokens shown of each rollout."""
+
+_STEP = re.compile(r"step_(\d+)\.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A rollout as the page shows it: its first tokens, each with its KL or None."""
+
+    env: str
+    task: str
+    reward: float | None
+    stop: str
+    teacher_prompt: str
+    tokens: tuple[tuple[str, float | None], ...]
+    hidden: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What was found. `steps` is {step: {metric: value}}; `notes` say what is missing."""
+
+    name: str
+    steps: dict[int, dict[str, float]]
+    board: dict[str, Any]
+    config: str
+    env: dict[str, Any]
+    rollouts: tuple[tuple[int, tuple[Sampled, ...]], ...]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read what is there. Raises UserError where nothing of a run is."""
+    if not any((run_dir / name).is_file() for name in MARKS):
+        raise UserError(
+            f"{run_dir} is not a run's directory",
+            where=str(run_dir),
+            fix="give the output directory of a run; it holds metrics.jsonl and config.toml",
+        )
+    notes: list[str] = []
+    steps = _steps(run_dir / "metrics.jsonl", notes)
+    board = _object(run_dir / "scoreboard.json", notes)
+    if not board:
+        notes.append("There is no scoreboard: the run has not come to its end.")
+    return Run(
+        name=run_dir.resolve().name,
+        steps=steps,
+        board=board,
+        config=_read(run_dir / "config.toml") or "",
+        env=_object(run_dir / "env.json", notes),
+        rollouts=tuple(_chosen(run_dir / "rollouts", notes)),
+        notes=notes,
+    )
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    """A JSON object, or None for whatever else stands there."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _object(path: Path, notes: list[str]) -> dict[str, Any]:
+    text = _read(path)
+    if text is None:
+        return {}
+    value = _parse(text)
+    if value is None:
+        notes.append(f"{path.name} is damaged and was left out.")
+    return value or {}
+
+
+def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file. A run that was cut off leaves half a line at its end."""
+    damaged = 0
+    for line in (_read(path) or "").split("\n"):
+        if not line.strip():
+            continue
+        value = _parse(line)
+        if value is None:
+            damaged += 1
+        else:
+            yield value
+    if damaged:
+        notes.append(f"{path.name}: {damaged} damaged line{'s' * (damaged > 1)} left out.")
+
+
+def _steps(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:
+    """Metrics by step. A later line wins: a resumed run writes some steps again."""
+    steps: dict[int, dict[str, float]] = {}
+    for row in _lines(path, notes):
+        step = row.pop("step", None)
+        if isinstance(step, bool) or not isinstance(step, int):
+            continue
+        values = {k: f for k, v in row.items() if (f := _float(v)) is not None}
+        steps.setdefault(step, {}).update(values)
+    if not steps:
+        notes.append("There are no metrics yet.")
+    return dict(sorted(steps.items()))
+
+
+def _float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def _chosen(directory: Path, notes: list[str]) -> Iterator[tuple[int, tuple[Sampled, ...]]]:
+    """A few rollouts of the first, the middle and the last step that kept them."""
+    if not directory.is_dir():
+        return
+    found = {int(m[1]): p for p in directory.iterdir() if (m := _STEP.fullmatch(p.name))}
+    order = sorted(found)
+    for at in sorted({0, len(order) // 2, len(order) - 1}) if order else ():
+        rows: dict[str, tuple[int, dict[str, Any]]] = {}
+        for index, row in enumerate(_lines(found[order[at]], notes)):
+            # One sample of each task tells more than several of one.
+            rows.setdefault(f"{row.get('env')}/{row.get('task_id')}", (index, row))
+        picked = list(rows.values())[:ROLLOUTS]
+        kl = _kl(found[order[at]].with_suffix(".safetensors"), [index for index, _ in picked])
+        yield order[at], tuple(_sampled(row, kl.get(index)) for index, row in picked)
+
+
+def _kl(path: Path, wanted: list[int]) -> dict[int, list[float]]:
+    """Per-token KL of rollouts by their index; empty where the tensors cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as tensors:
+            offsets, kl = tensors.get_tensor("offsets").tolist(), tensors.get_tensor("kl")
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
+        return {}
+    return {
+        i: kl[offsets[i] : offsets[i + 1]].astype(float).tolist()
+        for i in wanted
+        if i + 1 < len(offsets) and 0 <= offsets[i] <= offsets[i + 1] <= len(kl)
+    }
+
+
+def _sampled(row: dict[str, Any], kl: list[float] | None) -> Sampled:
+    tokens = row.get("tokens")
+    tokens = [str(t) for t in tokens] if isinstance(tokens, list) else [str(row.get("completion"))]
+    # Colours that belong to other tokens would be worse than none.
+    values: list[float | None] = [None] * len(tokens)
+    if kl is not None and len(kl) == len(tokens):
+        values = list(kl)
+    return Sampled(
+        env=str(row.get("env") or ""),
+        task=str(row.get("task_id") or ""),
+        reward=_float(row.get("reward")),
+        stop=str(row.get("stop") or ""),
+        teacher_prompt=str(row.get("teacher_prompt_text") or ""),
+        tokens=tuple(zip(tokens, values, strict=True))[:TOKENS],
+        hidden=max(0, len(tokens) - TOKENS),
+    )

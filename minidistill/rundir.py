@@ -1,0 +1,192 @@
+"""A run's directory: what is written where, and how it survives a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from minidistill.config import LoadedConfig
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.types import Metrics
+
+PACKAGES = ("minidistill", "torch", "triton", "transformers", "peft", "vllm", "numpy")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write (a full disk, a lost mount) into one clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}",
+            where=str(path),
+            fix="make room or repair the disk; --resume goes on from the last checkpoint",
+            exit_code=EXIT_ENVIRONMENT,
+        ) from error
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write aside, flush to the disk, rename: a reader sees the old file or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    with writing(path):
+        with open(aside, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+
+
+def choose_path(loaded: LoadedConfig, resume: bool) -> Path:
+    """Where the run lives: `output_dir`, or `runs/<name of the first file>` with a number.
+
+    Without `output_dir`, `resume` takes the newest such directory. Raises UserError for a
+    directory that holds a run already (unless resuming), holds none (resuming), or can't be
+    written to.
+    """
+    given = loaded.config.output_dir
+    name = loaded.files[0].stem if loaded.files else "run"
+    if given is not None:
+        path = Path(given).expanduser()
+    else:
+        taken = [p for p in Path("runs").glob(f"{name}*") if _number(p.name, name) is not None]
+        taken.sort(key=lambda p: _number(p.name, name) or 0)
+        last = _number(taken[-1].name, name) if taken else 0
+        path = taken[-1] if resume and taken else Path("runs") / _numbered(name, (last or 0) + 1)
+    where = loaded.provenance.get("output_dir", "output_dir")
+    holds_run = (path / "config.resolved.json").exists()
+    if resume and not holds_run:
+        raise UserError(f"there is no run to resume in {path}", where, "check --output_dir, or leave --resume out")  # fmt: skip
+    if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = "holds a run already" if holds_run else "exists and is not empty"
+        raise UserError(f"{path} {what}", where, "choose another --output_dir, or go on with --resume")  # fmt: skip
+    parent = next(p for p in [path, *path.absolute().parents] if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UserError(f"{path} cannot be written: {parent} is not a writable directory", where, "choose another --output_dir")  # fmt: skip
+    return path
+
+
+def _number(directory: str, name: str) -> int | None:
+    rest = directory[len(name) :]
+    if rest == "":
+        return 1
+    return int(rest[1:]) if rest[0] == "-" and rest[1:].isdigit() else None
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
+
+
+class RunDir:
+    """Writes a run's files. `metrics.jsonl` grows by one line a record."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def create(self, loaded: LoadedConfig, facts: Mapping[str, Any]) -> None:
+        """Make the directory and write what the run is made of."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in ("checkpoints", "rollouts", "logs"):
+                (self.path / name).mkdir(exist_ok=True)
+        write_atomic(self.path / "config.toml", loaded.text)
+        write_atomic(self.path / "env.json", _json({**machine(), **facts}))
+        # last: the file that makes a directory a run
+        write_atomic(self.path / "config.resolved.json", _json(loaded.resolved()))
+
+    def check_same(self, loaded: LoadedConfig) -> None:
+        """Raise UserError where a resumed run would go on under another configuration."""
+        before = _flat(json.loads((self.path / "config.resolved.json").read_text()))
+        now = _flat(loaded.resolved())
+        free = {"output_dir"} | {key for key in {*before, *now} if key.startswith("wandb")}
+        changed = sorted(k for k in {*before, *now} - free if before.get(k) != now.get(k))
+        if changed:
+            shown = ", ".join(
+                f"{k} (was {before.get(k)!r}, now {now.get(k)!r})" for k in changed[:4]
+            )
+            raise UserError(
+                f"the run in {self.path} was started with other settings: {shown}",
+                where=loaded.provenance.get(changed[0], changed[0]),
+                fix="resume with the same settings, or start a new run with another --output_dir",
+            )
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append a record. Figures that are no numbers become null."""
+        clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        with writing(self.metrics_path), open(self.metrics_path, "a") as file:
+            file.write(json.dumps({"step": step, **clean}) + "\n")
+
+    def lines(self) -> int:
+        """Whole records so far."""
+        with contextlib.suppress(FileNotFoundError):
+            return self.metrics_path.read_bytes().count(b"\n")
+        return 0
+
+    def column(self, name: str) -> list[float]:
+        """A metric's values over the records that have it."""
+        records = map(json.loads, self.metrics_path.read_text().splitlines())
+        return [r[name] for r in records if r.get(name) is not None]
+
+    def truncate(self, lines: int) -> None:
+        """Keep the first `lines` records: what came after the resumed checkpoint is done again."""
+        kept = b""
+        with contextlib.suppress(FileNotFoundError):
+            kept = b"".join(self.metrics_path.read_bytes().splitlines(keepends=True)[:lines])
+        write_atomic(self.metrics_path, kept)
+
+    def read(self, name: str) -> Any:
+        """A JSON file of the run, or None where it is not there yet."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write(self, name: str, value: Any) -> None:
+        write_atomic(self.path / name, _json(value))
+
+    def clear_rollouts_after(self, step: int) -> None:
+        for file in (self.path / "rollouts").glob("step_*"):
+            if int(file.stem.removeprefix("step_")) > step:
+                file.unlink()
+
+
+def machine() -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "gpus": gpus,
+        "cpu_threads": torch.get_num_threads(),
+        "argv": sys.argv[1:],
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else key)
+    return flat

@@ -1,0 +1,242 @@
+"""What a run holds and does: models, environments, engine, trainer, and its directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from minidistill import preflight
+from minidistill.config import LoadedConfig
+from minidistill.data import TaskSampler, check_errors, load_environments, score, with_advantages
+from minidistill.engines import EmbeddedEngine, Request
+from minidistill.engines.base import stable_seed
+from minidistill.errors import UserError
+from minidistill.evaluate import Evaluator, Scores
+from minidistill.header import header
+from minidistill.monitors import open_monitors
+from minidistill.prompts import PromptBuilder
+from minidistill.records import TokenTexts, write_rollouts
+from minidistill.rundir import RunDir, choose_path
+from minidistill.trainer import checkpoint
+from minidistill.trainer.forward import PrefixCache
+from minidistill.trainer.model import (
+    load_model_config,
+    load_policy,
+    load_tokenizer,
+    pick_device,
+)
+from minidistill.trainer.trainer import Trainer
+from minidistill.types import Metrics, Prompt, Rollout
+from minidistill.ui import Display, Sample
+
+CHECKED_TASKS = 64  # tasks of each split whose prompts are built and measured before the run
+
+
+def finished_board(loaded: LoadedConfig) -> dict[str, Any] | None:
+    """The scoreboard of a run that has ended, None for one that can go on."""
+    return RunDir(choose_path(loaded, resume=True)).read("scoreboard.json")
+
+
+class Session:
+    """One run from its first check to its scoreboard.
+
+    Nothing is written before every check has passed.
+    """
+
+    def __init__(self, loaded: LoadedConfig, resume: bool, display: Display) -> None:
+        self.loaded, self.config, self.display = loaded, loaded.config, display
+        config, orchestrator = self.config, self.config.orchestrator
+        self.dir = RunDir(choose_path(loaded, resume))
+        if resume:
+            self.dir.check_same(loaded)
+        device = pick_device(config)
+        tokenizer = load_tokenizer(config)
+        self.environments = load_environments(orchestrator.env, "orchestrator.env")
+        teacher = orchestrator.teacher_model
+        self.builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
+        prompts = self._some_prompts()
+        warnings = preflight.check_prompts(config, self.builder, prompts)
+        self.limit = preflight.length_limit(config, load_model_config(config))
+        preflight.check_lengths(config, self.limit, prompts)
+
+        self.policy = load_policy(config, tokenizer, device)
+        self.prefixes = PrefixCache(self.policy)
+        shares = preflight.check_model(self.policy, prompts, self.prefixes, warnings.append)
+        self.trainer = Trainer(self.policy, config, self.prefixes, shares)
+        self.engine = EmbeddedEngine(self.policy, self.prefixes, self.trainer.teacher_role, shares)
+        self.sampler = TaskSampler(self.environments, config.seed)
+        self.texts = TokenTexts(tokenizer)
+        self.evaluator = self._evaluator()
+
+        self.first_step = 1
+        self._began = time.perf_counter()
+        self._seconds_before = 0.0
+        if resume:
+            self._resume()
+        else:
+            self.dir.create(loaded, {"device": str(device), "dtype": str(self.policy.dtype)})
+        self.monitor = open_monitors(config, self.dir.path, self.warn)
+        display.open(header(config, self.policy, self.trainer, self.dir.path, self.first_step))
+        for text in warnings:
+            self.warn(text)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.engine.close()
+        self.monitor.close(None)
+
+    def warn(self, text: str) -> None:
+        self.display.note(text, warning=True)
+
+    # -- setting up ----------------------------------------------------------------------------
+
+    def _some_prompts(self) -> list[Prompt]:
+        found = []
+        for name, environment in self.environments.items():
+            for split in (environment.train, environment.eval):
+                if len(split) == 0:
+                    raise UserError(
+                        f"the environment {name!r} has no tasks in a split",
+                        where="orchestrator.env",
+                        fix="give it at least one task for training and one for evaluation",
+                    )
+                tasks = [split[i] for i in range(min(CHECKED_TASKS, len(split)))]
+                found += [self.builder.build(name, task) for task in tasks]
+        return found
+
+    def _evaluator(self) -> Evaluator | None:
+        settings = self.config.orchestrator.eval
+        if settings is None:
+            return None
+        environments = self.environments
+        if settings.env is not None:
+            environments = load_environments(settings.env, "orchestrator.eval.env")
+        evaluator = Evaluator(self.config, environments, self.builder, self.engine, self.display)
+        for prompts in evaluator.prompts.values():
+            preflight.check_lengths(self.config, self.limit, prompts)
+        return evaluator
+
+    def _resume(self) -> None:
+        facts = checkpoint.restore(self.trainer, self.dir.path / "checkpoints", self.warn)
+        step = facts["step"] if facts else 0
+        self.dir.truncate(facts["metrics_lines"] if facts else 0)
+        self.dir.clear_rollouts_after(step)
+        self.first_step = step + 1
+        self._seconds_before = facts["seconds"] if facts else 0.0
+        self.display.note(f"resuming after step {step}")
+
+    # -- one step ------------------------------------------------------------------------------
+
+    def sample(self, step: int) -> list[Rollout]:
+        """The step's rollouts, scored, with their advantages."""
+        began = time.perf_counter()
+        orchestrator = self.config.orchestrator
+        samples = orchestrator.rollouts_per_example
+        drawn = self.sampler.draw(step, orchestrator.batch_size // samples)
+        prompts = [self.builder.build(env, task) for env, task in drawn]
+        preflight.check_lengths(self.config, self.limit, prompts)
+        jobs = [(prompt, sample) for prompt in prompts for sample in range(samples)]
+        requests = [
+            Request(p.student_ids, stable_seed(self.config.seed, "train", step, i))
+            for i, (p, _) in enumerate(jobs)
+        ]
+        with self.display.phase("sample", len(jobs), "rollouts") as advance:
+            completions = self.engine.generate(
+                requests,
+                max_tokens=orchestrator.sampling.max_tokens,
+                temperature=orchestrator.sampling.temperature,
+                student=True,
+                advance=advance,
+            )
+        rollouts = [
+            Rollout(p, s, c, self.builder.decode(c.token_ids), policy_version=step - 1)
+            for (p, s), c in zip(jobs, completions, strict=True)
+        ]
+        tokens = sum(len(c.token_ids) for c in completions)
+        seconds = time.perf_counter() - began
+        self._step: Metrics = {
+            "time/sample": seconds,
+            "perf/sample_tokens_per_second": tokens / seconds,
+        }
+        if not orchestrator.buffer.skip_verification:
+            rollouts = self._score(rollouts)
+        return with_advantages(rollouts, orchestrator.advantage.std_norm)
+
+    def _score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts with their rewards, without those whose environment failed."""
+        began = time.perf_counter()
+        with self.display.phase("score", len(rollouts), "rollouts") as advance:
+            rewards, errors = score(self.environments, rollouts, advance)
+        check_errors(errors, len(rollouts), self.config.orchestrator.max_env_error_frac)
+        self._step |= {"time/score": time.perf_counter() - began, "env/errors": len(errors)}
+        if errors:
+            self.warn(f"{len(errors)} rollouts dropped: {errors[0]}")
+        return [
+            replace(rollout, reward=reward)
+            for rollout, reward in zip(rollouts, rewards, strict=True)
+            if reward is not None
+        ]
+
+    def train(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """One update, and its records."""
+        tokens = sum(len(r.completion.token_ids) for r in rollouts)
+        with self.display.phase("train", tokens, "tokens") as advance:
+            result = self.trainer.step(rollouts, step, advance)
+        self.engine.sync(step)
+        metrics = result.metrics | self._step
+        metrics["time/step"] = sum(v for k, v in metrics.items() if k.startswith("time/"))
+        write_rollouts(self.dir.path / "rollouts", step, rollouts, result.tokens, self.texts)
+        self.log(step, metrics)
+        first = rollouts[0]
+        reward = None if first.reward is None else first.reward.value
+        shown = tuple(self.texts(first.completion.token_ids))
+        sample = Sample(shown, tuple(result.tokens[0].kl), reward, first.prompt.env)
+        self.display.step(step, metrics, sample)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self.dir.log(step, metrics)
+        self.monitor.log(step, metrics)
+
+    # -- evaluation ----------------------------------------------------------------------------
+
+    def evaluate(self, step: int) -> Scores:
+        """The student's scores without the context."""
+        assert self.evaluator is not None
+        began = time.perf_counter()
+        scores = self.evaluator.run("student", student=True, context=False)
+        metrics = {f"eval/{n}/student/avg": sum(v) / len(v) for n, v in scores.rewards.items()}
+        metrics["eval/completions/length_mean"] = scores.length
+        metrics["time/eval"] = time.perf_counter() - began
+        self.log(step, metrics)
+        self.display.evaluation(step, metrics)
+        return scores
+
+    def evaluation_due(self, step: int) -> bool:
+        settings = self.config.orchestrator.eval
+        return settings is not None and settings.interval > 0 and step % settings.interval == 0
+
+    # -- keeping -------------------------------------------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the run, earlier parts of a resumed one included."""
+        return self._seconds_before + time.perf_counter() - self._began
+
+    def checkpoint_due(self, step: int) -> bool:
+        interval = self.config.ckpt.interval
+        return interval > 0 and step % interval == 0
+
+    def checkpoint(self, step: int) -> None:
+        facts = {"metrics_lines": self.dir.lines(), "seconds": self.seconds}
+        root = self.dir.path / "checkpoints"
+        checkpoint.save(self.trainer, root, step, facts, self.config.ckpt.keep)

@@ -1,0 +1,1 @@
+"""The trained model, its objective and its optimizer."""

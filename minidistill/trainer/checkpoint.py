@@ -1,0 +1,120 @@
+"""Checkpoints: written aside, flushed, sealed with checksums, renamed; damaged ones passed over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.rundir import write_atomic, writing
+from minidistill.trainer.model import EMA, STUDENT
+from minidistill.trainer.trainer import Trainer
+
+MANIFEST = "MANIFEST.json"
+
+
+def save_adapter(trainer: Trainer, path: Path) -> None:
+    """The adapter in plain PEFT form: adapter_config.json and adapter_model.safetensors."""
+    with writing(path):
+        trainer.policy.model.save_pretrained(str(path), selected_adapters=[STUDENT])
+        (path / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+
+def save(trainer: Trainer, root: Path, step: int, facts: dict[str, Any], keep: int) -> Path:
+    """Write `root/step_000040` and point `root/latest` at it; older ones beyond `keep` go."""
+    final = root / f"step_{step:06d}"
+    aside = root / f".step_{step:06d}.tmp"
+    with writing(final):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_adapter(trainer, aside / "adapter")
+        tensors = {f"optimizer/{k}": v for k, v in trainer.optimizer.state().items()}
+        # peft's file has the adapter in its own names; resuming wants the parameters themselves
+        named = trainer.policy.model.named_parameters()
+        tensors |= {f"parameter/{n}": p for n, p in named if f".{STUDENT}." in n or f".{EMA}." in n}
+        plain = {k: v.detach().contiguous() for k, v in tensors.items()}
+        save_file(plain, aside / "state.safetensors")
+        write_atomic(aside / "state.json", json.dumps({"step": step, **facts}, indent=2) + "\n")
+        files = sorted(p for p in aside.rglob("*") if p.is_file())
+        sums = {str(p.relative_to(aside)): _sha256(p) for p in files}
+        for file in files:
+            _flush(file)
+        write_atomic(aside / MANIFEST, json.dumps({"sha256": sums}, indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+        _flush(root)
+        write_atomic(root / "latest", final.name + "\n")
+        for old in _steps(root)[:-keep]:
+            shutil.rmtree(old)
+    return final
+
+
+def restore(trainer: Trainer, root: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """Load the newest whole checkpoint and return its facts; None where there is none at all.
+
+    Damaged ones are named through `warn`. Raises UserError (exit code 3) if all are damaged.
+    """
+    found = _steps(root)
+    for path in reversed(found):
+        problem = damage(path)
+        if problem is not None:
+            warn(f"checkpoint {path.name} is damaged ({problem}): using the one before")
+            continue
+        tensors = load_file(path / "state.safetensors")
+        parameters = dict(trainer.policy.model.named_parameters())
+        with torch.no_grad():
+            for name, value in tensors.items():
+                kind, _, rest = name.partition("/")
+                if kind == "parameter":
+                    parameters[rest].copy_(value)
+        prefix = "optimizer/"
+        moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        trainer.optimizer.load_state(moments)
+        return json.loads((path / "state.json").read_text())
+    if found:
+        raise UserError(
+            f"every checkpoint in {root} is damaged",
+            where=str(root),
+            fix="restore one from a copy, or start again with another --output_dir",
+            exit_code=EXIT_ENVIRONMENT,
+        )
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        sums = json.loads((path / MANIFEST).read_text())["sha256"]
+        for name, expected in sums.items():
+            if _sha256(path / name) != expected:
+                return f"{name} has another checksum"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST}: {error}"
+    return None
+
+
+def _steps(root: Path) -> list[Path]:
+    return sorted(p for p in root.glob("step_*") if p.is_dir())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

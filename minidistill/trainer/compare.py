@@ -1,0 +1,46 @@
+"""The KL between two roles or two views of the same completions, outside training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minidistill.trainer.batching import collate, split_by_tokens
+from minidistill.trainer.forward import hidden_states
+from minidistill.trainer.model import Policy
+from minidistill_kernels import linear_reverse_kl
+
+
+@torch.no_grad()
+def token_kl(
+    policy: Policy,
+    completions: Sequence[Sequence[int]],
+    *,
+    prompts: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]],
+    roles: tuple[str | None, str | None],
+    temperature: float,
+    budget: int,
+) -> Tensor:
+    """KL(p‖q) in nats of each completion token, (N,) fp32, in the order of `completions`.
+
+    p reads `prompts[0]` under `roles[0]`, q reads `prompts[1]` under `roles[1]`. `budget` bounds
+    the padded tokens of one pass.
+    """
+    longest = [
+        max(len(first), len(second)) + len(completion)
+        for first, second, completion in zip(*prompts, completions, strict=True)
+    ]
+    found: dict[int, Tensor] = {}
+    with policy.inference():
+        for rows in split_by_tokens(longest, budget):
+            hidden = []
+            batch = [completions[i] for i in rows]
+            for view, role in zip(prompts, roles, strict=True):
+                tokens = collate([view[i] for i in rows], batch, pad_id=policy.pad_id)
+                with policy.role(role):
+                    hidden.append(hidden_states(policy, tokens))
+            kl_N = linear_reverse_kl(hidden[0], hidden[1], policy.head_VH, temperature=temperature)
+            found.update(zip(rows, kl_N.cpu().split([len(c) for c in batch]), strict=True))
+    return torch.cat([found[i] for i in range(len(completions))])

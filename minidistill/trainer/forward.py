@@ -1,0 +1,95 @@
+"""Forward passes that keep only what the head needs: hidden states at completion positions.
+
+Shapes: `_B` sequences, `_L` length, `_N` completion tokens, `_H` hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidistill.trainer.batching import Tokens
+from minidistill.trainer.model import Policy
+
+KeysValues = list[tuple[Tensor, Tensor]]
+MIN_PREFIX = 8  # below this many shared tokens a prefix pass costs more than it saves
+
+
+class PrefixCache:
+    """Keys and values of prompts' common beginnings under the frozen base.
+
+    The teacher's context is the same for every rollout and its weights never change, so its pass
+    is made once a run. A few recent prefixes are kept.
+    """
+
+    def __init__(self, policy: Policy, size: int = 4) -> None:
+        self.policy, self.size = policy, size
+        self._kept: dict[tuple[int, ...], KeysValues] = {}
+        self.computed = 0
+
+    def get(self, prefix: tuple[int, ...]) -> KeysValues:
+        if prefix not in self._kept:
+            with self.policy.role(None):
+                self._kept[prefix] = prefix_states(self.policy, prefix)
+            self.computed += 1
+            while len(self._kept) > self.size:
+                del self._kept[next(iter(self._kept))]
+        return self._kept[prefix]
+
+
+@torch.no_grad()
+def prefix_states(policy: Policy, prefix: Sequence[int]) -> KeysValues:
+    """(keys, values) a layer, each (1, heads, len(prefix), head size), under the current role."""
+    cache = new_cache(policy)
+    ids = torch.tensor([list(prefix)], device=policy.device)
+    policy.body(input_ids=ids, past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def new_cache(policy: Policy) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=policy.config)
+
+
+def can_share_prefix(policy: Policy) -> bool:
+    """Whether every layer's cache simply grows: no sliding window, no recurrent state."""
+    from transformers.cache_utils import DynamicLayer
+
+    layers = new_cache(policy).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def seeded_cache(policy: Policy, states: KeysValues | None, rows: int) -> Any:
+    """A cache that begins with `states` for each of `rows` sequences (expanded, not copied)."""
+    cache = new_cache(policy)
+    if states is None:
+        return cache
+    for layer, (keys, values) in zip(cache.layers, states, strict=True):
+        layer.lazy_initialization(keys, values)
+        layer.keys = keys.expand(rows, -1, -1, -1)
+        layer.values = values.expand(rows, -1, -1, -1)
+    return cache
+
+
+def hidden_states(policy: Policy, tokens: Tokens, states: KeysValues | None = None) -> Tensor:
+    """Hidden states that predict each completion token, (N, H), under the current role.
+
+    `states` are the keys and values of `tokens.prefix`.
+    """
+    tokens = tokens.to(policy.device)
+    cache = None
+    if tokens.prefix:
+        assert states is not None, "tokens without their prefix's states"
+        cache = seeded_cache(policy, states, tokens.ids_BL.shape[0])
+    hidden_BLH = policy.body(
+        input_ids=tokens.ids_BL,
+        attention_mask=tokens.mask_BL,
+        position_ids=tokens.positions_BL,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+    return hidden_BLH[tokens.rows_N, tokens.columns_N]

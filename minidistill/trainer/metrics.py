@@ -1,0 +1,92 @@
+"""A step's metrics from the objective's per-token figures.
+
+Shapes: `_N` completion tokens of the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minidistill.config.schema import LossConfig
+from minidistill.types import Metrics, Rollout
+from minidistill_kernels import DistillOutput
+
+POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+
+
+def summarize(
+    rollouts: Sequence[Rollout],
+    outputs: Sequence[Sequence[Tensor]],
+    loss: LossConfig,
+    estimator: str,
+) -> Metrics:
+    """Means over the step's completion tokens, in float64, under the documented names.
+
+    `outputs` holds each rollout's columns of a `DistillOutput`. In `teacher_kl` lower is more
+    similar. With `sampled`, `teacher_kl` still is the full KL where the teacher is in the trainer.
+    """
+    columns = [torch.cat([o[i] for o in outputs]) for i in range(len(DistillOutput._fields))]
+    out = DistillOutput(*(c if c.dtype == torch.bool else c.double() for c in columns))
+    assert out.teacher_entropy is not None
+    sizes = torch.tensor([len(o[0]) for o in outputs])
+    advantage_N = torch.tensor([r.advantage for r in rollouts]).double().repeat_interleave(sizes)
+    kept_N = (~out.masked).double()
+    rho_N = out.ratio.clamp(max=loss.ratio_clip_high)
+    policy_N = -rho_N * loss.adv_tau * advantage_N * out.logp * kept_N
+    terms_N = loss.teacher_tau * out.teacher_logp - loss.student_tau * out.logp
+    total = float(out.loss.mean())
+    policy = total if estimator == "sampled" else float(policy_N.mean())
+    mass = float(out.ratio.mean())
+    metrics = {
+        "teacher_kl": float(out.kl.mean()),
+        "combined_advantage": float((loss.adv_tau * advantage_N + terms_N).mean()),
+        "loss/total": total,
+        "loss/policy": policy,
+        "loss/kl": float(-terms_N.mean()) if estimator == "sampled" else total - policy,
+        "entropy/student": float(out.entropy.mean()),
+        "entropy/teacher": float(out.teacher_entropy.mean()),
+        "kl/sampler_mismatch": float((out.ratio - 1 - out.ratio.log()).mean()),
+        "kl/p99": float(out.kl.quantile(0.99)) if out.kl.numel() < 1 << 24 else float(out.kl.max()),
+        "kl/clipped_frac": float(out.kl_clipped.double().mean()),
+        "ratio/clipped_frac": float(out.ratio_clipped.double().mean()),
+        "ratio/masked_frac": float(out.masked.double().mean()),
+        "ratio/ess": mass**2 / float((out.ratio**2).mean()),
+    }
+    return metrics | _by_position(out.kl, sizes) | _lengths(rollouts) | _rewards(rollouts)
+
+
+def _by_position(kl_N: Tensor, sizes: Tensor) -> Metrics:
+    """Mean KL of completion tokens by how far they are from the completion's start."""
+    position_N = torch.cat([torch.arange(size) for size in sizes.tolist()])
+    edges = torch.tensor(POSITION_EDGES)
+    bucket_N = torch.bucketize(position_N, edges, right=True) - 1
+    metrics = {}
+    for bucket in bucket_N.unique().tolist():
+        low = POSITION_EDGES[bucket]
+        high = POSITION_EDGES[bucket + 1] - 1 if bucket + 1 < len(POSITION_EDGES) else None
+        name = f"{low}" if high == low else f"{low}-{high if high is not None else ''}"
+        metrics[f"kl/by_position/{name}"] = float(kl_N[bucket_N == bucket].mean())
+    return metrics
+
+
+def _lengths(rollouts: Sequence[Rollout]) -> Metrics:
+    count = len(rollouts)
+    return {
+        "completions/length_mean": sum(len(r.completion.token_ids) for r in rollouts) / count,
+        "completions/truncated_frac": sum(r.completion.truncated for r in rollouts) / count,
+    }
+
+
+def _rewards(rollouts: Sequence[Rollout]) -> Metrics:
+    """Means of the reward and of its parts; nothing where rewards are not computed."""
+    rewards = [r.reward for r in rollouts if r.reward is not None]
+    if not rewards:
+        return {}
+    metrics = {"reward/mean": sum(r.value for r in rewards) / len(rewards)}
+    for name in sorted({name for r in rewards for name in r.metrics}):
+        values = [r.metrics[name] for r in rewards if name in r.metrics]
+        metrics[f"reward/{name}"] = sum(values) / len(values)
+    return metrics

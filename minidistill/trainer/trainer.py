@@ -1,0 +1,185 @@
+"""One optimizer step from a batch of rollouts: teacher pass, student pass, objective, AdamW.
+
+Shapes: `_N` completion tokens of a micro-batch, `_H` hidden.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minidistill.config import Config
+from minidistill.engines.base import Advance
+from minidistill.errors import EXIT_HEALTH, UserError
+from minidistill.trainer.batching import collate, common_prefix, split_by_tokens
+from minidistill.trainer.forward import (
+    MIN_PREFIX,
+    PrefixCache,
+    hidden_states,
+    prefix_states,
+)
+from minidistill.trainer.metrics import summarize
+from minidistill.trainer.model import EMA, STUDENT, Policy
+from minidistill.trainer.optim import Optimizer, learning_rate
+from minidistill.types import Metrics, Rollout, TokenStats
+from minidistill_kernels import DistillOutput, linear_distill
+
+SAMPLED_KL_CLIP = 5.0  # nats; the default of `loss.kl_clip` with one-sample estimates
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """A step's metrics, and each rollout's per-token figures in the given order."""
+
+    metrics: Metrics
+    tokens: list[TokenStats]
+
+
+class Trainer:
+    """Trains the policy's adapter against the teacher in the same weights.
+
+    The loss of a step is normalised by the step's completion tokens, so micro-batches, padding
+    and packing do not change it.
+    """
+
+    def __init__(self, policy: Policy, config: Config, prefixes: PrefixCache, shares: bool) -> None:
+        self.policy, self.config, self.prefixes = policy, config, prefixes
+        self.optimizer = Optimizer(policy, config)
+        self.update = config.orchestrator.teacher_model.update
+        if self.update == "ema":
+            policy.add_ema()
+        self.shares = shares
+        loss = config.trainer.loss
+        self.estimator = "full" if loss.estimator == "auto" else loss.estimator
+        self.kl_clip: float | None
+        if isinstance(loss.kl_clip, float):
+            self.kl_clip = loss.kl_clip
+        else:
+            sampled = loss.kl_clip == "auto" and self.estimator == "sampled"
+            self.kl_clip = SAMPLED_KL_CLIP if sampled else None
+
+    @property
+    def teacher_role(self) -> str | None:
+        """The adapter under which the policy is the teacher; None is the bare base."""
+        return {"frozen": None, "live": STUDENT, "ema": EMA}[self.update]
+
+    def step(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> StepResult:
+        """One update, the `step`-th counted from 1. `advance` is told of trained tokens.
+
+        Raises UserError (exit code 4) where the loss or the gradient is no number; the weights
+        are then as before.
+        """
+        began = time.perf_counter()
+        total = sum(len(r.completion.token_ids) for r in rollouts)
+        groups = self._micro_batches(rollouts)
+        prefix = self._teacher_prefix(rollouts)
+        outputs: dict[int, list[Tensor]] = {}
+        for index, rows in enumerate(groups):
+            torch.manual_seed(self.config.seed * 1_000_003 + step * 1009 + index)  # dropout alone
+            batch = [rollouts[i] for i in rows]
+            output = self._objective(batch, prefix, packed=self.config.trainer.packing)
+            (output.loss.sum() / total).backward()
+            sizes = [len(r.completion.token_ids) for r in batch]
+            for i, parts in zip(rows, _per_rollout(output, sizes), strict=True):
+                outputs[i] = parts
+            advance(sum(sizes))
+        rate = learning_rate(self.config, step)
+        norm = self.optimizer.clip()
+        ordered = [outputs[i] for i in range(len(rollouts))]
+        metrics = summarize(rollouts, ordered, self.config.trainer.loss, self.estimator)
+        metrics |= {"optim/lr": rate, "optim/grad_norm": norm}
+        if not (math.isfinite(norm) and math.isfinite(metrics["loss/total"])):
+            self.optimizer.zero_grad()
+            raise UserError(
+                f"step {step}: the loss is {metrics['loss/total']}, its gradient's norm {norm}",
+                where="training",
+                fix='lower trainer.optim.lr, or use model.dtype = "float32"; '
+                "--resume goes on from the last checkpoint",
+                exit_code=EXIT_HEALTH,
+            )
+        self.optimizer.step(rate)
+        if self.update == "ema":
+            self.policy.update_ema(self.config.orchestrator.teacher_model.ema_decay)
+        seconds = time.perf_counter() - began
+        metrics |= {"time/train": seconds, "perf/train_tokens_per_second": total / seconds}
+        stats = [TokenStats(*(t.tolist() for t in parts[1:4])) for parts in ordered]
+        return StepResult(metrics, stats)
+
+    def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
+        lengths = [max(r.student_length, r.teacher_length) for r in rollouts]
+        trainer = self.config.trainer
+        return split_by_tokens(lengths, trainer.micro_batch_tokens, trainer.packing)
+
+    def _teacher_prefix(self, rollouts: Sequence[Rollout]) -> tuple[int, ...]:
+        """What the teacher's prompts begin with: its context, in most templates."""
+        if not self.shares or len({r.prompt.teacher_ids for r in rollouts}) < 2:
+            return ()
+        prefix = common_prefix([r.prompt.teacher_ids for r in rollouts])
+        return prefix if len(prefix) >= MIN_PREFIX else ()
+
+    def _objective(
+        self, rollouts: Sequence[Rollout], prefix: tuple[int, ...], packed: bool
+    ) -> DistillOutput:
+        policy, loss = self.policy, self.config.trainer.loss
+        completions = [r.completion.token_ids for r in rollouts]
+        student = collate(
+            [r.prompt.student_ids for r in rollouts],
+            completions,
+            pad_id=policy.pad_id,
+            packed=packed,
+        ).to(policy.device)
+        teacher_NH = self._teacher_hidden(rollouts, completions, prefix)
+        student_NH = hidden_states(policy, student)
+        sizes = torch.tensor([len(c) for c in completions])
+        advantage_N = torch.tensor([r.advantage for r in rollouts]).repeat_interleave(sizes)
+        sampler_N = torch.tensor([p for r in rollouts for p in r.completion.logprobs])
+        return linear_distill(
+            student_NH,
+            policy.head_VH,
+            student.targets_N,
+            h_t_NH=teacher_NH,
+            advantage_N=advantage_N.to(policy.device),
+            sampler_logp_N=sampler_N.to(policy.device),
+            estimator=self.estimator,
+            top_k=min(loss.top_k, policy.head_VH.shape[0]),
+            adv_tau=loss.adv_tau,
+            teacher_tau=loss.teacher_tau,
+            student_tau=loss.student_tau,
+            temperature=self.config.orchestrator.sampling.temperature,
+            ratio_clip_high=loss.ratio_clip_high,
+            token_mask_low=loss.token_mask_low,
+            token_mask_high=loss.token_mask_high,
+            kl_clip=self.kl_clip,
+        )
+
+    @torch.no_grad()
+    def _teacher_hidden(
+        self,
+        rollouts: Sequence[Rollout],
+        completions: Sequence[tuple[int, ...]],
+        prefix: tuple[int, ...],
+    ) -> Tensor:
+        policy = self.policy
+        tokens = collate(
+            [r.prompt.teacher_ids for r in rollouts],
+            completions,
+            pad_id=policy.pad_id,
+            prefix=prefix,
+        )
+        with policy.role(self.teacher_role), policy.inference():
+            states = None
+            if prefix:
+                frozen = self.teacher_role is None
+                states = self.prefixes.get(prefix) if frozen else prefix_states(policy, prefix)
+            return hidden_states(policy, tokens, states)
+
+
+def _per_rollout(output: DistillOutput, sizes: list[int]) -> list[list[Tensor]]:
+    """A micro-batch's figures by rollout, each a list in the order of `DistillOutput`."""
+    columns = [torch.zeros_like(output.logp) if t is None else t.detach() for t in output]
+    return [list(parts) for parts in zip(*(t.cpu().split(sizes) for t in columns), strict=True)]

@@ -1,0 +1,55 @@
+"""Compiled kernels: no spills, and a stored report that is about these kernels."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ops_cases import INTERPRETED
+
+from minidistill_kernels import aot
+
+ROOT = Path(__file__).parents[2]
+STORED = ROOT / "bench" / "results" / "kernels_aot.json"
+# What the trainer runs in bf16, recompiled here for every target.
+LIVE = (
+    "stats_kernel[s_ptr:fp32,x_ptr:bf16",
+    "dlogits_kernel[s_ptr:fp32,x_ptr:bf16",
+    "score_kernel[h_ptr:bf16",
+)
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+
+
+def test_the_stored_report_is_complete_and_within_limits():
+    report = json.loads(STORED.read_text())
+    fresh = "python -m minidistill_kernels.aot bench/results/kernels_aot.json"
+    assert report["source_sha256"] == aot.digest(), f"kernels changed: run {fresh}"
+    wanted = {(sm, c.name) for sm in aot.ARCHITECTURES for c in aot.configurations()}
+    assert {(row["sm"], row["name"]) for row in report["kernels"]} == wanted
+    assert aot.failures(report["kernels"]) == []
+
+
+def test_limits_bite():
+    row = {"sm": 90, "name": "x", "spill_bytes": 4, "shared_bytes": 0}
+    assert aot.failures([row])
+    assert aot.failures([row | {"sm": 100}]) == []
+    assert aot.failures([row | {"spill_bytes": 0, "shared_bytes": 1 << 20}])
+
+
+@pytest.mark.parametrize("match", LIVE)
+def test_the_main_kernels_compile_as_stored(match, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT / "kernels")}
+    out = tmp_path / "report.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "minidistill_kernels.aot", str(out), "--match", match],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    live = json.loads(out.read_text())["kernels"]
+    assert len(live) >= 3
+    stored = json.loads(STORED.read_text())["kernels"]
+    assert all(row in stored for row in live)

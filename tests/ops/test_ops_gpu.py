@@ -1,0 +1,175 @@
+"""What only a GPU shows: compiled arithmetic, real sizes, memory, aliasing under real threads."""
+
+import pytest
+import torch
+from ops_cases import furthest, relative, states
+
+from bench.kernels_measure import peak_bytes
+from minidistill_kernels import (
+    linear_distill,
+    linear_logprob,
+    linear_reverse_kl,
+    reference,
+    reverse_kl,
+    selective_logprob,
+)
+from minidistill_kernels.linear_op import linear_op
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32_products():
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def on_gpu(case):
+    return {name: x.cuda() for name, x in case.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [401, 5000, 151936])
+def test_rows(dtype, vocab):
+    torch.manual_seed(0)
+    s, t = (torch.randn(33, vocab, device="cuda").mul(2).to(dtype) for _ in range(2))
+    ids = torch.randint(0, vocab, (33,), device="cuda")
+    ours, truth = s.clone().requires_grad_(), s.double().requires_grad_()
+    logp, entropy = selective_logprob(ours, ids, return_entropy=True)
+    kl = reverse_kl(ours, t)
+    want_logp, want_entropy = reference.selective_logprob(truth, ids)
+    want_kl = reference.reverse_kl(truth, t)
+    assert furthest(logp, want_logp) <= 1e-5
+    assert furthest(entropy, want_entropy) <= 2e-5
+    assert furthest(kl, want_kl) <= 5e-6 * max(1.0, float(want_kl.max()))
+    (logp + entropy + kl).sum().backward()
+    (want_logp + want_entropy + want_kl).sum().backward()
+    limit = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
+    assert relative(ours.grad, truth.grad) <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("estimator", ["full", "sampled", "top_k"])
+@pytest.mark.parametrize("own_head", [False, True])
+def test_distill(dtype, estimator, own_head):
+    case = on_gpu(states(300, 7001, 128, dtype=dtype))
+    options = {
+        "h_t_NH": case["h_t"], "teacher_weight": case["own"] if own_head else None,
+        "advantage_N": case["advantage"], "sampler_logp_N": case["sampler"],
+        "estimator": estimator, "teacher_tau": 1.0, "temperature": 0.9,
+    }  # fmt: skip
+    ours, truth = case["h_s"].clone().requires_grad_(), case["h_s"].double().requires_grad_()
+    got = linear_distill(ours, case["weight"], case["ids"], chunk=128, **options)
+    want = reference.linear_distill(truth, case["weight"], case["ids"], **options)
+    got.loss.sum().backward()
+    want["loss"].sum().backward()
+    limit = 2e-5 if dtype == torch.float32 else 5e-3
+    assert relative(ours.grad, truth.grad) <= limit
+    value = 2e-5 if dtype == torch.float32 else 1e-2
+    assert relative(got.kl, want["kl"]) <= value
+    assert furthest(got.logp, want["logp"]) <= 2e-5
+
+
+@pytest.mark.parametrize("gap", [0.006, 0.018])
+def test_small_kl_in_bf16(gap):
+    case = on_gpu(states(64, 32768, 1024, dtype=torch.bfloat16, gap=gap))
+    truth = case["h_s"].double().requires_grad_()
+    weight = case["weight"].double()
+    want = reference.reverse_kl(truth @ weight.t(), case["h_t"].double() @ weight.t())
+    ours = case["h_s"].clone().requires_grad_()
+    kl = linear_reverse_kl(ours, case["h_t"], case["weight"], chunk=32)
+    assert relative(kl, want) <= 0.01
+    kl.sum().backward()
+    want.sum().backward()
+    assert relative(ours.grad, truth.grad) <= 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scoring_without_logits(dtype):
+    case = on_gpu(states(1000, 50257, 768, dtype=dtype))
+    logits = case["h_s"].double() @ case["weight"].double().t()
+    want, want_entropy = reference.selective_logprob(logits, case["ids"])
+    call = lambda: linear_logprob(  # noqa: E731
+        case["h_s"], case["weight"], case["ids"], return_entropy=True
+    )
+    logp, entropy = call()
+    assert furthest(logp, want) <= 2e-5
+    assert furthest(entropy, want_entropy) <= 2e-5
+    assert peak_bytes(call, "cuda") < 8 << 20
+    assert torch.equal(call()[0], logp)
+
+
+def test_more_than_two_billion_logits():
+    """N * V past 2^31 in one tensor, and more rows than grid axes 1 and 2 could hold."""
+    n, v = 70_000, 32_000
+    x = torch.randn(n, v, device="cuda", dtype=torch.bfloat16)
+    ids = torch.randint(0, v, (n,), device="cuda")
+    logp, _ = selective_logprob(x, ids)
+    for rows in (slice(0, 4), slice(n - 4, n)):
+        assert furthest(logp[rows], reference.selective_logprob(x[rows], ids[rows])[0]) <= 1e-5
+
+
+def test_peak_memory_is_bounded_by_the_chunk():
+    v, h, chunk = 64_000, 256, 512
+    weight = torch.randn(v, h, device="cuda", dtype=torch.bfloat16)
+
+    def extra(n):
+        h_s = torch.randn(n, h, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        h_t = torch.randn(n, h, device="cuda", dtype=torch.bfloat16)
+        call = lambda: linear_reverse_kl(h_s, h_t, weight, chunk=chunk).sum().backward()  # noqa: E731
+        call()
+        return peak_bytes(call, "cuda") - 8 * n * h
+
+    assert extra(2048) < 8 * chunk * v
+    assert extra(8192) < 1.1 * extra(2048)
+
+
+def test_repeated_runs_are_equal():
+    """In-place gradients would differ from run to run if threads overtook one another."""
+    case = on_gpu(states(512, 30_000, 256, dtype=torch.bfloat16))
+    gradients = []
+    for _ in range(5):
+        hidden = case["h_s"].clone().requires_grad_()
+        linear_reverse_kl(hidden, case["h_t"], case["weight"], chunk=200).sum().backward()
+        gradients.append(hidden.grad)
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
+
+
+def test_torch_backend_on_cuda(monkeypatch):
+    monkeypatch.setenv("MINIDISTILL_KERNELS", "torch")
+    case = on_gpu(states(50, 1000, 64, dtype=torch.bfloat16))
+    truth = case["h_s"].double().requires_grad_()
+    weight = case["weight"].double()
+    want = reference.reverse_kl(truth @ weight.t(), case["h_t"].double() @ weight.t())
+    hidden = case["h_s"].clone().requires_grad_()
+    kl = linear_reverse_kl(hidden, case["h_t"], case["weight"])
+    kl.sum().backward()
+    want.sum().backward()
+    assert relative(kl, want) <= 1e-2
+    assert relative(hidden.grad, truth.grad) <= 5e-3
+
+
+def test_opcheck():
+    case = on_gpu(states(3, 30, 16))
+    settings = [0.5, 1.0, 0.5, 0.8, 2.0, 0.125, 8.0]
+    torch.library.opcheck(
+        linear_op,
+        (case["h_s"].requires_grad_(), case["weight"], case["ids"], case["h_t"], None,
+         case["advantage"], case["sampler"], None, None, None, None, "full", 4, settings,
+         None, 2, True),
+    )  # fmt: skip
+
+
+def test_compiled_by_inductor():
+    case = on_gpu(states(40, 500, 32))
+
+    def loss(hidden):
+        return linear_reverse_kl(hidden, case["h_t"], case["weight"]).sum()
+
+    plain, compiled = (case["h_s"].clone().requires_grad_() for _ in range(2))
+    loss(plain).backward()
+    torch.compile(loss, fullgraph=True)(compiled).backward()
+    assert relative(compiled.grad, plain.grad) <= 1e-5

@@ -1,0 +1,23 @@
+"""The same tests once more with the Triton kernels, interpreted, in a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ops_cases import INTERPRETED
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(INTERPRETED, reason="already inside the interpreter's process")
+@pytest.mark.parametrize("name", ["rows", "linear", "distill", "triton"])
+def test_triton_kernels_under_the_interpreter(name):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"MINIDISTILL_KERNELS": "interpret", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / f"test_ops_{name}.py")],
+        env=env, cwd=HERE.parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
