@@ -9,19 +9,19 @@ from itertools import groupby
 
 import numpy as np
 
+from minidistill.config.orchestrator import EnvConfig
 from minidistill.engines.base import Advance, stable_seed
 from minidistill.envs import Environment, load_environment
 from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.types import Reward, Rollout, Task
 
 
-def load_environments(configs: Iterable[object], where: str) -> dict[str, Environment]:
+def load_environments(configs: Iterable[EnvConfig], where: str) -> dict[str, Environment]:
     """Environments by name, in the configuration's order."""
-    found = {}
-    for index, config in enumerate(configs):
-        place = f"{where}.{index}"
-        found[config.name] = load_environment(config.id, config.args, place)  # type: ignore[attr-defined]
-    return found
+    return {
+        config.name: load_environment(config.id, config.args, f"{where}.{index}")
+        for index, config in enumerate(configs)
+    }
 
 
 class TaskSampler:
@@ -33,6 +33,12 @@ class TaskSampler:
     def __init__(self, environments: Mapping[str, Environment], seed: int) -> None:
         self.environments, self.seed = environments, seed
         self.starts = np.cumsum([0, *(len(e.train) for e in environments.values())])
+        if not len(self):
+            raise UserError(
+                "the environments have no training tasks",
+                where="orchestrator.env",
+                fix="raise the number of training examples in their args",
+            )
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def __len__(self) -> int:
@@ -69,7 +75,9 @@ def score(
             reward = environments[rollout.prompt.env].score(task, rollout.text)
             if not math.isfinite(reward.value):
                 raise ValueError(f"the reward is {reward.value}")
-            rewards.append(reward)
+            # numpy's and torch's scalars too become what JSON can hold
+            figures = {name: float(value) for name, value in reward.metrics.items()}
+            rewards.append(Reward(float(reward.value), figures))
         except Exception as error:  # an environment is anybody's code
             rewards.append(None)
             errors.append(f"task {task.id}: {type(error).__name__}: {error}")
@@ -79,7 +87,7 @@ def score(
 
 def check_errors(errors: Sequence[str], total: int, limit: float) -> None:
     """Raise UserError (exit code 4) where more than `limit` of `total` rollouts failed."""
-    if errors and len(errors) > limit * total:
+    if errors and len(errors) / total > limit:
         raise UserError(
             f"the environment failed on {len(errors)} of {total} rollouts, first: {errors[0]}",
             where="orchestrator.env",

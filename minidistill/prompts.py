@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from minidistill.errors import UserError
 from minidistill.types import Message, Prompt, Task
 
@@ -43,14 +45,21 @@ class PromptBuilder:
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
         """The chat template's text, up to where the assistant's answer begins."""
-        return str(
-            self.tokenizer.apply_chat_template(
+        try:
+            text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        )
+        except TemplateError as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise UserError(
+                f"the model's chat template refuses messages of the roles {roles}: {error}",
+                where="model.name",
+                fix='use context_placement = "user", or an environment without such messages',
+            ) from error
+        return str(text)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a rendered text; the template wrote the special tokens already."""
@@ -91,7 +100,8 @@ class PromptBuilder:
     def _probe_default_system(self) -> str:
         user = {"role": "user", "content": "x"}
         bare = self.render([user])
-        before, found, after = self.render([{"role": "system", "content": _MARK}, user]).partition(_MARK)  # fmt: skip
+        marked = self.render([{"role": "system", "content": _MARK}, user])
+        before, found, after = marked.partition(_MARK)
         if not found:
             raise UserError(
                 "the model's chat template drops system messages",
@@ -104,11 +114,14 @@ class PromptBuilder:
 
     def joint_warning(self, prompt: Prompt) -> str | None:
         """A warning where the context runs into the prompt's text without white space."""
-        at = prompt.teacher_text.find(self.context)
-        end = at + len(self.context)
-        cut = end if self.placement == "user" else at
-        joint = prompt.teacher_text[max(cut - 1, 0) : cut + 1]
-        if at < 0 or any(c.isspace() for c in joint) or not joint[-1].isalnum():
+        messages = prompt.task.messages
+        beside = next((m["content"] for m in messages if m["role"] == self.placement), None)
+        if self.placement == "user":
+            left, right = self.context, _edge(beside, 0)
+        else:
+            left, right = self.default_system if beside is None else _edge(beside, -1), self.context
+        joint = left[-1:] + right[:1]
+        if len(joint) < 2 or joint[0].isspace() or not joint[1].isalnum():
             return None
         return f"the context runs into the text beside it ({joint!r}): put white space between them"
 
@@ -117,5 +130,14 @@ def _join(first: Any, second: Any) -> Any:
     """Two contents in a row, where one may be a list of typed parts."""
     if isinstance(first, str) and isinstance(second, str):
         return first + second
-    parts = [[{"type": "text", "text": c}] if isinstance(c, str) else list(c) for c in (first, second)]  # fmt: skip
-    return parts[0] + parts[1]
+    return [*_parts(first), *_parts(second)]
+
+
+def _parts(content: Any) -> list[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _edge(content: Any, end: int) -> str:
+    """The text at the beginning (0) or end (-1) of a content, "" where there is none."""
+    parts = _parts(content or "")
+    return parts[end].get("text", "") if parts else ""

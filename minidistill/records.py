@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from minidistill.rundir import write_atomic
+from minidistill.rundir import finite, write_atomic
 from minidistill.types import Rollout, TokenStats
 
 SCHEMA_VERSION = 1
@@ -47,13 +47,14 @@ def write_rollouts(
     `offsets[r]:offsets[r + 1]`.
     """
     lines = [
-        json.dumps(_line(step, r, s, texts), ensure_ascii=False)
+        json.dumps(_line(step, r, s, texts), ensure_ascii=False) + "\n"
         for r, s in zip(rollouts, stats, strict=True)
     ]
-    write_atomic(directory / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
+    write_atomic(directory / f"step_{step:06d}.jsonl", "".join(lines))
     lengths = torch.tensor([0, *(len(r.completion.token_ids) for r in rollouts)])
+    ids = [t for r in rollouts for t in r.completion.token_ids]
     tensors = {
-        "token_ids": torch.tensor([t for r in rollouts for t in r.completion.token_ids]),
+        "token_ids": torch.tensor(ids, dtype=torch.int64),
         "student_logprobs": torch.tensor([p for s in stats for p in s.student]),
         "teacher_logprobs": torch.tensor([p for s in stats for p in s.teacher]),
         "sampler_logprobs": torch.tensor([p for r in rollouts for p in r.completion.logprobs]),
@@ -79,11 +80,13 @@ def _line(step: int, rollout: Rollout, stats: TokenStats, texts: TokenTexts) -> 
         "teacher_prompt_text": prompt.teacher_text,
         "completion": rollout.text,
         "reward": None if reward is None else reward.value,
-        "reward_metrics": {} if reward is None else reward.metrics,
+        "reward_metrics": {}
+        if reward is None
+        else {k: finite(v) for k, v in reward.metrics.items()},
         "advantage": rollout.advantage,
         "stop": completion.stop,
         "truncated": completion.truncated,
-        "mean_logprob_gap": sum(gaps) / len(gaps),
-        "worst_logprob_gap": max(gaps),
+        "mean_logprob_gap": finite(sum(gaps) / len(gaps)),
+        "worst_logprob_gap": finite(max(gaps)),
         "tokens": texts(completion.token_ids),
     }

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -57,28 +58,33 @@ def choose_path(loaded: LoadedConfig, resume: bool) -> Path:
     if given is not None:
         path = Path(given).expanduser()
     else:
-        taken = [p for p in Path("runs").glob(f"{name}*") if _number(p.name, name) is not None]
+        beside = Path("runs").iterdir() if Path("runs").is_dir() else ()
+        taken = [p for p in beside if _number(p.name, name) is not None]
         taken.sort(key=lambda p: _number(p.name, name) or 0)
         last = _number(taken[-1].name, name) if taken else 0
         path = taken[-1] if resume and taken else Path("runs") / _numbered(name, (last or 0) + 1)
     where = loaded.provenance.get("output_dir", "output_dir")
-    holds_run = (path / "config.resolved.json").exists()
+    holds_run = os.path.exists(path / "config.resolved.json")
     if resume and not holds_run:
-        raise UserError(f"there is no run to resume in {path}", where, "check --output_dir, or leave --resume out")  # fmt: skip
-    if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        what = "holds a run already" if holds_run else "exists and is not empty"
-        raise UserError(f"{path} {what}", where, "choose another --output_dir, or go on with --resume")  # fmt: skip
-    parent = next(p for p in [path, *path.absolute().parents] if p.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise UserError(f"{path} cannot be written: {parent} is not a writable directory", where, "choose another --output_dir")  # fmt: skip
+        fix = "check --output_dir, or leave --resume out"
+        raise UserError(f"there is no run to resume in {path}", where, fix)
+    fix = "choose another --output_dir"
+    if holds_run and not resume:
+        raise UserError(f"{path} holds a run already", where, f"{fix}, or go on with --resume")
+    parent = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+    if not (parent.is_dir() and os.access(parent, os.R_OK | os.W_OK | os.X_OK)):
+        what = f"{path} cannot be written: {parent} is not a writable directory"
+        raise UserError(what, where, fix)
+    if not resume and parent == path and any(path.iterdir()):
+        raise UserError(f"{path} exists and is not empty", where, fix)
     return path
 
 
 def _number(directory: str, name: str) -> int | None:
-    rest = directory[len(name) :]
-    if rest == "":
+    if directory == name:
         return 1
-    return int(rest[1:]) if rest[0] == "-" and rest[1:].isdigit() else None
+    found = re.fullmatch(re.escape(name) + "-([0-9]+)", directory)
+    return int(found[1]) if found else None
 
 
 def _numbered(name: str, number: int) -> str:
@@ -108,7 +114,7 @@ class RunDir:
 
     def check_same(self, loaded: LoadedConfig) -> None:
         """Raise UserError where a resumed run would go on under another configuration."""
-        before = _flat(json.loads((self.path / "config.resolved.json").read_text()))
+        before = _flat(self.read("config.resolved.json"))
         now = _flat(loaded.resolved())
         free = {"output_dir"} | {key for key in {*before, *now} if key.startswith("wandb")}
         changed = sorted(k for k in {*before, *now} - free if before.get(k) != now.get(k))
@@ -124,7 +130,7 @@ class RunDir:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append a record. Figures that are no numbers become null."""
-        clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        clean = {k: finite(v) for k, v in metrics.items()}
         with writing(self.metrics_path), open(self.metrics_path, "a") as file:
             file.write(json.dumps({"step": step, **clean}) + "\n")
 
@@ -136,27 +142,31 @@ class RunDir:
 
     def column(self, name: str) -> list[float]:
         """A metric's values over the records that have it."""
-        records = map(json.loads, self.metrics_path.read_text().splitlines())
+        records = map(json.loads, self.metrics_path.read_bytes().splitlines()[: self.lines()])
         return [r[name] for r in records if r.get(name) is not None]
 
     def truncate(self, lines: int) -> None:
         """Keep the first `lines` records: what came after the resumed checkpoint is done again."""
         kept = b""
         with contextlib.suppress(FileNotFoundError):
-            kept = b"".join(self.metrics_path.read_bytes().splitlines(keepends=True)[:lines])
+            # a writer that was killed may have left half a line
+            whole = self.metrics_path.read_bytes().splitlines(keepends=True)[: self.lines()]
+            kept = b"".join(whole[:lines])
         write_atomic(self.metrics_path, kept)
 
     def read(self, name: str) -> Any:
         """A JSON file of the run, or None where it is not there yet."""
         path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_bytes()) if path.exists() else None
 
     def write(self, name: str, value: Any) -> None:
         write_atomic(self.path / name, _json(value))
 
     def clear_rollouts_after(self, step: int) -> None:
+        """Remove later steps' rollouts, and what a killed writer left aside."""
         for file in (self.path / "rollouts").glob("step_*"):
-            if int(file.stem.removeprefix("step_")) > step:
+            number = file.name.removeprefix("step_").partition(".")[0]
+            if file.suffix == ".tmp" or int(number) > step:
                 file.unlink()
 
 
@@ -179,6 +189,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def finite(value: float) -> float | None:
+    """The value, None where it is no number: JSON knows neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
@@ -186,7 +201,7 @@ def _json(value: Any) -> str:
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, item in value.items():
         flat |= _flat(item, f"{prefix}.{key}" if prefix else key)
     return flat

@@ -32,7 +32,7 @@ from minidistill.trainer.trainer import Trainer
 from minidistill.types import Metrics, Prompt, Rollout
 from minidistill.ui import Display, Sample
 
-CHECKED_TASKS = 64  # tasks of each split whose prompts are built and measured before the run
+CHECKED_TASKS = 32  # tasks of each split whose prompts are built and measured before the run
 
 
 def finished_board(loaded: LoadedConfig) -> dict[str, Any] | None:

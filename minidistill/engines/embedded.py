@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minidistill.engines.base import Advance, Request
+from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.trainer.batching import collate, common_prefix, split_by_tokens
 from minidistill.trainer.forward import (
     MIN_PREFIX,
@@ -207,16 +208,27 @@ class EmbeddedEngine:
 
 
 def sample(logits_BV: Tensor, temperature: float, draws_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids by inverse transform of uniform draws in [0, 1), and their log-probs, fp32."""
+    """Token ids by inverse transform of uniform draws in [0, 1), and their log-probs, fp32.
+
+    Raises UserError (exit code 4) for logits that are no numbers.
+    """
     logits_BV = logits_BV.float()
+    if not torch.isfinite(logits_BV.amax(dim=-1)).all():
+        raise UserError(
+            "the model's logits are no numbers",
+            where="sampling",
+            fix="lower trainer.optim.lr and start again, or resume an earlier checkpoint",
+            exit_code=EXIT_HEALTH,
+        )
     if temperature == 0:
         logp_BV = torch.log_softmax(logits_BV, dim=-1)
         chosen_B = logits_BV.argmax(dim=-1)
     else:
         logp_BV = torch.log_softmax(logits_BV / temperature, dim=-1)
         mass_BV = logp_BV.exp().double().cumsum(dim=-1)
-        # `right` skips tokens of no mass; scaling by the total leaves none outside
-        points_B1 = (draws_B[:, None] * mass_BV[:, -1:]).contiguous()
+        # `right` skips tokens of no mass; a point rounded up to the total would fall off the end
+        total_B1 = mass_BV[:, -1:]
+        below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
+        points_B1 = torch.minimum(draws_B[:, None] * total_B1, below_B1).contiguous()
         chosen_B = torch.searchsorted(mass_BV, points_B1, right=True)[:, 0]
-        chosen_B = chosen_B.clamp(max=logits_BV.shape[1] - 1)
     return chosen_B, logp_BV.gather(1, chosen_B[:, None])[:, 0]

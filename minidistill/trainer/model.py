@@ -49,6 +49,7 @@ def _hub_arguments(config: Config) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _readable_errors(name: str) -> Iterator[None]:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
