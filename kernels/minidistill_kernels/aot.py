@@ -159,14 +159,16 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="the JSON report to write")
-    parser.add_argument("--match", default="", help="only configurations whose name has this")
+    parser.add_argument(
+        "--match", action="append", help="only configurations whose name has this; repeatable"
+    )
     parser.add_argument("--sm", type=int, choices=ARCHITECTURES, action="append")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("error: unset TRITON_INTERPRET; interpreted kernels are not compiled")
     import triton
 
-    wanted = [c for c in configurations() if args.match in c.name]
+    wanted = [c for c in configurations() if any(m in c.name for m in args.match or [""])]
     rows = [
         {"sm": sm, "name": c.name, **compile_one(c, sm)}
         for sm in args.sm or ARCHITECTURES

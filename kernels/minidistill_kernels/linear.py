@@ -47,7 +47,8 @@ def linear_logprob(
         ids: (N,) int64 or int32; -100 is padding.
         valid: (N,) bool; rows that are False are not computed: 0 and no gradient.
         return_entropy: also the entropy of each row; it has no gradient, asking for it raises.
-        chunk: tokens at a time; None fits 64 MiB of fp32 logits on a CPU, 1 GiB on CUDA.
+        chunk: tokens at a time; None fits 64 MiB of fp32 logits on a CPU, 1 GiB on CUDA. Of no
+            effect on CUDA without a gradient, where logits never exist.
 
     Returns:
         (N,) fp32 log-probs, and (N,) fp32 entropies in nats or None.

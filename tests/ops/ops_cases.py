@@ -6,11 +6,18 @@ import os
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from minidistill_kernels import linear_distill, reference
 
 INTERPRETED = os.environ.get("MINIDISTILL_KERNELS") == "interpret"
+searched = settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=12 if INTERPRETED else 60,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 # The interpreter truncates fp32 to bf16, a GPU rounds.
 BF16_GRADIENT = 6e-3 if INTERPRETED else 5e-3
 

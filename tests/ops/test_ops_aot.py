@@ -39,17 +39,18 @@ def test_limits_bite():
     assert aot.failures([row | {"spill_bytes": 0, "shared_bytes": 1 << 20}])
 
 
-@pytest.mark.parametrize("match", LIVE)
-def test_the_main_kernels_compile_as_stored(match, tmp_path):
+def test_the_main_kernels_compile_as_stored(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT / "kernels")}
     out = tmp_path / "report.json"
+    chosen = [word for match in LIVE for word in ("--match", match)]
     done = subprocess.run(
-        [sys.executable, "-m", "minidistill_kernels.aot", str(out), "--match", match],
+        [sys.executable, "-m", "minidistill_kernels.aot", str(out), *chosen],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    live = json.loads(out.read_text())["kernels"]
-    assert len(live) >= 3
-    stored = json.loads(STORED.read_text())["kernels"]
-    assert all(row in stored for row in live)
+    live, stored = json.loads(out.read_text()), json.loads(STORED.read_text())
+    assert len(live["kernels"]) == 21
+    # Registers are the compiler's choice: equal figures only from an equal compiler.
+    if live["triton"] == stored["triton"]:
+        assert all(row in stored["kernels"] for row in live["kernels"])

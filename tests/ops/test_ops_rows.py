@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ops_cases import BF16_GRADIENT, INTERPRETED, furthest, relative
+from ops_cases import BF16_GRADIENT, INTERPRETED, furthest, relative, searched
 
 from minidistill_kernels import reference, reverse_kl, selective_logprob, triton_rows
 from minidistill_kernels.rows import kl_op, logprob_op
@@ -25,6 +25,7 @@ def logits(draw, rows=4):
     return make(), make(), generator
 
 
+@searched
 @given(case=logits(), temperature=st.sampled_from([0.5, 1.0, 1.7]))
 def test_logprob_entropy_and_gradient(case, temperature):
     x, _, generator = case
@@ -44,6 +45,7 @@ def test_logprob_entropy_and_gradient(case, temperature):
     assert not ours.grad[2].any()
 
 
+@searched
 @given(case=logits(), temperature=st.sampled_from([0.5, 1.0, 1.7]))
 def test_reverse_kl_and_gradient(case, temperature):
     x, t, _ = case

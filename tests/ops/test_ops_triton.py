@@ -3,13 +3,9 @@ gradient overwrites, splits of the scoring kernel. Runs in the interpreter's pro
 
 import pytest
 import torch
-from ops_cases import INTERPRETED, furthest, relative, states
+from ops_cases import furthest, relative, states
 
 from minidistill_kernels import reference, triton_rows, triton_score
-
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED, reason="run by test_ops_interpreter.py with MINIDISTILL_KERNELS=interpret"
-)
 
 
 def run_rows(s, x, pair, out, temperature=0.8, mix=(1.0, -0.5)):
