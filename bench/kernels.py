@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def cpu_gates(rows: list[dict[str, Any]], grown: float) -> list[dict[str, Any]]:
     return [{**gate, "held": gate["value"] <= gate["limit"]} for gate in gates]
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
@@ -148,14 +149,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="quantities whose name has this")
     parser.add_argument("--ours", action="store_true", help="without the peers")
     parser.add_argument("--out", type=Path, help="JSON; the plot lies beside it")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 150)
-    args = arguments()
+    args = arguments(argv)
     shape = Shape(args.n, args.v, args.h, getattr(torch, args.dtype), args.device)
     errors, bounds = correctness(shape), limits(shape)
     for name, error in errors.items():

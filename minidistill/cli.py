@@ -1,4 +1,4 @@
-"""The command line: `run`, `config` and `report`. What is heavy is imported where it is used."""
+"""The command line: `run`, `config`, `report`, `bench`. Heavy imports stand where they are used."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ usage: minidistill COMMAND …
   run FILES… [--key VALUE]…     train
   config FILES… [--key VALUE]…  show every setting and where it comes from
   report DIR                    write a run's HTML report again
+  bench NAME                    measure on this machine: kernels
 
   --help      also after a command
   --version
@@ -76,6 +77,17 @@ Write the HTML report of the run in DIR again and print its path.
 
 example:
   minidistill report runs/sokoban
+"""
+
+
+_BENCH_HELP = """\
+usage: minidistill bench kernels [--help] [options]
+
+Measure the kernels on this machine; the same as `python -m bench.kernels` in a checkout, which
+takes the options.
+
+example:
+  minidistill bench kernels
 """
 
 
@@ -153,6 +165,21 @@ def _report(args: list[str]) -> int:
     return EXIT_OK
 
 
+def _bench(args: list[str]) -> int:
+    if not args or args[0] != "kernels":
+        raise UserError("bench takes what to measure", fix="minidistill bench kernels")
+    sys.path.insert(0, os.getcwd())  # benchmarks are part of a checkout, not of the package
+    try:
+        from bench import kernels
+    except ModuleNotFoundError as error:
+        if error.name not in ("bench", "bench.kernels"):
+            raise
+        raise UserError(
+            "the benchmarks are not here", os.getcwd(), "run this in a checkout of the project"
+        ) from None
+    return kernels.main(args[1:])
+
+
 def _load(command: str, args: list[str]) -> LoadedConfig:
     if not args:
         fix = f"minidistill {command} configs/sokoban.toml"
@@ -225,4 +252,5 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "run": (_run, _RUN_HELP),
     "config": (_config, _CONFIG_HELP),
     "report": (_report, _REPORT_HELP),
+    "bench": (_bench, _BENCH_HELP),
 }

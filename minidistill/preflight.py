@@ -79,7 +79,7 @@ def check_lengths(config: Config, limit: int, prompts: Sequence[Prompt]) -> None
             f"context and prompt ({len(longest.teacher_ids)} tokens, task {longest.task.id}) plus "
             f"max_tokens ({tokens}) make {need} tokens, more than {by} ({limit})",
             where="seq_len, orchestrator.teacher_model.context, orchestrator.sampling.max_tokens",
-            fix="shorten the context, lower max_tokens, or raise seq_len (at most what the model takes)",
+            fix="shorten the context, lower max_tokens, or raise seq_len within the model's limit",
         )
 
 

@@ -30,8 +30,9 @@ def run(path: Path, *flags: str) -> int:
 
 def start(path: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
     """A tiny run in a process of its own."""
+    command = [sys.executable, "-m", "minidistill", "run", SOKOBAN, *TINY]
     return subprocess.Popen(
-        [sys.executable, "-m", "minidistill", "run", SOKOBAN, *TINY, "--output_dir", str(path), *flags],
+        [*command, "--output_dir", str(path), *flags],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         env={**os.environ, **environment},
     )  # fmt: skip

@@ -21,7 +21,9 @@ BAD = {
     "a context longer than the model": (
         (CONTEXT, "again and again " * 2000, "--seq_len", "100000"), EXIT_USAGE, "longest sequence",
     ),
-    "a context longer than seq_len": ((CONTEXT, "again and again " * 60), EXIT_USAGE, "seq_len (256)"),
+    "a context longer than seq_len": (
+        (CONTEXT, "again and again " * 60), EXIT_USAGE, "seq_len (256)",
+    ),
     "an unknown environment": (("--orchestrator.env.0.id", "chess"), EXIT_USAGE, "sokoban-env"),
     "an environment's unknown argument": (
         ("--orchestrator.env.0.args.max_q", "3"), EXIT_USAGE, "max_q",
@@ -86,7 +88,9 @@ def test_an_unwritable_output(
 
 
 def crashing(every: int) -> tuple[str, ...]:
-    return ("--orchestrator.env.0.id", "broken_envs:crashing", "--orchestrator.env.0.args.every", str(every), "--orchestrator.env.0.name", "broken")  # fmt: skip
+    env = "--orchestrator.env.0"
+    named = (f"{env}.id", "broken_envs:crashing", f"{env}.name", "broken")
+    return (*named, f"{env}.args.every", str(every))
 
 
 def test_a_crashing_environment_drops_its_rollouts(
@@ -117,7 +121,8 @@ def test_an_environment_that_crashes_too_often_stops_the_run(
 def test_an_environment_without_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "empty.toml"
     config.write_text(
-        '[orchestrator.teacher_model]\ncontext = "x "\n\n[[orchestrator.env]]\nid = "broken_envs:empty"\n'
+        '[orchestrator.teacher_model]\ncontext = "x "\n'
+        '[[orchestrator.env]]\nid = "broken_envs:empty"\n'
     )
     assert cli.main(["run", str(config), "--output_dir", str(tmp_path / "out")]) == EXIT_USAGE
     assert "no tasks" in capsys.readouterr().err

@@ -30,7 +30,13 @@ def requests(lab: Lab, context: bool = False) -> list[Request]:
     return [Request(view, 7 + i) for i, view in enumerate(views)]
 
 
-def reference(lab: Lab, prompt: tuple[int, ...], completion: tuple[int, ...], student: bool, temperature: float = 1.0) -> list[float]:  # fmt: skip
+def reference(
+    lab: Lab,
+    prompt: tuple[int, ...],
+    completion: tuple[int, ...],
+    student: bool,
+    temperature: float = 1.0,
+) -> list[float]:
     """Log-probs from one plain forward pass of the whole sequence."""
     model = lab.policy.model
     ids = torch.tensor([[*prompt, *completion]])
@@ -95,7 +101,8 @@ def test_greedy_is_transformers_greedy(lab: Lab) -> None:
 def test_stops_lengths_and_progress(lab: Lab) -> None:
     told: list[int] = []
     asked = requests(lab)
-    found = lab.engine.generate(asked, max_tokens=5, temperature=1.0, student=True, advance=told.append)  # fmt: skip
+    settings = {"max_tokens": 5, "temperature": 1.0, "student": True}
+    found = lab.engine.generate(asked, **settings, advance=told.append)
     assert sum(told) == len(asked)
     eos = lab.policy.tokenizer.eos_token_id
     for completion in found:

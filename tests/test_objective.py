@@ -32,7 +32,8 @@ def test_sampled_gradient_averages_to_the_full_one(teacher_tau: float, student_t
     pi = torch.log_softmax(z, -1)[0].exp().detach()
 
     def expected(estimator: str) -> Tensor:
-        out = objective(wide, teacher.expand(V, V), every, estimator=estimator, advantage_N=advantage, **taus)  # fmt: skip
+        settings = {"estimator": estimator, "advantage_N": advantage, **taus}
+        out = objective(wide, teacher.expand(V, V), every, **settings)
         return gradient((pi * out.loss).sum(), z)
 
     torch.testing.assert_close(expected("sampled"), expected("full"), rtol=1e-12, atol=1e-14)

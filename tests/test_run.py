@@ -32,8 +32,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_directory(finished: Path) -> None:
     names = {p.name for p in finished.iterdir()}
     assert names >= {
-        "config.toml", "config.resolved.json", "env.json", "metrics.jsonl", "rollouts", "report.html",
-        "logs", "checkpoints", "adapter", "scoreboard.json",
+        "config.toml", "config.resolved.json", "env.json", "metrics.jsonl", "rollouts",
+        "report.html", "logs", "checkpoints", "adapter", "scoreboard.json",
     }  # fmt: skip
     assert {p.name for p in (finished / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors",
@@ -94,6 +94,23 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
     assert records(tmp_path / "other")[1] != records(finished)[1]
 
 
+@pytest.mark.parametrize("estimator", ["full", "sampled", "top_k"])
+def test_the_interpreted_kernels_give_the_same_run(tmp_path: Path, estimator: str) -> None:
+    """The Triton kernels, interpreted, in place of their twins in torch: same metrics."""
+    flags = ("--max_steps", "1", "--orchestrator.batch_size", "4", "--no-orchestrator.eval")
+    flags += ("--no-orchestrator.teacher_model.eval_baseline", "--trainer.loss.top_k", "5")
+    flags += ("--trainer.loss.estimator", estimator)
+    process = start(tmp_path / "interpret", *flags, MINIDISTILL_KERNELS="interpret")
+    assert run(tmp_path / "torch", *flags) == EXIT_OK
+    assert process.wait() == EXIT_OK, process.stdout and process.stdout.read()
+    ours, twins = records(tmp_path / "interpret"), records(tmp_path / "torch")
+    assert [r["step"] for r in ours] == [1]
+    for one, other in zip(ours, twins, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            assert one[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
 def kill_when(path: Path, step: int, tail: float = 0.0) -> None:
     """Start a run and SIGKILL it once a step is in its metrics, `tail` seconds later."""
     process = start(path)
@@ -121,7 +138,8 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
     for name in ("step_000003", "step_000006"):
         ours, whole = (p / "rollouts" / f"{name}.jsonl" for p in (path, finished))
         assert ours.read_bytes() == whole.read_bytes()
-    ours, whole = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (path, finished))
+    name = "adapter/adapter_model.safetensors"
+    ours, whole = load_file(path / name), load_file(finished / name)
     assert all((ours[name] == whole[name]).all() for name in whole)
 
 

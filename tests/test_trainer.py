@@ -198,8 +198,9 @@ def test_live_and_averaged_teachers(configure: Configure) -> None:
         moved |= not torch.equal(student, start)
         assert not average.requires_grad
     assert moved
-    kl = [make.trainer.step(live.rollouts, 1, lambda count: None).metrics["teacher_kl"] for make in (live, lab)]  # fmt: skip
-    assert kl[0] != pytest.approx(kl[1], rel=1e-3)
+    steps = [one.trainer.step(live.rollouts, 1, lambda count: None) for one in (live, lab)]
+    kl, other = (step.metrics["teacher_kl"] for step in steps)
+    assert kl != pytest.approx(other, rel=1e-3)
 
 
 def test_learning_rates(configure: Configure) -> None:

@@ -32,7 +32,10 @@ CHAT = (
     ("Name a fruit.", "An apple is a fruit."),
     ("How many days are in a week?", "There are seven days in a week."),
     ("What do bees make?", "Bees make honey."),
-    ("Write a short poem about the sea.", "The sea is wide, the sea is blue, it sings to me " "and you."),
+    (
+        "Write a short poem about the sea.",
+        "The sea is wide, the sea is blue, it sings to me and you.",
+    ),
     ("What is the opposite of hot?", "The opposite of hot is cold."),
     ("Tell me about cats.", "Cats are small animals that like to sleep in the sun."),
     ("What is two plus two?", "Two plus two is four."),
@@ -43,4 +46,4 @@ CHAT = (
     ("What is a book?", "A book is a set of pages with words to read."),
     ("Recommend a drink.", "Try a cup of green tea with honey."),
     ("Say good night.", "Good night, sleep well."),
-)  # fmt: skip
+)
