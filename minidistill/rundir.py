@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -103,10 +104,13 @@ class RunDir:
 
     def create(self, loaded: LoadedConfig, facts: Mapping[str, Any]) -> None:
         """Make the directory and write what the run is made of."""
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        try:
             for name in ("checkpoints", "rollouts", "logs"):
-                (self.path / name).mkdir(exist_ok=True)
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"{self.path} cannot be written: {error.strerror}"
+            where = loaded.provenance.get("output_dir", "output_dir")
+            raise UserError(what, where, "choose another --output_dir") from error
         write_atomic(self.path / "config.toml", loaded.text)
         write_atomic(self.path / "env.json", _json({**machine(), **facts}))
         # last: the file that makes a directory a run
@@ -133,6 +137,12 @@ class RunDir:
         clean = {k: finite(v) for k, v in metrics.items()}
         with writing(self.metrics_path), open(self.metrics_path, "a") as file:
             file.write(json.dumps({"step": step, **clean}) + "\n")
+
+    def note(self, text: str) -> None:
+        """Add a line to logs/run.log. What can't be noted is not worth a run."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError), open(self.path / "logs" / "run.log", "a") as file:
+            file.write(f"{stamp}  {text}\n")
 
     def lines(self) -> int:
         """Whole records so far."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -11,12 +14,13 @@ from typing import Any
 from minidistill import preflight
 from minidistill.config import LoadedConfig
 from minidistill.data import TaskSampler, check_errors, load_environments, score, with_advantages
+from minidistill.devices import pick_device
 from minidistill.engines import EmbeddedEngine, Request
 from minidistill.engines.base import stable_seed
 from minidistill.errors import UserError
 from minidistill.evaluate import Evaluator, Scores
 from minidistill.header import header
-from minidistill.monitors import open_monitors
+from minidistill.monitors import check_monitors, open_monitors
 from minidistill.prompts import PromptBuilder
 from minidistill.records import TokenTexts, write_rollouts
 from minidistill.rundir import RunDir, choose_path
@@ -26,7 +30,6 @@ from minidistill.trainer.model import (
     load_model_config,
     load_policy,
     load_tokenizer,
-    pick_device,
 )
 from minidistill.trainer.trainer import Trainer
 from minidistill.types import Metrics, Prompt, Rollout
@@ -52,7 +55,8 @@ class Session:
         self.dir = RunDir(choose_path(loaded, resume))
         if resume:
             self.dir.check_same(loaded)
-        device = pick_device(config)
+        device = pick_device(loaded)
+        check_monitors(config)
         tokenizer = load_tokenizer(config)
         self.environments = load_environments(orchestrator.env, "orchestrator.env")
         teacher = orchestrator.teacher_model
@@ -76,10 +80,12 @@ class Session:
         self._seconds_before = 0.0
         if resume:
             self._resume()
-        else:
-            self.dir.create(loaded, {"device": str(device), "dtype": str(self.policy.dtype)})
+        shown = header(config, self.policy, self.trainer, self.dir.path, self.first_step)
+        if not resume:
+            self.dir.create(loaded, {"header": shown.rows})
         self.monitor = open_monitors(config, self.dir.path, self.warn)
-        display.open(header(config, self.policy, self.trainer, self.dir.path, self.first_step))
+        display.open(shown)
+        self.dir.note(f"started at step {self.first_step}: {shlex.join(sys.argv[1:])}")
         for text in warnings:
             self.warn(text)
 
@@ -92,11 +98,14 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self.dir.note("".join(traceback.format_exception(error)))
         self.engine.close()
         self.monitor.close(None)
 
     def warn(self, text: str) -> None:
         self.display.note(text, warning=True)
+        self.dir.note(f"warning: {text}")
 
     # -- setting up ----------------------------------------------------------------------------
 

@@ -41,6 +41,9 @@ BAD = {
     ),
     "a GPU id twice": (("--trainer_gpu_ids", "1,1"), EXIT_USAGE, "trainer_gpu_ids"),
     "a GPU that is not there": (("--trainer_gpu_ids", "63"), EXIT_ENVIRONMENT, "GPU 63"),
+    "replicas of the embedded engine": (
+        ("--inference.parallel.dp", "2"), EXIT_USAGE, "inference.parallel.dp (--inference",
+    ),
     "skipped verification with a reward": (
         ("--orchestrator.buffer.skip_verification",), EXIT_USAGE, "adv_tau",
     ),

@@ -6,7 +6,9 @@ import pytest
 from minidistill.scoreboard import RESAMPLES, build, compare, pooled
 
 
-def reference(before: list[float], teacher: list[float], student: list[float], seed: int) -> dict:  # type: ignore[type-arg]
+def reference(
+    before: list[float], teacher: list[float], student: list[float], seed: int
+) -> dict[str, float]:
     """One resample at a time, in plain Python sums, from the same random picks."""
     rng = np.random.default_rng(seed)
     picks = rng.integers(0, len(before), size=(RESAMPLES, len(before)))

@@ -15,6 +15,9 @@ ENTRY_POINTS = "minidistill.environments"
 BUILT_IN = {"sokoban-env": "minidistill.envs.sokoban:load"}
 
 
+Factory = Callable[..., "Environment"]
+
+
 class Environment(Protocol):
     """Tasks and scoring.
 
@@ -37,7 +40,7 @@ def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "
     if id in BUILT_IN:
         factory = _import(BUILT_IN[id], where)
     elif id in installed:
-        factory = installed[id].load()
+        factory = _load(id, installed[id].load, where)
     elif ":" in id:
         factory = _import(id, where)
     else:
@@ -59,13 +62,20 @@ def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "
     return factory(**(args or {}))
 
 
-def _import(path: str, where: str) -> Callable[..., Environment]:
+def _import(path: str, where: str) -> Factory:
     module, _, name = path.partition(":")
+    return _load(path, lambda: getattr(import_module(module), name), where)
+
+
+def _load(path: str, load: Callable[[], Any], where: str) -> Factory:
     try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        factory = load()
+        if not callable(factory):
+            raise TypeError(f"{factory!r} is no function")
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"cannot load the environment {path!r}: {error}",
             where=where,
             fix="name an importable module and a function in it, as module:function",
         ) from error
+    return factory

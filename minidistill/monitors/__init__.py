@@ -11,7 +11,7 @@ from minidistill.types import Metrics
 if TYPE_CHECKING:
     from minidistill.config import Config
 
-__all__ = ["Monitor", "open_monitors"]
+__all__ = ["Monitor", "check_monitors", "open_monitors"]
 
 
 class Monitor(Protocol):
@@ -39,17 +39,24 @@ class _Monitors:
             monitor.close(summary)
 
 
+def check_monitors(config: Config) -> None:
+    """Raise UserError (exit code 3) where a package that `config` asks for is missing."""
+    if config.wandb is not None:
+        from minidistill.monitors.weights_and_biases import require
+
+        require()
+
+
 def open_monitors(config: Config, run_dir: Path, warn: Callable[[str], None]) -> Monitor:
     """The monitors that `config` asks for. `warn` is called from the thread that calls `log`.
 
-    Raises UserError (exit code 3) where a package is missing; all else that goes wrong with a
-    monitor is a warning.
+    Raises as `check_monitors` does; all else that goes wrong with a monitor is a warning.
     """
+    check_monitors(config)
     monitors: list[Monitor] = []
     if config.wandb is not None:
         from minidistill.monitors.background import Background
-        from minidistill.monitors.weights_and_biases import Wandb, require
+        from minidistill.monitors.weights_and_biases import Wandb
 
-        require()
         monitors.append(Background("W&B", lambda: Wandb(config, run_dir), warn))
     return _Monitors(monitors)

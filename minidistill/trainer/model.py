@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from minidistill.config import Config
-from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.devices import pick_dtype
+from minidistill.errors import UserError
 from minidistill.models import resolve
 
 STUDENT = "default"  # peft's own name for a single adapter, so that a saved one is plain PEFT
 EMA = "ema"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -59,37 +59,6 @@ def _readable_errors(name: str) -> Iterator[None]:
             fix="name a built-in model (tiny-sokoban), a local folder in Hugging Face layout, "
             "or a hub id that this machine can reach",
         ) from error
-
-
-def pick_device(config: Config) -> torch.device:
-    """The trainer's device. Raises UserError (exit code 3) for GPU ids that are not there."""
-    asked = [
-        id
-        for ids in (config.inference_gpu_ids, config.teacher_gpu_ids, config.trainer_gpu_ids)
-        for id in ids or ()
-    ]
-    count = torch.cuda.device_count()
-    missing = sorted({id for id in asked if id >= count})
-    if missing:
-        raise UserError(
-            f"GPU {', '.join(map(str, missing))} is asked for, this machine has {count}",
-            where="inference_gpu_ids, teacher_gpu_ids, trainer_gpu_ids",
-            fix="leave the ids out to run on what is here"
-            if count == 0
-            else f"use 0 to {count - 1}",
-            exit_code=EXIT_ENVIRONMENT,
-        )
-    if count == 0:
-        return torch.device("cpu")
-    return torch.device("cuda", (config.trainer_gpu_ids or [0])[0])
-
-
-def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
-    if config.model.dtype != "auto":
-        return DTYPES[config.model.dtype]
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
 
 
 @dataclass(slots=True)

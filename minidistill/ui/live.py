@@ -24,6 +24,17 @@ REFRESH_HZ = 4
 """Redrawing takes some milliseconds of the trainer's interpreter: enough to look alive."""
 
 
+def render_header(header: Header) -> Panel:
+    """What is said once at the start."""
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(overflow="fold")
+    for name, value in header.rows:
+        rows.add_row(Text(clean(name)), Text(clean(value)))
+    title = Text(clean(header.title), "bold")
+    return Panel(rows, title=title, box=box.ROUNDED, border_style="dim")
+
+
 class LiveDisplay:
     """Draws from its own thread; the calls of the run only store what is to be drawn."""
 
@@ -34,13 +45,7 @@ class LiveDisplay:
         self._live: Live | None = None
 
     def open(self, header: Header) -> None:
-        rows = Table.grid(padding=(0, 2))
-        rows.add_column(style="dim", no_wrap=True)
-        rows.add_column(overflow="fold")
-        for name, value in header.rows:
-            rows.add_row(Text(clean(name)), Text(clean(value)))
-        title = Text(clean(header.title), "bold")
-        self._console.print(Panel(rows, title=title, box=box.ROUNDED, border_style="dim"))
+        self._console.print(render_header(header))
         self._frame.open(header)
         self._live = Live(self._frame, console=self._console, refresh_per_second=REFRESH_HZ)
         # An exception that nobody turns into `close` must not leave the cursor hidden.

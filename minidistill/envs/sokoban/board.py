@@ -11,10 +11,9 @@ import hashlib
 from dataclasses import dataclass, field
 
 MOVES = "UDLR"
-XSB = {"wall": "#", "player": "@", "player_on_goal": "+", "box": "$", "box_on_goal": "*",
-       "goal": ".", "floor": " "}  # fmt: skip
-RG = {"wall": "+", "player": "*", "player_on_goal": "%", "box": "@", "box_on_goal": "$",
-      "goal": "X", "floor": "-"}  # fmt: skip
+KINDS = ("wall", "player", "player_on_goal", "box", "box_on_goal", "goal", "floor")
+XSB = dict(zip(KINDS, "#@+$*. ", strict=True))
+RG = dict(zip(KINDS, "+*%@$X-", strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Board:
 
     @classmethod
     def parse(cls, text: str) -> Board:
-        """Read XSB rows. Raises ValueError unless there is one player and as many boxes as goals."""
+        """Read XSB rows. Raises ValueError unless they hold one player and a goal for each box."""
         rows = text.strip("\n").split("\n")
         width = max(map(len, rows))
         walls = goals = boxes = 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Literal, overload
 
-from minidistill.envs.sokoban.board import RG, XSB, Board
+from minidistill.envs.sokoban.board import KINDS, RG, XSB, Board
 from minidistill.envs.sokoban.levels import Difficulty, Level, LevelSet
 from minidistill.envs.sokoban.solver import UNREACHABLE, push_distances
 from minidistill.envs.sokoban.text import parse_moves, prompt_text
@@ -34,7 +36,8 @@ class Tasks(Sequence[Task]):
     def __getitem__(self, index: int | slice) -> Task | Sequence[Task]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        level = self.levels[range(len(self))[index]]
+        index = range(len(self))[index]
+        level = self.levels[index]
         return Task(f"{self.split}/{index}", self.env.messages(level), level)
 
 
@@ -74,14 +77,13 @@ class SokobanEnv:
             illegal += after is None
             board = after or board
         on_goal = (board.boxes & board.goals).bit_count() / board.goals.bit_count()
+        # 1 for a shortest solution, less the longer it is, 0 where the level is not solved
+        shortness = len(level.solution) / len(moves) if moves and board.solved else 0.0
         parts = {
             "solved": float(moves is not None and board.solved),
             "boxes_on_goal": on_goal if moves is not None else 0.0,
             "format": float(moves is not None),
-            # 1 for a shortest solution, less the longer it is, 0 where the level is not solved
-            "length_vs_optimal": len(level.solution) / len(moves)
-            if moves and board.solved
-            else 0.0,
+            "length_vs_optimal": shortness,
         }
         metrics = {
             **parts,
@@ -127,18 +129,12 @@ def load(
     """
     _require(rules in ("prompt", "omit"), "rules", rules, 'use "prompt" or "omit"')
     _require(answer in ("tag", "bare"), "answer", answer, 'use "tag" or "bare"')
-    _require(num_train_examples > 0, "num_train_examples", num_train_examples, "use 1 or more")
-    _require(num_eval_examples > 0, "num_eval_examples", num_eval_examples, "use 1 or more")
-    table = {"xsb": XSB, "rg": RG}.get(symbols) if isinstance(symbols, str) else symbols
-    if (
-        table is None
-        or set(table) != set(XSB)
-        or len(set(table.values())) != len(XSB)
-        or any(not isinstance(c, str) or not c or "\n" in c for c in table.values())
+    for name, count in (
+        ("num_train_examples", num_train_examples),
+        ("num_eval_examples", num_eval_examples),
     ):
-        _require(False, "symbols", symbols, f'use "xsb", "rg" or a table of {", ".join(XSB)}, all different')  # fmt: skip
-    unknown = set(weights or {}) - set(WEIGHTS)
-    _require(not unknown, "weights", sorted(unknown), f"the parts are {', '.join(WEIGHTS)}")
+        _require(isinstance(count, int) and count > 0, name, count, "use a whole number above 0")
+    _require(isinstance(seed, int), "seed", seed, "use a whole number")
     difficulty = Difficulty(
         min_w, max_w, min_h, max_h, min_boxes, max_boxes, max_depth,
         min_moves, max_moves, min_pushes, max_pushes, min_boxes_off_goal,
@@ -148,14 +144,39 @@ def load(
         num_train_examples,
         num_eval_examples,
         seed,
-        dict(table or XSB),
+        _symbols(symbols),
         " " if symbols == "rg" else "",
         rules == "prompt",
         answer == "tag",
-        {**WEIGHTS, **(weights or {})},
+        _weights(weights),
     )
+
+
+def _symbols(given: object) -> dict[str, str]:
+    table = {"xsb": XSB, "rg": RG}.get(given) if isinstance(given, str) else given
+    fix = f'use "xsb", "rg" or a table of {", ".join(KINDS)}, none the beginning of another'
+    if not isinstance(table, dict) or set(table) != set(KINDS):
+        raise _refusal("symbols", given, fix)
+    chars = list(table.values())
+    _require(all(isinstance(c, str) and "\n" not in c for c in chars), "symbols", given, fix)
+    _require(not any(a.startswith(b) for a, b in permutations(chars, 2)), "symbols", given, fix)
+    return {kind: table[kind] for kind in KINDS}
+
+
+def _weights(given: object) -> dict[str, float]:
+    table = {} if given is None else given
+    fix = f"use a table of numbers; the parts are {', '.join(WEIGHTS)}"
+    if not isinstance(table, dict) or not set(table) <= set(WEIGHTS):
+        raise _refusal("weights", given, fix)
+    numbers = all(isinstance(w, int | float) and math.isfinite(w) for w in table.values())
+    _require(numbers, "weights", given, fix)
+    return {**WEIGHTS, **table}
 
 
 def _require(condition: bool, name: str, value: object, fix: str) -> None:
     if not condition:
-        raise UserError(f"sokoban-env: {name} = {value!r} cannot be used", where="args", fix=fix)
+        raise _refusal(name, value, fix)
+
+
+def _refusal(name: str, value: object, fix: str) -> UserError:
+    return UserError(f"sokoban-env: {name} = {value!r} cannot be used", where="args", fix=fix)

@@ -6,6 +6,7 @@ A level's split is read off its symmetry-free hash, so that no train level equal
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,7 +22,12 @@ from minidistill.errors import UserError
 
 EVAL_SHARE = 4  # one hash in four belongs to the eval split
 ATTEMPTS = 20_000  # rejected rooms before the settings are called impossible
+SEARCH_STATES = 100_000  # a room that takes a longer search is passed over
 SLOW_SECONDS = 2.0  # generation that took longer than this is kept on disk
+
+
+def _refusal(what: str, fix: str) -> UserError:
+    return UserError(f"sokoban-env: {what}", where="args", fix=fix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +48,29 @@ class Difficulty:
     min_boxes_off_goal: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("w", "h", "boxes"):
+        for name, value in dataclasses.asdict(self).items():
+            open_ended = value is None and name in ("max_moves", "max_pushes")
+            if not (isinstance(value, int) or open_ended):
+                raise _refusal(f"{name} = {value!r} is not a whole number", f"correct {name}")
+        for name in ("w", "h", "boxes", "moves", "pushes"):
             low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
-            if low > high:
-                raise UserError(
-                    f"sokoban-env: min_{name} = {low} is above max_{name} = {high}",
-                    where="args",
-                    fix=f"choose min_{name} <= max_{name}",
-                )
+            if high is not None and low > high:
+                what = f"min_{name} = {low} is above max_{name} = {high}"
+                raise _refusal(what, f"choose min_{name} <= max_{name}")
+        if self.min_moves > self.max_depth:
+            what = f"min_moves = {self.min_moves} is above max_depth = {self.max_depth}"
+            raise _refusal(what, "choose min_moves <= max_depth")
         if min(self.min_w, self.min_h) < 4 or self.min_boxes < 1 or self.max_w * self.max_h > 4096:
-            raise UserError(
-                "sokoban-env: a level needs at least 4 x 4 cells (walls included), one box, "
+            raise _refusal(
+                "a level needs at least 4 x 4 cells (walls included), one box, "
                 "and at most 4096 cells",
-                where="args",
-                fix="raise min_w, min_h or min_boxes, or lower max_w or max_h",
+                "raise min_w, min_h or min_boxes, or lower max_w or max_h",
+            )
+        # an empty answer would solve a level with no box to move
+        if not 1 <= self.min_boxes_off_goal <= self.max_boxes:
+            raise _refusal(
+                f"min_boxes_off_goal = {self.min_boxes_off_goal} cannot be met",
+                f"choose 1 to max_boxes = {self.max_boxes}",
             )
 
     @property
@@ -85,13 +100,12 @@ def generate(difficulty: Difficulty, seed: int, split: str, index: int, taken: s
         key = board.key()
         if (key % EVAL_SHARE == 0) != (split == "eval") or key in taken:
             continue
-        solution = solve(board, max_moves=difficulty.move_limit)
+        solution = solve(board, difficulty.move_limit, SEARCH_STATES)
         if solution is not None and _fits(difficulty, board, solution):
             return Level(board.render(), solution, key)
-    raise UserError(
-        f"sokoban-env: no new level in {ATTEMPTS} tries for {split} level {index}",
-        where="args",
-        fix="ask for fewer examples or widen the sizes, boxes or move bounds",
+    raise _refusal(
+        f"no new level in {ATTEMPTS} tries for {split} level {index}",
+        "ask for fewer examples or widen the sizes, boxes or move bounds",
     )
 
 
@@ -141,19 +155,19 @@ def _largest_component(floor: set[int], width: int) -> set[int]:
 
 
 def _fits(difficulty: Difficulty, board: Board, solution: str) -> bool:
-    pushes = 0
+    pushes, most = 0, difficulty.max_pushes
     for move in solution:
         after = board.step(move)
         assert after is not None, "the solver made an illegal move"
         pushes += after.boxes != board.boxes
         board = after
     return len(solution) >= difficulty.min_moves and (
-        difficulty.min_pushes <= pushes <= (difficulty.max_pushes or pushes)
+        difficulty.min_pushes <= pushes <= (pushes if most is None else most)
     )
 
 
 class LevelSet:
-    """A split's levels in order, generated when first asked for, kept on disk where that was slow."""
+    """A split's levels in order, generated when first asked for, kept on disk if that was slow."""
 
     def __init__(self, difficulty: Difficulty, seed: int, split: str, count: int) -> None:
         self.difficulty, self.seed, self.split, self.count = difficulty, seed, split, count
@@ -186,23 +200,37 @@ class LevelSet:
 
     @property
     def cache_path(self) -> Path:
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
         bounds = "-".join(str(v) for v in dataclasses.astuple(self.difficulty))
         return home / "minidistill" / "sokoban" / f"v1-{bounds}-{self.seed}-{self.split}.jsonl"
 
     def _read_cache(self) -> list[Level]:
         try:
             lines = self.cache_path.read_text().splitlines()[: self.count]
-            return [Level(**json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError):
+            levels = [Level(**json.loads(line)) for line in lines]
+            return levels if all(map(_sound, levels)) else []
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError):
             return []  # no cache, or a damaged one: generate
 
     def _write_cache(self) -> None:
-        path = self.cache_path
-        try:
+        lines = "".join(json.dumps(dataclasses.asdict(v)) + "\n" for v in self._levels)
+        # a cache that cannot be written costs time, not the run
+        with contextlib.suppress(OSError, RuntimeError):
+            path = self.cache_path
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                file.writelines(json.dumps(dataclasses.asdict(v)) + "\n" for v in self._levels)
-            os.replace(file.name, path)
-        except OSError:
-            pass  # a cache that cannot be written costs time, not the run
+            with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+                (Path(aside) / path.name).write_text(lines)
+                os.replace(Path(aside) / path.name, path)
+
+
+def _sound(level: Level) -> bool:
+    """Whether a level read from disk is what was written: its hash is right, its answer solves."""
+    board = Board.parse(level.board)
+    if board.key() != level.key:
+        return False
+    for move in level.solution:
+        after = board.step(move)
+        if after is None:
+            return False
+        board = after
+    return board.solved

@@ -113,7 +113,7 @@ def _a_star(board: Board, distance: list[int], max_moves: int, max_states: int) 
     heap = [(estimate, 0, start, estimate)]
     closed = set()
     while heap and len(cost) <= max_states:
-        total, _, state, remaining = heapq.heappop(heap)
+        _, _, state, remaining = heapq.heappop(heap)
         if state in closed:
             continue
         closed.add(state)

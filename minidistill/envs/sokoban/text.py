@@ -17,16 +17,20 @@ BARE = "Give the moves (U, D, L, R) alone."
 
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
 _WORDS = {"up": "U", "down": "D", "left": "L", "right": "R"}
-_TOKEN = re.compile(r"(up|down|left|right)(?![a-z])|([udlr]+)(?![a-z])|[\s,;.:>\-→'\"`\[\]()]+", re.IGNORECASE)  # fmt: skip
+_TOKEN = re.compile(
+    r"(up|down|left|right)(?![a-z])|([udlr]+)|[\s,;.:>\-→'\"`\[\]()]+", re.IGNORECASE
+)
 
 
 def prompt_text(board: str, symbols: dict[str, str], rules: bool, tagged: bool) -> str:
     """The user message for a rendered board."""
     task = f"{TASK} {TAGGED if tagged else BARE}"
     if rules:
-        names = {kind.replace("_", " "): repr(char).strip("'") for kind, char in symbols.items()}
-        legend = ", ".join(f"{char or 'space'} {kind}" for kind, char in names.items())
-        return f"{RULES.format(legend=legend.replace('  floor', 'space floor'))}\n{task}\n\n{board}"
+        legend = ", ".join(
+            f"{'space' if char == ' ' else char} {kind.replace('_', ' ')}"
+            for kind, char in symbols.items()
+        )
+        return f"{RULES.format(legend=legend)}\n{task}\n\n{board}"
     return f"{task}\n\n{board}"
 
 

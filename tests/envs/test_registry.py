@@ -1,0 +1,103 @@
+"""Where environments are found, and what is said of those that are not."""
+
+import sys
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minidistill.envs import base, load_environment
+from minidistill.envs.sokoban import SokobanEnv
+from minidistill.errors import EXIT_USAGE, UserError
+
+MODULE = """
+class Echo:
+    def __init__(self, word):
+        self.word, self.train, self.eval = word, [], []
+
+def make(word, times=1):
+    return Echo(word * times)
+"""
+
+
+@pytest.fixture
+def echo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An importable module with an environment of somebody else's."""
+    (tmp_path / "echo_env.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "echo_env", raising=False)
+    return "echo_env"
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
+    found = EntryPoints(EntryPoint(n, v, base.ENTRY_POINTS) for n, v in points.items())
+    monkeypatch.setattr(base, "entry_points", lambda group: found.select(group=group))
+
+
+def refusal(id: str, args: dict[str, Any] | None = None) -> UserError:
+    with pytest.raises(UserError) as caught:
+        load_environment(id, args, "a.toml:3 orchestrator.env.0")
+    assert caught.value.exit_code == EXIT_USAGE
+    assert caught.value.fix
+    return caught.value
+
+
+def word(id: str, args: dict[str, Any]) -> str:
+    env: Any = load_environment(id, args)
+    return env.word
+
+
+def test_built_in() -> None:
+    env = load_environment("sokoban-env", {"num_train_examples": 2, "num_eval_examples": 1})
+    assert isinstance(env, SokobanEnv)
+    assert (len(env.train), len(env.eval)) == (2, 1)
+    assert len(load_environment("sokoban-env").train) == 1000
+
+
+def test_module_and_function(echo: str) -> None:
+    assert word(f"{echo}:make", {"word": "a", "times": 3}) == "aaa"
+    assert word(f"{echo}:Echo", {"word": "b"}) == "b"
+
+
+def test_entry_point(echo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, parrot=f"{echo}:make")
+    assert word("parrot", {"word": "a"}) == "a"
+
+
+def test_an_entry_point_does_not_replace_a_built_in(
+    echo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, **{"sokoban-env": f"{echo}:make"})
+    assert isinstance(load_environment("sokoban-env"), SokobanEnv)
+
+
+def test_an_unknown_id_lists_the_known(echo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, parrot=f"{echo}:make")
+    error = refusal("sokoban")
+    assert error.what == "unknown environment 'sokoban'"
+    assert error.where == "a.toml:3 orchestrator.env.0"
+    assert "parrot, sokoban-env" in error.fix
+    assert "module:function" in error.fix
+
+
+@pytest.mark.parametrize("id", ["no_such_module:make", "echo_env:absent", "echo_env:"])
+def test_a_path_to_nothing(echo: str, id: str) -> None:
+    assert repr(id) in refusal(id).what
+
+
+@pytest.mark.parametrize("args", [{}, {"word": "a", "colour": "red"}, {"colour": "red"}], ids=str)
+def test_args_that_do_not_fit(echo: str, args: dict[str, Any]) -> None:
+    error = refusal(f"{echo}:make", args)
+    assert "'word'" in error.what or "'colour'" in error.what
+    assert "(word, times=1)" in error.fix
+
+
+def test_a_built_in_refuses_its_args() -> None:
+    assert "'levels'" in refusal("sokoban-env", {"levels": 3}).what
+    assert "min_w = 9" in refusal("sokoban-env", {"min_w": 9}).what
+
+
+def test_an_error_of_the_environment_is_its_own(echo: str) -> None:
+    with pytest.raises(TypeError, match="multiply"):
+        load_environment(f"{echo}:make", {"word": "a", "times": "b"})

@@ -1,0 +1,247 @@
+"""Boards and solver against a second Sokoban, played on the characters of the board's text."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minidistill.envs.sokoban import solver
+from minidistill.envs.sokoban.board import MOVES, RG, XSB, Board
+from minidistill.envs.sokoban.levels import Difficulty, LevelSet
+from minidistill.envs.sokoban.solver import UNREACHABLE, push_distances, solve
+
+STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
+LEAVE = {"@": " ", "+": ".", "$": " ", "*": "."}
+EMOJI = dict(zip(XSB, "🧱🙂😎📦🎁🎯⬜", strict=True))
+FEW = settings(deadline=None, derandomize=True, max_examples=60)
+
+FOUR_BOXES = """\
+######
+#. $.#
+# $@ #
+#  $ #
+#.$ .#
+######"""
+
+
+def shove(text: str, move: str) -> str | None:
+    """The board's text after a move, None where it cannot be made."""
+    grid = [list(row) for row in text.split("\n")]
+    y, x = next((y, x) for y, row in enumerate(grid) for x, c in enumerate(row) if c in "@+")
+    dy, dx = STEPS[move]
+    ahead = grid[y + dy][x + dx]
+    if ahead == "#":
+        return None
+    if ahead in "$*":
+        beyond = grid[y + 2 * dy][x + 2 * dx]
+        if beyond not in " .":
+            return None
+        grid[y + 2 * dy][x + 2 * dx] = "*" if beyond == "." else "$"
+    grid[y + dy][x + dx] = "+" if ahead in ".*" else "@"
+    grid[y][x] = LEAVE[grid[y][x]]
+    return "\n".join(map("".join, grid))
+
+
+def replay(text: str, moves: str) -> list[str]:
+    """Every board on the way; fails at an illegal move."""
+    boards = [text]
+    for move in moves:
+        after = shove(boards[-1], move)
+        assert after is not None
+        boards.append(after)
+    return boards
+
+
+def brute_force(text: str) -> str | None:
+    """Of the shortest solutions the first in the order U, D, L, R."""
+    if "$" not in text:
+        return ""
+    layer: dict[str, tuple[int, ...]] = {text: ()}
+    seen = {text}
+    while layer:
+        following: dict[str, tuple[int, ...]] = {}
+        for board, path in layer.items():
+            for index, move in enumerate(MOVES):
+                after = shove(board, move)
+                if after is not None and after not in seen:
+                    longer = (*path, index)
+                    following[after] = min(following.get(after, longer), longer)
+        if done := [path for board, path in following.items() if "$" not in board]:
+            return "".join(MOVES[i] for i in min(done))
+        seen |= following.keys()
+        layer = following
+    return None
+
+
+def symmetric(text: str) -> set[str]:
+    """A board's text turned and mirrored in all eight ways."""
+    rows = text.split("\n")
+    forms = set()
+    for flipped in (rows, rows[::-1]):
+        for mirrored in (flipped, [row[::-1] for row in flipped]):
+            forms.add("\n".join(mirrored))
+            forms.add("\n".join("".join(column) for column in zip(*mirrored, strict=True)))
+    return forms
+
+
+@st.composite
+def rooms(draw: st.DrawFn, most_boxes: int = 3) -> str:
+    """Walled rooms of up to 4 x 3 cells, solvable or not, solved or not."""
+    width, height = draw(st.integers(2, 4)), draw(st.integers(2, 3))
+    cells = [(y, x) for y in range(height) for x in range(width)]
+    count = draw(st.integers(1, min(most_boxes, len(cells) - 2)))
+    order = draw(st.permutations(cells))
+    player, boxes = order[0], set(order[1 : count + 1])
+    walls = set(order[count + 1 : count + 1 + draw(st.integers(0, 3))])
+    goals = set(draw(st.permutations([c for c in order if c not in walls]))[:count])
+    rows = ["#" * (width + 2)]
+    for y in range(height):
+        row = ""
+        for cell in ((y, x) for x in range(width)):
+            goal = cell in goals
+            if cell in walls:
+                row += "#"
+            elif cell == player:
+                row += "+" if goal else "@"
+            elif cell in boxes:
+                row += "*" if goal else "$"
+            else:
+                row += "." if goal else " "
+        rows.append(f"#{row}#")
+    return "\n".join([*rows, rows[0]])
+
+
+@FEW
+@given(rooms())
+def test_text_survives_the_board_in_every_notation(text: str) -> None:
+    board = Board.parse(text)
+    assert board.render() == text
+    assert board.solved == ("$" not in text)
+    for table in (RG, EMOJI):
+        back = {symbol: XSB[kind] for kind, symbol in table.items()}
+        rows = board.render(table, " ").split("\n")
+        assert "\n".join("".join(back[c] for c in row.split(" ")) for row in rows) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("####\n#@$.\n# #", "+ + + +\n+ * @ X\n+ - + +"),
+        ("+ *$#", "% - $ @ +"),
+    ],
+)
+def test_the_rg_notation(text: str, expected: str) -> None:
+    assert Board.parse(text).render(RG, " ") == expected
+
+
+def test_short_rows_are_filled_with_wall() -> None:
+    assert Board.parse("\n####\n#@$.#\n###\n").render() == "#####\n#@$.#\n#####"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "#####", "#@@#", "#@+.$$#", "#@$#", "#@.#", "#@$.x#", "#@$.#\r\n#####"]
+)
+def test_a_malformed_board_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"XSB|player"):
+        Board.parse(text)
+
+
+@FEW
+@given(rooms(), st.text("UDLR", max_size=30))
+def test_moves(text: str, moves: str) -> None:
+    board = Board.parse(text)
+    for move in moves:
+        after, expected = board.step(move), shove(text, move)
+        assert (after and after.render()) == expected
+        board, text = after or board, expected or text
+
+
+@FEW
+@given(rooms(), rooms())
+def test_only_symmetric_boards_share_a_key(one: str, other: str) -> None:
+    key = Board.parse(one).key()
+    assert {Board.parse(text).key() for text in symmetric(one)} == {key}
+    assert (Board.parse(other).key() == key) == (other in symmetric(one))
+    assert key < 2**64
+
+
+def lone_pushes(text: str) -> dict[tuple[int, int], int]:
+    """Fewest pushes to a goal from each cell, by trying forwards (relaxing until all is still)."""
+    grid = text.split("\n")
+    free = {(y, x) for y, row in enumerate(grid) for x, c in enumerate(row) if c != "#"}
+    pushes = {(y, x): 0 if grid[y][x] in ".+*" else UNREACHABLE for y, x in free}
+    for _ in free:
+        for y, x in free:
+            for dy, dx in STEPS.values():
+                if (y + dy, x + dx) in free and (y - dy, x - dx) in free:
+                    pushes[y, x] = min(pushes[y, x], 1 + pushes[y + dy, x + dx])
+    return {cell: min(count, UNREACHABLE) for cell, count in pushes.items()}
+
+
+@FEW
+@given(rooms())
+def test_push_distances(text: str) -> None:
+    board = Board.parse(text)
+    found = push_distances(board)
+    for (y, x), pushes in lone_pushes(text).items():
+        assert found[y * board.width + x] == pushes
+
+
+@FEW
+@given(rooms())
+def test_solutions_are_the_first_of_the_shortest(text: str) -> None:
+    expected, board = brute_force(text), Board.parse(text)
+    assert solve(board) == expected
+    if expected:
+        assert solve(board, max_moves=len(expected)) == expected
+        assert solve(board, max_moves=len(expected) - 1) is None
+
+
+@FEW
+@given(rooms())
+def test_a_star_is_as_short(text: str) -> None:
+    board, expected = Board.parse(text), brute_force(text)
+    distance = push_distances(board)
+    found = solver._a_star(board, distance, 10**6, 10**6)
+    if expected is None or found is None:
+        assert found is expected
+        return
+    assert len(found) == len(expected)
+    assert "$" not in replay(text, found)[-1]
+    if found:
+        assert solver._a_star(board, distance, len(found) - 1, 10**6) is None
+
+
+def test_ties_go_to_the_first_move() -> None:
+    text = "######\n#@   #\n# $  #\n#   .#\n######"
+    assert solve(Board.parse(text)) == brute_force(text) == "DRRURD"  # and RDLDRR
+
+
+def test_a_star_is_as_short_on_levels_of_many_moves() -> None:
+    levels = LevelSet(Difficulty(6, 7, 6, 7, 2, 3, min_moves=12), 0, "train", 25)
+    for level in (levels[i] for i in range(25)):
+        board = Board.parse(level.board)
+        found = solver._a_star(board, push_distances(board), 10**6, 10**6)
+        assert found is not None
+        assert len(found) == len(level.solution)
+        assert "$" not in replay(level.board, found)[-1]
+
+
+def test_four_boxes() -> None:
+    solution, expected = solve(Board.parse(FOUR_BOXES)), brute_force(FOUR_BOXES)
+    assert solution is not None
+    assert expected is not None
+    assert len(solution) == len(expected)
+    assert "$" not in replay(FOUR_BOXES, solution)[-1]
+
+
+@pytest.mark.parametrize("boxes", [1, 4])
+def test_the_search_is_bounded(boxes: int) -> None:
+    rows = ["#@ $ .#", *["#  $ .#"] * (boxes - 1), "#     #"]
+    text = "\n".join(["#" * 7, *rows, "#" * 7])
+    board = Board.parse(text)
+    assert solve(board) is not None
+    assert solve(board, max_states=3) is None
+
+
+def test_a_cornered_box_has_no_solution() -> None:
+    assert solve(Board.parse("#####\n#$ @#\n#  .#\n#####")) is None
