@@ -217,7 +217,7 @@ def test_a_directory_that_holds_a_run_is_not_written_over(
 def test_a_disk_that_takes_no_more_is_one_clear_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:
-    """The rollouts' folder takes no files for a while; mended, the run goes on as if nothing was."""
+    """The rollouts' folder takes no files for a while; mended, the run goes on."""
     path = tmp_path / "full"
     shutil.copytree(finished, path)
     (path / "scoreboard.json").unlink()

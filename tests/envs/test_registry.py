@@ -101,3 +101,13 @@ def test_a_built_in_refuses_its_args() -> None:
 def test_an_error_of_the_environment_is_its_own(echo: str) -> None:
     with pytest.raises(TypeError, match="multiply"):
         load_environment(f"{echo}:make", {"word": "a", "times": "b"})
+
+
+@pytest.mark.parametrize("id", ["minidistill:__version__", ":x", ".a:b", "broken_here:make"])
+def test_a_path_that_leads_nowhere_is_refused(id: str) -> None:
+    assert "cannot load the environment" in refusal(id).what
+
+
+def test_an_entry_point_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, broken="no_such_module_at_all:make")
+    assert "no_such_module_at_all" in refusal("broken").what
