@@ -135,6 +135,9 @@ def _dispatch(args: list[str]) -> int:
 def _run(args: list[str]) -> int:
     resume = _take(args, "--resume")
     loaded = _load("run", args)
+    # Read once, when torch loads OpenMP: idle threads that spin make a busy machine many times
+    # slower (docs/decisions/0005).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from minidistill.loop import run
 
     return run(loaded, resume=resume)

@@ -11,7 +11,6 @@ never seen.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import time
@@ -230,7 +229,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=192)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--layers", type=int, default=4)
@@ -239,7 +238,6 @@ def main() -> None:
     arguments: dict[str, Any] = vars(parser.parse_args())
     arguments["learning_rate"] = arguments.pop("lr")
     train(**arguments)
-    print(json.dumps({"seed": SEED}))
 
 
 if __name__ == "__main__":
