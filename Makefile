@@ -30,7 +30,7 @@ setup: $(READY)
 # With an NVIDIA GPU: vLLM and the torch it wants. Without one: torch first, so that nothing pulls
 # another build of it, then the pinned rest.
 $(READY): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("minidistill needs Python 3.11 or newer" * (sys.version_info < (3, 11)))'
+	@$(PYTHON) -c 'import sys; sys.exit("minidistill needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	@echo "setting up .venv (a few minutes, once)"
 	@$(PYTHON) -m venv .venv
 	@if nvidia-smi -L > /dev/null 2>&1; then \
