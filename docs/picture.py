@@ -18,7 +18,7 @@ from minidistill.ui import Header, Sample
 from minidistill.ui.board import render_baseline, render_scoreboard
 from minidistill.ui.live import Frame, render_header
 
-STEP_SHOWN = 0.6  # of the run
+STEP_SHOWN = 0.28  # of the run: where the KL falls
 
 
 def draw(run: Path, out: Path) -> None:

@@ -15,7 +15,7 @@ def scoreboard_rows(board: Mapping[str, Any]) -> list[Row]:
     """(name, value) pairs in reading order, the gap first."""
     get = board.get
     rows = [("gap closed", gap(board))]
-    if get("verdict"):
+    if get("verdict") and get("gap_closed") is None:  # else it says what the line above says
         rows.append(("verdict", clean(get("verdict"))))
     rows += [
         (name, number(get(key)))
