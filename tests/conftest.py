@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from shipped import SOKOBAN
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch loads
-
-ROOT = Path(__file__).parent.parent
-SOKOBAN = str(ROOT / "configs" / "sokoban.toml")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

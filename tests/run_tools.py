@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, SOKOBAN
+from shipped import ROOT, SOKOBAN
 
 from minidistill import cli
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SOKOBAN
 from run_tools import TINY, records, run
+from shipped import SOKOBAN
 
 from minidistill import cli
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_HEALTH, EXIT_OK, EXIT_USAGE

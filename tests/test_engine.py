@@ -17,7 +17,7 @@ from minidistill.engines.embedded import sample
 
 @pytest.fixture(scope="module")
 def lab() -> Lab:
-    from conftest import SOKOBAN
+    from shipped import SOKOBAN
 
     from minidistill.config import load_config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SOKOBAN
+from shipped import ROOT, SOKOBAN
 
 from minidistill import cli
 

@@ -29,7 +29,7 @@ def card() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def lab() -> Lab:
-    from conftest import SOKOBAN
+    from shipped import SOKOBAN
 
     from minidistill.config import load_config
 

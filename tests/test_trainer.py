@@ -22,7 +22,7 @@ Configure = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def plain() -> Lab:
-    from conftest import SOKOBAN
+    from shipped import SOKOBAN
 
     from minidistill.config import load_config
 
