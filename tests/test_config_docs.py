@@ -11,6 +11,7 @@ from minidistill.config import docs, load_config
 from minidistill.config.tree import properties, walk
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+OVERLAYS = sorted((Path(__file__).parents[1] / "configs" / "overlays").glob("*.toml"))
 
 
 def test_reference_is_current() -> None:
@@ -40,8 +41,16 @@ def test_shipped_configurations_load_and_fit_the_schema(path: Path) -> None:
     jsonschema.validate(tomli.loads(path.read_text()), json.loads(docs.json_schema()))
 
 
-def test_there_is_a_shipped_configuration() -> None:
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
+def test_shipped_overlays_load_over_every_configuration(path: Path) -> None:
+    for base in CONFIGS:
+        config = load_config([str(base), "@", str(path)]).config
+        assert config != load_config([str(base)]).config
+
+
+def test_there_are_shipped_configurations() -> None:
     assert CONFIGS
+    assert OVERLAYS
 
 
 @pytest.mark.parametrize(
