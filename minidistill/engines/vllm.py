@@ -8,7 +8,7 @@ cache is keyed by it: the base's cached context stays, a former version's is nev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ from minidistill.engines.vllm_options import Options, build_options, wants_vllm
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_HEALTH, UserError
 from minidistill.trainer.model import EMA, STUDENT, Policy
 from minidistill.types import Completion
-from minidistill.weights import Outbox
+from minidistill.weights import CHUNK_BYTES, Outbox, chunked
 
 SLOTS = {STUDENT: 1, EMA: 2}  # vLLM's adapter ids; an id is kept, its name changes
 NAMES = {STUDENT: "student", EMA: "teacher"}
 SEED_BITS = (1 << 63) - 1  # vLLM takes signed 64-bit seeds
 
 Warn = Callable[[str], None]
+Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class VllmEngine:
@@ -40,10 +41,12 @@ class VllmEngine:
         self.options, self.max_restarts, self.warn = options, max_restarts, warn
         self.restarts = 0
         self.bytes_synced = 0
+        self.chunk_bytes = CHUNK_BYTES
         self._policy: Policy | None = None
         self._roles: tuple[str, ...] = ()
         self._teacher_role: str | None = None
         self._version: int | None = None
+        self._weights: Callable[[], Weights] | None = None
         self._ready = False
         self._asleep = False
         self._process = self._start()
@@ -125,6 +128,15 @@ class VllmEngine:
         if self._ready:
             self._keep_alive(self._send_adapters)
 
+    def sync_weights(self, version: int, weights: Callable[[], Weights]) -> None:
+        """Take over a whole model's weights, under Hugging Face's names, in bounded chunks.
+
+        `weights` is kept: a process that is started again is sent what it then gives.
+        """
+        self._version, self._weights = version, weights
+        if self._ready:
+            self._keep_alive(self._send_weights)
+
     def sleep(self) -> None:
         """On a GPU, give the memory to the trainer; the next call takes it back."""
         if self.options.gpu_ids and self._ready and not self._asleep:
@@ -142,14 +154,14 @@ class VllmEngine:
 
     def _adapter(self, student: bool) -> tuple[str, int] | None:
         role = STUDENT if student else self._teacher_role
-        if role is None:
+        if role is None or not self.options.arguments["enable_lora"]:
             return None
         assert self._version is not None, "an adapter before the first sync"
         return f"{NAMES[role]}-v{self._version}", SLOTS[role]
 
     def _send_adapters(self) -> None:
         assert self._policy is not None
-        for role in self._roles:
+        for role in self._roles if self.options.arguments["enable_lora"] else ():
             marker = f".{role}.weight"
             named = self._policy.model.named_parameters()
             tensors = [(n.replace(marker, ".weight"), p) for n, p in named if n.endswith(marker)]
@@ -161,6 +173,16 @@ class VllmEngine:
                 handle=self._outbox.handle(),
                 entries=entries,
             )
+
+    def _send_weights(self) -> None:
+        assert self._weights is not None
+        self._process.call("start_update")
+        for batch in chunked(self._weights(), self._outbox.dtype.itemsize, self.chunk_bytes):
+            entries = self._outbox.pack(batch)
+            self._process.call("update_weights", handle=self._outbox.handle(), entries=entries)
+            self.bytes_synced += sum(e.count for e in entries) * self._outbox.dtype.itemsize
+        self._process.call("finish_update")  # which drops the adapters
+        self._send_adapters()
 
     def _call(self, method: str, advance: Advance | None = None, **arguments: Any) -> Any:
         told = 0
@@ -190,7 +212,9 @@ class VllmEngine:
                 if not self._ready:
                     self._process.receive()
                     self._ready = True
-                    if self._version is not None:
+                    if self._weights is not None:
+                        self._send_weights()
+                    elif self._version is not None:
                         self._send_adapters()
                 return ask()
             except EngineFailed as error:

@@ -20,6 +20,7 @@ TESTED = ((0, 32), (0, 34))  # from, up to and without
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
 SEQUENCES = 256  # decoded at a time
 BLOCK = 128  # tokens in a block of keys and values, vLLM's on a CPU
+BATCH_TOKENS = 4096  # read at a time on a CPU
 CPU_CACHE_BYTES = 2 << 30  # keys and values on a CPU, at most
 
 
@@ -126,7 +127,17 @@ def build_options(config: Config, device: torch.device, model: Any, longest: int
             "enable_sleep_mode": True,
         }
     else:
-        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _cache(model, dtype, longest)}
+        arguments |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": _cache(model, dtype, longest),
+            # a prompt is read whole: vLLM takes back what a seeded generator drew for a part of one
+            # by its offset, which generators on a CPU do not have
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(BATCH_TOKENS, arguments["max_model_len"]),
+            # one slot more than is used, to stay empty: in a mixed batch vLLM's CPU kernels index
+            # the slots with -1 for rows without an adapter, and so give them the last slot's
+            "max_loras": arguments["max_loras"] + 1,
+        }
         # compiling takes longer than small models run
         environment["TORCHDYNAMO_DISABLE"] = "1"
     adapter = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": _targets(config, model)}

@@ -31,6 +31,7 @@ class Server:
         self.llm = LLM(**options)
         self.engine: Any = self.llm.llm_engine
         self.progress = progress
+        self.broken = False  # an error in the middle of a step leaves no state to go on from
         self._ids = count()
 
     def generate(
@@ -112,18 +113,25 @@ class Server:
         from vllm.sampling_params import RequestOutputKind
 
         adapters = adapter if isinstance(adapter, list) else [adapter] * len(prompts)
-        ids = []
+        ids: list[str] = []
         for prompt, own, lora in zip(prompts, params, adapters, strict=True):
             own.output_kind = RequestOutputKind.FINAL_ONLY
-            ids.append(f"{next(self._ids)}")
+            id, tokens = f"{next(self._ids)}", {"prompt_token_ids": list(prompt)}
             # the path is part of the prefix cache's key and leads nowhere: the adapter is loaded
             request = lora and LoRARequest(lora[0], lora[1], lora_path=lora[0])
-            self.engine.add_request(
-                ids[-1], {"prompt_token_ids": list(prompt)}, own, lora_request=request
-            )
+            try:
+                self.engine.add_request(id, tokens, own, lora_request=request)
+            except Exception:
+                self.engine.abort_request(ids)
+                raise
+            ids.append(id)
         outputs: dict[str, Any] = {}
         while self.engine.has_unfinished_requests():
-            done = [output for output in self.engine.step() if output.finished]
+            try:
+                done = [output for output in self.engine.step() if output.finished]
+            except Exception:
+                self.broken = True
+                raise
             outputs |= {output.request_id: output for output in done}
             if done and progress is not None:
                 progress(len(done))
@@ -148,8 +156,14 @@ class Server:
         self.llm.finish_weight_update()
         self.llm.reset_prefix_cache()
 
+    def load_adapter_file(self, slot: int, path: str) -> None:
+        """An adapter from a folder, in place: what the benchmark compares `load_adapter` with."""
+        from vllm.lora.request import LoRARequest
+
+        self.engine.add_lora(LoRARequest("file", slot, lora_path=path, load_inplace=True))
+
     def reload(self, path: str) -> None:
-        """Weights from a folder, in place: what the benchmark compares the sync with."""
+        """Weights from a folder, in place: what the benchmark compares `update_weights` with."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         self.llm.reset_prefix_cache()
 
@@ -189,7 +203,7 @@ def main(socket: int, lifeline: int) -> None:
         except Exception as error:
             traceback.print_exc()
             connection.send(("failed", f"{type(error).__name__}: {error}"))
-            if server is None:
+            if server is None or server.broken:
                 return
         else:
             connection.send(("done", answer))
