@@ -26,6 +26,7 @@ from minidistill.config import load_config
 from minidistill.engines.vllm import VllmEngine
 from minidistill.engines.vllm_options import build_options
 from minidistill.trainer.model import Policy, load_model_config, load_policy
+from minidistill.weights import Outbox
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -143,9 +144,20 @@ def full_routes(model: str, folder: Path, repeats: int) -> dict[str, Any]:
         before = engine.bytes_synced
         memory()
         size = engine.bytes_synced - before
-        return compare(change, memory, file, repeats) | {"bytes": size}
+        parts = {"pack": pack_seconds(weights, policy.dtype)}
+        return compare(change, memory, file, repeats) | {"bytes": size} | parts
     finally:
         engine.close()
+
+
+def pack_seconds(weights: Callable[[], Any], dtype: torch.dtype) -> float:
+    """The trainer's part of a full sync: copying into a buffer that is there already."""
+    outbox, seconds = Outbox(dtype, CPU), 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        outbox.pack(list(weights()))
+        seconds = time.perf_counter() - began
+    return seconds
 
 
 @torch.no_grad()

@@ -177,9 +177,11 @@ class VllmEngine:
     def _send_weights(self) -> None:
         assert self._weights is not None
         self._process.call("start_update")
-        for batch in chunked(self._weights(), self._outbox.dtype.itemsize, self.chunk_bytes):
-            entries = self._outbox.pack(batch)
-            self._process.call("update_weights", handle=self._outbox.handle(), entries=entries)
+        batches = list(chunked(self._weights(), self._outbox.dtype.itemsize, self.chunk_bytes))
+        for batch in batches:
+            entries, handle = self._outbox.pack(batch), self._outbox.handle()
+            only = len(batches) == 1
+            self._process.call("update_weights", handle=handle, entries=entries, only=only)
             self.bytes_synced += sum(e.count for e in entries) * self._outbox.dtype.itemsize
         self._process.call("finish_update")  # which drops the adapters
         self._send_adapters()

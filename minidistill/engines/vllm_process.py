@@ -148,8 +148,9 @@ class Server:
         self.llm.init_weight_transfer_engine({"init_info": {}})
         self.llm.start_weight_update()
 
-    def update_weights(self, handle: bytes, entries: list[Any]) -> None:
-        self.llm.update_weights({"update_info": {"handle": handle, "entries": entries}})
+    def update_weights(self, handle: bytes, entries: list[Any], only: bool) -> None:
+        update = {"handle": handle, "entries": entries, "only": only}
+        self.llm.update_weights({"update_info": update})
 
     def finish_update(self) -> None:
         """Make the new weights current. Keys and values of the old ones are dropped."""

@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing  # teaches ForkingPickler about tensors
 from torch import Tensor
 
-CHUNK_BYTES = 256 << 20  # of a full-weight sync: what the trainer sets aside for it
+CHUNK_BYTES = 1 << 30  # of a full-weight sync: what the trainer sets aside for it
 
 
 @dataclass(frozen=True, slots=True)

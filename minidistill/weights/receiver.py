@@ -70,10 +70,14 @@ class HandleInit(WeightTransferInitInfo):
 
 @dataclass
 class HandleUpdate(WeightTransferUpdateInfo):
-    """One chunk: a buffer's handle and what it holds."""
+    """One chunk: a buffer's handle and what it holds.
+
+    `only` says that it is the whole model, so that the buffer stays as it is until the end.
+    """
 
     handle: bytes
     entries: list[Entry]
+    only: bool
 
 
 class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
@@ -91,8 +95,9 @@ class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: HandleUpdate) -> None:
-        # a copy: layers are put together once all their tensors are there, chunks later perhaps
-        buffer = opened(update_info.handle).to(self.device, copy=True)
+        # layers are put together once all their tensors are there, which may be chunks later:
+        # copied, unless no other chunk is going to be written over this one
+        buffer = opened(update_info.handle).to(self.device, copy=not update_info.only)
         load: Any = self.model.load_weights
         load(iter(views(buffer, update_info.entries).items()))
 
