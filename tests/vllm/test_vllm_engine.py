@@ -100,7 +100,7 @@ def test_greedy_is_the_argmax_with_logprobs_at_temperature_1(bench: Bench) -> No
 
 
 def test_scores_are_right_where_the_prefix_cache_reaches(bench: Bench) -> None:
-    """Blocks hold 128 tokens: the second pass finds the context cached, and in the last row the
+    """Blocks hold 32 tokens: the second pass finds the context cached, and in the last row the
     completion's beginning too, whose rows vLLM would not fill."""
     context = bench.prompts(1, length=130)[0]
     tails = bench.prompts(3, length=12)
