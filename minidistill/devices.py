@@ -9,14 +9,14 @@ from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GPU_LISTS = ("inference_gpu_ids", "teacher_gpu_ids", "trainer_gpu_ids")
-ENGINE_KEYS = ("inference.parallel.", "inference.gpu_memory_utilization", "teacher_inference.")
+ENGINE_KEYS = ("teacher_inference.", "inference.parallel.", "inference.gpu_memory_utilization")
 
 
 def pick_device(loaded: LoadedConfig) -> torch.device:
-    """The one device that holds student, teacher and trainer.
+    """The one device that holds trainer and teacher, and the embedded engine's student.
 
     Raises UserError for GPU ids that the machine does not have (exit code 3), and for settings of
-    separate engines, which the embedded engine has no use for (exit code 2).
+    engines that the run does not have (exit code 2).
     """
     config = loaded.config
     asked = {id for name in GPU_LISTS for id in getattr(config, name) or ()}
@@ -31,24 +31,27 @@ def pick_device(loaded: LoadedConfig) -> torch.device:
             else f"use 0 to {count - 1}",
             exit_code=EXIT_ENVIRONMENT,
         )
-    if len(asked) > 1:
+    apart = count > 0 and config.inference.engine != "embedded"  # vLLM has GPUs of its own
+    shared = {id for name in GPU_LISTS[apart:] for id in getattr(config, name) or ()}
+    if len(shared) > 1:
+        who = "the teacher and the trainer" if apart else "the engine, the teacher and the trainer"
         raise UserError(
-            f"GPUs {', '.join(map(str, sorted(asked)))} are asked for; the embedded engine, the "
-            "teacher and the trainer share one",
+            f"GPUs {', '.join(map(str, sorted(shared)))} are asked for; {who} share one",
             where=_given(loaded, GPU_LISTS),
             fix="name one GPU",
             exit_code=EXIT_USAGE,
         )
-    if given := _given(loaded, ENGINE_KEYS):
+    if given := _given(loaded, ENGINE_KEYS[:1] if apart else ENGINE_KEYS):
         raise UserError(
-            "the embedded engine has no replicas, no tensor parallelism and no memory of its own",
+            "these settings are for engines that the run does not have: the teacher is scored in "
+            "the trainer, and an engine on a CPU or in the trainer has no replicas",
             where=given,
             fix="leave these settings out",
             exit_code=EXIT_USAGE,
         )
     if count == 0:
         return torch.device("cpu")
-    return torch.device("cuda", next(iter(asked), 0))
+    return torch.device("cuda", next(iter(shared), 0))
 
 
 def _given(loaded: LoadedConfig, prefixes: tuple[str, ...]) -> str:

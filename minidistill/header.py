@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minidistill.config import Config
-from minidistill.trainer.model import Policy
+from minidistill.engines import Engine
 from minidistill.trainer.trainer import Trainer
 from minidistill.ui import Header
 
@@ -16,9 +16,9 @@ TEACHERS = {
 }
 
 
-def header(config: Config, policy: Policy, trainer: Trainer, path: Path, step: int) -> Header:
+def header(config: Config, trainer: Trainer, engine: Engine, path: Path, step: int) -> Header:
     """Model, mode, teacher, devices and output, for the display."""
-    loss, orchestrator = config.trainer.loss, config.orchestrator
+    loss, orchestrator, policy = config.trainer.loss, config.orchestrator, trainer.policy
     total = sum(p.numel() for p in policy.model.parameters())
     trained = sum(p.numel() for _, p in policy.parameters)
     weights = f"{loss.adv_tau:g} A + {loss.teacher_tau:g} log q - {loss.student_tau:g} log π"
@@ -30,7 +30,7 @@ def header(config: Config, policy: Policy, trainer: Trainer, path: Path, step: i
         ("adapter", f"LoRA rank {config.trainer.model.lora.rank}, {_millions(trained)} parameters"),
         ("mode", f"{mode}: {weights}"),
         ("teacher", f"{TEACHERS[trainer.update]}; {estimator}"),
-        ("engine", f"embedded on {policy.device}, sharing the trainer's weights"),
+        ("engine", engine.description),
         ("tasks", ", ".join(e.name for e in orchestrator.env)),
         ("output", str(path)),
     )

@@ -15,7 +15,7 @@ from minidistill import preflight
 from minidistill.config import LoadedConfig
 from minidistill.data import TaskSampler, check_errors, load_environments, score, with_advantages
 from minidistill.devices import pick_device
-from minidistill.engines import EmbeddedEngine, Request
+from minidistill.engines import EmbeddedEngine, Engine, Request, start_vllm
 from minidistill.engines.base import stable_seed
 from minidistill.errors import UserError
 from minidistill.evaluate import Evaluator, Scores
@@ -63,28 +63,46 @@ class Session:
         self.builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
         prompts = self._some_prompts()
         warnings = preflight.check_prompts(config, self.builder, prompts)
-        self.limit = preflight.length_limit(config, load_model_config(config))
+        model_config = load_model_config(config)
+        self.limit = preflight.length_limit(config, model_config)
         preflight.check_lengths(config, self.limit, prompts)
-
-        self.policy = load_policy(config, tokenizer, device)
-        self.prefixes = PrefixCache(self.policy)
-        shares = preflight.check_model(self.policy, prompts, self.prefixes, warnings.append)
-        self.trainer = Trainer(self.policy, config, self.prefixes, shares)
-        self.engine = EmbeddedEngine(self.policy, self.prefixes, self.trainer.teacher_role, shares)
-        self.sampler = TaskSampler(self.environments, config.seed)
         self.texts = TokenTexts(tokenizer)
-        self.evaluator = self._evaluator()
+        self.sampler = TaskSampler(self.environments, config.seed)
 
+        # first of all: its process starts while this one loads the model
+        vllm = start_vllm(config, device, model_config, self.limit, self.warn)
+        try:
+            self.policy = load_policy(config, tokenizer, device)
+            self.prefixes = PrefixCache(self.policy)
+            shares = preflight.check_model(self.policy, prompts, self.prefixes, warnings.append)
+            self.trainer = Trainer(self.policy, config, self.prefixes, shares)
+            role = self.trainer.teacher_role
+            self.engine: Engine = EmbeddedEngine(self.policy, self.prefixes, role, shares)
+            if vllm is not None:
+                vllm.attach(self.policy, role)
+                vllm.wait()
+                self.engine = vllm
+            self.evaluator = self._evaluator()
+            self._open(resume, warnings)
+        except BaseException:
+            if vllm is not None:
+                vllm.close()
+            raise
+
+    def _open(self, resume: bool, warnings: Sequence[str]) -> None:
+        """The last of setting up: from here on there is something on disk and on the display."""
+        config = self.config
         self.first_step = 1
         self._began = time.perf_counter()
         self._seconds_before = 0.0
         if resume:
             self._resume()
-        shown = header(config, self.policy, self.trainer, self.dir.path, self.first_step)
+        shown = header(config, self.trainer, self.engine, self.dir.path, self.first_step)
         if not resume:
-            self.dir.create(loaded, {"header": shown.rows})
+            self.dir.create(self.loaded, {"header": shown.rows})
+        self.engine.sync(self.first_step - 1)
         self.monitor = open_monitors(config, self.dir.path, self.warn)
-        display.open(shown)
+        self.display.open(shown)
         self.dir.note(f"started at step {self.first_step}: {shlex.join(sys.argv[1:])}")
         for text in warnings:
             self.warn(text)
@@ -199,9 +217,12 @@ class Session:
     def train(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """One update, and its records."""
         tokens = sum(len(r.completion.token_ids) for r in rollouts)
+        self.engine.sleep()
         with self.display.phase("train", tokens, "tokens") as advance:
             result = self.trainer.step(rollouts, step, advance)
+        began = time.perf_counter()
         self.engine.sync(step)
+        self._step["time/sync"] = time.perf_counter() - began
         metrics = result.metrics | self._step
         metrics["time/step"] = sum(v for k, v in metrics.items() if k.startswith("time/"))
         write_rollouts(self.dir.path / "rollouts", step, rollouts, result.tokens, self.texts)

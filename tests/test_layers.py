@@ -13,7 +13,8 @@ PACKAGE = ROOT / "minidistill"
 LAYERS = [
     {"types", "errors", "config", "models"},
     {"envs", "prompts", "scoreboard", "rundir", "ui"},
-    {"devices", "engines", "trainer", "data", "monitors", "report", "records", "preflight"},
+    {"devices", "engines", "trainer", "weights"},
+    {"data", "monitors", "report", "records", "preflight"},
     {"header", "evaluate", "session", "outcome", "loop"},
     {"cli", "__main__"},
 ]

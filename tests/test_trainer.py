@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from minidistill.trainer.model import EMA, STUDENT
 from minidistill.trainer.optim import learning_rate
 
 SMALL = ("--orchestrator.batch_size", "12", "--orchestrator.env.0.args.num_train_examples", "8")
+# The same rollouts trained on again, which the guard would take for an engine's old weights
+STALE = ("--trainer.loss.max_sampler_mismatch", "off")
 Configure = Callable[..., Any]
 
 
@@ -67,10 +70,33 @@ def test_the_cached_context_gives_the_same_gradient(plain: Lab, configure: Confi
 
 
 def test_the_context_is_read_once_a_run(configure: Configure) -> None:
-    lab = make_lab(configure(*SMALL))
+    lab = make_lab(configure(*SMALL, *STALE))
     for step in (1, 2, 3):
         lab.trainer.step(lab.rollouts, step, lambda count: None)
     assert lab.trainer.prefixes.computed == 1
+
+
+def test_rollouts_of_other_weights_stop_the_run(configure: Configure) -> None:
+    """What a sync that did not take looks like: the second step trains on the first's samples."""
+    lab = make_lab(configure(*SMALL))
+    lab.trainer.step(lab.rollouts, 1, lambda count: None)
+    before = [parameter.clone() for _, parameter in lab.policy.parameters]
+    with pytest.raises(UserError, match="kl/sampler_mismatch") as caught:
+        lab.trainer.step(lab.rollouts, 2, lambda count: None)
+    assert caught.value.exit_code == EXIT_HEALTH
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, lab.policy.parameters, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "limit"),
+    [((), 1e-6), (("0.5",), 0.5), (("off",), math.inf), (("auto", "dropout"), math.inf)],
+)
+def test_the_limit_of_the_mismatch(
+    configure: Configure, flags: tuple[str, ...], limit: float
+) -> None:
+    named = ("--trainer.loss.max_sampler_mismatch", *flags[:1]) if flags else ()
+    dropout = ("--trainer.model.lora.dropout", "0.1") if "dropout" in flags else ()
+    assert make_lab(configure(*SMALL, *named, *dropout)).trainer.max_mismatch == limit
 
 
 @pytest.mark.parametrize("estimator", ["full", "sampled", "top_k"])
@@ -184,10 +210,10 @@ def test_the_saved_adapter_is_plain_peft(configure: Configure, tmp_path: Path) -
 
 def test_live_and_averaged_teachers(configure: Configure) -> None:
     """live: the student's own weights; ema: weights that follow it by the decay."""
-    live = make_lab(configure(*SMALL, "--orchestrator.teacher_model.update", "live"))
+    live = make_lab(configure(*SMALL, *STALE, "--orchestrator.teacher_model.update", "live"))
     assert live.trainer.teacher_role == STUDENT
     flags = ("--orchestrator.teacher_model.update", "ema", "--orchestrator.teacher_model.ema_decay")
-    lab = make_lab(configure(*SMALL, *flags, "0.75"))
+    lab = make_lab(configure(*SMALL, *STALE, *flags, "0.75"))
     named = dict(lab.policy.model.named_parameters())
     pairs = [(p, named[n.replace(f".{STUDENT}.", f".{EMA}.")]) for n, p in lab.policy.parameters]
     before = [(average.clone(), student.clone()) for student, average in pairs]

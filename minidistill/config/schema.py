@@ -142,6 +142,9 @@ class LossConfig(Table):
     """Tokens whose ratio is above are left out of the loss, and counted."""
     kl_clip: Literal["auto", "off"] | PositiveFloat = "auto"
     """Clip of one token's distillation term; `auto` is 5.0 with `sampled` and off otherwise."""
+    max_sampler_mismatch: Literal["auto", "off"] | PositiveFloat = "auto"
+    """The run stops where `kl/sampler_mismatch` is above: the sampler runs other weights. `auto` is
+    1e-6 in float32, 0.01 in bfloat16 and float16, and off with adapter dropout."""
 
 
 class TrainerConfig(Table):
@@ -178,7 +181,10 @@ class InferenceConfig(TeacherInferenceConfig):
     """The engine that samples."""
 
     engine: Literal["auto", "embedded", "vllm"] = "auto"
-    """`embedded` samples with the trainer's own weights; `auto` takes vLLM where there is a GPU."""
+    """`embedded` samples with the trainer's own weights, `vllm` in a process of its own; `auto` is
+    `vllm` where there is a GPU and a vLLM that fits, else `embedded`."""
+    max_restarts: Count = 2
+    """How often in a run vLLM's process is started again after it died."""
 
 
 class Config(Table):

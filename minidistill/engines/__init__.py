@@ -2,5 +2,6 @@
 
 from minidistill.engines.base import Engine, Request
 from minidistill.engines.embedded import EmbeddedEngine
+from minidistill.engines.vllm import VllmEngine, start_vllm
 
-__all__ = ["EmbeddedEngine", "Engine", "Request"]
+__all__ = ["EmbeddedEngine", "Engine", "Request", "VllmEngine", "start_vllm"]

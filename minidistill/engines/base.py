@@ -23,6 +23,11 @@ class Request:
 class Engine(Protocol):
     """Samples with the student's adapter or the frozen base, and scores given tokens."""
 
+    @property
+    def description(self) -> str:
+        """What it is and where it runs, for the run's header."""
+        ...
+
     def generate(
         self,
         requests: Sequence[Request],

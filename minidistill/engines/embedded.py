@@ -44,6 +44,10 @@ class EmbeddedEngine:
         self.policy, self.prefixes = policy, prefixes
         self.teacher_role, self.shares = teacher_role, shares
 
+    @property
+    def description(self) -> str:
+        return f"embedded on {self.policy.device}, sharing the trainer's weights"
+
     @torch.no_grad()
     def generate(
         self,

@@ -30,6 +30,8 @@ from minidistill.types import Metrics, Rollout, TokenStats
 from minidistill_kernels import DistillOutput, linear_distill
 
 SAMPLED_KL_CLIP = 5.0  # nats; the default of `loss.kl_clip` with one-sample estimates
+# Highest `kl/sampler_mismatch` that numerics explain: some 100 and 20 times what vLLM shows
+MISMATCH = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,11 @@ class Trainer:
         else:
             sampled = loss.kl_clip == "auto" and self.estimator == "sampled"
             self.kl_clip = SAMPLED_KL_CLIP if sampled else None
+        self.max_mismatch = math.inf
+        if isinstance(loss.max_sampler_mismatch, float):
+            self.max_mismatch = loss.max_sampler_mismatch
+        elif loss.max_sampler_mismatch == "auto" and config.trainer.model.lora.dropout == 0:
+            self.max_mismatch = MISMATCH[policy.dtype]
 
     @property
     def teacher_role(self) -> str | None:
@@ -71,8 +78,8 @@ class Trainer:
     def step(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> StepResult:
         """One update, the `step`-th counted from 1. `advance` is told of trained tokens.
 
-        Raises UserError (exit code 4) where the loss or the gradient is no number; the weights
-        are then as before.
+        Raises UserError (exit code 4) where the loss or the gradient is no number, or where the
+        sampler ran other weights; the weights are then as before.
         """
         began = time.perf_counter()
         total = sum(len(r.completion.token_ids) for r in rollouts)
@@ -100,6 +107,16 @@ class Trainer:
                 where="training",
                 fix='lower trainer.optim.lr, or use model.dtype = "float32"; '
                 "--resume goes on from the last checkpoint",
+                exit_code=EXIT_HEALTH,
+            )
+        if metrics["kl/sampler_mismatch"] > self.max_mismatch:
+            self.optimizer.zero_grad()
+            raise UserError(
+                f"step {step}: kl/sampler_mismatch is {metrics['kl/sampler_mismatch']:.3g}, above "
+                f"{self.max_mismatch:g}: what sampled is not the model that is trained",
+                where="trainer.loss.max_sampler_mismatch",
+                fix="the engine runs stale weights, or computes them differently: try "
+                'inference.engine = "embedded", or raise the limit if the numerics explain it',
                 exit_code=EXIT_HEALTH,
             )
         self.optimizer.step(rate)

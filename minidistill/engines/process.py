@@ -1,0 +1,104 @@
+"""An engine in a process of its own: started, spoken to, and never left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+from minidistill.engines.base import Advance
+
+MODULE = "minidistill.engines.vllm_process"
+
+
+class EngineDied(Exception):
+    """The engine's process has ended; the text says how."""
+
+
+class EngineFailed(Exception):
+    """The engine's process lives and reports an error."""
+
+
+class EngineProcess:
+    """The child and the socket to it.
+
+    It leads a process group of its own: Ctrl-C in a terminal does not reach it before the step at
+    hand is kept, and `close` ends whatever it has started too. Should this process die without
+    closing, the child sees its end of a pipe close and ends its group itself.
+    """
+
+    def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+        ours, theirs = socket.socketpair()
+        watched, self._lifeline = os.pipe()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+        descriptors = (theirs.fileno(), watched)
+        try:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", MODULE, *map(str, descriptors)],
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **environment},
+            )
+        finally:
+            theirs.close()
+            os.close(watched)
+        self.connection = Connection(ours.detach())
+        # handles of shared memory are fetched under this key
+        key = bytes(multiprocessing.current_process().authkey)
+        with contextlib.suppress(OSError):  # its death is met at the first call
+            self.connection.send((key, dict(options)))
+
+    def receive(self, advance: Advance | None = None) -> Any:
+        """The answer to what was sent last. Raises EngineDied or EngineFailed."""
+        while True:
+            try:
+                kind, value = self.connection.recv()
+            except (EOFError, OSError) as error:
+                raise EngineDied(self.obituary()) from error
+            if kind == "progress":
+                if advance is not None:
+                    advance(value)
+            elif kind == "failed":
+                raise EngineFailed(value)
+            else:
+                return value
+
+    def call(self, method: str, advance: Advance | None = None, **arguments: Any) -> Any:
+        try:
+            self.connection.send((method, arguments))
+        except OSError as error:
+            raise EngineDied(self.obituary()) from error
+        return self.receive(advance)
+
+    def obituary(self) -> str:
+        """How the process ended, with the last it wrote."""
+        try:
+            code = self.popen.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "it closed its connection"
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return f"{how}; its last words: {lines[-1].strip()[:300]}" if lines else how
+
+    def close(self) -> None:
+        """End the process and all it started, now."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        self.popen.wait()
+        self.connection.close()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+        self._log.close()

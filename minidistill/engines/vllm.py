@@ -1,0 +1,265 @@
+"""Sampling and scoring in vLLM, in a process that holds one base for both roles.
+
+The driver imports no vLLM. Rows of the student name the adapter, rows of the frozen teacher name
+none, in one engine and one batch. Every version of an adapter has a new name, because vLLM's prefix
+cache is keyed by it: the base's cached context stays, a former version's is never read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from minidistill.config import Config
+from minidistill.engines.base import Advance, Request
+from minidistill.engines.process import EngineDied, EngineFailed, EngineProcess
+from minidistill.engines.vllm_options import Options, build_options, wants_vllm
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_HEALTH, UserError
+from minidistill.trainer.model import EMA, STUDENT, Policy
+from minidistill.types import Completion
+from minidistill.weights import CHUNK_BYTES, Outbox, chunked
+
+SLOTS = {STUDENT: 1, EMA: 2}  # vLLM's adapter ids; an id is kept, its name changes
+NAMES = {STUDENT: "student", EMA: "teacher"}
+SEED_BITS = (1 << 63) - 1  # vLLM takes signed 64-bit seeds
+
+Warn = Callable[[str], None]
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class VllmEngine:
+    """One vLLM engine. Its process is started at once and waited for at the first call.
+
+    A process that dies is started again, with the weights of the current version, at most
+    `max_restarts` times in a run; what it was asked for is asked again.
+    """
+
+    def __init__(self, options: Options, max_restarts: int, warn: Warn) -> None:
+        self.options, self.max_restarts, self.warn = options, max_restarts, warn
+        self.restarts = 0
+        self.bytes_synced = 0
+        self.chunk_bytes = CHUNK_BYTES
+        self._policy: Policy | None = None
+        self._roles: tuple[str, ...] = ()
+        self._teacher_role: str | None = None
+        self._version: int | None = None
+        self._weights: Callable[[], Weights] | None = None
+        self._ready = False
+        self._asleep = False
+        self._process = self._start()
+
+    @property
+    def description(self) -> str:
+        place = f"GPU {self.options.gpu_ids}" if self.options.gpu_ids else "the CPU"
+        return f"vLLM {self.options.vllm_version} on {place}, one base for both roles"
+
+    def attach(self, policy: Policy, teacher_role: str | None) -> None:
+        """Name the trainer's model, whose adapters `sync` sends."""
+        self._policy, self._teacher_role = policy, teacher_role
+        self._roles = (STUDENT, EMA) if teacher_role == EMA else (STUDENT,)
+        self._outbox = Outbox(policy.dtype, policy.device)
+
+    # -- the engine ----------------------------------------------------------------------------
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_tokens: int,
+        temperature: float,
+        student: bool,
+        advance: Advance | None = None,
+    ) -> list[Completion]:
+        """See `Engine.generate`. Raises UserError (exit code 4) where a log-prob is no number."""
+        found = self._call(
+            "generate",
+            advance,
+            prompts=[request.prompt_ids for request in requests],
+            seeds=[request.seed & SEED_BITS for request in requests],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            eos_ids=sorted(self._policy.eos_ids) if self._policy else [],
+            adapter=self._adapter(student),
+        )
+        completions = [Completion(*parts) for parts in found]
+        if not all(math.isfinite(p) for c in completions for p in c.logprobs):
+            raise UserError(
+                "the model's logits are no numbers",
+                where="sampling",
+                fix="lower trainer.optim.lr and start again, or resume an earlier checkpoint",
+                exit_code=EXIT_HEALTH,
+            )
+        return completions
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        student: bool,
+    ) -> list[list[float]]:
+        """See `Engine.score`. Raises ValueError for another temperature than 1."""
+        return self.score_rows(prompts, completions, [student] * len(prompts), temperature)
+
+    def score_rows(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        student: Sequence[bool],
+        temperature: float = 1.0,
+    ) -> list[list[float]]:
+        """Both roles in one batch: each row says whether it is the student's."""
+        if temperature != 1:
+            raise ValueError("vLLM gives the log-probs of given tokens at temperature 1 alone")
+        return self._call(
+            "score",
+            prompts=[tuple(p) for p in prompts],
+            completions=[tuple(c) for c in completions],
+            adapters=[self._adapter(own) for own in student],
+        )
+
+    def sync(self, version: int) -> None:
+        """See `Engine.sync`: the adapters' tensors, in memory."""
+        self._version = version
+        if self._ready:
+            self._keep_alive(self._send_adapters)
+
+    def sync_weights(self, version: int, weights: Callable[[], Weights]) -> None:
+        """Take over a whole model's weights, under Hugging Face's names, in bounded chunks.
+
+        `weights` is kept: a process that is started again is sent what it then gives.
+        """
+        self._version, self._weights = version, weights
+        if self._ready:
+            self._keep_alive(self._send_weights)
+
+    def sleep(self) -> None:
+        """On a GPU, give the memory to the trainer; the next call takes it back."""
+        if self.options.gpu_ids and self._ready and not self._asleep:
+            self._call("sleep")
+            self._asleep = True
+
+    def close(self) -> None:
+        self._process.close()
+
+    def wait(self) -> None:
+        """Return once the engine is ready. Raises UserError (exit code 3) where it cannot be."""
+        self._keep_alive(lambda: None)
+
+    # -- its process ---------------------------------------------------------------------------
+
+    def _adapter(self, student: bool) -> tuple[str, int] | None:
+        role = STUDENT if student else self._teacher_role
+        if role is None or not self.options.arguments["enable_lora"]:
+            return None
+        assert self._version is not None, "an adapter before the first sync"
+        return f"{NAMES[role]}-v{self._version}", SLOTS[role]
+
+    def _send_adapters(self) -> None:
+        assert self._policy is not None
+        for role in self._roles if self.options.arguments["enable_lora"] else ():
+            marker = f".{role}.weight"
+            named = self._policy.model.named_parameters()
+            tensors = [(n.replace(marker, ".weight"), p) for n, p in named if n.endswith(marker)]
+            entries = self._outbox.pack(tensors)
+            self.bytes_synced += self._process.call(
+                "load_adapter",
+                slot=SLOTS[role],
+                config=self.options.adapter,
+                handle=self._outbox.handle(),
+                entries=entries,
+            )
+
+    def _send_weights(self) -> None:
+        assert self._weights is not None
+        self._process.call("start_update")
+        batches = list(chunked(self._weights(), self._outbox.dtype.itemsize, self.chunk_bytes))
+        for batch in batches:
+            entries, handle = self._outbox.pack(batch), self._outbox.handle()
+            only = len(batches) == 1
+            self._process.call("update_weights", handle=handle, entries=entries, only=only)
+            self.bytes_synced += sum(e.count for e in entries) * self._outbox.dtype.itemsize
+        self._process.call("finish_update")  # which drops the adapters
+        self._send_adapters()
+
+    def _call(self, method: str, advance: Advance | None = None, **arguments: Any) -> Any:
+        told = 0
+
+        def ask() -> Any:
+            done = 0
+
+            def progress(count: int) -> None:
+                # after a restart, what was finished before is finished again
+                nonlocal done, told
+                done += count
+                if advance is not None and done > told:
+                    advance(done - told)
+                    told = done
+
+            if self._asleep:
+                self._process.call("wake")
+                self._asleep = False
+            return self._process.call(method, progress, **arguments)
+
+        return self._keep_alive(ask)
+
+    def _keep_alive(self, ask: Callable[[], Any]) -> Any:
+        """Ask, starting the process again for as often as is allowed."""
+        while True:
+            try:
+                if not self._ready:
+                    self._process.receive()
+                    self._ready = True
+                    if self._weights is not None:
+                        self._send_weights()
+                    elif self._version is not None:
+                        self._send_adapters()
+                return ask()
+            except EngineFailed as error:
+                started = self._ready
+                raise UserError(
+                    f"vLLM: {str(error).strip().splitlines()[0]}",
+                    where="inference.engine",
+                    fix='look at the message; inference.engine = "embedded" does without vLLM',
+                    exit_code=EXIT_FAILED if started else EXIT_ENVIRONMENT,
+                ) from error
+            except EngineDied as death:
+                self._restart(death)
+
+    def _restart(self, death: EngineDied) -> None:
+        self._process.close()
+        if self.restarts >= self.max_restarts:
+            times = f" and was started again {self.restarts} times" if self.restarts else ""
+            raise UserError(
+                f"vLLM's process died{times}: {death}",
+                where="inference.max_restarts",
+                fix="see whether memory ran out; --resume goes on from the last checkpoint",
+                exit_code=EXIT_ENVIRONMENT,
+            ) from death
+        self.restarts += 1
+        self.warn(f"vLLM's process died ({death}): started again with the current weights")
+        self._process = self._start()
+
+    def _start(self) -> EngineProcess:
+        self._ready = self._asleep = False
+        return EngineProcess(self.options.arguments, self.options.environment)
+
+
+def start_vllm(
+    config: Config, device: torch.device, model: Any, longest: int, warn: Warn
+) -> VllmEngine | None:
+    """The run's vLLM engine, starting; None where the run is to do without.
+
+    `model` is the model's configuration, `longest` the most tokens of prompt and completion.
+    """
+    if not wants_vllm(config, device):
+        return None
+    options = build_options(config, device, model, longest)
+    engine = VllmEngine(options, config.inference.max_restarts, warn)
+    if device.type == "cuda":
+        engine.wait()  # it measures free memory, which the trainer's model would change meanwhile
+    return engine

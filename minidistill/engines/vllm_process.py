@@ -1,0 +1,215 @@
+"""vLLM in a process of its own: `python -m minidistill.engines.vllm_process SOCKET LIFELINE`.
+
+`EngineProcess` starts it. It answers calls over the socket, one at a time, until the driver kills
+it or is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from itertools import count
+from multiprocessing import current_process
+from multiprocessing.connection import Connection
+from typing import Any
+
+Send = Callable[[int], None]
+
+
+class Server:
+    """A vLLM engine and the calls it answers."""
+
+    def __init__(self, options: dict[str, Any], progress: Send) -> None:
+        from vllm import LLM
+
+        import minidistill.weights.receiver  # noqa: F401 - registers the weight-transfer backend
+
+        self.llm = LLM(**options)
+        self.engine: Any = self.llm.llm_engine
+        self.progress = progress
+        self.broken = False  # an error in the middle of a step leaves no state to go on from
+        self._ids = count()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        max_tokens: int,
+        temperature: float,
+        eos_ids: list[int],
+        adapter: tuple[str, int] | None,
+    ) -> list[tuple[tuple[int, ...], tuple[float, ...], str]]:
+        """Token ids, log-probs and stop ("eos" or "length") of each completion, in order."""
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                temperature=temperature,
+                max_tokens=max_tokens,
+                seed=seed,
+                logprobs=0,  # the sampled token's own
+                flat_logprobs=True,
+                stop_token_ids=eos_ids,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        found = []
+        for output in self._run(prompts, params, adapter, self.progress):
+            sample = output.outputs[0]
+            stop = "length" if sample.finish_reason == "length" else "eos"
+            logprobs = tuple(sample.logprobs.logprobs)
+            found.append((tuple(sample.token_ids), logprobs, stop))
+        return found
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        adapters: Sequence[tuple[str, int] | None],
+    ) -> list[list[float]]:
+        """Log-probs of the completions' tokens at temperature 1.
+
+        Reads the prefix cache. vLLM returns no valid rows for cached positions, so where the cache
+        reaches into the completion the sequence is scored again without it.
+        """
+        from vllm import SamplingParams
+
+        found: dict[int, list[float]] = {}
+        for skip in (False, True):
+            rows = [i for i in range(len(prompts)) if i not in found]
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=1,
+                prompt_logprobs=0,
+                flat_logprobs=True,
+                skip_reading_prefix_cache=skip,
+                detokenize=False,
+            )
+            outputs = self._run(
+                [[*prompts[i], *completions[i]] for i in rows],
+                [params] * len(rows),
+                [adapters[i] for i in rows],
+            )
+            for row, output in zip(rows, outputs, strict=True):
+                if skip or (output.num_cached_tokens or 0) < len(prompts[row]):
+                    size = len(completions[row])
+                    found[row] = list(output.prompt_logprobs.logprobs[-size:])
+        return [found[i] for i in range(len(prompts))]
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[Any],
+        adapter: Any,
+        progress: Send | None = None,
+    ) -> list[Any]:
+        """The finished output of each prompt. `adapter` is one for all, or a list."""
+        from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import RequestOutputKind
+
+        adapters = adapter if isinstance(adapter, list) else [adapter] * len(prompts)
+        ids: list[str] = []
+        for prompt, own, lora in zip(prompts, params, adapters, strict=True):
+            own.output_kind = RequestOutputKind.FINAL_ONLY
+            id, tokens = f"{next(self._ids)}", {"prompt_token_ids": list(prompt)}
+            # the path is part of the prefix cache's key and leads nowhere: the adapter is loaded
+            request = lora and LoRARequest(lora[0], lora[1], lora_path=lora[0])
+            try:
+                self.engine.add_request(id, tokens, own, lora_request=request)
+            except Exception:
+                self.engine.abort_request(ids)
+                raise
+            ids.append(id)
+        outputs: dict[str, Any] = {}
+        while self.engine.has_unfinished_requests():
+            try:
+                done = [output for output in self.engine.step() if output.finished]
+            except Exception:
+                self.broken = True
+                raise
+            outputs |= {output.request_id: output for output in done}
+            if done and progress is not None:
+                progress(len(done))
+        return [outputs[id] for id in ids]
+
+    def load_adapter(
+        self, slot: int, config: dict[str, Any], handle: bytes, entries: list[Any]
+    ) -> int:
+        """Replace the adapter in a slot; returns the bytes read."""
+        arguments = (slot, config, handle, entries)
+        return self.llm.collective_rpc("minidistill_load_adapter", args=arguments)[0]
+
+    def start_update(self) -> None:
+        self.llm.init_weight_transfer_engine({"init_info": {}})
+        self.llm.start_weight_update()
+
+    def update_weights(self, handle: bytes, entries: list[Any], only: bool) -> None:
+        update = {"handle": handle, "entries": entries, "only": only}
+        self.llm.update_weights({"update_info": update})
+
+    def finish_update(self) -> None:
+        """Make the new weights current. Keys and values of the old ones are dropped."""
+        self.llm.finish_weight_update()
+        self.llm.reset_prefix_cache()
+
+    def load_adapter_file(self, slot: int, path: str) -> None:
+        """An adapter from a folder, in place: what the benchmark compares `load_adapter` with."""
+        from vllm.lora.request import LoRARequest
+
+        self.engine.add_lora(LoRARequest("file", slot, lora_path=path, load_inplace=True))
+
+    def reload(self, path: str) -> None:
+        """Weights from a folder, in place: what the benchmark compares `update_weights` with."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        self.llm.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        """Weights to host memory, keys and values dropped. GPUs only."""
+        self.llm.sleep(level=1)
+
+    def wake(self) -> None:
+        self.llm.wake_up()
+
+
+def _end_with(lifeline: int) -> None:
+    """End this process group when the other end of the pipe closes: the driver is gone."""
+    os.read(lifeline, 1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def main(socket: int, lifeline: int) -> None:
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    connection = Connection(socket)
+    key, options = connection.recv()
+    current_process().authkey = key
+
+    def progress(done: int) -> None:
+        connection.send(("progress", done))
+
+    server: Server | None = None
+    method: str = ""
+    arguments: dict[str, Any] = {}
+    while True:
+        try:
+            if server is None:
+                server = Server(options, progress)
+                answer = None
+            else:
+                answer = getattr(server, method)(**arguments)
+        except Exception as error:
+            traceback.print_exc()
+            connection.send(("failed", f"{type(error).__name__}: {error}"))
+            if server is None or server.broken:
+                return
+        else:
+            connection.send(("done", answer))
+        method, arguments = connection.recv()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,80 @@
+"""Which engine a run takes, and what is said where vLLM cannot be had. Needs no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from minidistill.engines import vllm_options
+from minidistill.engines.vllm import start_vllm
+from minidistill.engines.vllm_options import build_options, wants_vllm
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
+from minidistill.trainer.model import load_model_config
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "version", "expected"),
+    [
+        ("auto", CPU, "0.32.0", False),
+        ("auto", CUDA, "0.32.0", True),
+        ("auto", CUDA, None, False),
+        ("auto", CUDA, "0.11.2", False),
+        ("embedded", CUDA, "0.32.0", False),
+        ("vllm", CPU, None, True),
+    ],
+)
+def test_auto_is_vllm_where_there_is_a_gpu_and_one_that_fits(
+    configure: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    device: torch.device,
+    version: str | None,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(vllm_options, "installed", lambda: version)
+    config = configure("--inference.engine", asked).config
+    assert wants_vllm(config, device) is expected
+
+
+@pytest.mark.parametrize(
+    ("version", "what"),
+    [(None, "not installed"), ("0.31.9", "0.31.9"), ("1.2", "1.2 is installed")],
+)
+def test_a_missing_or_other_vllm_is_an_error_with_the_fix(
+    configure: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    version: str | None,
+    what: str,
+) -> None:
+    monkeypatch.setattr(vllm_options, "installed", lambda: version)
+    config = configure("--inference.engine", "vllm").config
+    with pytest.raises(UserError, match=what) as caught:
+        start_vllm(config, CPU, load_model_config(config), 256, print)
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    assert "embedded" in caught.value.fix
+
+
+def test_options_of_a_run(configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_options, "installed", lambda: "0.32.0")
+    config = configure("--inference.engine", "vllm", "--trainer.model.lora.rank", "17").config
+    options = build_options(config, CPU, load_model_config(config), 256)
+    assert options.arguments["max_lora_rank"] == 32, "the least that vLLM takes and holds 17"
+    assert options.adapter["r"] == 17
+    assert "lm_head" not in options.arguments["lora_target_modules"]
+    assert "q_proj" in options.arguments["lora_target_modules"]
+    assert options.environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
+
+
+def test_several_replicas_are_refused(
+    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_options, "installed", lambda: "0.32.0")
+    config = configure("--inference.engine", "vllm", "--inference_gpu_ids", "0,1").config
+    with pytest.raises(UserError, match="several replicas") as caught:
+        build_options(config, CUDA, load_model_config(config), 256)
+    assert caught.value.exit_code == EXIT_USAGE
