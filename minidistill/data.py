@@ -86,8 +86,8 @@ def score(
 
 
 def check_errors(errors: Sequence[str], total: int, limit: float) -> None:
-    """Raise UserError (exit code 4) where more than `limit` of `total` rollouts failed."""
-    if errors and len(errors) / total > limit:
+    """Raise UserError (exit code 4) where more than `limit` of `total` rollouts failed, or all."""
+    if errors and (len(errors) == total or len(errors) / total > limit):
         raise UserError(
             f"the environment failed on {len(errors)} of {total} rollouts, first: {errors[0]}",
             where="orchestrator.env",

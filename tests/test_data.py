@@ -156,7 +156,8 @@ def test_an_interrupt_is_not_a_failure() -> None:
         (2, 10, 0.1, True),
         (29, 100, 0.29, False),  # 0.29 * 100 is less than 29
         (30, 100, 0.29, True),
-        (10, 10, 1.0, False),
+        (9, 10, 1.0, False),
+        (10, 10, 1.0, True),  # nothing is left to train on
         (0, 0, 0.1, False),
     ],
 )
