@@ -71,8 +71,11 @@ def test_a_seed_decides_whatever_the_neighbours(bench: Bench) -> None:
     together = bench.engine.generate(asked, **ask)
     alone = [bench.engine.generate([request], **ask)[0] for request in reversed(asked)]
     assert [c.token_ids for c in together] == [c.token_ids for c in reversed(alone)]
-    other = bench.engine.generate([Request(asked[0].prompt_ids, 99)] * 2, **ask)
-    assert other[0].token_ids == other[1].token_ids != together[0].token_ids
+    twice = bench.engine.generate([asked[0]] * 2, **ask)
+    assert [c.token_ids for c in twice] == [together[0].token_ids] * 2
+    others = [Request(r.prompt_ids, r.seed + 1000) for r in asked]
+    found = bench.engine.generate(others, **ask)
+    assert [c.token_ids for c in found] != [c.token_ids for c in together]
 
 
 def test_completions_end_with_the_end_token_or_at_the_limit(bench: Bench) -> None:
