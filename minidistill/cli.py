@@ -138,6 +138,7 @@ def _run(args: list[str]) -> int:
     # Read once, when torch loads OpenMP: idle threads that spin make a busy machine many times
     # slower (docs/decisions/0005).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from minidistill.loop import run
 
     return run(loaded, resume=resume)

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from shipped import SOKOBAN
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch loads
+# as the command line does, before torch loads
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
