@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from minidistill.config.tree import Path, walk
 
-_ONE_MODEL = "drop it: student and teacher are one model, set by `model.name`"
+_ONE_MODEL = "use `model.name`; a teacher of another model is `teacher_inference.model.name`"
 _SYNC = "drop it: sampling and training take turns, no rollout is ever stale"
 _IN_MEMORY = "drop it: weights always reach the engines in memory"
 _NO_SERVER = "drop it: the driver starts and owns its engines, there is no server to reach"
@@ -23,7 +23,7 @@ _NOT_SERVED = "drop it: vLLM cannot serve such an adapter"
 _LAUNCH = "drop it: one process on one machine; submit that command to the cluster yourself"
 _RATIO = "use `trainer.loss.ratio_clip_high`, `token_mask_low` and `token_mask_high`"
 _EAGER_TRAINER = "drop it: the trainer runs transformers' own modules"
-_TEACHER = "drop it: the teacher is the student's own base model; only its context is set"
+_TEACHER = "use `teacher_inference.model.name` where the teacher is not the student's own base"
 
 _KEYS = {
     "trainer.max_steps": "use `max_steps` at the top level",
@@ -37,7 +37,6 @@ _KEYS = {
     "inference.model.name": "use `model.name`",
     "orchestrator.model": _ONE_MODEL,
     "inference.model": "use the table `[model]`",
-    "teacher_inference.model": _ONE_MODEL,
     "trainer.model.attn": "use `model.attn`",
     "trainer.model.trust_remote_code": "use `model.trust_remote_code`",
     "trainer.loss.type": "drop it: there is one objective, weighed by the three taus",

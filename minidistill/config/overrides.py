@@ -100,12 +100,13 @@ def _take(node: Node, rest: list[str], flag: str) -> Any:
     """The value of a flag from the tokens after it, which it removes."""
     kinds = tree.kinds(node)
     has_next = bool(rest) and not rest[0].startswith("--") and rest[0] != "@"
+    if "object" in kinds and tree.properties(node):
+        if has_next and kinds & {"null", "boolean"} and _is_bool(rest[0]):
+            off = None if "null" in kinds else False
+            return {} if rest.pop(0).lower() == "true" else off
+        return _toml_or_text(rest.pop(0)) if has_next and rest[0].startswith("{") else {}
     if "boolean" in kinds:
         return parse_value(rest.pop(0), node) if has_next and _is_bool(rest[0]) else True
-    if "object" in kinds and tree.properties(node):
-        if has_next and "null" in kinds and _is_bool(rest[0]):
-            return {} if rest.pop(0).lower() == "true" else None
-        return parse_value(rest.pop(0), node) if has_next and rest[0].startswith("{") else {}
     if node is tree.ANY and not has_next:
         return True
     if not has_next:

@@ -51,7 +51,7 @@ def from_validation(error: ValidationError, layers: Layers, files: str) -> UserE
     for detail in error.errors(include_url=False, include_context=False):
         path = _known_part(detail["loc"])
         if detail["type"] == "extra_forbidden":
-            path = detail["loc"]
+            path = (*path, detail["loc"][-1])
             given = f" = {shown(detail['input'])}" if _is_scalar(detail["input"]) else ""
             found.setdefault(path, unknown_key(path, layers.origin(path), given))
         elif detail["type"] == "missing":
@@ -61,7 +61,11 @@ def from_validation(error: ValidationError, layers: Layers, files: str) -> UserE
             found.setdefault(path, problem)
         elif detail["type"] != "default_factory_not_called":
             found.setdefault(path, _bad_value(path, layers))
-    return UserErrors(list(found.values())) if len(found) > 1 else next(iter(found.values()))
+    # a table that may also be `false` is reported with what is wrong inside it: say that alone
+    deepest = [
+        p for path, p in found.items() if not any(path == o[: len(path)] != o for o in found)
+    ]
+    return UserErrors(deepest) if len(deepest) > 1 else deepest[0]
 
 
 def _bad_value(path: Path, layers: Layers) -> UserError:
@@ -81,9 +85,8 @@ def _known_part(loc: tuple[Part, ...]) -> Path:
     path: Path = ()
     for part in loc:
         below = child(node, part)
-        if below is None:
-            break
-        node, path = below, (*path, part)
+        if below is not None:
+            node, path = below, (*path, part)
     return path
 
 

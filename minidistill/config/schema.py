@@ -85,7 +85,8 @@ class TrainerModelConfig(Table):
 
     impl: Literal["auto", "hf"] = "auto"
     """Model implementation; both values mean transformers."""
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig | Literal[False] = LoraConfig()
+    """`false` (`--no-trainer.model.lora`) trains every weight of the model instead."""
     ac: AcConfig | None = None
 
 
@@ -169,15 +170,31 @@ class ParallelConfig(Table):
     """Replicas; by default as many as the GPUs allow."""
 
 
-class TeacherInferenceConfig(Table):
-    """The teacher's engine, where it has GPUs of its own."""
+class EngineConfig(Table):
+    """An engine on GPUs."""
 
     parallel: ParallelConfig = ParallelConfig()
     gpu_memory_utilization: Fraction = 0.9
     """Share of each GPU's memory that the engine may take."""
 
 
-class InferenceConfig(TeacherInferenceConfig):
+class TeacherInferenceModelConfig(Table):
+    """The teacher's model, where it is not the student's base."""
+
+    name: Text | None = None
+    """A model with the student's tokenizer; by default the teacher is the student's own base."""
+
+
+class TeacherInferenceConfig(EngineConfig):
+    """The teacher's engine, where it is not the student's."""
+
+    model: TeacherInferenceModelConfig = TeacherInferenceModelConfig()
+    share: bool | None = None
+    """Whether student and teacher are served by one engine, adapter on and off. By default they
+    are on up to 3 GPUs, and have engines of their own on more."""
+
+
+class InferenceConfig(EngineConfig):
     """The engine that samples."""
 
     engine: Literal["auto", "embedded", "vllm"] = "auto"

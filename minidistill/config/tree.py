@@ -5,6 +5,7 @@ Help, value parsing, error messages and the reference page all read this one tre
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -44,7 +45,7 @@ def choices(node: Node) -> list[str]:
     found: list[str] = []
     for option in options(node):
         found += option.get("enum", [])
-        found += [option["const"]] if "const" in option else []
+        found += [option["const"]] if isinstance(option.get("const"), str) else []
     return found
 
 
@@ -112,11 +113,14 @@ def describe(node: Node) -> str:
 
 
 def _is_fixed(option: Node) -> bool:
-    return "enum" in option or "const" in option or option.get("type") == "null"
+    fixed = "enum" in option or isinstance(option.get("const"), str)
+    return fixed or option.get("type") == "null"
 
 
 def _describe(option: Node) -> str:
     kind = option.get("type")
+    if "const" in option:
+        return json.dumps(option["const"])
     if kind in ("integer", "number"):
         return f"{'an integer' if kind == 'integer' else 'a number'}{_bounds(option)}"
     if kind == "array":
