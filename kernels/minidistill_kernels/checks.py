@@ -55,15 +55,17 @@ def per_entry(name: str, x: Tensor, device: torch.device, kind: str) -> None:
         raise ValueError(f"{name}: on {x.device}, expected {device}")
 
 
-def head(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -> None:
-    """A frozen (V, H) head that fits (N, H) hidden states."""
+def head(
+    name: str, weight: Tensor, hidden_name: str, hidden: Tensor, trained: bool = False
+) -> None:
+    """A (V, H) head that fits (N, H) hidden states, frozen unless it may be `trained`."""
     matrix(name, weight)
     like(name, weight, hidden_name, hidden)
     if weight.shape[1] != hidden.shape[1]:
         raise ValueError(
             f"{name}: width {weight.shape[1]}, but {hidden_name} has {hidden.shape[1]}"
         )
-    if weight.requires_grad and torch.is_grad_enabled():
+    if weight.requires_grad and torch.is_grad_enabled() and not trained:
         raise ValueError(
             f"{name}: requires a gradient, which these kernels do not compute; "
             f"freeze the head or pass `{name}.detach()`"
@@ -76,11 +78,12 @@ def states(
     h_t: Tensor | None,
     teacher_weight: Tensor | None,
     names: tuple[str, str, str] = ("h_s_NH", "weight_VH", "h_t_NH"),
+    trained: bool = False,
 ) -> None:
-    """Student's and teacher's hidden states with their frozen heads; `names` of the first three."""
+    """Student's and teacher's hidden states with their heads; `names` of the first three."""
     s_name, w_name, t_name = names
     matrix(s_name, h_s)
-    head(w_name, weight, s_name, h_s)
+    head(w_name, weight, s_name, h_s, trained)
     if h_t is None:
         if teacher_weight is not None:
             raise ValueError(f"teacher_weight: given without {t_name}")

@@ -68,7 +68,7 @@ def linear_distill(
     valid: Tensor | None = None,
     chunk: int | None = None,
 ) -> DistillOutput:
-    """Loss and metrics of on-policy distillation, from hidden states and a frozen LM head.
+    """Loss and metrics of on-policy distillation, from hidden states and the LM head.
 
     With pi and q the student's and the teacher's distributions at `temperature`, mu the sampler's,
     A the advantage and rho = min(pi(y) / mu(y), ratio_clip_high), detached:
@@ -85,7 +85,8 @@ def linear_distill(
 
     Args:
         h_s_NH: (N, H) student's hidden states; float32, bfloat16 or float16. Takes the gradient.
-        weight_VH: (V, H) frozen head, same dtype.
+        weight_VH: (V, H) head, same dtype. One that requires a gradient gets it, accumulated in
+            fp32; the loss must then be reduced by a sum or a mean.
         ids_N: (N,) sampled tokens, int64 or int32; -100 is padding.
         h_t_NH: (N, H) teacher's hidden states, same dtype; detached.
         teacher_weight: (V, H) the teacher's own head, if it is not the student's.
@@ -101,10 +102,10 @@ def linear_distill(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or device, requires a gradient that is not
-            computed (a trainable head), has no rows, or an id is out of range; names the argument.
+            computed (a teacher's head), has no rows, or an id is out of range; names the argument.
     """
     n = h_s_NH.shape[0]
-    checks.states(h_s_NH, weight_VH, h_t_NH, teacher_weight)
+    checks.states(h_s_NH, weight_VH, h_t_NH, teacher_weight, trained=True)
     device = h_s_NH.device
     checks.per_token("ids_N", ids_N, n, device, "ids")
     given = {
@@ -132,9 +133,10 @@ def linear_distill(
         h_t_NH, teacher_weight, advantage_N, sampler_logp_N,
         teacher_logp_N, topk_ids_NK, teacher_topk_logp_NK, valid,
     )  # fmt: skip
-    loss, metrics, flags, _ = linear_op(
+    grad = torch.is_grad_enabled()
+    loss, metrics, flags, *_ = linear_op(
         h_s_NH,
-        weight_VH.detach(),
+        weight_VH,
         ids_N,
         *(None if x is None else x.detach() for x in others),
         estimator,
@@ -142,7 +144,8 @@ def linear_distill(
         [float(x) for x in settings],
         None if kl_clip is None else float(kl_clip),
         checks.chunk_size(chunk),
-        torch.is_grad_enabled() and h_s_NH.requires_grad,
+        grad and (h_s_NH.requires_grad or weight_VH.requires_grad),
+        grad and weight_VH.requires_grad,
     )
     logp, teacher_logp, kl, entropy, teacher_entropy, ratio = metrics.unbind(0)
     return DistillOutput(

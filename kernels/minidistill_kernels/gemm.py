@@ -41,3 +41,12 @@ def pull_back(dlogits_CV: Tensor, weight_VH: Tensor) -> Tensor:
     for i in range(0, weight_VH.shape[0], TILE):
         out_CH.addmm_(dlogits_CV[:, i : i + TILE], weight_VH[i : i + TILE].float())
     return out_CH
+
+
+def add_outer(out_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor) -> None:
+    """out += dlogits.T @ hidden in fp32: a chunk's share of the head's gradient."""
+    if hidden_CH.is_cuda and hidden_CH.dtype != torch.float32:
+        dlogits_CV = dlogits_CV.to(hidden_CH.dtype)
+        out_VH += torch.mm(dlogits_CV.t(), hidden_CH, out_dtype=torch.float32)
+    else:
+        out_VH.addmm_(dlogits_CV.float().t(), hidden_CH.float())

@@ -70,9 +70,9 @@ def linear_logprob(
         logp, entropy = score_op(hidden.detach(), weight.detach(), ids, valid, temperature)
         return logp, entropy if return_entropy else None
     settings = [0.0, 0.0, 0.0, float(temperature), *_OPEN]
-    logp, metrics, _, _ = linear_op(
+    logp, metrics, *_ = linear_op(
         hidden, weight.detach(), ids, *[None] * 7, valid, "logprob", 1, settings, None, size,
-        need_grad,
+        need_grad, False,
     )  # fmt: skip
     entropy = metrics[METRICS.index("entropy")]
     # A compiler traces the backward pass of every output, asked for or not: no gradient there.
@@ -123,9 +123,9 @@ def linear_reverse_kl(
     ids = torch.zeros(h_s.shape[0], dtype=torch.int64, device=h_s.device)
     taus = [0.0, float(teacher_tau), float(student_tau), float(temperature), *_OPEN]
     need_grad = torch.is_grad_enabled() and h_s.requires_grad
-    loss, _, _, _ = linear_op(
+    loss, *_ = linear_op(
         h_s, weight.detach(), ids, h_t.detach(),
         None if teacher_weight is None else teacher_weight.detach(),
-        *[None] * 5, valid, "full", 1, taus, None, checks.chunk_size(chunk), need_grad,
+        *[None] * 5, valid, "full", 1, taus, None, checks.chunk_size(chunk), need_grad, False,
     )  # fmt: skip
     return loss

@@ -1,9 +1,10 @@
 """The one op behind the linear family: log-probs, divergences and d_hidden in one pass.
 
 Tokens go through in chunks: a product with the head into a bounded buffer, a row kernel for the
-statistics, coefficients per token, the logit gradient in place, a product for d_hidden. The head
-is frozen, so a per-row upstream gradient commutes with that last product: d_hidden is computed in
-the forward pass and only scaled in the backward pass.
+statistics, coefficients per token, the logit gradient in place, a product for d_hidden. A per-row
+upstream gradient commutes with that last product: d_hidden is computed in the forward pass and only
+scaled in the backward pass. The gradient of a head that is trained sums over rows, so there the
+upstream gradient must be the same for all of them, as it is after a sum or a mean.
 
 Where student and teacher share the head, their logits' difference comes from the difference of
 the hidden states. Subtracting two sets of bf16 logits instead loses most of a small KL.
@@ -55,8 +56,10 @@ def compute(
     obj: Objective,
     chunk: int,
     need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Terms as (len(Terms), N) fp32 and d loss / d hidden, (N, H) or (0, H)."""
+    train_head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms as (len(Terms), N) fp32, d loss / d hidden, (N, H) or (0, H), and d sum(loss) / d head,
+    (V, H) fp32 or (0, H)."""
     tokens, vocab = hidden_NH.shape[0], weight_VH.shape[0]
     keep_N = checks.usable_rows(data.ids, vocab, valid_N)
     rows = None if keep_N is None else keep_N.nonzero()[:, 0]
@@ -65,9 +68,11 @@ def compute(
     dtype = torch.float32 if hidden_NH.dtype == torch.float16 else hidden_NH.dtype
     shape = (tokens if need_grad else 0, hidden_NH.shape[1])
     d_hidden = hidden_NH.new_zeros(shape, dtype=dtype)
+    shape = (vocab if train_head else 0, hidden_NH.shape[1])
+    d_weight = hidden_NH.new_zeros(shape, dtype=torch.float32)
     count = tokens if rows is None else len(rows)
     if count == 0:
-        return out, d_hidden
+        return out, d_hidden, d_weight
     size = chunk_tokens(count, vocab, chunk, hidden_NH.device)
     pair = teacher_weight_VH is not None
     s_CV, x_CV = _buffers(size, vocab, hidden_NH, teacher_NH is not None, pair)
@@ -89,7 +94,9 @@ def compute(
         out[:, at] = torch.stack(terms)
         if d_CV is not None:
             d_hidden[at] = gemm.pull_back(d_CV, weight_VH).to(dtype)
-    return out, d_hidden
+            if train_head:
+                gemm.add_outer(d_weight, d_CV, h_CH)
+    return out, d_hidden, d_weight
 
 
 def _narrow(x: Tensor) -> bool:
@@ -193,23 +200,25 @@ def linear_op(
     kl_clip: float | None,
     chunk: int,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss (N,), metrics (6, N), flags (3, N) bool, d_hidden (N, H) or (0, H))."""
+    train_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss (N,), metrics (6, N), flags (3, N) bool, and the gradients that `compute` returns)."""
     data = TokenData(ids, advantage, sampler_logp, teacher_logp, topk_teacher_logp)
     if topk_ids is not None and bool(((topk_ids < 0) | (topk_ids >= weight.shape[0])).any()):
         raise ValueError(f"topk_ids_NK: an id is outside the vocabulary of {weight.shape[0]}")
     numbers = dict(zip(SETTINGS, settings, strict=True))
     obj = Objective(mode, top_k, kl_clip=kl_clip, **numbers)
-    out, d_hidden = compute(
-        hidden, weight, teacher, teacher_weight, data, topk_ids, valid, obj, chunk, need_grad
-    )
+    out, d_hidden, d_weight = compute(
+        hidden, weight, teacher, teacher_weight, data, topk_ids, valid, obj, chunk, need_grad,
+        train_head,
+    )  # fmt: skip
     metrics = out[1 : 1 + len(METRICS)].clone()
-    return out[0].clone(), metrics, out[1 + len(METRICS) :] > 0, d_hidden
+    return out[0].clone(), metrics, out[1 + len(METRICS) :] > 0, d_hidden, d_weight
 
 
 @linear_op.register_fake
-def _fake(hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_grad = kwargs["need_grad"] if "need_grad" in kwargs else args[-1]
+def _fake(hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    need_grad, train_head = [*args, *kwargs.values()][-2:]
     tokens, width = hidden.shape
     dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     return (
@@ -217,20 +226,29 @@ def _fake(hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Te
         hidden.new_empty(len(METRICS), tokens, dtype=torch.float32),
         hidden.new_empty(len(FLAGS), tokens, dtype=torch.bool),
         hidden.new_empty(tokens if need_grad else 0, width, dtype=dtype),
+        hidden.new_empty(weight.shape[0] if train_head else 0, width, dtype=torch.float32),
     )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, metrics, flags, d_hidden = output
-    ctx.mark_non_differentiable(metrics, flags, d_hidden)
-    ctx.save_for_backward(d_hidden)
-    ctx.dtype = inputs[0].dtype
-    ctx.others = len(inputs) - 1
+    _, metrics, flags, d_hidden, d_weight = output
+    ctx.mark_non_differentiable(metrics, flags, d_hidden, d_weight)
+    ctx.save_for_backward(d_hidden, d_weight)
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.others = len(inputs) - 2
 
 
 def _backward(ctx: Any, d_loss: Tensor, *unused: Any) -> tuple[Any, ...]:
-    (d_hidden,) = ctx.saved_tensors
-    return (d_hidden * d_loss[:, None]).to(ctx.dtype), *[None] * ctx.others
+    d_hidden, d_weight = ctx.saved_tensors
+    head = None
+    if len(d_weight):
+        if not bool((d_loss == d_loss[0]).all()):
+            raise RuntimeError(
+                "a trained head needs one upstream gradient for all tokens: reduce the loss by a "
+                "sum or a mean, and leave tokens out with `valid`"
+            )
+        head = (d_weight * d_loss[0]).to(ctx.dtypes[1])
+    return (d_hidden * d_loss[:, None]).to(ctx.dtypes[0]), head, *[None] * ctx.others
 
 
 linear_op.register_autograd(_backward, setup_context=_setup)

@@ -96,7 +96,6 @@ BAD = {
     ),
     "weight_VH: on meta, but h_s_NH is on cpu": lambda c: c.update(weight=c["weight"].to("meta")),
     "weight_VH: width 7, but h_s_NH has 8": lambda c: c.update(weight=c["weight"][:, :7]),
-    "weight_VH: requires a gradient": lambda c: c["weight"].requires_grad_(),
     "weight_VH: last dimension is not contiguous": lambda c: c.update(
         weight=c["weight"].t().contiguous().t()
     ),
@@ -164,6 +163,11 @@ def test_the_other_functions_name_their_arguments():
     checks = [
         ("logits: last dimension", lambda: selective_logprob(logits.t(), ids.repeat(5))),
         ("ids: 20 is outside", lambda: selective_logprob(logits, torch.tensor([0, 20, 0, 0]))),
+        ("weight: requires a gradient", lambda: linear_logprob(
+            case["h_s"], case["weight"].clone().requires_grad_(), case["ids"])),
+        ("teacher_weight: requires a gradient", lambda: linear_distill(
+            case["h_s"], case["weight"], case["ids"], h_t_NH=case["h_t"],
+            teacher_weight=case["own"].clone().requires_grad_())),
         ("t_logits: requires", lambda: reverse_kl(logits, logits.clone().requires_grad_())),
         ("t_logits: shape", lambda: reverse_kl(logits, logits[:, :19].contiguous())),
         ("t_logits: dtype", lambda: reverse_kl(logits, logits.half())),

@@ -258,5 +258,5 @@ def test_opcheck(mode, need_grad):
     torch.library.opcheck(
         linear_op,
         (hidden, case["weight"], case["ids"], h_t, None, case["advantage"], case["sampler"],
-         None, None, None, None, mode, 4, settings, None, 2, need_grad),
+         None, None, None, None, mode, 4, settings, None, 2, need_grad, False),
     )  # fmt: skip
