@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from minidistill.config import Config
 from minidistill.data import check_errors, score
+from minidistill.engines import EmbeddedEngine
 from minidistill.engines.base import Advance, Engine, Request, stable_seed
 from minidistill.envs import Environment
 from minidistill.models.tiny_texts import CHAT
 from minidistill.prompts import PromptBuilder
 from minidistill.trainer.compare import token_kl
-from minidistill.trainer.model import STUDENT, Policy
+from minidistill.trainer.forward import PrefixCache
+from minidistill.trainer.policy import BASE, STUDENT, Policy, Role
 from minidistill.types import Completion, Prompt, Rollout, Task
 from minidistill.ui import Display
 
@@ -110,27 +112,37 @@ class Evaluator:
         return [prompt for prompts in self.prompts.values() for prompt in prompts[:share]]
 
 
-def held_out_kl(
-    config: Config, policy: Policy, engine: Engine, prompts: Sequence[Prompt], teacher: str | None
-) -> float:
-    """Mean KL(π‖q) over tokens that the student samples on held-out prompts."""
-    completions = _sample(
-        config, engine, [p.student_ids for p in prompts], "held-out", student=True,
-        max_tokens=config.orchestrator.sampling.max_tokens,
-    )  # fmt: skip
+def held_out_kl(config: Config, policy: Policy, engine: Engine, prompts: Sequence[Prompt]) -> float:
+    """Mean KL(π‖q) over tokens that the student samples on held-out prompts.
+
+    Where an engine has the teacher's weights, the mean of log π(y) - log q(y) over these tokens.
+    """
+    tokens = config.orchestrator.sampling.max_tokens
     views = ([p.student_ids for p in prompts], [p.teacher_ids for p in prompts])
-    return _mean_kl(config, policy, completions, views, (STUDENT, teacher))
+    completions = _sample(config, engine, views[0], "held-out", student=True, max_tokens=tokens)
+    if policy.holds(policy.teacher):
+        return _mean_kl(config, policy, completions, views, (STUDENT, policy.teacher))
+    return _sampled_kl(engine, completions, views, (True, False))
 
 
-def drift_kl(config: Config, policy: Policy, engine: Engine, builder: PromptBuilder) -> float:
+def drift_kl(
+    config: Config, policy: Policy, engine: Engine, builder: PromptBuilder
+) -> float | None:
     """Mean KL(base‖student) over what the base says on prompts that have nothing to do with it.
 
-    0 would mean that training changed nothing but the task.
+    0 would mean that training changed nothing but the task. None where nobody has the base's
+    weights any more: all were trained, and the teacher is not the base.
     """
     tasks = [Task(str(i), ({"role": "user", "content": q},)) for i, q in enumerate(UNRELATED)]
-    views = [builder.build("unrelated", task).student_ids for task in tasks]
-    completions = _sample(config, engine, views, "drift", student=False, max_tokens=DRIFT_TOKENS)
-    return _mean_kl(config, policy, completions, (views, views), (None, STUDENT))
+    view = [builder.build("unrelated", task).student_ids for task in tasks]
+    if policy.holds(BASE):
+        engine = EmbeddedEngine(policy, PrefixCache(policy, shares=False), BASE)
+    elif policy.teacher is not BASE:
+        return None
+    completions = _sample(config, engine, view, "drift", student=False, max_tokens=DRIFT_TOKENS)
+    if policy.holds(BASE):
+        return _mean_kl(config, policy, completions, (view, view), (BASE, STUDENT))
+    return _sampled_kl(engine, completions, (view, view), (False, True))
 
 
 def _sample(
@@ -158,7 +170,7 @@ def _mean_kl(
     policy: Policy,
     completions: Sequence[Completion],
     prompts: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]],
-    roles: tuple[str | None, str | None],
+    roles: tuple[Role, Role],
 ) -> float:
     kl_N = token_kl(
         policy,
@@ -169,3 +181,18 @@ def _mean_kl(
         budget=config.trainer.micro_batch_tokens,
     )
     return float(kl_N.double().mean())
+
+
+def _sampled_kl(
+    engine: Engine,
+    completions: Sequence[Completion],
+    prompts: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]],
+    student: tuple[bool, bool],
+) -> float:
+    """The estimate from the sampled tokens alone; both are scored, at temperature 1."""
+    tokens = [c.token_ids for c in completions]
+    sums = []
+    for view, own in zip(prompts, student, strict=True):
+        scores = engine.score(view, tokens, temperature=1.0, student=own)
+        sums.append(sum(map(sum, scores)))
+    return (sums[0] - sums[1]) / sum(map(len, tokens))

@@ -6,30 +6,41 @@ from pathlib import Path
 
 from minidistill.config import Config
 from minidistill.engines import Engine
-from minidistill.trainer.trainer import Trainer
+from minidistill.roles import Teaching, other_teacher
+from minidistill.trainer.policy import Policy
 from minidistill.ui import Header
 
 TEACHERS = {
-    "frozen": "the base model with the context, adapter off",
+    "frozen": "the base model with the context",
     "live": "the student itself with the context",
     "ema": "a moving average of the student with the context",
 }
 
 
-def header(config: Config, trainer: Trainer, engine: Engine, path: Path, step: int) -> Header:
+def header(
+    config: Config, policy: Policy, teaching: Teaching, engine: Engine, path: Path, step: int
+) -> Header:
     """Model, mode, teacher, devices and output, for the display."""
-    loss, orchestrator, policy = config.trainer.loss, config.orchestrator, trainer.policy
-    total = sum(p.numel() for p in policy.model.parameters())
+    loss, orchestrator, lora = config.trainer.loss, config.orchestrator, config.trainer.model.lora
+    total = sum(p.numel() for p in policy.student.parameters())
     trained = sum(p.numel() for _, p in policy.parameters)
     weights = f"{loss.adv_tau:g} A + {loss.teacher_tau:g} log q - {loss.student_tau:g} log π"
     mode = "pure distillation" if loss.adv_tau == 0 else "hybrid"
     dtype = str(policy.dtype).removeprefix("torch.")
-    estimator = f"{trainer.estimator} estimator (the teacher's logits are in the trainer)"
+    teacher = TEACHERS[orchestrator.teacher_model.update]
+    if other := other_teacher(config):
+        teacher = f"{other} with the context"
+    elif lora:
+        teacher = teacher.replace("the base model", "the base model, adapter off,")
+    size = _millions(total - trained if lora else total)
     rows = (
-        ("model", f"{config.model.name}, {_millions(total - trained)} parameters, {dtype}"),
-        ("adapter", f"LoRA rank {config.trainer.model.lora.rank}, {_millions(trained)} parameters"),
+        ("model", f"{config.model.name}, {size} parameters, {dtype}"),
+        ("adapter", f"LoRA rank {lora.rank}, {_millions(trained)} parameters")
+        if lora
+        else ("trained", "every weight"),
         ("mode", f"{mode}: {weights}"),
-        ("teacher", f"{TEACHERS[trainer.update]}; {estimator}"),
+        ("teacher", teacher),
+        ("estimator", f"{teaching.estimator}, scored in the {teaching.scorer}: {teaching.reason}"),
         ("engine", engine.description),
         ("tasks", ", ".join(e.name for e in orchestrator.env)),
         ("output", str(path)),

@@ -63,12 +63,12 @@ def finish(session: Session) -> None:
         "steps": session.config.max_steps,
         "seconds": session.seconds,
     }
-    checkpoint.save_adapter(session.trainer, session.dir.path / "adapter")
+    saved = checkpoint.save_model(session.policy, session.dir.path)
     session.dir.write("scoreboard.json", board)
     session.display.scoreboard(board)
     session.monitor.close(board)
     report = write_report(session.dir.path)
-    session.display.note(f"adapter: {session.dir.path / 'adapter'}  report: {report}")
+    session.display.note(f"{saved.name}: {saved}  report: {report}")
 
 
 def _scores(session: Session, before: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +96,6 @@ def _held_out_kl(session: Session) -> float:
         session.policy,
         session.engine,
         session.evaluator.held_out(),
-        session.trainer.teacher_role,
     )
 
 

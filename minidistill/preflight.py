@@ -11,8 +11,13 @@ from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.prompts import PromptBuilder
 from minidistill.trainer.batching import collate, common_prefix
 from minidistill.trainer.compare import token_kl
-from minidistill.trainer.forward import MIN_PREFIX, PrefixCache, can_share_prefix, hidden_states
-from minidistill.trainer.model import STUDENT, Policy
+from minidistill.trainer.forward import (
+    MIN_PREFIX,
+    can_share_prefix,
+    hidden_states,
+    prefix_states,
+)
+from minidistill.trainer.policy import OTHER, STUDENT, Policy
 from minidistill.types import Prompt, Task
 
 # Float error of a KL or log-prob after two differently shaped passes, by dtype
@@ -84,13 +89,11 @@ def check_lengths(config: Config, limit: int, prompts: Sequence[Prompt]) -> None
 
 
 @torch.no_grad()
-def check_model(
-    policy: Policy, prompts: Sequence[Prompt], prefixes: PrefixCache, warn: Warn
-) -> bool:
-    """Numeric checks on a fresh adapter. Returns whether a shared prefix may be cached.
+def check_model(policy: Policy, prompts: Sequence[Prompt], warn: Warn) -> bool:
+    """Numeric checks before any training. Returns whether a shared prefix may be cached.
 
     Raises UserError (exit code 3) where hidden states times the head are not the model's logits,
-    or where adapter on and adapter off differ before any training.
+    or where student and teacher differ though they read the same and one is the other's start.
     """
     if len(policy.tokenizer) > policy.head_VH.shape[0]:
         raise UserError(
@@ -104,10 +107,9 @@ def check_model(
     completions = [p.student_ids[-6:] for p in some]  # any tokens do
     tokens = collate([p.student_ids for p in some], completions, pad_id=policy.pad_id)
     tokens = tokens.to(policy.device)
-    with policy.inference(), policy.role(None):
+    with policy.inference():
         ours = policy.logits(hidden_states(policy, tokens)).float().log_softmax(-1)
-        base = policy.model.get_base_model()
-        theirs = base(input_ids=tokens.ids_BL, attention_mask=tokens.mask_BL).logits
+        theirs = policy.causal(input_ids=tokens.ids_BL, attention_mask=tokens.mask_BL).logits
         theirs = theirs[tokens.rows_N, tokens.columns_N].float().log_softmax(-1)
     if not torch.allclose(ours, theirs, atol=10 * tolerance, rtol=0):
         raise UserError(
@@ -117,8 +119,12 @@ def check_model(
             exit_code=EXIT_ENVIRONMENT,
         )
     views = [p.student_ids for p in some]
-    kl = token_kl(policy, completions, prompts=(views, views), roles=(STUDENT, None),
-                  temperature=1.0, budget=1 << 16)  # fmt: skip
+    roles = (STUDENT, policy.teacher)
+    if policy.holds(policy.teacher) and policy.teacher != OTHER:
+        kl = token_kl(policy, completions, prompts=(views, views), roles=roles,
+                      temperature=1.0, budget=1 << 16)  # fmt: skip
+    else:
+        kl = torch.zeros(1)
     if float(kl.abs().max()) > tolerance:
         raise UserError(
             f"with no context the KL between student and teacher is {float(kl.max()):.2g}, not 0",
@@ -126,14 +132,13 @@ def check_model(
             fix='use model.dtype = "float32", or another attention implementation (model.attn)',
             exit_code=EXIT_ENVIRONMENT,
         )
-    return _prefix_works(policy, some, completions, prefixes, tolerance, warn)
+    return _prefix_works(policy, some, completions, tolerance, warn)
 
 
 def _prefix_works(
     policy: Policy,
     prompts: Sequence[Prompt],
     completions: Sequence[tuple[int, ...]],
-    prefixes: PrefixCache,
     tolerance: float,
     warn: Warn,
 ) -> bool:
@@ -145,10 +150,11 @@ def _prefix_works(
     if len(prefix) < MIN_PREFIX:
         return True
     logp = []
-    with policy.inference(), policy.role(None):
+    role = policy.teacher if policy.holds(policy.teacher) else STUDENT
+    with policy.inference(), policy.role(role):
         for shared in ((), prefix):
             tokens = collate(views, completions, pad_id=policy.pad_id, prefix=shared)
-            states = prefixes.get(shared) if shared else None
+            states = prefix_states(policy, shared) if shared else None
             hidden = hidden_states(policy, tokens, states)
             logp.append(policy.logits(hidden).float().log_softmax(-1))
     # where a token's probability is nothing to either, its log-prob says nothing

@@ -7,26 +7,27 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from minidistill import preflight
+from minidistill.collect import Collector
 from minidistill.config import LoadedConfig
-from minidistill.data import TaskSampler, check_errors, load_environments, score, with_advantages
+from minidistill.data import load_environments
 from minidistill.devices import pick_device
-from minidistill.engines import EmbeddedEngine, Engine, Request, start_vllm
-from minidistill.engines.base import stable_seed
+from minidistill.engines import start_engines
 from minidistill.errors import UserError
 from minidistill.evaluate import Evaluator, Scores
 from minidistill.header import header
 from minidistill.monitors import check_monitors, open_monitors
 from minidistill.prompts import PromptBuilder
 from minidistill.records import TokenTexts, write_rollouts
+from minidistill.roles import other_teacher
 from minidistill.rundir import RunDir, choose_path
 from minidistill.trainer import checkpoint
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.model import (
+    check_same_tokens,
     load_model_config,
     load_policy,
     load_tokenizer,
@@ -63,30 +64,32 @@ class Session:
         self.builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
         prompts = self._some_prompts()
         warnings = preflight.check_prompts(config, self.builder, prompts)
+        check_same_tokens(config, tokenizer)
         model_config = load_model_config(config)
         self.limit = preflight.length_limit(config, model_config)
         preflight.check_lengths(config, self.limit, prompts)
         self.texts = TokenTexts(tokenizer)
-        self.sampler = TaskSampler(self.environments, config.seed)
 
-        # first of all: its process starts while this one loads the model
-        vllm = start_vllm(config, device, model_config, self.limit, self.warn)
+        # first of all: engines' processes start while this one loads the model
+        other = other_teacher(config)
+        models = (model_config, load_model_config(config, other) if other else model_config)
+        started = start_engines(config, device, models, self.limit, self.warn)
         try:
-            self.policy = load_policy(config, tokenizer, device)
-            self.prefixes = PrefixCache(self.policy)
-            shares = preflight.check_model(self.policy, prompts, self.prefixes, warnings.append)
-            self.trainer = Trainer(self.policy, config, self.prefixes, shares)
-            role = self.trainer.teacher_role
-            self.engine: Engine = EmbeddedEngine(self.policy, self.prefixes, role, shares)
-            if vllm is not None:
-                vllm.attach(self.policy, role)
-                vllm.wait()
-                self.engine = vllm
+            self.teaching = started.teaching
+            self.collector = Collector(
+                config, self.environments, self.builder, self.teaching, self.limit, display,
+                self.warn,
+            )  # fmt: skip
+            self.policy = load_policy(config, tokenizer, device, self.teaching)
+            shares = preflight.check_model(self.policy, prompts, warnings.append)
+            self.prefixes = PrefixCache(self.policy, shares)
+            estimator = self.teaching.estimator
+            self.trainer = Trainer(self.policy, config, self.prefixes, estimator)
+            self.engine = started.attach(self.policy, self.prefixes)
             self.evaluator = self._evaluator()
             self._open(resume, warnings)
         except BaseException:
-            if vllm is not None:
-                vllm.close()
+            started.close()
             raise
 
     def _open(self, resume: bool, warnings: Sequence[str]) -> None:
@@ -97,7 +100,9 @@ class Session:
         self._seconds_before = 0.0
         if resume:
             self._resume()
-        shown = header(config, self.trainer, self.engine, self.dir.path, self.first_step)
+        shown = header(
+            config, self.policy, self.teaching, self.engine, self.dir.path, self.first_step
+        )
         if not resume:
             self.dir.create(self.loaded, {"header": shown.rows})
         self.engine.sync(self.first_step - 1)
@@ -166,53 +171,8 @@ class Session:
 
     def sample(self, step: int) -> list[Rollout]:
         """The step's rollouts, scored, with their advantages."""
-        began = time.perf_counter()
-        orchestrator = self.config.orchestrator
-        samples = orchestrator.rollouts_per_example
-        drawn = self.sampler.draw(step, orchestrator.batch_size // samples)
-        prompts = [self.builder.build(env, task) for env, task in drawn]
-        preflight.check_lengths(self.config, self.limit, prompts)
-        jobs = [(prompt, sample) for prompt in prompts for sample in range(samples)]
-        requests = [
-            Request(p.student_ids, stable_seed(self.config.seed, "train", step, i))
-            for i, (p, _) in enumerate(jobs)
-        ]
-        with self.display.phase("sample", len(jobs), "rollouts") as advance:
-            completions = self.engine.generate(
-                requests,
-                max_tokens=orchestrator.sampling.max_tokens,
-                temperature=orchestrator.sampling.temperature,
-                student=True,
-                advance=advance,
-            )
-        rollouts = [
-            Rollout(p, s, c, self.builder.decode(c.token_ids), policy_version=step - 1)
-            for (p, s), c in zip(jobs, completions, strict=True)
-        ]
-        tokens = sum(len(c.token_ids) for c in completions)
-        seconds = time.perf_counter() - began
-        self._step: Metrics = {
-            "time/sample": seconds,
-            "perf/sample_tokens_per_second": tokens / seconds,
-        }
-        if not orchestrator.buffer.skip_verification:
-            rollouts = self._score(rollouts)
-        return with_advantages(rollouts, orchestrator.advantage.std_norm)
-
-    def _score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts with their rewards, without those whose environment failed."""
-        began = time.perf_counter()
-        with self.display.phase("score", len(rollouts), "rollouts") as advance:
-            rewards, errors = score(self.environments, rollouts, advance)
-        check_errors(errors, len(rollouts), self.config.orchestrator.max_env_error_frac)
-        self._step |= {"time/score": time.perf_counter() - began, "env/errors": len(errors)}
-        if errors:
-            self.warn(f"{len(errors)} rollouts dropped: {errors[0]}")
-        return [
-            replace(rollout, reward=reward)
-            for rollout, reward in zip(rollouts, rewards, strict=True)
-            if reward is not None
-        ]
+        rollouts, self._step = self.collector.collect(self.engine, step, version=step - 1)
+        return rollouts
 
     def train(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """One update, and its records."""

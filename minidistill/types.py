@@ -52,6 +52,8 @@ class Completion:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     stop: str
+    top_ids: Any = None
+    """Where asked for: the sampler's k likeliest ids at each token, int array (tokens, k)."""
 
     @property
     def truncated(self) -> bool:
@@ -59,8 +61,21 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherScores:
+    """What an engine says of a completion as the teacher, nats.
+
+    `logprobs` has log q(y) of each token; `top`, float array (tokens, k), log q at the completion's
+    `top_ids`, for the estimator that needs it.
+    """
+
+    logprobs: Sequence[float]
+    top: Any = None
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
-    """One scored sample of a prompt. `reward` is None where rewards are not computed."""
+    """One scored sample of a prompt. `reward` is None where rewards are not computed, `teacher`
+    where the trainer runs the teacher itself."""
 
     prompt: Prompt
     sample: int
@@ -69,6 +84,7 @@ class Rollout:
     reward: Reward | None = None
     advantage: float = 0.0
     policy_version: int = 0
+    teacher: TeacherScores | None = None
 
     @property
     def student_length(self) -> int:

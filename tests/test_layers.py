@@ -15,7 +15,7 @@ LAYERS = [
     {"envs", "prompts", "scoreboard", "rundir", "ui"},
     {"devices", "roles", "engines", "trainer", "weights"},
     {"data", "monitors", "report", "records", "preflight"},
-    {"header", "evaluate", "session", "outcome", "loop"},
+    {"header", "evaluate", "collect", "session", "outcome", "loop"},
     {"cli", "__main__"},
 ]
 HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "wandb"}

@@ -13,6 +13,7 @@ from trainer_tools import Lab, make_lab
 from minidistill import preflight
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.prompts import PromptBuilder
+from minidistill.trainer.policy import Policy
 
 SMALL = ("--orchestrator.batch_size", "8", "--orchestrator.env.0.args.num_train_examples", "8")
 Configure = Callable[..., Any]
@@ -26,7 +27,7 @@ def lab(configure: Configure) -> Lab:
 def check_model(lab: Lab) -> tuple[bool, list[str]]:
     warnings: list[str] = []
     prompts = [r.prompt for r in lab.rollouts[::4]]
-    shares = preflight.check_model(lab.policy, prompts, lab.trainer.prefixes, warnings.append)
+    shares = preflight.check_model(lab.policy, prompts, warnings.append)
     return shares, warnings
 
 
@@ -54,15 +55,14 @@ def test_a_tokenizer_of_another_model_is_noticed(lab: Lab) -> None:
         check_model(lab)
 
 
-def test_a_wrong_prefix_cache_is_not_used(lab: Lab) -> None:
-    class Wrong:
-        def get(self, prefix: tuple[int, ...]) -> Any:
-            states = lab.trainer.prefixes.get(prefix)
-            return [(keys + 1.0, values) for keys, values in states]
+def test_a_wrong_prefix_cache_is_not_used(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = preflight.prefix_states
 
-    warnings: list[str] = []
-    prompts = [r.prompt for r in lab.rollouts[::4]]
-    shares = preflight.check_model(lab.policy, prompts, Wrong(), warnings.append)  # type: ignore[arg-type]
+    def wrong(policy: Policy, prefix: tuple[int, ...]) -> Any:
+        return [(keys + 1.0, values) for keys, values in right(policy, prefix)]
+
+    monkeypatch.setattr(preflight, "prefix_states", wrong)
+    shares, warnings = check_model(lab)
     assert shares is False
     assert "read anew" in warnings[0]
 

@@ -14,8 +14,8 @@ from trainer_tools import Lab, make_lab
 
 from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.trainer import checkpoint
-from minidistill.trainer.model import EMA, STUDENT
 from minidistill.trainer.optim import learning_rate
+from minidistill.trainer.policy import EMA, STUDENT
 
 SMALL = ("--orchestrator.batch_size", "12", "--orchestrator.env.0.args.num_train_examples", "8")
 # The same rollouts trained on again, which the guard would take for an engine's old weights
@@ -65,7 +65,8 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_cut(
 def test_the_cached_context_gives_the_same_gradient(plain: Lab, configure: Configure) -> None:
     lab = make_lab(configure(*SMALL), shares=False)
     lab.rollouts = plain.rollouts
-    assert plain.trainer._teacher_prefix(plain.rollouts), "the context is not shared at all"
+    views = [r.prompt.teacher_ids for r in plain.rollouts]
+    assert plain.trainer.prefixes.common(views), "the context is not shared at all"
     assert_same_gradients(lab, plain)
 
 
@@ -194,9 +195,9 @@ def test_the_saved_adapter_is_plain_peft(configure: Configure, tmp_path: Path) -
 
     lab = make_lab(configure(*SMALL))
     lab.trainer.step(lab.rollouts, 1, lambda count: None)
-    checkpoint.save_adapter(lab.trainer, tmp_path)
+    folder = checkpoint.save_model(lab.policy, tmp_path)
     base = AutoModelForCausalLM.from_pretrained(resolve("tiny-sokoban"), dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    theirs = PeftModel.from_pretrained(base, str(folder)).eval()
     prompts = [r.prompt.student_ids for r in lab.rollouts]
     completions = [r.completion.token_ids for r in lab.rollouts]
     ours = lab.engine.score(prompts, completions, temperature=1.0, student=True)
@@ -211,7 +212,7 @@ def test_the_saved_adapter_is_plain_peft(configure: Configure, tmp_path: Path) -
 def test_live_and_averaged_teachers(configure: Configure) -> None:
     """live: the student's own weights; ema: weights that follow it by the decay."""
     live = make_lab(configure(*SMALL, *STALE, "--orchestrator.teacher_model.update", "live"))
-    assert live.trainer.teacher_role == STUDENT
+    assert live.policy.teacher == STUDENT
     flags = ("--orchestrator.teacher_model.update", "ema", "--orchestrator.teacher_model.ema_decay")
     lab = make_lab(configure(*SMALL, *STALE, *flags, "0.75"))
     named = dict(lab.policy.model.named_parameters())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minidistill.engines import vllm_options
-from minidistill.engines.vllm import start_vllm
+from minidistill.engines.start import start_engines
 from minidistill.engines.vllm_options import build_options, wants_vllm
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.trainer.model import load_model_config
@@ -53,8 +53,9 @@ def test_a_missing_or_other_vllm_is_an_error_with_the_fix(
 ) -> None:
     monkeypatch.setattr(vllm_options, "installed", lambda: version)
     config = configure("--inference.engine", "vllm").config
+    model = load_model_config(config)
     with pytest.raises(UserError, match=what) as caught:
-        start_vllm(config, CPU, load_model_config(config), 256, print)
+        start_engines(config, CPU, (model, model), 256, print)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     assert "embedded" in caught.value.fix
 
@@ -75,6 +76,19 @@ def test_several_replicas_are_refused(
 ) -> None:
     monkeypatch.setattr(vllm_options, "installed", lambda: "0.32.0")
     config = configure("--inference.engine", "vllm", "--inference_gpu_ids", "0,1").config
+    model = load_model_config(config)
     with pytest.raises(UserError, match="several replicas") as caught:
-        build_options(config, CUDA, load_model_config(config), 256)
+        start_engines(config, CUDA, (model, model), 256, print)
     assert caught.value.exit_code == EXIT_USAGE
+
+
+def test_options_without_an_adapter(
+    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every weight trained, and a teacher's engine that serves the base alone."""
+    monkeypatch.setattr(vllm_options, "installed", lambda: "0.32.0")
+    for flags, teacher in ((("--no-trainer.model.lora",), False), ((), True)):
+        config = configure("--inference.engine", "vllm", *flags).config
+        options = build_options(config, CPU, load_model_config(config), 256, teacher=teacher)
+        assert not options.adapter
+        assert not any("lora" in name for name in options.arguments)

@@ -11,8 +11,10 @@ from minidistill.config import LoadedConfig
 from minidistill.data import TaskSampler, load_environments, score, with_advantages
 from minidistill.engines import EmbeddedEngine, Request
 from minidistill.prompts import PromptBuilder
+from minidistill.roles import decide
 from minidistill.trainer.forward import PrefixCache, can_share_prefix
-from minidistill.trainer.model import Policy, load_policy, load_tokenizer
+from minidistill.trainer.model import load_policy, load_tokenizer
+from minidistill.trainer.policy import Policy
 from minidistill.trainer.trainer import Trainer
 from minidistill.types import Rollout
 
@@ -45,17 +47,18 @@ def make_lab(loaded: LoadedConfig, *, shares: bool | None = None, trained: bool 
     """A lab whose adapter is not at its start (unless `trained` is off): B is random, not 0."""
     config = loaded.config
     tokenizer = load_tokenizer(config)
-    policy = load_policy(config, tokenizer, torch.device("cpu"))
+    teaching = decide(config, vllm=False, token_ids=False)
+    policy = load_policy(config, tokenizer, torch.device("cpu"), teaching)
     generator = torch.Generator().manual_seed(1)
     if trained:
         for name, parameter in policy.parameters:
-            if "lora_B" in name:
+            if "lora_B" in name or not policy.lora:
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.data.copy_(0.03 * noise)
-    prefixes = PrefixCache(policy)
+                parameter.data.add_((0.03 if policy.lora else 0.003) * noise)
     share = can_share_prefix(policy) if shares is None else shares
-    trainer = Trainer(policy, config, prefixes, share)
-    engine = EmbeddedEngine(policy, prefixes, trainer.teacher_role, share)
+    prefixes = PrefixCache(policy, share)
+    trainer = Trainer(policy, config, prefixes, teaching.estimator)
+    engine = EmbeddedEngine(policy, prefixes, policy.teacher)
     teacher = config.orchestrator.teacher_model
     builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
     return Lab(policy, trainer, engine, builder, sample(loaded, engine, builder))

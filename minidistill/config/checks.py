@@ -40,6 +40,14 @@ def _objective(config: Config) -> Iterator[Problem]:
             "set trainer.loss.teacher_tau above 0 to distil",
             ("trainer.loss.teacher_tau", "trainer.loss.adv_tau"),
         )
+    other = config.teacher_inference.model.name
+    if other is not None and other != config.model.name and teacher.update != "frozen":
+        yield Problem(
+            f"the teacher is another model ({other}), which training does not change, but "
+            f'orchestrator.teacher_model.update = "{teacher.update}"',
+            'take update = "frozen", or leave teacher_inference.model.name out',
+            ("teacher_inference.model.name", "orchestrator.teacher_model.update"),
+        )
     if config.orchestrator.buffer.skip_verification and loss.adv_tau != 0:
         yield Problem(
             "orchestrator.buffer.skip_verification = true leaves no reward to weigh, "

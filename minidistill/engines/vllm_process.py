@@ -17,6 +17,8 @@ from multiprocessing import current_process
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
+
 Send = Callable[[int], None]
 
 
@@ -42,8 +44,9 @@ class Server:
         temperature: float,
         eos_ids: list[int],
         adapter: tuple[str, int] | None,
-    ) -> list[tuple[tuple[int, ...], tuple[float, ...], str]]:
-        """Token ids, log-probs and stop ("eos" or "length") of each completion, in order."""
+        top_k: int = 0,
+    ) -> list[tuple[Any, ...]]:
+        """Token ids, log-probs, stop ("eos" or "length") and likeliest ids of each completion."""
         from vllm import SamplingParams
 
         params = [
@@ -51,7 +54,7 @@ class Server:
                 temperature=temperature,
                 max_tokens=max_tokens,
                 seed=seed,
-                logprobs=0,  # the sampled token's own
+                logprobs=top_k,  # and the sampled token's own
                 flat_logprobs=True,
                 stop_token_ids=eos_ids,
                 detokenize=False,
@@ -62,44 +65,61 @@ class Server:
         for output in self._run(prompts, params, adapter, self.progress):
             sample = output.outputs[0]
             stop = "length" if sample.finish_reason == "length" else "eos"
-            logprobs = tuple(sample.logprobs.logprobs)
-            found.append((tuple(sample.token_ids), logprobs, stop))
+            # a row for each token: the sampled one, then the k likeliest
+            width = len(sample.logprobs.logprobs) // max(1, len(sample.token_ids))
+            logprobs = tuple(sample.logprobs.logprobs[::width])
+            ids = np.array(sample.logprobs.token_ids).reshape(-1, width)[:, 1:]
+            found.append((tuple(sample.token_ids), logprobs, stop, ids if top_k else None))
         return found
+
+    def scores_ids(self) -> bool:
+        """Whether any ids can be scored at each position: the V2 runner's call."""
+        return bool(getattr(self.engine.vllm_config, "use_v2_model_runner", False))
 
     def score(
         self,
         prompts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
         adapters: Sequence[tuple[str, int] | None],
-    ) -> list[list[float]]:
-        """Log-probs of the completions' tokens at temperature 1.
+        ids: Sequence[Any] | None,
+    ) -> list[Any]:
+        """Log-probs at temperature 1 of the completions' tokens, (tokens, 1), or of `ids` there.
 
         Reads the prefix cache. vLLM returns no valid rows for cached positions, so where the cache
         reaches into the completion the sequence is scored again without it.
         """
-        from vllm import SamplingParams
-
-        found: dict[int, list[float]] = {}
+        if ids is None and self.scores_ids():  # which computes no other rows than asked for
+            ids = [np.array(completion)[:, None] for completion in completions]
+        found: dict[int, Any] = {}
         for skip in (False, True):
             rows = [i for i in range(len(prompts)) if i not in found]
-            params = SamplingParams(
-                temperature=0,
-                max_tokens=1,
-                prompt_logprobs=0,
-                flat_logprobs=True,
-                skip_reading_prefix_cache=skip,
-                detokenize=False,
-            )
             outputs = self._run(
                 [[*prompts[i], *completions[i]] for i in rows],
-                [params] * len(rows),
+                [self._scoring(prompts[i], None if ids is None else ids[i], skip) for i in rows],
                 [adapters[i] for i in rows],
             )
             for row, output in zip(rows, outputs, strict=True):
-                if skip or (output.num_cached_tokens or 0) < len(prompts[row]):
-                    size = len(completions[row])
-                    found[row] = list(output.prompt_logprobs.logprobs[-size:])
+                if ids is not None:
+                    if output.prompt_token_id_logprobs is not None:
+                        found[row] = np.asarray(output.prompt_token_id_logprobs, np.float32)
+                elif skip or (output.num_cached_tokens or 0) < len(prompts[row]):
+                    last = output.prompt_logprobs.logprobs[-len(completions[row]) :]
+                    found[row] = np.array(last)[:, None]
+        missing = len(prompts) - len(found)
+        if missing:
+            raise RuntimeError(f"vLLM gave no log-probs for {missing} of {len(prompts)} sequences")
         return [found[i] for i in range(len(prompts))]
+
+    def _scoring(self, prompt: Sequence[int], ids: Any, skip: bool) -> Any:
+        from vllm import SamplingParams
+
+        if ids is None:
+            how: dict[str, Any] = {"prompt_logprobs": 0, "flat_logprobs": True}
+        else:
+            how = {"prompt_logprob_start": len(prompt) - 1, "prompt_logprob_token_ids": ids}
+        return SamplingParams(
+            temperature=0, max_tokens=1, detokenize=False, skip_reading_prefix_cache=skip, **how
+        )
 
     def _run(
         self,

@@ -10,22 +10,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.rundir import write_atomic, writing
-from minidistill.trainer.model import EMA, STUDENT
+from minidistill.trainer.policy import STUDENT, Policy
 from minidistill.trainer.trainer import Trainer
 
 MANIFEST = "MANIFEST.json"
 
 
-def save_adapter(trainer: Trainer, path: Path) -> None:
-    """The adapter in plain PEFT form: adapter_config.json and adapter_model.safetensors."""
-    with writing(path):
-        trainer.policy.model.save_pretrained(str(path), selected_adapters=[STUDENT])
-        (path / "README.md").unlink(missing_ok=True)  # peft's empty model card
+def save_model(policy: Policy, path: Path) -> Path:
+    """What was trained, for others to load: `path/adapter` as plain PEFT, or `path/model` whole, in
+    Hugging Face's layout with the tokenizer. Returns the folder."""
+    folder = path / ("adapter" if policy.lora else "model")
+    with writing(folder):
+        if policy.lora:
+            policy.model.save_pretrained(str(folder), selected_adapters=[STUDENT])
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        else:
+            policy.model.save_pretrained(str(folder))
+            policy.tokenizer.save_pretrained(str(folder))
+    return folder
 
 
 def save(trainer: Trainer, root: Path, step: int, facts: dict[str, Any], keep: int) -> Path:
@@ -35,11 +41,11 @@ def save(trainer: Trainer, root: Path, step: int, facts: dict[str, Any], keep: i
     with writing(final):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_adapter(trainer, aside / "adapter")
+        if trainer.policy.lora:  # a whole model would be there twice
+            save_model(trainer.policy, aside)
+        # under names of ours: peft and transformers may save others than they have in memory
         tensors = {f"optimizer/{k}": v for k, v in trainer.optimizer.state().items()}
-        # peft's file has the adapter in its own names; resuming wants the parameters themselves
-        named = trainer.policy.model.named_parameters()
-        tensors |= {f"parameter/{n}": p for n, p in named if f".{STUDENT}." in n or f".{EMA}." in n}
+        tensors |= {f"policy/{k}": v for k, v in trainer.policy.state().items()}
         plain = {k: v.detach().contiguous() for k, v in tensors.items()}
         save_file(plain, aside / "state.safetensors")
         write_atomic(aside / "state.json", json.dumps({"step": step, **facts}, indent=2) + "\n")
@@ -69,15 +75,9 @@ def restore(trainer: Trainer, root: Path, warn: Callable[[str], None]) -> dict[s
             warn(f"checkpoint {path.name} is damaged ({problem}): using the one before")
             continue
         tensors = load_file(path / "state.safetensors")
-        parameters = dict(trainer.policy.model.named_parameters())
-        with torch.no_grad():
-            for name, value in tensors.items():
-                kind, _, rest = name.partition("/")
-                if kind == "parameter":
-                    parameters[rest].copy_(value)
-        prefix = "optimizer/"
-        moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        trainer.optimizer.load_state(moments)
+        for prefix, target in (("policy/", trainer.policy), ("optimizer/", trainer.optimizer)):
+            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            target.load_state(own)
         return json.loads((path / "state.json").read_text())
     if found:
         raise UserError(

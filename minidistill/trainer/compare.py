@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minidistill.trainer.batching import collate, split_by_tokens
 from minidistill.trainer.forward import hidden_states
-from minidistill.trainer.model import Policy
+from minidistill.trainer.policy import Policy
 from minidistill_kernels import linear_reverse_kl
 
 
@@ -35,12 +35,16 @@ def token_kl(
     found: dict[int, Tensor] = {}
     with policy.inference():
         for rows in split_by_tokens(longest, budget):
-            hidden = []
+            hidden, heads = [], []
             batch = [completions[i] for i in rows]
             for view, role in zip(prompts, roles, strict=True):
                 tokens = collate([view[i] for i in rows], batch, pad_id=policy.pad_id)
                 with policy.role(role):
                     hidden.append(hidden_states(policy, tokens))
-            kl_N = linear_reverse_kl(hidden[0], hidden[1], policy.head_VH, temperature=temperature)
+                    heads.append(policy.head_VH)
+            own = None if heads[1] is heads[0] else heads[1]
+            kl_N = linear_reverse_kl(
+                hidden[0], hidden[1], heads[0].detach(), own, temperature=temperature
+            )
             found.update(zip(rows, kl_N.cpu().split([len(c) for c in batch]), strict=True))
     return torch.cat([found[i] for i in range(len(completions))])

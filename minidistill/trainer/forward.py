@@ -11,29 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidistill.trainer.batching import Tokens
-from minidistill.trainer.model import Policy
+from minidistill.trainer.batching import Tokens, common_prefix
+from minidistill.trainer.policy import Policy, Role
 
 KeysValues = list[tuple[Tensor, Tensor]]
 MIN_PREFIX = 8  # below this many shared tokens a prefix pass costs more than it saves
 
 
 class PrefixCache:
-    """Keys and values of prompts' common beginnings under the frozen base.
+    """Keys and values of what prompts begin with.
 
-    The teacher's context is the same for every rollout and its weights never change, so its pass
-    is made once a run. A few recent prefixes are kept.
+    The teacher's context is the same for every rollout and a frozen teacher's weights never change,
+    so its pass is made once a run. A few recent prefixes are kept.
     """
 
-    def __init__(self, policy: Policy, size: int = 4) -> None:
-        self.policy, self.size = policy, size
+    def __init__(self, policy: Policy, shares: bool, size: int = 4) -> None:
+        self.policy, self.shares, self.size = policy, shares, size
         self._kept: dict[tuple[int, ...], KeysValues] = {}
         self.computed = 0
 
-    def get(self, prefix: tuple[int, ...]) -> KeysValues:
+    def common(self, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        """What all prompts begin with, where it is worth a pass of its own."""
+        prefix = common_prefix(prompts) if self.shares and len(set(map(tuple, prompts))) > 1 else ()
+        return prefix if len(prefix) >= MIN_PREFIX else ()
+
+    def states(self, prefix: tuple[int, ...], role: Role) -> KeysValues | None:
+        """The prefix under a role, which must be the current one; None for no prefix."""
+        if not prefix:
+            return None
+        if role != self.policy.teacher or not self.policy.frozen_teacher:
+            return prefix_states(self.policy, prefix)
         if prefix not in self._kept:
-            with self.policy.role(None):
-                self._kept[prefix] = prefix_states(self.policy, prefix)
+            self._kept[prefix] = prefix_states(self.policy, prefix)
             self.computed += 1
             while len(self._kept) > self.size:
                 del self._kept[next(iter(self._kept))]

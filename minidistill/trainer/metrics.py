@@ -26,7 +26,8 @@ def summarize(
     """Means over the step's completion tokens, in float64, under the documented names.
 
     `outputs` holds each rollout's columns of a `DistillOutput`. In `teacher_kl` lower is more
-    similar. With `sampled`, `teacher_kl` still is the full KL where the teacher is in the trainer.
+    similar. With `sampled`, `teacher_kl` still is the full KL where the teacher is in the trainer;
+    where an engine scored it, it is the mean of log π(y) - log q(y), without `entropy/teacher`.
     """
     columns = [torch.cat([o[i] for o in outputs]) for i in range(len(DistillOutput._fields))]
     out = DistillOutput(*(c if c.dtype == torch.bool else c.double() for c in columns))
@@ -40,14 +41,13 @@ def summarize(
     total = float(out.loss.mean())
     policy = total if estimator == "sampled" else float(policy_N.mean())
     mass = float(out.ratio.mean())
-    metrics = {
+    metrics: Metrics = {
         "teacher_kl": float(out.kl.mean()),
         "combined_advantage": float((loss.adv_tau * advantage_N + terms_N).mean()),
         "loss/total": total,
         "loss/policy": policy,
         "loss/kl": float(-terms_N.mean()) if estimator == "sampled" else total - policy,
         "entropy/student": float(out.entropy.mean()),
-        "entropy/teacher": float(out.teacher_entropy.mean()),
         "kl/sampler_mismatch": float((out.ratio - 1 - out.ratio.log()).mean()),
         "kl/p99": float(out.kl.quantile(0.99)) if out.kl.numel() < 1 << 24 else float(out.kl.max()),
         "kl/clipped_frac": float(out.kl_clipped.double().mean()),
@@ -55,6 +55,8 @@ def summarize(
         "ratio/masked_frac": float(out.masked.double().mean()),
         "ratio/ess": mass**2 / float((out.ratio**2).mean()),
     }
+    if not out.teacher_entropy.isnan().all():
+        metrics["entropy/teacher"] = float(out.teacher_entropy.mean())
     return metrics | _by_position(out.kl, sizes) | _lengths(rollouts) | _rewards(rollouts)
 
 

@@ -1,7 +1,4 @@
-"""The resident model: one base with a LoRA adapter, student with it, frozen teacher without.
-
-Shapes: `_B` sequences, `_L` length, `_N` completion tokens, `_H` hidden, `_V` vocabulary.
-"""
+"""Loading: tokenizer, configuration, and the policy with its teacher."""
 
 from __future__ import annotations
 
@@ -9,19 +6,18 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minidistill.config import Config
+from minidistill.config.schema import LoraConfig
 from minidistill.devices import pick_dtype
 from minidistill.errors import UserError
 from minidistill.models import resolve
-
-STUDENT = "default"  # peft's own name for a single adapter, so that a saved one is plain PEFT
-EMA = "ema"
+from minidistill.roles import Teaching, other_teacher
+from minidistill.trainer.policy import BASE, EMA, OTHER, STUDENT, Policy, Role, frozen_copy
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -29,148 +25,141 @@ def load_tokenizer(config: Config) -> Any:
     with _readable_errors(config.model.name):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(resolve(config.model.name), **_hub_arguments(config))
+        return AutoTokenizer.from_pretrained(
+            resolve(config.model.name), **_hub_arguments(config, config.model.name)
+        )
 
 
-def load_model_config(config: Config) -> Any:
-    """The model's configuration alone, without its weights."""
-    with _readable_errors(config.model.name):
+def load_model_config(config: Config, name: str | None = None) -> Any:
+    """The configuration of the student's model, or of `name`, without weights."""
+    name = name or config.model.name
+    with _readable_errors(name):
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(resolve(config.model.name), **_hub_arguments(config))
+        return AutoConfig.from_pretrained(resolve(name), **_hub_arguments(config, name))
 
 
-def _hub_arguments(config: Config) -> dict[str, Any]:
+def _hub_arguments(config: Config, name: str) -> dict[str, Any]:
+    revision = config.model.revision if name == config.model.name else None
     return {
-        "revision": config.model.revision or "main",
+        "revision": revision or "main",
         "trust_remote_code": config.model.trust_remote_code,
     }
 
 
 @contextlib.contextmanager
-def _readable_errors(name: str) -> Iterator[None]:
+def _readable_errors(name: str, key: str = "model.name") -> Iterator[None]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"cannot load the model {name!r}: {str(error).strip().splitlines()[0]}",
-            where="model.name",
+            where=key,
             fix="name a built-in model (tiny-sokoban), a local folder in Hugging Face layout, "
             "or a hub id that this machine can reach",
         ) from error
 
 
-@dataclass(slots=True)
-class Policy:
-    """The model with its adapter. `model` is peft's wrapper; `eos_ids` end a completion."""
+def load_policy(config: Config, tokenizer: Any, device: torch.device, teaching: Teaching) -> Policy:
+    """The model in its dtype on `device`, ready to be trained, and the teacher if it runs here.
 
-    model: Any
-    tokenizer: Any
-    eos_ids: frozenset[int]
-    device: torch.device
-
-    @property
-    def config(self) -> Any:
-        return self.model.get_base_model().config
-
-    @property
-    def body(self) -> nn.Module:
-        """The transformer without its LM head; returns the final (normed) hidden states."""
-        return self.model.get_base_model().base_model
-
-    @property
-    def head_VH(self) -> Tensor:
-        """The LM head's weight, frozen."""
-        return self.model.get_base_model().get_output_embeddings().weight
-
-    @property
-    def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The trained parameters by name, in a fixed order."""
-        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-
-    @property
-    def pad_id(self) -> int:
-        id = self.tokenizer.pad_token_id
-        return id if id is not None else min(self.eos_ids)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.head_VH.dtype
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return torch.nn.functional.linear(hidden, self.head_VH)
-
-    @contextlib.contextmanager
-    def inference(self) -> Iterator[None]:
-        """Dropout and activation checkpointing off."""
-        training = self.model.training
-        if not training:
-            yield
-            return
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train()
-
-    @contextlib.contextmanager
-    def role(self, adapter: str | None) -> Iterator[None]:
-        """Run as the student (`STUDENT`), another adapter, or the bare base (None)."""
-        if adapter == STUDENT:
-            yield
-        elif adapter is None:
-            with self.model.disable_adapter():
-                yield
-        else:
-            self.model.base_model.set_adapter(adapter, inference_mode=True)
-            try:
-                yield
-            finally:
-                self.model.base_model.set_adapter(STUDENT)
-
-    def add_ema(self) -> None:
-        """A second adapter, equal to the student's now, for an averaged teacher."""
-        self.model.add_adapter(EMA, self.model.peft_config[STUDENT])
-        self.model.base_model.set_adapter(STUDENT)
-        self.update_ema(0.0)
-
-    @torch.no_grad()
-    def update_ema(self, decay: float) -> None:
-        """ema ← decay * ema + (1 - decay) * student."""
-        named = dict(self.model.named_parameters())
-        for name, parameter in self.parameters:
-            named[name.replace(f".{STUDENT}.", f".{EMA}.")].lerp_(parameter, 1 - decay)
-
-
-def load_policy(config: Config, tokenizer: Any, device: torch.device) -> Policy:
-    """The base in its dtype on `device`, frozen, with a fresh adapter in fp32 (B = 0).
-
-    The adapter's start depends on `config.seed` alone.
+    Under LoRA the base is frozen, with a fresh adapter in fp32 (B = 0) whose start depends on
+    `config.seed` alone. Without, every weight is trained, and a frozen teacher is a second copy.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from peft import LoraConfig, get_peft_model
+    settings = config.trainer.model
+    base = _load_weights(config, config.model.name, device)
+    if settings.ac is not None:
+        _checkpoint_activations(base, settings.ac.freq)
+    teacher = teacher_role(config)
+    others: dict[Role, Any] = {}
+    if teaching.scorer == "trainer" and teacher == OTHER:
+        others[OTHER] = _load_other(config, tokenizer, base, device)
+    if settings.lora is False:
+        model = base.requires_grad_(True)
+        if teaching.scorer == "trainer" and teacher is BASE:
+            others[BASE] = frozen_copy(base)
+    else:
+        model = _with_adapter(config, settings.lora, base)
+    # dropout and checkpointing ask for training mode; without them one mode serves all
+    dropout = settings.lora is not False and settings.lora.dropout > 0
+    model.train(dropout or settings.ac is not None)
+    policy = Policy(model, tokenizer, _end_ids(base, tokenizer), device, teacher, others)
+    if policy.lora and policy.head_VH.requires_grad:
+        raise UserError(
+            "the LM head would be trained",
+            where="trainer.model.lora.target_modules",
+            fix="leave the output embedding out: the loss needs one head for student and teacher",
+        )
+    if teacher == EMA:
+        policy.add_ema()
+    return policy
+
+
+def teacher_role(config: Config) -> Role:
+    """The weights that the teacher runs with."""
+    if other_teacher(config) is not None:
+        return OTHER
+    return {"frozen": BASE, "live": STUDENT, "ema": EMA}[config.orchestrator.teacher_model.update]
+
+
+def _load_weights(config: Config, name: str, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     attention = {} if config.model.attn == "auto" else {"attn_implementation": config.model.attn}
-    with _readable_errors(config.model.name):
-        base = AutoModelForCausalLM.from_pretrained(
-            resolve(config.model.name),
+    with _readable_errors(name):
+        return AutoModelForCausalLM.from_pretrained(
+            resolve(name),
             dtype=pick_dtype(config, device),
             **attention,
-            **_hub_arguments(config),
+            **_hub_arguments(config, name),
+        ).to(device)  # type: ignore[arg-type]
+
+
+def _load_other(config: Config, tokenizer: Any, base: Any, device: torch.device) -> Any:
+    """The teacher's own model, whose head must cover the student's vocabulary."""
+    name = other_teacher(config)
+    assert name is not None
+    model = _load_weights(config, name, device).requires_grad_(False).eval()
+    rows, needed = (m.get_output_embeddings().weight.shape[0] for m in (model, base))
+    if rows != needed:
+        raise UserError(
+            f"the teacher's LM head has {rows} rows, the student's {needed}",
+            where="teacher_inference.model.name",
+            fix='take trainer.loss.estimator = "sampled" with inference.engine = "vllm", which '
+            "compares sampled tokens alone",
         )
-    base.to(device)  # type: ignore[arg-type]
-    if (ac := config.trainer.model.ac) is not None:
-        _checkpoint_activations(base, ac.freq)
-    lora = config.trainer.model.lora
+    return model
+
+
+def check_same_tokens(config: Config, tokenizer: Any) -> None:
+    """Raise UserError where the teacher is another model that reads other tokens."""
+    name = other_teacher(config)
+    if name is None:
+        return
+    with _readable_errors(name, "teacher_inference.model.name"):
+        from transformers import AutoTokenizer
+
+        theirs = AutoTokenizer.from_pretrained(resolve(name), **_hub_arguments(config, name))
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{name} has another vocabulary than {config.model.name}",
+            where="teacher_inference.model.name",
+            fix="take a teacher with the student's tokenizer: it scores the student's own tokens",
+        )
+
+
+def _with_adapter(config: Config, lora: LoraConfig, base: Any) -> Any:
+    import peft
+
     torch.manual_seed(config.seed)
     try:
-        model = get_peft_model(
+        model = peft.get_peft_model(
             base,
-            LoraConfig(
+            peft.LoraConfig(
                 r=lora.rank,
                 lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions
                 lora_dropout=lora.dropout,
@@ -186,16 +175,7 @@ def load_policy(config: Config, tokenizer: Any, device: torch.device) -> Policy:
             fix='use "all-linear" or names of linear layers that the model has',
         ) from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    # dropout and checkpointing ask for training mode; without them one mode serves all
-    model.train(lora.dropout > 0 or ac is not None)
-    policy = Policy(model, tokenizer, _end_ids(base, tokenizer), device)
-    if policy.head_VH.requires_grad:
-        raise UserError(
-            "the LM head would be trained",
-            where="trainer.model.lora.target_modules",
-            fix="leave the output embedding out: the loss needs one head for student and teacher",
-        )
-    return policy
+    return model
 
 
 def _checkpoint_activations(base: nn.Module, freq: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minidistill.config import Config
-from minidistill.trainer.model import Policy
+from minidistill.trainer.policy import Policy
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -25,14 +25,21 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 class Optimizer:
-    """AdamW with a clipped global norm, whose state is plain tensors by parameter name."""
+    """AdamW with a clipped global norm, whose state is plain tensors by parameter name.
+
+    A parameter in half precision is stepped through a copy in fp32, for an update smaller than
+    its last digit would otherwise be lost.
+    """
 
     def __init__(self, policy: Policy, config: Config) -> None:
         optim = config.trainer.optim
         self.named = policy.parameters
         self.max_norm = optim.max_norm
+        half = [(n, p) for n, p in self.named if p.dtype != torch.float32]
+        self.masters = {n: torch.nn.Parameter(p.detach().float()) for n, p in half}
+        self.stepped = {n: self.masters.get(n, p) for n, p in self.named}
         self.adamw = torch.optim.AdamW(
-            [parameter for _, parameter in self.named],
+            self.stepped.values(),
             lr=optim.lr,
             betas=(optim.betas1, optim.betas2),
             weight_decay=optim.weight_decay,
@@ -40,30 +47,41 @@ class Optimizer:
 
     def clip(self) -> float:
         """Clip the gradients; returns their norm before."""
-        parameters = [parameter for _, parameter in self.named]
-        return float(torch.nn.utils.clip_grad_norm_(parameters, self.max_norm))
+        for name, parameter in self.named:
+            if name in self.masters and parameter.grad is not None:
+                self.masters[name].grad = parameter.grad.float()
+                parameter.grad = None
+        return float(torch.nn.utils.clip_grad_norm_(self.stepped.values(), self.max_norm))
 
+    @torch.no_grad()
     def step(self, rate: float) -> None:
+        """Take a step with the gradients that `clip` left."""
         self.adamw.param_groups[0]["lr"] = rate
         self.adamw.step()
+        for name, parameter in self.named:
+            if name in self.masters:
+                parameter.copy_(self.masters[name])
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        self.adamw.zero_grad(set_to_none=True)
+        for parameter in (*self.stepped.values(), *(p for _, p in self.named)):
+            parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and step counts, named "exp_avg/<parameter>" and so on."""
-        return {
-            f"{key}/{name}": value
-            for name, parameter in self.named
-            for key, value in self.adamw.state[parameter].items()
-        }
+        """Moments, step counts and fp32 copies, named "exp_avg/<parameter>" and so on."""
+        found: dict[str, Tensor] = {f"master/{name}": p for name, p in self.masters.items()}
+        for name, parameter in self.stepped.items():
+            found |= {f"{key}/{name}": v for key, v in self.adamw.state[parameter].items()}
+        return found
 
+    @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put back what `state` gave."""
-        names = dict(self.named)
         for key, value in state.items():
             kind, _, name = key.partition("/")
-            target = names[name]
+            target = self.stepped[name]
+            if kind == "master":
+                target.copy_(value)
+                continue
             device = target.device if kind != "step" else torch.device("cpu")
             self.adamw.state[target][kind] = value.to(device)

@@ -9,24 +9,22 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minidistill.config import Config
 from minidistill.engines.base import Advance
 from minidistill.errors import EXIT_HEALTH, UserError
-from minidistill.trainer.batching import collate, common_prefix, split_by_tokens
-from minidistill.trainer.forward import (
-    MIN_PREFIX,
-    PrefixCache,
-    hidden_states,
-    prefix_states,
-)
+from minidistill.roles import Estimator
+from minidistill.trainer.batching import collate, split_by_tokens
+from minidistill.trainer.forward import PrefixCache, hidden_states
 from minidistill.trainer.metrics import summarize
-from minidistill.trainer.model import EMA, STUDENT, Policy
 from minidistill.trainer.optim import Optimizer, learning_rate
-from minidistill.types import Metrics, Rollout, TokenStats
+from minidistill.trainer.policy import EMA, Policy
+from minidistill.types import Metrics, Rollout, TeacherScores, TokenStats
 from minidistill_kernels import DistillOutput, linear_distill
 
 SAMPLED_KL_CLIP = 5.0  # nats; the default of `loss.kl_clip` with one-sample estimates
@@ -43,21 +41,19 @@ class StepResult:
 
 
 class Trainer:
-    """Trains the policy's adapter against the teacher in the same weights.
+    """Trains the policy against its teacher, run here or scored by an engine.
 
     The loss of a step is normalised by the step's completion tokens, so micro-batches, padding
     and packing do not change it.
     """
 
-    def __init__(self, policy: Policy, config: Config, prefixes: PrefixCache, shares: bool) -> None:
+    def __init__(
+        self, policy: Policy, config: Config, prefixes: PrefixCache, estimator: Estimator
+    ) -> None:
         self.policy, self.config, self.prefixes = policy, config, prefixes
+        self.estimator = estimator
         self.optimizer = Optimizer(policy, config)
-        self.update = config.orchestrator.teacher_model.update
-        if self.update == "ema":
-            policy.add_ema()
-        self.shares = shares
-        loss = config.trainer.loss
-        self.estimator = "full" if loss.estimator == "auto" else loss.estimator
+        loss, lora = config.trainer.loss, config.trainer.model.lora
         self.kl_clip: float | None
         if isinstance(loss.kl_clip, float):
             self.kl_clip = loss.kl_clip
@@ -67,13 +63,8 @@ class Trainer:
         self.max_mismatch = math.inf
         if isinstance(loss.max_sampler_mismatch, float):
             self.max_mismatch = loss.max_sampler_mismatch
-        elif loss.max_sampler_mismatch == "auto" and config.trainer.model.lora.dropout == 0:
+        elif loss.max_sampler_mismatch == "auto" and not (lora and lora.dropout):
             self.max_mismatch = MISMATCH[policy.dtype]
-
-    @property
-    def teacher_role(self) -> str | None:
-        """The adapter under which the policy is the teacher; None is the bare base."""
-        return {"frozen": None, "live": STUDENT, "ema": EMA}[self.update]
 
     def step(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> StepResult:
         """One update, the `step`-th counted from 1. `advance` is told of trained tokens.
@@ -84,7 +75,7 @@ class Trainer:
         began = time.perf_counter()
         total = sum(len(r.completion.token_ids) for r in rollouts)
         groups = self._micro_batches(rollouts)
-        prefix = self._teacher_prefix(rollouts)
+        prefix = self.prefixes.common([r.prompt.teacher_ids for r in rollouts])
         outputs: dict[int, list[Tensor]] = {}
         for index, rows in enumerate(groups):
             torch.manual_seed(self.config.seed * 1_000_003 + step * 1009 + index)  # dropout alone
@@ -92,7 +83,7 @@ class Trainer:
             output = self._objective(batch, prefix, packed=self.config.trainer.packing)
             (output.loss.sum() / total).backward()
             sizes = [len(r.completion.token_ids) for r in batch]
-            for i, parts in zip(rows, _per_rollout(output, sizes), strict=True):
+            for i, parts in zip(rows, per_rollout(output, sizes), strict=True):
                 outputs[i] = parts
             advance(sum(sizes))
         rate = learning_rate(self.config, step)
@@ -120,7 +111,7 @@ class Trainer:
                 exit_code=EXIT_HEALTH,
             )
         self.optimizer.step(rate)
-        if self.update == "ema":
+        if self.policy.teacher == EMA:
             self.policy.update_ema(self.config.orchestrator.teacher_model.ema_decay)
         seconds = time.perf_counter() - began
         metrics |= {"time/train": seconds, "perf/train_tokens_per_second": total / seconds}
@@ -131,13 +122,6 @@ class Trainer:
         lengths = [max(r.student_length, r.teacher_length) for r in rollouts]
         trainer = self.config.trainer
         return split_by_tokens(lengths, trainer.micro_batch_tokens, trainer.packing)
-
-    def _teacher_prefix(self, rollouts: Sequence[Rollout]) -> tuple[int, ...]:
-        """What the teacher's prompts begin with: its context, in most templates."""
-        if not self.shares or len({r.prompt.teacher_ids for r in rollouts}) < 2:
-            return ()
-        prefix = common_prefix([r.prompt.teacher_ids for r in rollouts])
-        return prefix if len(prefix) >= MIN_PREFIX else ()
 
     def _objective(
         self, rollouts: Sequence[Rollout], prefix: tuple[int, ...], packed: bool
@@ -150,7 +134,7 @@ class Trainer:
             pad_id=policy.pad_id,
             packed=packed,
         ).to(policy.device)
-        teacher_NH = self._teacher_hidden(rollouts, completions, prefix)
+        teacher = self._teacher(rollouts, completions, prefix)
         student_NH = hidden_states(policy, student)
         sizes = torch.tensor([len(c) for c in completions])
         advantage_N = torch.tensor([r.advantage for r in rollouts]).repeat_interleave(sizes)
@@ -159,11 +143,11 @@ class Trainer:
             student_NH,
             policy.head_VH,
             student.targets_N,
-            h_t_NH=teacher_NH,
+            **teacher,
             advantage_N=advantage_N.to(policy.device),
             sampler_logp_N=sampler_N.to(policy.device),
             estimator=self.estimator,
-            top_k=min(loss.top_k, policy.head_VH.shape[0]),
+            top_k=min(loss.top_k, len(policy.head_VH)),
             adv_tau=loss.adv_tau,
             teacher_tau=loss.teacher_tau,
             student_tau=loss.student_tau,
@@ -175,28 +159,51 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def _teacher_hidden(
+    def _teacher(
         self,
         rollouts: Sequence[Rollout],
         completions: Sequence[tuple[int, ...]],
         prefix: tuple[int, ...],
-    ) -> Tensor:
+    ) -> dict[str, Any]:
+        """The teacher's part of the objective: what an engine scored, or a pass of its own."""
         policy = self.policy
+        scores = [r.teacher for r in rollouts if r.teacher is not None]
+        if scores:
+            return _scored(scores, rollouts, self.estimator, policy.device)
         tokens = collate(
             [r.prompt.teacher_ids for r in rollouts],
             completions,
             pad_id=policy.pad_id,
             prefix=prefix,
         )
-        with policy.role(self.teacher_role), policy.inference():
-            states = None
-            if prefix:
-                frozen = self.teacher_role is None
-                states = self.prefixes.get(prefix) if frozen else prefix_states(policy, prefix)
-            return hidden_states(policy, tokens, states)
+        head_VH = policy.head_VH
+        with policy.role(policy.teacher), policy.inference():
+            states = self.prefixes.states(prefix, policy.teacher)
+            own = None if policy.head_VH is head_VH else policy.head_VH
+            return {"h_t_NH": hidden_states(policy, tokens, states), "teacher_weight": own}
 
 
-def _per_rollout(output: DistillOutput, sizes: list[int]) -> list[list[Tensor]]:
+def _scored(
+    scores: Sequence[TeacherScores],
+    rollouts: Sequence[Rollout],
+    estimator: Estimator,
+    device: torch.device,
+) -> dict[str, Any]:
+    """An engine's scores as arguments of the objective."""
+    logp_N = torch.tensor([p for s in scores for p in s.logprobs], device=device)
+    if estimator == "sampled":
+        return {"teacher_logp_N": logp_N}
+    ids_NK = np.concatenate([r.completion.top_ids for r in rollouts])
+    top_NK = np.concatenate([s.top for s in scores])
+    return {
+        "teacher_logp_N": logp_N,
+        "topk_ids_NK": torch.as_tensor(ids_NK, dtype=torch.int64, device=device),
+        "teacher_topk_logp_NK": torch.as_tensor(top_NK, dtype=torch.float32, device=device),
+    }
+
+
+def per_rollout(output: DistillOutput, sizes: list[int]) -> list[list[Tensor]]:
     """A micro-batch's figures by rollout, each a list in the order of `DistillOutput`."""
-    columns = [torch.zeros_like(output.logp) if t is None else t.detach() for t in output]
+    # an engine tells no entropy
+    columns = [torch.full_like(output.logp, math.nan) if t is None else t.detach() for t in output]
     return [list(parts) for parts in zip(*(t.cpu().split(sizes) for t in columns), strict=True)]

@@ -15,7 +15,10 @@ HERE = Path(__file__).parent
 def test_triton_kernels_under_the_interpreter():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"MINIDISTILL_KERNELS": "interpret", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
-    files = [str(HERE / f"test_ops_{name}.py") for name in ("rows", "linear", "distill", "head", "triton")]
+    files = [
+        str(HERE / f"test_ops_{name}.py")
+        for name in ("rows", "linear", "distill", "head", "triton")
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *files],
         env=env, cwd=HERE.parents[1], capture_output=True, text=True, check=False,

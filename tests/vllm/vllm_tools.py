@@ -21,13 +21,9 @@ from minidistill.data import load_environments
 from minidistill.engines.vllm import VllmEngine
 from minidistill.engines.vllm_options import build_options, installed
 from minidistill.prompts import PromptBuilder
-from minidistill.trainer.model import (
-    STUDENT,
-    Policy,
-    load_model_config,
-    load_policy,
-    load_tokenizer,
-)
+from minidistill.roles import decide
+from minidistill.trainer.model import load_model_config, load_policy, load_tokenizer
+from minidistill.trainer.policy import BASE, STUDENT, Policy
 
 ROOT = Path(__file__).parents[2]
 SOKOBAN = str(ROOT / "configs" / "sokoban.toml")
@@ -100,8 +96,8 @@ def make_bench(*flags: str, max_restarts: int = 2, lora: bool = True) -> Bench:
     warnings: list[str] = []
     engine = VllmEngine(options, max_restarts, warnings.append)
     try:
-        policy = load_policy(config, load_tokenizer(config), CPU)
-        engine.attach(policy, None)
+        policy = load_policy(config, load_tokenizer(config), CPU, decide(config, True, False))
+        engine.attach(policy, (STUDENT, BASE))
         engine.sync(0)
         engine.wait()
     except BaseException:

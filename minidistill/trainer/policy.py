@@ -1,0 +1,188 @@
+"""The trainer's weights and the roles they are run under.
+
+A role names a set of weights: the student's, the base's (None), a moving average, another model's.
+Under LoRA the first three are one model with its adapters on or off. Where every weight is trained,
+each role but the student's is a model of its own, held only if the teacher needs it.
+
+Shapes: `_H` hidden, `_V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Role = str | None
+BASE: Role = None
+STUDENT = "default"  # peft's own name for a single adapter, so that a saved one is plain PEFT
+EMA = "ema"
+OTHER = "other"
+
+
+@dataclass(slots=True)
+class Policy:
+    """The model that is trained, and the teacher's beside it.
+
+    `model` is peft's wrapper under LoRA, else transformers' own model. `eos_ids` end a completion.
+    """
+
+    model: Any
+    tokenizer: Any
+    eos_ids: frozenset[int]
+    device: torch.device
+    teacher: Role = BASE
+    """The teacher's role. Its weights may be elsewhere, in an engine: see `holds`."""
+    others: dict[Role, Any] = field(default_factory=dict)
+    """Models of other weights than `model`'s, by role."""
+    _current: Any = None
+
+    @property
+    def lora(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def student(self) -> Any:
+        """transformers' model that is trained, with its head."""
+        return self.model.get_base_model() if self.lora else self.model
+
+    @property
+    def causal(self) -> Any:
+        """transformers' model of the current role."""
+        return self.student if self._current is None else self._current
+
+    @property
+    def config(self) -> Any:
+        return self.causal.config
+
+    @property
+    def body(self) -> nn.Module:
+        """The transformer without its LM head; returns the final (normed) hidden states."""
+        return self.causal.base_model
+
+    @property
+    def head_VH(self) -> Tensor:
+        """The LM head's weight. Frozen under LoRA."""
+        return self.causal.get_output_embeddings().weight
+
+    @property
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The trained parameters by name, in a fixed order."""
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    @property
+    def pad_id(self) -> int:
+        id = self.tokenizer.pad_token_id
+        return id if id is not None else min(self.eos_ids)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_VH.dtype
+
+    @property
+    def frozen_teacher(self) -> bool:
+        """Whether the teacher's weights never change in a run."""
+        return self.teacher in (BASE, OTHER)
+
+    def holds(self, role: Role) -> bool:
+        """Whether this role can be run here."""
+        if role in self.others or role == STUDENT:
+            return True
+        return self.lora and (role is BASE or role in self.model.peft_config)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return torch.nn.functional.linear(hidden, self.head_VH)
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Dropout and activation checkpointing off."""
+        training = self.model.training
+        if not training:
+            yield
+            return
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train()
+
+    @contextlib.contextmanager
+    def role(self, role: Role) -> Iterator[None]:
+        """Run with a role's weights. Raises KeyError for weights that are not here."""
+        if role in self.others:
+            before, self._current = self._current, self.others[role]
+            try:
+                yield
+            finally:
+                self._current = before
+        elif role == STUDENT:
+            yield
+        elif not self.holds(role):
+            raise KeyError(f"no weights for the role {role!r}")
+        elif role is BASE:
+            with self.model.disable_adapter():
+                yield
+        else:
+            self.model.base_model.set_adapter(role, inference_mode=True)
+            try:
+                yield
+            finally:
+                self.model.base_model.set_adapter(STUDENT)
+
+    def add_ema(self) -> None:
+        """A second set of trained weights, equal to the student's now, for an averaged teacher."""
+        if self.lora:
+            self.model.add_adapter(EMA, self.model.peft_config[STUDENT])
+            self.model.base_model.set_adapter(STUDENT)
+            self.update_ema(0.0)
+        else:
+            self.others[EMA] = frozen_copy(self.model)
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        """ema ← decay * ema + (1 - decay) * student."""
+        named = self._ema()
+        for name, parameter in self.parameters:
+            named[name].lerp_(parameter.to(named[name].dtype), 1 - decay)
+
+    def _ema(self) -> dict[str, Tensor]:
+        """The averaged weights, by the names of the student's parameters."""
+        if not self.lora:
+            return dict(self.others[EMA].named_parameters())
+        named = dict(self.model.named_parameters())
+        return {n: named[n.replace(f".{STUDENT}.", f".{EMA}.")] for n, _ in self.parameters}
+
+    def adapter(self, role: Role) -> list[tuple[str, Tensor]]:
+        """An adapter's tensors under the names of a PEFT file."""
+        marker = f".{role}.weight"
+        named = self.model.named_parameters()
+        return [(n.replace(marker, ".weight"), p) for n, p in named if n.endswith(marker)]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All of the student's weights under Hugging Face's names; tied ones come once."""
+        yield from self.student.named_parameters()
+
+    def state(self) -> dict[str, Tensor]:
+        """What training changes, for a checkpoint: "student/<name>", "ema/<name>"."""
+        found: dict[str, Tensor] = {f"student/{n}": p for n, p in self.parameters}
+        if self.teacher == EMA and self.holds(EMA):
+            average = self._ema()
+            found |= {f"ema/{n}": average[n] for n, _ in self.parameters}
+        return found
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        here = self.state()
+        for name, value in state.items():
+            here[name].copy_(value)
+
+
+def frozen_copy(model: Any) -> Any:
+    """The model again, in memory of its own, not to be trained."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
