@@ -66,7 +66,8 @@ class VllmEngine:
     def attach(self, policy: Policy, serves: Sequence[Role]) -> None:
         """Name the trainer's model, whose weights under the roles served here `sync` sends."""
         self._policy, self._serves = policy, tuple(serves)
-        self._outbox = Outbox(policy.dtype, policy.device)
+        gpus, workers = self.options.gpu_ids, self.options.workers
+        self._outbox = Outbox(policy.dtype, policy.device, gpus, workers)
 
     # -- the engine ----------------------------------------------------------------------------
 

@@ -37,6 +37,11 @@ class Options:
     gpu_ids: tuple[int, ...]
     vllm_version: str
 
+    @property
+    def workers(self) -> int:
+        """Processes that hold a part of the model each."""
+        return int(self.arguments["tensor_parallel_size"])
+
 
 def wants_vllm(config: Config, device: torch.device) -> bool:
     """Whether the run samples with vLLM; `auto` does where there is a GPU and a vLLM that fits."""
@@ -122,6 +127,7 @@ def build_options(
         "worker_extension_cls": "minidistill.weights.receiver.Receiver",
         "weight_transfer_config": {"backend": "minidistill"},
         "seed": config.seed,
+        "tensor_parallel_size": table.parallel.tp,
     }
     adapter: dict[str, Any] = {}
     if lora:
@@ -144,7 +150,6 @@ def build_options(
     if device.type == "cuda":
         arguments |= {
             "device_ids": list(gpus),
-            "tensor_parallel_size": len(gpus),
             "gpu_memory_utilization": table.gpu_memory_utilization,
             "enable_sleep_mode": True,
         }
@@ -166,6 +171,9 @@ def build_options(
             arguments["max_loras"] += 1
         # compiling takes longer than small models run
         environment["TORCHDYNAMO_DISABLE"] = "1"
+        if table.parallel.tp > 1:
+            # workers bound to cores need a NUMA node each
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     return Options(arguments, environment, adapter, tuple(gpus), version)
 
 

@@ -1,19 +1,21 @@
-"""Tensors for another process of this machine: one flat buffer, a handle to it, its contents.
+"""Tensors for other processes of this machine: one flat buffer, handles to it, its contents.
 
-The handle is torch's own for sharing between processes: a file descriptor of shared memory on a CPU
+A handle is torch's own for sharing between processes: a file descriptor of shared memory on a CPU
 (fetched once, from this process, under multiprocessing's authentication key), a CUDA IPC handle on
-a GPU. Unpickling runs code, so handles only travel to a process that this one started.
+a GPU. That one opens on the buffer's own GPU, so for workers on other GPUs the buffer is staged
+there first. Unpickling runs code, so handles only travel to processes that this one started.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 
 import torch
-import torch.multiprocessing  # teaches ForkingPickler about tensors
 from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 CHUNK_BYTES = 1 << 30  # of a full-weight sync: what the trainer sets aside for it
 
@@ -37,16 +39,21 @@ class Entry:
 class Outbox:
     """A buffer of one dtype on the trainer's device, filled anew for every version.
 
-    What was sent may be overwritten by the next `pack`, so a receiver copies before it answers.
+    `gpus` are those of the workers that read it; on a CPU there are `workers` of them. What was
+    sent may be overwritten by the next `pack`, so a receiver copies before it answers.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, gpus: Sequence[int] = (), workers: int = 1
+    ) -> None:
+        self.dtype, self.device, self.workers = dtype, device, workers
+        self.places = [torch.device("cuda", gpu) for gpu in gpus] or [device]
         self._buffer = torch.empty(0, dtype=dtype, device=device)
+        self._staged: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
     def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> list[Entry]:
-        """Copy the tensors in, cast to the buffer's dtype."""
+        """Copy the tensors in, cast to the buffer's dtype, and to where they are read."""
         entries, end = [], 0
         for name, tensor in tensors:
             entries.append(Entry(name, tuple(tensor.shape), end))
@@ -55,25 +62,48 @@ class Outbox:
             self._buffer = torch.empty(end, dtype=self.dtype, device=self.device)
             if self.device.type == "cpu":
                 self._buffer.share_memory_()
+            self._staged = {
+                place: torch.empty_like(self._buffer, device=place)
+                for place in self.places
+                if place != self.device
+            }
         for entry, (_, tensor) in zip(entries, tensors, strict=True):
             place = self._buffer[entry.offset : entry.offset + entry.count]
             place.view(entry.shape).copy_(tensor)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        for staged in self._staged.values():
+            staged[:end].copy_(self._buffer[:end])
+        for device in {self.device, *self._staged}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         return entries
 
-    def handle(self) -> bytes:
-        """A handle to the buffer, for one receiver and one opening."""
-        return bytes(ForkingPickler.dumps(self._buffer))
+    def handle(self) -> dict[str, bytes]:
+        """A handle for each worker, each for one opening, by the worker's address."""
+        if self.device.type == "cpu":
+            return {str(n): bytes(ForkingPickler.dumps(self._buffer)) for n in range(self.workers)}
+        buffers = [self._staged.get(place, self._buffer) for place in self.places]
+        return {_gpu(b.device): pickle.dumps(reduce_tensor(b)[1]) for b in buffers}
 
     @property
     def nbytes(self) -> int:
         return self._buffer.nbytes
 
 
-def opened(handle: bytes) -> Tensor:
-    """The buffer behind a handle, flat, shared with the sender: clone what is to be kept."""
-    return ForkingPickler.loads(handle)
+def _gpu(device: torch.device) -> str:
+    """A GPU's name in every process, whatever number it has there."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def opened(handle: dict[str, bytes], device: torch.device, rank: int = 0) -> Tensor:
+    """The buffer behind a worker's handle, flat, shared with the sender: clone what is to be kept.
+
+    `device` is the worker's, `rank` its number among the workers of its engine.
+    """
+    if device.type == "cpu":
+        return ForkingPickler.loads(handle[str(rank)])
+    arguments = list(pickle.loads(handle[_gpu(device)]))
+    arguments[6] = device.index  # the GPU's number in the sender's process
+    return rebuild_cuda_tensor(*arguments)
 
 
 def views(buffer: Tensor, entries: Iterable[Entry]) -> dict[str, Tensor]:

@@ -24,6 +24,12 @@ from vllm.lora.peft_helper import PEFTHelper
 from minidistill.weights.handles import Entry, opened, views
 
 BACKEND = "minidistill"
+Handle = dict[str, bytes]
+
+
+def _rank() -> int:
+    """This worker's number in its engine."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 class Receiver:
@@ -34,14 +40,14 @@ class Receiver:
     vllm_config: Any
 
     def minidistill_load_adapter(
-        self, slot: int, config: dict[str, Any], handle: bytes, entries: Sequence[Entry]
+        self, slot: int, config: dict[str, Any], handle: Handle, entries: Sequence[Entry]
     ) -> int:
         """Put an adapter in place of the one in `slot`; returns the bytes read.
 
         vLLM's own way in reads a folder; this is what it does after reading, step by step.
         """
         # a copy: activating scales lora_b in place, and the sender writes the buffer again
-        buffer = opened(handle).to(self.device, copy=True)
+        buffer = opened(handle, self.device, _rank()).to(self.device, copy=True)
         manager = self.model_runner.lora_manager
         adapters = manager._adapter_manager
         helper = PEFTHelper.from_dict(config)
@@ -75,7 +81,7 @@ class HandleUpdate(WeightTransferUpdateInfo):
     `only` says that it is the whole model, so that the buffer stays as it is until the end.
     """
 
-    handle: bytes
+    handle: Handle
     entries: list[Entry]
     only: bool
 
@@ -97,7 +103,8 @@ class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
     def receive_weights(self, update_info: HandleUpdate) -> None:
         # layers are put together once all their tensors are there, which may be chunks later:
         # copied, unless no other chunk is going to be written over this one
-        buffer = opened(update_info.handle).to(self.device, copy=not update_info.only)
+        shared = opened(update_info.handle, self.device, _rank())
+        buffer = shared.to(self.device, copy=not update_info.only)
         load: Any = self.model.load_weights
         load(iter(views(buffer, update_info.entries).items()))
 

@@ -128,43 +128,56 @@ def test_what_vllm_refuses_is_one_clear_error_and_it_lives_on(bench: Bench) -> N
     assert bench.engine.restarts == 0
 
 
-def test_full_weights_reach_the_engine_tied_embeddings_too() -> None:
-    """In one chunk, in several, and again into a process that replaces a killed one."""
-    flags = ("--orchestrator.env.0.args.num_train_examples", "8")
-    bench = make_bench(*flags, max_restarts=1, lora=False)
-    engine, base = bench.engine, bench.policy.model.get_base_model()
-
-    def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in base.named_parameters():
-            if "lora_" not in name:
-                yield name.replace(".base_layer.", "."), parameter
-
+@pytest.mark.parametrize("tp", ["1", "2"])
+def test_full_weights_reach_the_engine_tied_embeddings_too(tp: str) -> None:
+    """In one chunk, in several, to every worker, and again to a process that replaces a killed
+    one."""
+    flags = ("--no-trainer.model.lora", "--inference.parallel.tp", tp)
+    bench = make_bench("--orchestrator.env.0.args.num_train_examples", "8", *flags, max_restarts=1)
+    engine, policy = bench.engine, bench.policy
     try:
-        assert "lm_head.weight" not in dict(weights()), "the shipped model's embeddings are tied"
+        assert student_error(bench) < 1e-4, "before the first step it has them from the disk"
+        assert "lm_head.weight" not in dict(policy.weights()), "the shipped model's are tied"
         for version, engine.chunk_bytes in ((1, 1 << 30), (2, 1 << 20)):
             generator = torch.Generator().manual_seed(version)
             with torch.no_grad():
-                for _, parameter in weights():
+                for _, parameter in policy.weights():
                     parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
-            bench.engine.sync_weights(version, weights)
-            assert base_error(bench) < 1e-4
+            engine.sync(version)
+            assert student_error(bench) < 1e-4
         os.killpg(engine._process.popen.pid, signal.SIGKILL)
-        assert base_error(bench) < 1e-4
+        assert student_error(bench) < 1e-4
         with torch.no_grad():
-            base.get_input_embeddings().weight.mul_(0.9)
-        assert base_error(bench) > 1e-2, "not synced: the engine must now be wrong"
+            policy.student.get_input_embeddings().weight.mul_(0.9)
+        assert student_error(bench) > 1e-2, "not synced: the engine must now be wrong"
     finally:
         engine.close()
 
 
-def base_error(bench: Bench) -> float:
+def student_error(bench: Bench) -> float:
     prompts = bench.prompts(4, length=24)
     found = bench.engine.score(
-        [p[:12] for p in prompts], [p[12:] for p in prompts], temperature=1.0, student=False
+        [p[:12] for p in prompts], [p[12:] for p in prompts], temperature=1.0, student=True
     )
-    truth = [bench.truth(p[:12], p[12:], False) for p in prompts]
+    truth = [bench.truth(p[:12], p[12:], True) for p in prompts]
     pairs = zip(found, truth, strict=True)
     return max(abs(a - b) for mine, its in pairs for a, b in zip(mine, its, strict=True))
+
+
+def test_two_workers_give_what_one_does() -> None:
+    """tp = 2: adapters reach both, on and off agree with the trainer."""
+    bench = make_bench("--inference.parallel.tp", "2")
+    try:
+        bench.change(seed=3)
+        bench.engine.sync(1)
+        prompts = bench.prompts(4, length=24)
+        heads, tails = [p[:12] for p in prompts], [p[12:] for p in prompts]
+        for student in (True, False):
+            found = bench.engine.score(heads, tails, temperature=1.0, student=student)
+            for head, tail, scores in zip(heads, tails, found, strict=True):
+                assert scores == pytest.approx(bench.truth(head, tail, student), abs=1e-4)
+    finally:
+        bench.engine.close()
 
 
 def test_a_killed_process_is_started_again_with_the_current_weights() -> None:

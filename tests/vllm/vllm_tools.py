@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,25 +79,22 @@ class Bench:
         student: bool,
         temperature: float = 1.0,
     ) -> list[float]:
-        """Log-probs from one plain pass of peft's model, adapter on or off."""
+        """Log-probs from one plain pass of the trainer's model, adapter on or off."""
         with self.policy.role(STUDENT if student else None):
-            logits = self.policy.model(input_ids=torch.tensor([[*prompt, *completion]])).logits
+            logits = self.policy.causal(input_ids=torch.tensor([[*prompt, *completion]])).logits
         logp = (logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
         return logp.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
 
 
-def make_bench(*flags: str, max_restarts: int = 2, lora: bool = True) -> Bench:
-    """A ready engine. Without `lora` it takes full weights alone."""
+def make_bench(*flags: str, max_restarts: int = 2) -> Bench:
+    """A ready engine that serves the student and, under LoRA, the base."""
     config = load_config([SOKOBAN, "--inference.engine", "vllm", *flags]).config
     options = build_options(config, CPU, load_model_config(config), config.seq_len)
-    if not lora:
-        kept = {k: v for k, v in options.arguments.items() if "lora" not in k}
-        options = replace(options, arguments=kept | {"enable_lora": False})
     warnings: list[str] = []
     engine = VllmEngine(options, max_restarts, warnings.append)
     try:
         policy = load_policy(config, load_tokenizer(config), CPU, decide(config, True, False))
-        engine.attach(policy, (STUDENT, BASE))
+        engine.attach(policy, (STUDENT, BASE) if policy.lora else (STUDENT,))
         engine.sync(0)
         engine.wait()
     except BaseException:
