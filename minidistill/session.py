@@ -84,7 +84,7 @@ class Session:
             shares = preflight.check_model(self.policy, prompts, warnings.append)
             self.prefixes = PrefixCache(self.policy, shares)
             estimator = self.teaching.estimator
-            self.trainer = Trainer(self.policy, config, self.prefixes, estimator)
+            self.trainer = Trainer(self.policy, config, self.prefixes, estimator, self.warn)
             self.engine = started.attach(self.policy, self.prefixes)
             self.evaluator = self._evaluator()
             self._open(resume, warnings)

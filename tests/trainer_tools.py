@@ -26,6 +26,7 @@ class Lab:
     engine: EmbeddedEngine
     builder: PromptBuilder
     rollouts: list[Rollout]
+    warnings: list[str]
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The step's gradient by parameter, without taking the step."""
@@ -57,11 +58,12 @@ def make_lab(loaded: LoadedConfig, *, shares: bool | None = None, trained: bool 
                 parameter.data.add_((0.03 if policy.lora else 0.003) * noise)
     share = can_share_prefix(policy) if shares is None else shares
     prefixes = PrefixCache(policy, share)
-    trainer = Trainer(policy, config, prefixes, teaching.estimator)
+    warnings: list[str] = []
+    trainer = Trainer(policy, config, prefixes, teaching.estimator, warnings.append)
     engine = EmbeddedEngine(policy, prefixes, policy.teacher)
     teacher = config.orchestrator.teacher_model
     builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
-    return Lab(policy, trainer, engine, builder, sample(loaded, engine, builder))
+    return Lab(policy, trainer, engine, builder, sample(loaded, engine, builder), warnings)
 
 
 def sample(loaded: LoadedConfig, engine: Any, builder: PromptBuilder) -> list[Rollout]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minidistill.config import Config
 from minidistill.engines.base import Advance
-from minidistill.errors import EXIT_HEALTH, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_HEALTH, UserError
 from minidistill.roles import Estimator
 from minidistill.trainer.batching import collate, split_by_tokens
 from minidistill.trainer.forward import PrefixCache, hidden_states
@@ -48,10 +48,16 @@ class Trainer:
     """
 
     def __init__(
-        self, policy: Policy, config: Config, prefixes: PrefixCache, estimator: Estimator
+        self,
+        policy: Policy,
+        config: Config,
+        prefixes: PrefixCache,
+        estimator: Estimator,
+        warn: Callable[[str], None],
     ) -> None:
         self.policy, self.config, self.prefixes = policy, config, prefixes
-        self.estimator = estimator
+        self.estimator, self.warn = estimator, warn
+        self.budget = config.trainer.micro_batch_tokens
         self.optimizer = Optimizer(policy, config)
         loss, lora = config.trainer.loss, config.trainer.model.lora
         self.kl_clip: float | None
@@ -74,34 +80,99 @@ class Trainer:
         """
         began = time.perf_counter()
         total = sum(len(r.completion.token_ids) for r in rollouts)
-        groups = self._micro_batches(rollouts)
-        prefix = self.prefixes.common([r.prompt.teacher_ids for r in rollouts])
-        outputs: dict[int, list[Tensor]] = {}
-        for index, rows in enumerate(groups):
-            torch.manual_seed(self.config.seed * 1_000_003 + step * 1009 + index)  # dropout alone
-            batch = [rollouts[i] for i in rows]
-            output = self._objective(batch, prefix, packed=self.config.trainer.packing)
-            (output.loss.sum() / total).backward()
-            sizes = [len(r.completion.token_ids) for r in batch]
-            for i, parts in zip(rows, per_rollout(output, sizes), strict=True):
-                outputs[i] = parts
-            advance(sum(sizes))
+        outputs = self._gradients(rollouts, step, total, advance)
         rate = learning_rate(self.config, step)
         norm = self.optimizer.clip()
-        ordered = [outputs[i] for i in range(len(rollouts))]
-        metrics = summarize(rollouts, ordered, self.config.trainer.loss, self.estimator)
+        metrics = summarize(rollouts, outputs, self.config.trainer.loss, self.estimator)
         metrics |= {"optim/lr": rate, "optim/grad_norm": norm}
-        if not (math.isfinite(norm) and math.isfinite(metrics["loss/total"])):
+        try:
+            self._check(metrics, step)
+        except UserError:
             self.optimizer.zero_grad()
+            raise
+        self.optimizer.step(rate)
+        if self.policy.teacher == EMA:
+            self.policy.update_ema(self.config.orchestrator.teacher_model.ema_decay)
+        seconds = time.perf_counter() - began
+        metrics |= {"time/train": seconds, "perf/train_tokens_per_second": total / seconds}
+        stats = [TokenStats(*(t.tolist() for t in parts[1:4])) for parts in outputs]
+        return StepResult(metrics, stats)
+
+    def _gradients(
+        self, rollouts: Sequence[Rollout], step: int, total: int, advance: Advance
+    ) -> list[list[Tensor]]:
+        """The step's gradient, and each rollout's figures.
+
+        Where memory runs out the step is begun again with half the micro-batch, which is kept.
+        """
+        told = 0
+        while True:
+            done = 0
+
+            def progress(count: int) -> None:
+                nonlocal done, told
+                done += count
+                if done > told:
+                    advance(done - told)
+                    told = done
+
+            try:
+                return self._accumulate(rollouts, step, total, progress)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                shortage = str(error).strip().splitlines()[0] if str(error) else "out of memory"
+            # here, where the error and with it the graph that it holds is gone
+            self._halve(rollouts, shortage)
+
+    def _accumulate(
+        self, rollouts: Sequence[Rollout], step: int, total: int, advance: Advance
+    ) -> list[list[Tensor]]:
+        prefix = self.prefixes.common([r.prompt.teacher_ids for r in rollouts])
+        packing = self.config.trainer.packing
+        outputs: dict[int, list[Tensor]] = {}
+        for index, rows in enumerate(split_by_tokens(_lengths(rollouts), self.budget, packing)):
+            torch.manual_seed(self.config.seed * 1_000_003 + step * 1009 + index)  # dropout alone
+            batch = [rollouts[i] for i in rows]
+            output = self._objective(batch, prefix, packed=packing)
+            (output.loss.sum() / total).backward()
+            sizes = [len(r.completion.token_ids) for r in batch]
+            outputs.update(zip(rows, per_rollout(output, sizes), strict=True))
+            advance(sum(sizes))
+        return [outputs[i] for i in range(len(rollouts))]
+
+    def _halve(self, rollouts: Sequence[Rollout], shortage: str) -> None:
+        """Half the micro-batch. Raises UserError (exit code 3) where it is one sequence already."""
+        self.optimizer.zero_grad()
+        lengths, packing = _lengths(rollouts), self.config.trainer.packing
+        if max(map(len, split_by_tokens(lengths, self.budget, packing))) == 1:
             raise UserError(
-                f"step {step}: the loss is {metrics['loss/total']}, its gradient's norm {norm}",
+                f"one sequence of {max(lengths)} tokens does not fit in memory: {shortage}",
+                where="trainer.micro_batch_tokens",
+                fix="set trainer.model.ac.freq = 1, shorten the context or "
+                "orchestrator.sampling.max_tokens, or train on more GPUs",
+                exit_code=EXIT_ENVIRONMENT,
+            )
+        # from what there was: a budget above that would have to be halved several times
+        self.budget = min(self.budget, sum(lengths)) // 2
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.warn(
+            f"out of memory ({shortage}): trainer.micro_batch_tokens is {self.budget} from here on"
+        )
+
+    def _check(self, metrics: Metrics, step: int) -> None:
+        """Raise UserError (exit code 4) for a step that must not be taken."""
+        total, norm = metrics["loss/total"], metrics["optim/grad_norm"]
+        if not (math.isfinite(norm) and math.isfinite(total)):
+            raise UserError(
+                f"step {step}: the loss is {total}, its gradient's norm {norm}",
                 where="training",
                 fix='lower trainer.optim.lr, or use model.dtype = "float32"; '
                 "--resume goes on from the last checkpoint",
                 exit_code=EXIT_HEALTH,
             )
         if metrics["kl/sampler_mismatch"] > self.max_mismatch:
-            self.optimizer.zero_grad()
             raise UserError(
                 f"step {step}: kl/sampler_mismatch is {metrics['kl/sampler_mismatch']:.3g}, above "
                 f"{self.max_mismatch:g}: what sampled is not the model that is trained",
@@ -110,18 +181,6 @@ class Trainer:
                 'inference.engine = "embedded", or raise the limit if the numerics explain it',
                 exit_code=EXIT_HEALTH,
             )
-        self.optimizer.step(rate)
-        if self.policy.teacher == EMA:
-            self.policy.update_ema(self.config.orchestrator.teacher_model.ema_decay)
-        seconds = time.perf_counter() - began
-        metrics |= {"time/train": seconds, "perf/train_tokens_per_second": total / seconds}
-        stats = [TokenStats(*(t.tolist() for t in parts[1:4])) for parts in ordered]
-        return StepResult(metrics, stats)
-
-    def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
-        lengths = [max(r.student_length, r.teacher_length) for r in rollouts]
-        trainer = self.config.trainer
-        return split_by_tokens(lengths, trainer.micro_batch_tokens, trainer.packing)
 
     def _objective(
         self, rollouts: Sequence[Rollout], prefix: tuple[int, ...], packed: bool
@@ -181,6 +240,18 @@ class Trainer:
             states = self.prefixes.states(prefix, policy.teacher)
             own = None if policy.head_VH is head_VH else policy.head_VH
             return {"h_t_NH": hidden_states(policy, tokens, states), "teacher_weight": own}
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU (where torch says it in words)."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+
+
+def _lengths(rollouts: Sequence[Rollout]) -> list[int]:
+    """Tokens that a rollout takes in the longer of its two passes."""
+    return [max(r.student_length, r.teacher_length) for r in rollouts]
 
 
 def _scored(

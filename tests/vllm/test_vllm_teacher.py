@@ -44,7 +44,7 @@ def made(*flags: str) -> Iterator[tuple[Trainer, Collector, Any]]:
     try:
         policy = load_policy(config, tokenizer, CPU, started.teaching)
         prefixes = PrefixCache(policy, shares=True)
-        trainer = Trainer(policy, config, prefixes, started.teaching.estimator)
+        trainer = Trainer(policy, config, prefixes, started.teaching.estimator, print)
         teacher = config.orchestrator.teacher_model
         builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
         collector = Collector(
