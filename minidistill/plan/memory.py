@@ -53,32 +53,35 @@ def trainer_memory(
     device: torch.device,
     itemsize: int,
     sharded: int = 1,
+    teacher_shape: Shape | None = None,
 ) -> Parts:
     """Bytes at the trainer's peak, in the backward pass.
 
     `itemsize` is the base's, `sharded` over how many ranks its weights (and under full fine-tuning
     gradients and optimizer) are split; a layer, and the embedding, are then gathered for use.
+    `teacher_shape` is that of a teacher that is another model.
     """
     lora, teacher = config.trainer.model.lora, config.orchestrator.teacher_model
-    weights = shape.parameters * itemsize
+    weights, in_trainer = shape.parameters * itemsize, teaching.scorer == "trainer"
     trained = shape.adapter(lora.rank, lora.target_modules) if lora else shape.parameters
     parts: Parts = {"weights": weights // sharded}
     if sharded > 1:
         whole = 2 * shape.a_layer + shape.embedding + shape.head
         parts["gathered layers"] = whole * itemsize
-    copies = teaching.scorer == "trainer" and teacher.update != "live"
     if lora:
         parts["adapter"] = 4 * trained * (2 if teacher.update == "ema" else 1)
         parts["gradients"], parts["optimizer"] = 4 * trained, 8 * trained
     else:
-        if copies or teacher.update == "ema":
+        if teacher.update == "ema" or (teacher.update == "frozen" and in_trainer):
             parts["reference copy"] = weights // sharded
         master = 4 if itemsize < 4 else 0
         parts["gradients"] = weights // sharded
         parts["optimizer"] = (8 + master) * trained // sharded
+    if teacher_shape is not None and in_trainer:
+        parts["reference copy"] = teacher_shape.parameters * itemsize // sharded
     parts["activations"] = activations(config, shape, load, itemsize)
     parts["head chunk"] = head_chunk(config, shape, teaching, load, device, itemsize)
-    if teaching.scorer == "trainer":
+    if in_trainer:
         parts["teacher's hidden states"] = load.completions * shape.hidden * itemsize
     return parts
 

@@ -75,6 +75,13 @@ class Plan:
     def fits(self) -> bool:
         return not self.problems
 
+    @property
+    def teacher(self) -> str:
+        """Where the teacher is scored, and why."""
+        if self.teaching.scorer == "trainer":
+            return f"in the trainer: {self.teaching.reason}"
+        return "in an engine of its own" if self.partition.teacher else "in the student's engine"
+
 
 def plan(
     config: Config,
@@ -149,7 +156,8 @@ def _lay_out(
     device = torch.device("cuda" if machine.gpus else "cpu")
     context = {"trainer: CUDA context": CONTEXT} if machine.gpus else {}
     load = worst_load(config, parts.ranks)
-    needs = trainer_memory(config, shape, teaching, load, device, size, sharded)
+    other = teacher if other_teacher(config) else None
+    needs = trainer_memory(config, shape, teaching, load, device, size, sharded, other)
     training = {**context, **_owned("trainer", needs)}
     resident = {
         **context,
