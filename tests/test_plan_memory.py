@@ -91,17 +91,23 @@ def estimated(lab: Lab, config: Any) -> dict[str, int]:
     )
 
 
+SLOW = pytest.mark.slow
 CASES = [
     ("tiny-sokoban", torch.float32, ""),
     ("tiny-sokoban", torch.float32, "--trainer.micro_batch_tokens 1024"),
     ("tiny-sokoban", torch.float32, "--trainer.packing"),
     ("llama", torch.float32, ""),
-    pytest.param("llama", torch.float32, "--trainer.model.ac", marks=pytest.mark.slow),
-    pytest.param("llama", torch.float32, "--trainer.model.ac.freq 2", marks=pytest.mark.slow),
-    ("llama", torch.bfloat16, ""),
-    ("llama", torch.bfloat16, "--trainer.model.ac"),
-    ("llama", torch.bfloat16, '--trainer.model.lora.target_modules ["q_proj","down_proj"]'),
     ("qwen3", torch.bfloat16, ""),
+    ("qwen3", torch.bfloat16, "--trainer.model.ac"),
+    pytest.param("llama", torch.float32, "--trainer.model.ac", marks=SLOW),
+    pytest.param("llama", torch.float32, "--trainer.model.ac.freq 2", marks=SLOW),
+    pytest.param("llama", torch.bfloat16, "", marks=SLOW),
+    pytest.param(
+        "llama",
+        torch.bfloat16,
+        '--trainer.model.lora.target_modules ["q_proj","down_proj"]',
+        marks=SLOW,
+    ),
 ]
 
 
