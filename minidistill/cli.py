@@ -1,4 +1,4 @@
-"""The command line: `run`, `config`, `report`, `bench`. Heavy imports stand where they are used."""
+"""The command line: a function a command. Heavy imports stand where they are used."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ minidistill: bake a context into a model's weights
 usage: minidistill COMMAND …
 
   run FILES… [--key VALUE]…     train
+  plan FILES… [--key VALUE]…    what would run on which GPU, and whether it fits
   config FILES… [--key VALUE]…  show every setting and where it comes from
   report DIR                    write a run's HTML report again
   bench NAME                    measure on this machine: kernels
@@ -55,6 +56,22 @@ examples:
   minidistill run configs/sokoban.toml --output-dir runs/first
   minidistill run @ base.toml @ more.toml --inference_gpu_ids 0,1 --trainer_gpu_ids 2 3
   minidistill run configs/sokoban.toml --wandb --no-orchestrator.eval
+"""
+
+_PLAN_HELP = """\
+usage: minidistill plan FILES… [--gpus N] [--gpu-memory GiB] [--json] [--key VALUE]… [--traceback]
+
+Say what `run` would do on a machine: which GPUs sample, score and train, the memory of each, and
+if it does not fit (exit code 3) what to change. Nothing is loaded but configurations.
+
+  --gpus        GPUs of the machine, 0 for a CPU; by default those that are here
+  --gpu-memory  GiB of each (of the machine for a CPU); by default what is here, else 80
+  --json        as JSON, sizes in bytes
+  --traceback   show where an error was raised
+
+examples:
+  minidistill plan configs/sokoban-qwen3-4b.toml --gpus 4 --gpu-memory 80
+  minidistill plan configs/sokoban-qwen3-4b.toml --gpus 1 --gpu-memory 24 --json
 """
 
 _CONFIG_HELP = """\
@@ -142,6 +159,12 @@ def _run(args: list[str]) -> int:
     from minidistill.loop import run
 
     return run(loaded, resume=resume)
+
+
+def _plan(args: list[str]) -> int:
+    from minidistill.plan.command import run_plan
+
+    return run_plan(args)
 
 
 def _config(args: list[str]) -> int:
@@ -254,6 +277,7 @@ def _take(args: list[str], flag: str) -> bool:
 
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "run": (_run, _RUN_HELP),
+    "plan": (_plan, _PLAN_HELP),
     "config": (_config, _CONFIG_HELP),
     "report": (_report, _REPORT_HELP),
     "bench": (_bench, _BENCH_HELP),

@@ -35,7 +35,9 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     return module
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["run", "--help"], []])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], ["run", "--help"], ["plan", "--help"], []]
+)
 def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     heavy = "torch pydantic rich transformers vllm numpy"
     code = f"import sys\nfrom minidistill.cli import main\nmain({argv})\n"
@@ -58,7 +60,7 @@ def test_module_runs_as_a_command() -> None:
     assert done.stdout == f"minidistill {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["run", "config", "report"])
+@pytest.mark.parametrize("command", ["run", "plan", "config", "report"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
     out = capsys.readouterr().out

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "minidistill"
 LAYERS = [
     {"types", "errors", "config", "models"},
     {"envs", "prompts", "scoreboard", "rundir", "ui"},
-    {"devices", "roles", "engines", "trainer", "weights"},
+    {"devices", "roles", "partition", "plan", "engines", "trainer", "weights"},
     {"data", "monitors", "report", "records", "preflight"},
     {"header", "evaluate", "collect", "session", "outcome", "loop"},
     {"cli", "__main__"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 from minidistill.config.schema import Config, ParallelConfig
@@ -120,15 +121,13 @@ def _gpus(config: Config) -> Iterator[Problem]:
         twice = sorted(gpu for gpu, count in Counter(ids).items() if count > 1)
         if twice:
             yield Problem(f"{key} names GPU {_list(twice)} twice", "name each GPU once", (key,))
-    if len({frozenset(ids) for ids in given.values()}) > 1:
-        uses = Counter(gpu for ids in given.values() for gpu in set(ids))
-        shared = sorted(gpu for gpu, count in uses.items() if count > 1)
-        if shared:
-            keys = tuple(key for key, ids in given.items() if set(ids) & set(shared))
+    for (one, ids), (other, others) in combinations(given.items(), 2):
+        shared = sorted(set(ids) & set(others))
+        if shared and set(ids) != set(others):
             yield Problem(
-                f"GPU {_list(shared)} is in {' and '.join(keys)}",
-                "give each list its own GPUs, or the same ones to all lists to share them",
-                keys,
+                f"GPU {_list(shared)} is in {one} and {other}",
+                "give each list its own GPUs, or the same ones to both to share them",
+                (one, other),
             )
     yield from _parallel("inference", config.inference.parallel, given)
     teacher = config.teacher_inference.parallel

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-BUILT_IN = {"tiny-sokoban": Path(__file__).parent / "tiny_sokoban"}
+_HERE = Path(__file__).parent
+BUILT_IN = {"tiny-sokoban": _HERE / "tiny_sokoban"}
+# Hub models whose configuration ships too, so that `plan` needs no hub
+KNOWN = {
+    name: _HERE / "known" / f"{name.replace('/', '--')}.json"
+    for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B-Instruct-2507")
+}
 
 
 def resolve(name: str) -> str:
