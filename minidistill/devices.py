@@ -1,57 +1,48 @@
-"""Which device and dtype a run uses, and what it cannot use."""
+"""Devices and dtypes of a run, and the settings that it has no use for."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from minidistill.config import Config, LoadedConfig
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
+from minidistill.errors import EXIT_USAGE, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-GPU_LISTS = ("inference_gpu_ids", "teacher_gpu_ids", "trainer_gpu_ids")
-ENGINE_KEYS = ("teacher_inference.", "inference.parallel.", "inference.gpu_memory_utilization")
 
 
-def pick_device(loaded: LoadedConfig) -> torch.device:
-    """The one device that holds trainer and teacher, and the embedded engine's student.
+def count_gpus() -> int:
+    """GPUs that this process may use."""
+    return torch.cuda.device_count()
 
-    Raises UserError for GPU ids that the machine does not have (exit code 3), and for settings of
-    engines that the run does not have (exit code 2).
-    """
-    config = loaded.config
-    asked = {id for name in GPU_LISTS for id in getattr(config, name) or ()}
-    count = torch.cuda.device_count()
-    missing = ", ".join(str(id) for id in sorted(asked) if id >= count)
-    if missing:
+
+def trainer_device(trainer: Sequence[int]) -> torch.device:
+    """Where the trainer's first rank works, and with it the embedded engine."""
+    return torch.device("cuda", trainer[0]) if trainer else torch.device("cpu")
+
+
+def check_settings(loaded: LoadedConfig, *, vllm: bool, gpus: int, own_teacher: bool) -> None:
+    """Raise UserError for settings of engines that the run does not have: none is ignored."""
+    why = "the run samples with the embedded engine, which is the trainer's own model"
+    given = "" if vllm else _given(loaded, (*_engine("inference"), *_engine("teacher_inference")))
+    if not given and not own_teacher:
+        why = "the teacher has no engine of its own"
+        given = _given(loaded, _engine("teacher_inference"))
+    if not given and gpus == 0:
+        why = "there is no GPU"
+        given = _given(loaded, tuple(_engine(t)[1] for t in ("inference", "teacher_inference")))
+    if given:
         raise UserError(
-            f"GPU {missing} is asked for, this machine has {count}",
-            where=_given(loaded, GPU_LISTS),
-            fix="leave the ids out to run on what is here"
-            if count == 0
-            else f"use 0 to {count - 1}",
-            exit_code=EXIT_ENVIRONMENT,
-        )
-    apart = count > 0 and config.inference.engine != "embedded"  # vLLM has GPUs of its own
-    shared = {id for name in GPU_LISTS[apart:] for id in getattr(config, name) or ()}
-    if len(shared) > 1:
-        who = "the teacher and the trainer" if apart else "the engine, the teacher and the trainer"
-        raise UserError(
-            f"GPUs {', '.join(map(str, sorted(shared)))} are asked for; {who} share one",
-            where=_given(loaded, GPU_LISTS),
-            fix="name one GPU",
-            exit_code=EXIT_USAGE,
-        )
-    if given := _given(loaded, ENGINE_KEYS[:1] if apart else ENGINE_KEYS):
-        raise UserError(
-            "these settings are for engines that the run does not have: the teacher is scored in "
-            "the trainer, and an engine on a CPU or in the trainer has no replicas",
+            f"these settings are for engines that the run does not have: {why}",
             where=given,
             fix="leave these settings out",
             exit_code=EXIT_USAGE,
         )
-    if count == 0:
-        return torch.device("cpu")
-    return torch.device("cuda", next(iter(shared), 0))
+
+
+def _engine(table: str) -> tuple[str, str]:
+    return f"{table}.parallel.", f"{table}.gpu_memory_utilization"
 
 
 def _given(loaded: LoadedConfig, prefixes: tuple[str, ...]) -> str:

@@ -82,6 +82,16 @@ def partition(
     return Partition(student, teacher, trainer, *tps, tuple(warnings))
 
 
+def engine_share(config: Config, parts: Partition) -> tuple[float, float]:
+    """The shares of a GPU's memory that the student's and the teacher's engine may take.
+
+    As configured, and half of it each where both are on the same GPUs.
+    """
+    split = 2 if set(parts.inference) & set(parts.teacher) else 1
+    student, teacher = config.inference, config.teacher_inference
+    return student.gpu_memory_utilization / split, teacher.gpu_memory_utilization / split
+
+
 def _own_engine(config: Config, gpus: int, teaching: Teaching) -> bool:
     """Whether the teacher has an engine of its own. Raises for settings that say otherwise."""
     given, student = config.teacher_gpu_ids, config.inference_gpu_ids

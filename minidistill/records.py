@@ -43,7 +43,8 @@ def write_rollouts(
     """Write `step_000012.jsonl` and `step_000012.safetensors`.
 
     The latter holds flat tensors (N,) of all completions in a row: token_ids (int64), and
-    student_logprobs, teacher_logprobs, sampler_logprobs, kl (fp32, nats); rollout r owns
+    student_logprobs, teacher_logprobs, sampler_logprobs, kl (fp32, nats), versions (int32: the
+    number of updates that the weights had seen that sampled it); rollout r owns
     `offsets[r]:offsets[r + 1]`.
     """
     lines = [
@@ -59,6 +60,10 @@ def write_rollouts(
         "teacher_logprobs": torch.tensor([p for s in stats for p in s.teacher]),
         "sampler_logprobs": torch.tensor([p for r in rollouts for p in r.completion.logprobs]),
         "kl": torch.tensor([k for s in stats for k in s.kl]),
+        "versions": torch.tensor(
+            [v for r in rollouts for v in r.completion.token_versions(r.policy_version)],
+            dtype=torch.int32,
+        ),
         "offsets": lengths.cumsum(0),
     }
     write_atomic(directory / f"step_{step:06d}.safetensors", save(tensors))

@@ -10,16 +10,23 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from minidistill import preflight
+from minidistill.ahead import Ahead
 from minidistill.collect import Collector
 from minidistill.config import LoadedConfig
 from minidistill.data import load_environments
-from minidistill.devices import pick_device
+from minidistill.devices import check_settings, trainer_device
 from minidistill.engines import start_engines
+from minidistill.engines.vllm_options import wants_vllm
 from minidistill.errors import UserError
 from minidistill.evaluate import Evaluator, Scores
 from minidistill.header import header
 from minidistill.monitors import check_monitors, open_monitors
+from minidistill.plan import Plan, plan
+from minidistill.plan.command import machine
+from minidistill.plan.show import flags
 from minidistill.prompts import PromptBuilder
 from minidistill.records import TokenTexts, write_rollouts
 from minidistill.roles import other_teacher
@@ -56,7 +63,6 @@ class Session:
         self.dir = RunDir(choose_path(loaded, resume))
         if resume:
             self.dir.check_same(loaded)
-        device = pick_device(loaded)
         check_monitors(config)
         tokenizer = load_tokenizer(config)
         self.environments = load_environments(orchestrator.env, "orchestrator.env")
@@ -70,10 +76,15 @@ class Session:
         preflight.check_lengths(config, self.limit, prompts)
         self.texts = TokenTexts(tokenizer)
 
-        # first of all: engines' processes start while this one loads the model
         other = other_teacher(config)
         models = (model_config, load_model_config(config, other) if other else model_config)
-        started = start_engines(config, device, models, self.limit, self.warn)
+        self.plan = self._plan(*models)
+        warnings += self.plan.warnings
+        parts, device = self.plan.partition, trainer_device(self.plan.partition.trainer)
+        # first of all: engines' processes start while this one loads the model
+        started = start_engines(
+            config, device, parts, self.plan.teaching, models, self.limit, self.warn
+        )
         try:
             self.teaching = started.teaching
             self.collector = Collector(
@@ -86,6 +97,7 @@ class Session:
             estimator = self.teaching.estimator
             self.trainer = Trainer(self.policy, config, self.prefixes, estimator, self.warn)
             self.engine = started.attach(self.policy, self.prefixes)
+            self.ahead = Ahead(self.collector, self.engine) if config.schedule == "async" else None
             self.evaluator = self._evaluator()
             self._open(resume, warnings)
         except BaseException:
@@ -124,6 +136,8 @@ class Session:
         if error is not None:
             self.dir.note("".join(traceback.format_exception(error)))
         self.engine.close()
+        if self.ahead is not None:
+            self.ahead.close()
         self.monitor.close(None)
 
     def warn(self, text: str) -> None:
@@ -131,6 +145,27 @@ class Session:
         self.dir.note(f"warning: {text}")
 
     # -- setting up ----------------------------------------------------------------------------
+
+    def _plan(self, model_config: Any, teacher_config: Any) -> Plan:
+        """What runs where, refused where it cannot be."""
+        config = self.config
+        gpus, size = machine(None, None)
+        vllm = wants_vllm(config, torch.device("cuda" if gpus else "cpu"))
+        found = plan(config, model_config, gpus, size, teacher_config=teacher_config, vllm=vllm)
+        own = bool(found.partition.teacher) or (not gpus and found.teaching.needs_own_engine)
+        check_settings(self.loaded, vllm=vllm, gpus=gpus, own_teacher=own)
+        if config.schedule == "async" and (not vllm or found.partition.sleeps):
+            raise UserError(
+                'schedule = "async" needs an engine that samples while the trainer works, and here '
+                + ("they take turns on the same GPU" if vllm else "the trainer itself samples"),
+                where=self.loaded.provenance["schedule"],
+                fix='set schedule = "sync", or '
+                + ("give both GPUs of their own" if vllm else 'inference.engine = "vllm"'),
+            )
+        for problem in found.problems:
+            change = f": try {flags(found.change)}" if found.change else ""
+            self.warn(f"by the plan this does not fit, {problem}{change}")
+        return found
 
     def _some_prompts(self) -> list[Prompt]:
         found = []
@@ -171,20 +206,27 @@ class Session:
 
     def sample(self, step: int) -> list[Rollout]:
         """The step's rollouts, scored, with their advantages."""
-        rollouts, self._step = self.collector.collect(self.engine, step, version=step - 1)
+        self._step_began = time.perf_counter()
+        if self.ahead is None:
+            rollouts, self._step = self.collector.collect(self.engine, step, step - 1)
+            return rollouts
+        rollouts, self._step = self.ahead.take(step, step - 1)
+        if step < self.config.max_steps:
+            self.ahead.start(step + 1, step - 1)
         return rollouts
 
     def train(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """One update, and its records."""
         tokens = sum(len(r.completion.token_ids) for r in rollouts)
-        self.engine.sleep()
+        if self.ahead is None:
+            self.engine.sleep()
         with self.display.phase("train", tokens, "tokens") as advance:
             result = self.trainer.step(rollouts, step, advance)
         began = time.perf_counter()
         self.engine.sync(step)
-        self._step["time/sync"] = time.perf_counter() - began
+        now = time.perf_counter()
         metrics = result.metrics | self._step
-        metrics["time/step"] = sum(v for k, v in metrics.items() if k.startswith("time/"))
+        metrics |= {"time/sync": now - began, "time/step": now - self._step_began}
         write_rollouts(self.dir.path / "rollouts", step, rollouts, result.tokens, self.texts)
         self.log(step, metrics)
         first = rollouts[0]
@@ -202,6 +244,8 @@ class Session:
     def evaluate(self, step: int) -> Scores:
         """The student's scores without the context."""
         assert self.evaluator is not None
+        if self.ahead is not None:
+            self.ahead.settle()
         began = time.perf_counter()
         scores = self.evaluator.run("student", student=True, context=False)
         metrics = {f"eval/{n}/student/avg": sum(v) / len(v) for n, v in scores.rewards.items()}

@@ -54,10 +54,19 @@ class Completion:
     stop: str
     top_ids: Any = None
     """Where asked for: the sampler's k likeliest ids at each token, int array (tokens, k)."""
+    versions: tuple[tuple[int, int], ...] = ()
+    """Where the engine tells: (first token, version of the weights that sampled from there on)."""
 
     @property
     def truncated(self) -> bool:
         return self.stop == "length"
+
+    def token_versions(self, otherwise: int) -> list[int]:
+        """The version that sampled each token; `otherwise` where none was told."""
+        found = [otherwise] * len(self.token_ids)
+        for first, version in self.versions:
+            found[first:] = [version] * (len(found) - first)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

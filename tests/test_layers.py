@@ -15,7 +15,7 @@ LAYERS = [
     {"envs", "prompts", "scoreboard", "rundir", "ui"},
     {"devices", "roles", "partition", "plan", "engines", "trainer", "weights"},
     {"data", "monitors", "report", "records", "preflight"},
-    {"header", "evaluate", "collect", "session", "outcome", "loop"},
+    {"header", "evaluate", "collect", "ahead", "session", "outcome", "loop"},
     {"cli", "__main__"},
 ]
 HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "wandb"}

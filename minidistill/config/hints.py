@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from minidistill.config.tree import Path, walk
 
 _ONE_MODEL = "use `model.name`; a teacher of another model is `teacher_inference.model.name`"
-_SYNC = "drop it: sampling and training take turns, no rollout is ever stale"
+_SYNC = "use `schedule`: sync, or async for rollouts that are at most one update old"
 _IN_MEMORY = "drop it: weights always reach the engines in memory"
 _NO_SERVER = "drop it: the driver starts and owns its engines, there is no server to reach"
 _DIFFICULTY = "drop it: every sampled group is trained on; choose problems in the env's args"

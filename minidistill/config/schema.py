@@ -145,7 +145,7 @@ class LossConfig(Table):
     """Clip of one token's distillation term; `auto` is 5.0 with `sampled` and off otherwise."""
     max_sampler_mismatch: Literal["auto", "off"] | PositiveFloat = "auto"
     """The run stops where `kl/sampler_mismatch` is above: the sampler runs other weights. `auto` is
-    1e-6 in float32, 0.01 in bfloat16 and float16, and off with adapter dropout."""
+    1e-6 in float32, 0.01 in bfloat16 and float16, and off with adapter dropout or `async`."""
 
 
 class TrainerConfig(Table):
@@ -215,6 +215,9 @@ class Config(Table):
     """The run's directory; by default `runs/<name of the first configuration file>`."""
     seed: Count = 0
     """Seed of everything random."""
+    schedule: Literal["sync", "async"] = "sync"
+    """`sync` samples, then trains, and is exactly reproducible. `async` samples the next step's
+    rollouts with vLLM while this one is trained on: they are up to one update old."""
     inference_gpu_ids: GpuIds | None = None
     """GPUs that sample; by default chosen from what the machine has."""
     teacher_gpu_ids: GpuIds | None = None

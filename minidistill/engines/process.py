@@ -28,7 +28,7 @@ class EngineFailed(Exception):
 
 
 class EngineProcess:
-    """The child and the socket to it.
+    """The child and two sockets to it: for calls, and for commands in the middle of a call.
 
     It leads a process group of its own: Ctrl-C in a terminal does not reach it before the step at
     hand is kept, and `close` ends whatever it has started too. Should this process die without
@@ -36,10 +36,10 @@ class EngineProcess:
     """
 
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-        ours, theirs = socket.socketpair()
+        ours, theirs = zip(socket.socketpair(), socket.socketpair(), strict=True)
         watched, self._lifeline = os.pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
-        descriptors = (theirs.fileno(), watched)
+        descriptors = (*(end.fileno() for end in theirs), watched)
         try:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", MODULE, *map(str, descriptors)],
@@ -51,19 +51,20 @@ class EngineProcess:
                 env={**os.environ, **environment},
             )
         finally:
-            theirs.close()
+            for end in theirs:
+                end.close()
             os.close(watched)
-        self.connection = Connection(ours.detach())
+        self.connection, self._commands = (Connection(end.detach()) for end in ours)
         # handles of shared memory are fetched under this key
         key = bytes(multiprocessing.current_process().authkey)
         with contextlib.suppress(OSError):  # its death is met at the first call
             self.connection.send((key, dict(options)))
 
-    def receive(self, advance: Advance | None = None) -> Any:
+    def receive(self, advance: Advance | None = None, on: Connection | None = None) -> Any:
         """The answer to what was sent last. Raises EngineDied or EngineFailed."""
         while True:
             try:
-                kind, value = self.connection.recv()
+                kind, value = (on or self.connection).recv()
             except (EOFError, OSError) as error:
                 raise EngineDied(self.obituary()) from error
             if kind == "progress":
@@ -75,11 +76,21 @@ class EngineProcess:
                 return value
 
     def call(self, method: str, advance: Advance | None = None, **arguments: Any) -> Any:
+        """Have the engine do something and return its answer. One call at a time."""
+        return self._ask(self.connection, method, arguments, advance)
+
+    def command(self, method: str, **arguments: Any) -> Any:
+        """The same, done between two steps of a call that another thread is waiting for."""
+        return self._ask(self._commands, method, arguments, None)
+
+    def _ask(
+        self, on: Connection, method: str, arguments: dict[str, Any], advance: Advance | None
+    ) -> Any:
         try:
-            self.connection.send((method, arguments))
+            on.send((method, arguments))
         except OSError as error:
             raise EngineDied(self.obituary()) from error
-        return self.receive(advance)
+        return self.receive(advance, on)
 
     def obituary(self) -> str:
         """How the process ended, with the last it wrote."""
@@ -98,6 +109,7 @@ class EngineProcess:
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
         self.connection.close()
+        self._commands.close()
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1

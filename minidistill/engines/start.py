@@ -11,9 +11,10 @@ from minidistill.config import Config
 from minidistill.engines.base import Engine
 from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.engines.pair import EnginePair
+from minidistill.engines.replicas import Replicas
 from minidistill.engines.vllm import VllmEngine, Warn
 from minidistill.engines.vllm_options import build_options, wants_vllm
-from minidistill.errors import UserError
+from minidistill.partition import Partition, engine_share
 from minidistill.roles import Teaching, decide
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.policy import BASE, OTHER, STUDENT, Policy
@@ -24,8 +25,8 @@ class Started:
     """vLLM's processes on their way, if there are any, and where the teacher is."""
 
     teaching: Teaching
-    student: VllmEngine | None = None
-    teacher: VllmEngine | None = None
+    student: VllmEngine | Replicas | None = None
+    teacher: VllmEngine | Replicas | None = None
 
     def attach(self, policy: Policy, prefixes: PrefixCache) -> Engine:
         """The run's engine, ready, for the trainer's policy."""
@@ -51,55 +52,55 @@ class Started:
 
 
 def start_engines(
-    config: Config, device: torch.device, models: tuple[Any, Any], longest: int, warn: Warn
+    config: Config,
+    device: torch.device,
+    parts: Partition,
+    teaching: Teaching,
+    models: tuple[Any, Any],
+    longest: int,
+    warn: Warn,
 ) -> Started:
     """Start vLLM's processes where the run uses vLLM; they load while the caller does.
 
-    `models` are the configurations of the student's and the teacher's model, `longest` the most
-    tokens of prompt and completion.
+    `parts` says on which GPUs, `models` are the configurations of the student's and the teacher's
+    model, `longest` the most tokens of prompt and completion.
     """
-    vllm = wants_vllm(config, device)
-    started = Started(decide(config, vllm, token_ids=device.type == "cuda"))
-    if not vllm:
+    started = Started(teaching)
+    if not wants_vllm(config, device):
         return started
+
+    def start(teacher: bool) -> VllmEngine | Replicas:
+        table = config.teacher_inference if teacher else config.inference
+        gpus, tp = (parts.teacher if teacher else parts.inference), table.parallel.tp
+        places = [gpus[i : i + tp] for i in range(0, len(gpus), tp)]
+        places = places or [()] * (table.parallel.dp or 1)  # on a CPU
+        shares = engine_share(config, parts)
+        engines: list[VllmEngine] = []
+        try:
+            for place in places:
+                options = build_options(
+                    config, device, models[teacher], longest, teacher=teacher, gpus=place,
+                    share=shares[teacher], sleeps=bool({*place} & {*parts.trainer}),
+                )  # fmt: skip
+                engines.append(VllmEngine(options, config.inference.max_restarts, warn))
+            if device.type == "cuda":  # vLLM measures free memory, which what comes next changes
+                for engine in engines:
+                    engine.wait()
+        except BaseException:
+            for engine in engines:
+                engine.close()
+            raise
+        return engines[0] if len(engines) == 1 else Replicas(engines)
+
     try:
-        started.student = _start(config, device, models[0], longest, warn)
-        teaching = started.teaching
-        if teaching.estimator == "top_k" and not started.student.scores_ids:
-            teaching = started.teaching = decide(config, vllm, token_ids=False)
-        if teaching.scorer == "engine" and teaching.needs_own_engine:
-            started.teacher = _start(config, device, models[1], longest, warn, teacher=True)
+        started.student = start(teacher=False)
+        in_engine = teaching.scorer == "engine"
+        if in_engine and teaching.estimator == "top_k" and not started.student.scores_ids:
+            started.teaching = decide(config, vllm=True, token_ids=False)
+            return started
+        if parts.teacher or (not parts.trainer and teaching.needs_own_engine):
+            started.teacher = start(teacher=True)
     except BaseException:
         started.close()
         raise
     return started
-
-
-def _start(
-    config: Config,
-    device: torch.device,
-    model: Any,
-    longest: int,
-    warn: Warn,
-    *,
-    teacher: bool = False,
-) -> VllmEngine:
-    gpus = _gpus(config, teacher) if device.type == "cuda" else ()
-    options = build_options(config, device, model, longest, teacher=teacher, gpus=gpus)
-    engine = VllmEngine(options, config.inference.max_restarts, warn)
-    if device.type == "cuda":
-        engine.wait()  # it measures free memory, which the trainer's model would change meanwhile
-    return engine
-
-
-def _gpus(config: Config, teacher: bool) -> tuple[int, ...]:
-    ids = config.teacher_gpu_ids if teacher else config.inference_gpu_ids
-    parallel = (config.teacher_inference if teacher else config.inference).parallel
-    ids = ids or list(range(parallel.tp))
-    if len(ids) > parallel.tp or (parallel.dp or 1) > 1:
-        raise UserError(
-            f"GPUs {ids} with tp = {parallel.tp} ask for several replicas, and one engine samples",
-            where="inference_gpu_ids, inference.parallel.tp",
-            fix=f"set inference.parallel.tp = {len(ids)}, or name {parallel.tp} GPUs",
-        )
-    return tuple(ids)

@@ -8,6 +8,7 @@ cache is keyed by it: the base's cached context stays, a former version's is nev
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ class VllmEngine:
         self._weights: Callable[[], Weights] | None = None
         self._ready = False
         self._asleep = False
+        self._closed = False
+        self._life = threading.RLock()  # starting, and starting again
         self._process = self._start()
 
     @property
@@ -166,7 +169,7 @@ class VllmEngine:
             return
         self._version = version
         if self._ready:
-            self._keep_alive(self._send_adapters)
+            self._keep_alive(self._send)
 
     def sync_weights(self, version: int, weights: Callable[[], Weights]) -> None:
         """Take over a whole model's weights, under Hugging Face's names, in bounded chunks.
@@ -175,15 +178,16 @@ class VllmEngine:
         """
         self._version, self._weights = version, weights
         if self._ready:
-            self._keep_alive(self._send_weights)
+            self._keep_alive(self._send)
 
     def sleep(self) -> None:
-        """On a GPU, give the memory to the trainer; the next call takes it back."""
-        if self.options.gpu_ids and self._ready and not self._asleep:
+        """On a GPU shared with the trainer, leave it the memory; the next call takes it back."""
+        if self.options.sleeps and self._ready and not self._asleep:
             self._call("sleep")
             self._asleep = True
 
     def close(self) -> None:
+        self._closed = True
         self._process.close()
 
     def wait(self) -> None:
@@ -201,29 +205,41 @@ class VllmEngine:
         assert self._version is not None, "an adapter before the first sync"
         return f"{NAMES[role]}-v{self._version}", SLOTS[role]
 
+    def _send(self) -> None:
+        """The current weights, where the process has other ones."""
+        if self._version is None or self._policy is None:
+            return
+        self._wake()
+        with self._policy.lock:
+            if self._weights is not None:
+                self._send_weights()
+            else:
+                self._send_adapters()
+
     def _send_adapters(self) -> None:
         assert self._policy is not None
         for role in dict.fromkeys(self._serves if self.options.adapter else ()):
             if role in SLOTS:
                 entries = self._outbox.pack(self._policy.adapter(role))
-                self.bytes_synced += self._process.call(
+                self.bytes_synced += self._process.command(
                     "load_adapter",
                     slot=SLOTS[role],
                     config=self.options.adapter,
                     handle=self._outbox.handle(),
                     entries=entries,
+                    version=self._version,
                 )
 
     def _send_weights(self) -> None:
         assert self._weights is not None
-        self._process.call("start_update")
+        self._process.command("start_update")
         batches = list(chunked(self._weights(), self._outbox.dtype.itemsize, self.chunk_bytes))
         for batch in batches:
             entries, handle = self._outbox.pack(batch), self._outbox.handle()
             only = len(batches) == 1
-            self._process.call("update_weights", handle=handle, entries=entries, only=only)
+            self._process.command("update_weights", handle=handle, entries=entries, only=only)
             self.bytes_synced += sum(e.count for e in entries) * self._outbox.dtype.itemsize
-        self._process.call("finish_update")  # which drops the adapters
+        self._process.command("finish_update", version=self._version)  # which drops the adapters
         self._send_adapters()
 
     def _call(self, method: str, advance: Advance | None = None, **arguments: Any) -> Any:
@@ -240,24 +256,27 @@ class VllmEngine:
                     advance(done - told)
                     told = done
 
-            if self._asleep:
-                self._process.call("wake")
-                self._asleep = False
+            self._wake()
             return self._process.call(method, progress, **arguments)
 
         return self._keep_alive(ask)
 
+    def _wake(self) -> None:
+        if self._asleep:
+            torch.cuda.empty_cache()  # of this process, for the engine to take
+            self._process.call("wake")
+            self._asleep = False
+
     def _keep_alive(self, ask: Callable[[], Any]) -> Any:
         """Ask, starting the process again for as often as is allowed."""
         while True:
+            process = self._process
             try:
-                if not self._ready:
-                    self._process.receive()
-                    self._ready = True
-                    if self._weights is not None:
-                        self._send_weights()
-                    elif self._version is not None:
-                        self._send_adapters()
+                with self._life:
+                    if not self._ready:
+                        self._process.receive()
+                        self._ready = True
+                        self._send()
                 return ask()
             except EngineFailed as error:
                 started = self._ready
@@ -268,11 +287,13 @@ class VllmEngine:
                     exit_code=EXIT_FAILED if started else EXIT_ENVIRONMENT,
                 ) from error
             except EngineDied as death:
-                self._restart(death)
+                with self._life:
+                    if self._process is process:  # else another thread has seen to it
+                        self._restart(death)
 
     def _restart(self, death: EngineDied) -> None:
         self._process.close()
-        if self.restarts >= self.max_restarts:
+        if self._closed or self.restarts >= self.max_restarts:
             times = f" and was started again {self.restarts} times" if self.restarts else ""
             raise UserError(
                 f"vLLM's process died{times}: {death}",

@@ -36,6 +36,8 @@ class Options:
     adapter: dict[str, Any]
     gpu_ids: tuple[int, ...]
     vllm_version: str
+    sleeps: bool = False
+    """Whether the trainer works on the same GPUs while the engine is idle."""
 
     @property
     def workers(self) -> int:
@@ -95,12 +97,15 @@ def build_options(
     *,
     teacher: bool = False,
     gpus: Sequence[int] = (),
+    share: float = 0.9,
+    sleeps: bool = False,
 ) -> Options:
     """The options of the engine that samples, or of the `teacher`'s own.
 
     `model` is the configuration of the engine's model, `longest` the most tokens that a prompt and
-    its completion have together, `gpus` where it runs, none on a CPU. Raises UserError where vLLM
-    cannot do what is asked for.
+    its completion have together, `gpus` where it runs, none on a CPU, with which `share` of
+    their memory, `sleeps` whether the trainer needs that between its calls. Raises UserError where
+    vLLM cannot do what is asked for.
     """
     version = check_installed(device)
     lora, inference = config.trainer.model.lora, config.inference
@@ -150,8 +155,8 @@ def build_options(
     if device.type == "cuda":
         arguments |= {
             "device_ids": list(gpus),
-            "gpu_memory_utilization": table.gpu_memory_utilization,
-            "enable_sleep_mode": True,
+            "gpu_memory_utilization": share,
+            "enable_sleep_mode": sleeps,
         }
     else:
         arguments |= {
@@ -174,7 +179,7 @@ def build_options(
         if table.parallel.tp > 1:
             # workers bound to cores need a NUMA node each
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    return Options(arguments, environment, adapter, tuple(gpus), version)
+    return Options(arguments, environment, adapter, tuple(gpus), version, sleeps)
 
 
 def _targets(lora: LoraConfig, model: Any) -> list[str]:

@@ -1,7 +1,7 @@
-"""vLLM in a process of its own: `python -m minidistill.engines.vllm_process SOCKET LIFELINE`.
+"""vLLM in a process of its own, started by `EngineProcess` with three file descriptors.
 
-`EngineProcess` starts it. It answers calls over the socket, one at a time, until the driver kills
-it or is gone.
+It answers calls over one socket, one at a time, and commands over another, between two steps of a
+call, until the driver kills it or is gone.
 """
 
 from __future__ import annotations
@@ -14,26 +14,30 @@ import traceback
 from collections.abc import Callable, Sequence
 from itertools import count
 from multiprocessing import current_process
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
 
 Send = Callable[[int], None]
+Attend = Callable[[], None]
 
 
 class Server:
     """A vLLM engine and the calls it answers."""
 
-    def __init__(self, options: dict[str, Any], progress: Send) -> None:
+    def __init__(self, options: dict[str, Any], progress: Send, attend: Attend) -> None:
         from vllm import LLM
 
         import minidistill.weights.receiver  # noqa: F401 - registers the weight-transfer backend
 
         self.llm = LLM(**options)
         self.engine: Any = self.llm.llm_engine
-        self.progress = progress
+        self.progress, self.attend = progress, attend
         self.broken = False  # an error in the middle of a step leaves no state to go on from
+        self.updating = False  # between the first and the last chunk of weights nothing can run
+        self.version = 0
+        self._versions: dict[str, list[tuple[int, int]]] = {}
         self._ids = count()
 
     def generate(
@@ -46,7 +50,8 @@ class Server:
         adapter: tuple[str, int] | None,
         top_k: int = 0,
     ) -> list[tuple[Any, ...]]:
-        """Token ids, log-probs, stop ("eos" or "length") and likeliest ids of each completion."""
+        """Of each completion: token ids, log-probs, stop ("eos" or "length"), likeliest ids, and
+        from which token on which version of the weights sampled."""
         from vllm import SamplingParams
 
         params = [
@@ -69,7 +74,10 @@ class Server:
             width = len(sample.logprobs.logprobs) // max(1, len(sample.token_ids))
             logprobs = tuple(sample.logprobs.logprobs[::width])
             ids = np.array(sample.logprobs.token_ids).reshape(-1, width)[:, 1:]
-            found.append((tuple(sample.token_ids), logprobs, stop, ids if top_k else None))
+            versions = tuple(self._versions.pop(output.request_id))
+            found.append(
+                (tuple(sample.token_ids), logprobs, stop, ids if top_k else None, versions)
+            )
         return found
 
     def scores_ids(self) -> bool:
@@ -145,8 +153,11 @@ class Server:
                 self.engine.abort_request(ids)
                 raise
             ids.append(id)
+            if progress is not None:
+                self._versions[id] = [(0, self.version)]
         outputs: dict[str, Any] = {}
         while self.engine.has_unfinished_requests():
+            self.attend()
             try:
                 done = [output for output in self.engine.step() if output.finished]
             except Exception:
@@ -158,24 +169,41 @@ class Server:
         return [outputs[id] for id in ids]
 
     def load_adapter(
-        self, slot: int, config: dict[str, Any], handle: bytes, entries: list[Any]
+        self, slot: int, config: dict[str, Any], handle: Any, entries: list[Any], version: int
     ) -> int:
-        """Replace the adapter in a slot; returns the bytes read."""
+        """Replace the adapter in a slot; returns the bytes read.
+
+        Completions at hand go on with it, after keys and values of the one before.
+        """
         arguments = (slot, config, handle, entries)
-        return self.llm.collective_rpc("minidistill_load_adapter", args=arguments)[0]
+        size = self.llm.collective_rpc("minidistill_load_adapter", args=arguments)[0]
+        self._now(version)
+        return size
 
     def start_update(self) -> None:
         self.llm.init_weight_transfer_engine({"init_info": {}})
         self.llm.start_weight_update()
+        self.updating = True
 
-    def update_weights(self, handle: bytes, entries: list[Any], only: bool) -> None:
+    def update_weights(self, handle: Any, entries: list[Any], only: bool) -> None:
         update = {"handle": handle, "entries": entries, "only": only}
         self.llm.update_weights({"update_info": update})
 
-    def finish_update(self) -> None:
-        """Make the new weights current. Keys and values of the old ones are dropped."""
+    def finish_update(self, version: int) -> None:
+        """Make the new weights current. Keys and values of the old ones are dropped, those of
+        completions at hand are computed again."""
         self.llm.finish_weight_update()
-        self.llm.reset_prefix_cache()
+        self.llm.reset_prefix_cache(reset_running_requests=True)
+        self.updating = False
+        self._now(version)
+
+    def _now(self, version: int) -> None:
+        """Note where completions at hand change from one version to the next."""
+        self.version = version
+        for state in self.engine.output_processor.request_states.values():
+            versions = self._versions.get(state.external_req_id)
+            if versions is not None:
+                versions.append((len(state.detokenizer.output_token_ids), version))
 
     def load_adapter_file(self, slot: int, path: str) -> None:
         """An adapter from a folder, in place: what the benchmark compares `load_adapter` with."""
@@ -202,34 +230,44 @@ def _end_with(lifeline: int) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def main(socket: int, lifeline: int) -> None:
+def main(calls: int, commands: int, lifeline: int) -> None:
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    connection = Connection(socket)
+    connection, side = Connection(calls), Connection(commands)
     key, options = connection.recv()
     current_process().authkey = key
+    server: Server | None = None
 
     def progress(done: int) -> None:
         connection.send(("progress", done))
 
-    server: Server | None = None
-    method: str = ""
-    arguments: dict[str, Any] = {}
-    while True:
+    def attend() -> None:
+        while server is not None and (server.updating or side.poll()):
+            serve(side)
+
+    def serve(on: Connection) -> None:
+        method, arguments = on.recv()
+        answer(on, lambda: getattr(server, method)(**arguments))
+
+    def answer(on: Connection, act: Callable[[], Any]) -> None:
         try:
-            if server is None:
-                server = Server(options, progress)
-                answer = None
-            else:
-                answer = getattr(server, method)(**arguments)
+            found = act()
         except Exception as error:
             traceback.print_exc()
-            connection.send(("failed", f"{type(error).__name__}: {error}"))
+            on.send(("failed", f"{type(error).__name__}: {error}"))
             if server is None or server.broken:
-                return
+                sys.exit(1)
         else:
-            connection.send(("done", answer))
-        method, arguments = connection.recv()
+            on.send(("done", found))
+
+    def begin() -> None:
+        nonlocal server
+        server = Server(options, progress, attend)
+
+    answer(connection, begin)
+    while True:
+        for ready in wait([connection, side]):
+            serve(ready)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))

@@ -10,7 +10,7 @@ import torch
 
 from minidistill.config import Config
 from minidistill.devices import DTYPES
-from minidistill.partition import Partition, partition
+from minidistill.partition import Partition, engine_share, partition
 from minidistill.plan.memory import (
     CONTEXT,
     Parts,
@@ -236,16 +236,6 @@ class _Engine:
                 f"the {self.owner}'s engine holds {held} sequences of {config.seq_len} tokens: "
                 f"a batch of {batch} goes through in several rounds"
             )
-
-
-def engine_share(config: Config, parts: Partition) -> tuple[float, float]:
-    """The shares of a GPU's memory that the student's and the teacher's engine may take.
-
-    As configured, and half of it each where both are on the same GPUs.
-    """
-    split = 2 if set(parts.inference) & set(parts.teacher) else 1
-    student, teacher = config.inference, config.teacher_inference
-    return student.gpu_memory_utilization / split, teacher.gpu_memory_utilization / split
 
 
 def _engines(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,8 @@ class Policy:
     """The teacher's role. Its weights may be elsewhere, in an engine: see `holds`."""
     others: dict[Role, Any] = field(default_factory=dict)
     """Models of other weights than `model`'s, by role."""
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Held while the student's weights change, and while an engine is sent them."""
     _current: Any = None
 
     @property

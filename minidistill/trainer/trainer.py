@@ -69,7 +69,11 @@ class Trainer:
         self.max_mismatch = math.inf
         if isinstance(loss.max_sampler_mismatch, float):
             self.max_mismatch = loss.max_sampler_mismatch
-        elif loss.max_sampler_mismatch == "auto" and not (lora and lora.dropout):
+        elif (
+            loss.max_sampler_mismatch == "auto"
+            and not (lora and lora.dropout)
+            and config.schedule == "sync"
+        ):
             self.max_mismatch = MISMATCH[policy.dtype]
 
     def step(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> StepResult:
@@ -90,9 +94,10 @@ class Trainer:
         except UserError:
             self.optimizer.zero_grad()
             raise
-        self.optimizer.step(rate)
-        if self.policy.teacher == EMA:
-            self.policy.update_ema(self.config.orchestrator.teacher_model.ema_decay)
+        with self.policy.lock:
+            self.optimizer.step(rate)
+            if self.policy.teacher == EMA:
+                self.policy.update_ema(self.config.orchestrator.teacher_model.ema_decay)
         seconds = time.perf_counter() - began
         metrics |= {"time/train": seconds, "perf/train_tokens_per_second": total / seconds}
         stats = [TokenStats(*(t.tolist() for t in parts[1:4])) for parts in outputs]
