@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minidistill.config import Config
 from minidistill.engines import Engine
+from minidistill.plan import Plan
+from minidistill.plan.show import summary
 from minidistill.roles import Teaching, other_teacher
 from minidistill.trainer.policy import Policy
 from minidistill.ui import Header
@@ -18,9 +19,10 @@ TEACHERS = {
 
 
 def header(
-    config: Config, policy: Policy, teaching: Teaching, engine: Engine, path: Path, step: int
+    plan: Plan, policy: Policy, teaching: Teaching, engine: Engine, path: Path, step: int
 ) -> Header:
     """Model, mode, teacher, devices and output, for the display."""
+    config = plan.config
     loss, orchestrator, lora = config.trainer.loss, config.orchestrator, config.trainer.model.lora
     total = sum(p.numel() for p in policy.student.parameters())
     trained = sum(p.numel() for _, p in policy.parameters)
@@ -33,6 +35,9 @@ def header(
     elif lora:
         teacher = teacher.replace("the base model", "the base model, adapter off,")
     size = _millions(total - trained if lora else total)
+    ahead: tuple[tuple[str, str], ...] = ()
+    if config.schedule == "async":
+        ahead = (("schedule", "the next step is sampled while this one is trained on"),)
     rows = (
         ("model", f"{config.model.name}, {size} parameters, {dtype}"),
         ("adapter", f"LoRA rank {lora.rank}, {_millions(trained)} parameters")
@@ -42,6 +47,8 @@ def header(
         ("teacher", teacher),
         ("estimator", f"{teaching.estimator}, scored in the {teaching.scorer}: {teaching.reason}"),
         ("engine", engine.description),
+        ("devices", summary(plan)),
+        *ahead,
         ("tasks", ", ".join(e.name for e in orchestrator.env)),
         ("output", str(path)),
     )

@@ -25,6 +25,7 @@ from minidistill.evaluate import Evaluator, Scores
 from minidistill.header import header
 from minidistill.monitors import check_monitors, open_monitors
 from minidistill.plan import Plan, plan
+from minidistill.plan.actual import planned_and_measured
 from minidistill.plan.command import machine
 from minidistill.plan.show import flags
 from minidistill.prompts import PromptBuilder
@@ -113,7 +114,7 @@ class Session:
         if resume:
             self._resume()
         shown = header(
-            config, self.policy, self.teaching, self.engine, self.dir.path, self.first_step
+            self.plan, self.policy, self.teaching, self.engine, self.dir.path, self.first_step
         )
         if not resume:
             self.dir.create(self.loaded, {"header": shown.rows})
@@ -234,6 +235,8 @@ class Session:
         shown = tuple(self.texts(first.completion.token_ids))
         sample = Sample(shown, tuple(result.tokens[0].kl), reward, first.prompt.env)
         self.display.step(step, metrics, sample)
+        if step == self.first_step:
+            self.display.note(planned_and_measured(self.plan, self.policy.device))
 
     def log(self, step: int, metrics: Metrics) -> None:
         self.dir.log(step, metrics)

@@ -10,9 +10,10 @@ import torch
 from minidistill.config import Config
 from minidistill.engines.base import Engine
 from minidistill.engines.embedded import EmbeddedEngine
+from minidistill.engines.kept import Warn
 from minidistill.engines.pair import EnginePair
 from minidistill.engines.replicas import Replicas
-from minidistill.engines.vllm import VllmEngine, Warn
+from minidistill.engines.vllm import VllmEngine
 from minidistill.engines.vllm_options import build_options, wants_vllm
 from minidistill.partition import Partition, engine_share
 from minidistill.roles import Teaching, decide

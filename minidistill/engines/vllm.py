@@ -8,16 +8,16 @@ cache is keyed by it: the base's cached context stays, a former version's is nev
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from minidistill.engines.base import Advance, Request
-from minidistill.engines.process import EngineDied, EngineFailed, EngineProcess
+from minidistill.engines.kept import KeptAlive, Warn
+from minidistill.engines.process import EngineProcess
 from minidistill.engines.vllm_options import Options
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_HEALTH, UserError
+from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.trainer.policy import EMA, STUDENT, Policy, Role
 from minidistill.types import Completion
 from minidistill.weights import CHUNK_BYTES, Outbox, chunked
@@ -26,7 +26,6 @@ SLOTS: dict[Role, int] = {STUDENT: 1, EMA: 2}  # vLLM's adapter ids; an id is ke
 NAMES: dict[Role, str] = {STUDENT: "student", EMA: "teacher"}
 SEED_BITS = (1 << 63) - 1  # vLLM takes signed 64-bit seeds
 
-Warn = Callable[[str], None]
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -38,19 +37,20 @@ class VllmEngine:
     """
 
     def __init__(self, options: Options, max_restarts: int, warn: Warn) -> None:
-        self.options, self.max_restarts, self.warn = options, max_restarts, warn
-        self.restarts = 0
+        self.options = options
         self.bytes_synced = 0
         self.chunk_bytes = CHUNK_BYTES
         self._policy: Policy | None = None
         self._serves: tuple[Role, ...] = ()
         self._version: int | None = None
         self._weights: Callable[[], Weights] | None = None
-        self._ready = False
         self._asleep = False
-        self._closed = False
-        self._life = threading.RLock()  # starting, and starting again
-        self._process = self._start()
+
+        def start() -> EngineProcess:
+            self._asleep = False
+            return EngineProcess(options.arguments, options.environment)
+
+        self._kept = KeptAlive(start, self._send, max_restarts, warn)
 
     @property
     def description(self) -> str:
@@ -168,8 +168,8 @@ class VllmEngine:
                 self.sync_weights(version, self._policy.weights)
             return
         self._version = version
-        if self._ready:
-            self._keep_alive(self._send)
+        if self._kept.ready:
+            self._kept.ask(self._send)
 
     def sync_weights(self, version: int, weights: Callable[[], Weights]) -> None:
         """Take over a whole model's weights, under Hugging Face's names, in bounded chunks.
@@ -177,24 +177,32 @@ class VllmEngine:
         `weights` is kept: a process that is started again is sent what it then gives.
         """
         self._version, self._weights = version, weights
-        if self._ready:
-            self._keep_alive(self._send)
+        if self._kept.ready:
+            self._kept.ask(self._send)
 
     def sleep(self) -> None:
         """On a GPU shared with the trainer, leave it the memory; the next call takes it back."""
-        if self.options.sleeps and self._ready and not self._asleep:
+        if self.options.sleeps and self._kept.ready and not self._asleep:
             self._call("sleep")
             self._asleep = True
 
     def close(self) -> None:
-        self._closed = True
-        self._process.close()
+        self._kept.close()
 
     def wait(self) -> None:
         """Return once the engine is ready. Raises UserError (exit code 3) where it cannot be."""
-        self._keep_alive(lambda: None)
+        self._kept.ask(lambda: None)
 
     # -- its process ---------------------------------------------------------------------------
+
+    @property
+    def _process(self) -> EngineProcess:
+        return self._kept.process
+
+    @property
+    def restarts(self) -> int:
+        """How often its process was started again."""
+        return self._kept.restarts
 
     def _adapter(self, student: bool) -> tuple[str, int] | None:
         if self._policy is None or not self.options.adapter:
@@ -259,52 +267,10 @@ class VllmEngine:
             self._wake()
             return self._process.call(method, progress, **arguments)
 
-        return self._keep_alive(ask)
+        return self._kept.ask(ask)
 
     def _wake(self) -> None:
         if self._asleep:
             torch.cuda.empty_cache()  # of this process, for the engine to take
             self._process.call("wake")
             self._asleep = False
-
-    def _keep_alive(self, ask: Callable[[], Any]) -> Any:
-        """Ask, starting the process again for as often as is allowed."""
-        while True:
-            process = self._process
-            try:
-                with self._life:
-                    if not self._ready:
-                        self._process.receive()
-                        self._ready = True
-                        self._send()
-                return ask()
-            except EngineFailed as error:
-                started = self._ready
-                raise UserError(
-                    f"vLLM: {str(error).strip().splitlines()[0]}",
-                    where="inference.engine",
-                    fix='look at the message; inference.engine = "embedded" does without vLLM',
-                    exit_code=EXIT_FAILED if started else EXIT_ENVIRONMENT,
-                ) from error
-            except EngineDied as death:
-                with self._life:
-                    if self._process is process:  # else another thread has seen to it
-                        self._restart(death)
-
-    def _restart(self, death: EngineDied) -> None:
-        self._process.close()
-        if self._closed or self.restarts >= self.max_restarts:
-            times = f" and was started again {self.restarts} times" if self.restarts else ""
-            raise UserError(
-                f"vLLM's process died{times}: {death}",
-                where="inference.max_restarts",
-                fix="see whether memory ran out; --resume goes on from the last checkpoint",
-                exit_code=EXIT_ENVIRONMENT,
-            ) from death
-        self.restarts += 1
-        self.warn(f"vLLM's process died ({death}): started again with the current weights")
-        self._process = self._start()
-
-    def _start(self) -> EngineProcess:
-        self._ready = self._asleep = False
-        return EngineProcess(self.options.arguments, self.options.environment)

@@ -85,6 +85,17 @@ def flags(settings: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
+def summary(plan: Plan) -> str:
+    """Each device on a line: who is there, and what of its memory is planned for."""
+    lines = []
+    for device in plan.devices:
+        names = {name.partition(":")[0] for parts in device.phases.values() for name in parts}
+        owners = " and ".join(owner for owner in COLORS if owner in names)
+        memory = f"{device.peak / GIB:.1f} of {device.bytes / GIB:.1f} GiB"
+        lines.append(f"{device.name}: {owners}, {memory} planned for")
+    return "; ".join(lines)
+
+
 def _head(plan: Plan) -> list[tuple[str, str]]:
     config, shape, parts = plan.config, plan.shape, plan.partition
     lora = config.trainer.model.lora
