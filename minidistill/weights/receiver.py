@@ -20,8 +20,13 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 
 from minidistill.weights.handles import Entry, opened, views
+from minidistill.weights.repack import Repacker
 
 BACKEND = "minidistill"
 
@@ -85,25 +90,31 @@ class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
 
     init_info_cls = HandleInit
     update_info_cls = HandleUpdate
+    _repacker: Repacker | None = None
 
     def init_transfer_engine(self, init_info: HandleInit) -> None:
         """No rendezvous: a handle comes with every chunk."""
 
     def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        initialize_layerwise_reload(self.model)
+        if self.device.type == "cpu" and self.parallel_config.world_size == 1:
+            self._repacker = Repacker.of(self.model)
+        if self._repacker is not None:
+            self._repacker.start()
+        else:
+            initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: HandleUpdate) -> None:
-        # layers are put together once all their tensors are there, which may be chunks later:
+        # vLLM puts layers together once all their tensors are there, which may be chunks later:
         # copied, unless no other chunk is going to be written over this one
-        buffer = opened(update_info.handle).to(self.device, copy=not update_info.only)
+        kept = self._repacker is None and not update_info.only
+        buffer = opened(update_info.handle).to(self.device, copy=kept)
         load: Any = self.model.load_weights
         load(iter(views(buffer, update_info.entries).items()))
 
     def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
+        if self._repacker is not None:
+            self._repacker.finish()
+            return
         finalize_layerwise_reload(self.model, self.model_config)
         head = getattr(self.model, "lm_head", None)
         if self.device.type == "cpu" and head is not None:
