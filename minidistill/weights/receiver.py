@@ -96,16 +96,15 @@ class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
         """No rendezvous: a handle comes with every chunk."""
 
     def start_weight_update(self) -> None:
-        if self.device.type == "cpu" and self.parallel_config.world_size == 1:
+        if self.device.type == "cpu":
             self._repacker = Repacker.of(self.model)
-        if self._repacker is not None:
             self._repacker.start()
         else:
             initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: HandleUpdate) -> None:
-        # vLLM puts layers together once all their tensors are there, which may be chunks later:
-        # copied, unless no other chunk is going to be written over this one
+        # vLLM's reload puts layers together once all their tensors are there, which may be chunks
+        # later: copied, unless no other chunk is going to be written over this one
         kept = self._repacker is None and not update_info.only
         buffer = opened(update_info.handle).to(self.device, copy=kept)
         load: Any = self.model.load_weights
@@ -114,13 +113,8 @@ class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
     def finish_weight_update(self) -> None:
         if self._repacker is not None:
             self._repacker.finish()
-            return
-        finalize_layerwise_reload(self.model, self.model_config)
-        head = getattr(self.model, "lm_head", None)
-        if self.device.type == "cpu" and head is not None:
-            # tied to the embedding, the head is no layer of its own to the reload, and its
-            # prepacked copy would stay the old one
-            head.quant_method.process_weights_after_loading(head)
+        else:
+            finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         """Nothing is held."""

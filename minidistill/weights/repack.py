@@ -1,8 +1,9 @@
 """Full weights into a model that vLLM runs on a CPU, a layer packed as soon as it is whole.
 
 vLLM's layer-wise reload allocates every layer anew, loads it twice (once to count), packs the
-embedding and copies it back. Where nothing but plain linear layers and embeddings is packed, this
-does what is left: vLLM's `load_weights` and loaders fill the layers, and each is packed once.
+embedding and copies it back; and it leaves packed experts and a tied head as they were. Here
+vLLM's `load_weights` and loaders fill the layers, each is packed once, and a model with anything
+but plain linear layers, embeddings and parameters used as they are is refused.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor, to_meta_tensor
 from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
+Layer = Any  # a module with vLLM's own attributes
+
 
 class Repacker:
     """Takes a whole model's weights between `start` and `finish`.
@@ -32,22 +35,23 @@ class Repacker:
     everything else is loaded into the parameter that the model runs.
     """
 
-    def __init__(self, linear: list[nn.Module], embeddings: list[nn.Module]) -> None:
+    def __init__(self, linear: list[Layer], embeddings: list[Layer]) -> None:
         self._linear, self._embeddings = linear, embeddings
-        self._missing: dict[nn.Module, int] = {}  # elements, by layer
+        self._missing: dict[Layer, int] = {}  # elements, by layer
 
     @classmethod
-    def of(cls, model: nn.Module) -> Repacker | None:
-        """None where the model has anything that only vLLM's own reload is known to handle."""
+    def of(cls, model: nn.Module) -> Repacker:
+        """Raises ValueError for a model with a layer whose packing is not known here."""
         linear, embeddings = [], []
-        for layer in model.modules():
+        for name, layer in model.named_modules():
             method = type(getattr(layer, "quant_method", None))
             if method is UnquantizedLinearMethod and _packed(layer):
                 linear.append(layer)
             elif method is UnquantizedEmbeddingMethod:
                 embeddings.append(layer)
             elif not _plain(layer, method):
-                return None
+                kind = type(layer).__name__
+                raise ValueError(f"no new weights for {name} ({kind}) while vLLM runs on a CPU")
         return cls(linear, embeddings)
 
     def start(self) -> None:
@@ -66,7 +70,7 @@ class Repacker:
             else:  # looked up, never multiplied by: its packed copy would be one of old weights
                 layer.cpu_linear = nn.functional.linear
 
-    def _expect(self, layer: nn.Module) -> int:
+    def _expect(self, layer: Layer) -> int:
         """Let the layer's weight be loaded; returns how many elements it has."""
         # vLLM's description of the weight before it was packed, whose own loader stays as it is
         weight: Any = restore_layer_refs(to_meta_tensor(_described(layer)["weight"]), layer)
@@ -86,18 +90,18 @@ class Repacker:
         return weight.numel()
 
 
-def _described(layer: nn.Module) -> dict[str, Tensor]:
+def _described(layer: Layer) -> dict[str, Tensor]:
     """The parameters as they were when vLLM had loaded and not yet processed them, by name."""
     return get_layerwise_info(layer).restore_metadata[0]
 
 
-def _packed(layer: nn.Module) -> bool:
+def _packed(layer: Layer) -> bool:
     """Whether the weight is a matrix of which the packed copy alone was kept."""
     described = _described(layer).get("weight")
     return described is not None and described.ndim == 2 and layer.weight.numel() == 0
 
 
-def _plain(layer: nn.Module, method: type) -> bool:
+def _plain(layer: Layer, method: type) -> bool:
     """Whether the model runs the layer's own parameters as vLLM loads them."""
     if is_deferred_attention_layer(layer):
         return type(layer) is Attention  # others may keep products of weights
@@ -113,6 +117,6 @@ def _plain(layer: nn.Module, method: type) -> bool:
     )
 
 
-def _pack(layer: nn.Module) -> None:
+def _pack(layer: Layer) -> None:
     layer.cpu_linear = None  # frees the old copy, whose memory the new one takes
     layer.quant_method.process_weights_after_loading(layer)
