@@ -1,6 +1,6 @@
 """One weight sync, trainer to vLLM: in memory against through a file, adapter and full weights.
 
-    python -m bench.sync [--model FOLDER] [--repeats N]
+    python -m bench.sync [--model smollm2|FOLDER] [--repeats N] [--threads N]
 
 Without a model: random weights in SmolLM2-135M's shape, for the time does not depend on them.
 Writes bench/results/sync.json. Says nothing of speed where the weights did not arrive.
@@ -9,49 +9,51 @@ Writes bench/results/sync.json. Says nothing of speed where the weights did not 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from minidistill.config import load_config
+from bench.kernels_report import machine
+from bench.pair import CPU, TOLERANCE, build, change_adapter, named_model, save, use_threads
 from minidistill.engines.vllm import VllmEngine
-from minidistill.engines.vllm_options import build_options
-from minidistill.trainer.model import Policy, load_model_config, load_policy
+from minidistill.trainer.model import Policy
 from minidistill.weights import Outbox
 
-ROOT = Path(__file__).parent.parent
-CPU = torch.device("cpu")
-TOLERANCE = 1e-4
+RANDOM = "random weights in SmolLM2-135M's shape"
+Step = Callable[[], None]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a folder; by default made at random")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.sync", description=__doc__)
+    parser.add_argument("--model", help="built in, smollm2 or a folder; by default made at random")
     parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    use_threads(args.threads)
+    result: dict[str, Any] = {"machine": machine("cpu")}
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "model"
-        model = arguments.model or make_model(made)
-        result = {"model": arguments.model or "random weights in SmolLM2-135M's shape"}
-        for kind, measure in (("adapter", adapter_routes), ("full", full_routes)):
-            result[kind] = measure(model, Path(folder) / kind, arguments.repeats)
-    target = ROOT / "bench" / "results" / "sync.json"
-    target.write_text(json.dumps(result, indent=2) + "\n")
+        model = named_model(args.model) if args.model else make_model(Path(folder) / "model")
+        for kind, routes in (("adapter", adapter_routes), ("full", full_routes)):
+            engine, policy = build(model, lora=kind == "adapter")
+            try:
+                result[kind] = routes(engine, policy, Path(folder) / kind, args.repeats)
+            finally:
+                engine.close()
+    save("sync", args.model or RANDOM, result)
     for kind in ("adapter", "full"):
         figures = result[kind]
         print(
             f"{kind:8} {figures['bytes'] / 1e6:8.1f} MB  in memory {figures['memory']:.4f} s  "
             f"file {figures['file']:.4f} s  ratio {figures['ratio']:.2f}"
         )
+    return 0
 
 
 def make_model(folder: Path) -> str:
@@ -67,87 +69,31 @@ def make_model(folder: Path) -> str:
     return str(folder)
 
 
-def build(model: str, lora: bool) -> tuple[VllmEngine, Policy]:
-    flags = ["--model.name", model, "--inference.engine", "vllm", "--model.dtype", "float32"]
-    config = load_config([str(ROOT / "configs" / "sokoban.toml"), *flags]).config
-    options = build_options(config, CPU, load_model_config(config), config.seq_len)
-    if not lora:
-        kept = {k: v for k, v in options.arguments.items() if "lora" not in k}
-        options = replace(options, arguments=kept | {"enable_lora": False})
-    engine = VllmEngine(options, 0, print)
-    policy = load_policy(config, SimpleNamespace(eos_token_id=2, pad_token_id=0), CPU)
-    engine.attach(policy, None)
-    engine.wait()
-    return engine, policy
-
-
-def adapter_routes(model: str, folder: Path, repeats: int) -> dict[str, Any]:
-    engine, policy = build(model, lora=True)
-    version = 0
-
-    def change() -> None:
-        with torch.no_grad():
-            for name, parameter in policy.parameters:
-                if "lora_B" in name:
-                    parameter.normal_(0, 0.01)
-
-    def memory() -> None:
-        nonlocal version
-        version += 1
-        engine.sync(version)
-
+def adapter_routes(
+    engine: VllmEngine, policy: Policy, folder: Path, repeats: int
+) -> dict[str, Any]:
     def file() -> None:
         policy.model.save_pretrained(str(folder))
         engine._process.call("load_adapter_file", slot=1, path=str(folder))
 
-    try:
-        change()
-        memory()
-        arrived(engine, policy, student=True)
-        before = engine.bytes_synced
-        memory()
-        size = engine.bytes_synced - before
-        return compare(change, memory, file, repeats) | {"bytes": size}
-    finally:
-        engine.close()
+    return compare(engine, policy, lambda: change_adapter(policy), engine.sync, file, repeats)
 
 
-def full_routes(model: str, folder: Path, repeats: int) -> dict[str, Any]:
-    engine, policy = build(model, lora=False)
-    base = policy.model.get_base_model()
+def full_routes(engine: VllmEngine, policy: Policy, folder: Path, repeats: int) -> dict[str, Any]:
+    weights = policy.weights
     folder.mkdir()
-    version = 0
-
-    def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in base.named_parameters():
-            if "lora_" not in name:
-                yield name.replace(".base_layer.", "."), parameter
 
     def change() -> None:
         with torch.no_grad():
             for _, parameter in weights():
                 parameter.mul_(1.001)
 
-    def memory() -> None:
-        nonlocal version
-        version += 1
-        engine.sync_weights(version, weights)
-
     def file() -> None:
         save_file({n: p.detach() for n, p in weights()}, folder / "model.safetensors")
         engine._process.call("reload", path=str(folder))
 
-    try:
-        change()
-        memory()
-        arrived(engine, policy, student=False)
-        before = engine.bytes_synced
-        memory()
-        size = engine.bytes_synced - before
-        parts = {"pack": pack_seconds(weights, policy.dtype)}
-        return compare(change, memory, file, repeats) | {"bytes": size} | parts
-    finally:
-        engine.close()
+    found = compare(engine, policy, change, engine.sync, file, repeats)
+    return found | {"pack": pack_seconds(weights, policy.dtype)}
 
 
 def pack_seconds(weights: Callable[[], Any], dtype: torch.dtype) -> float:
@@ -161,12 +107,11 @@ def pack_seconds(weights: Callable[[], Any], dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def arrived(engine: VllmEngine, policy: Policy, student: bool) -> None:
+def arrived(engine: VllmEngine, policy: Policy) -> None:
     """Raise where the engine's log-probs are not the trainer's."""
     ids = list(range(5, 45))
-    found = engine.score([ids[:8]], [ids[8:]], temperature=1.0, student=student)[0]
-    with policy.role("default" if student else None):
-        logp = policy.model(input_ids=torch.tensor([ids])).logits[0, 7:-1].log_softmax(-1)
+    found = engine.score([ids[:8]], [ids[8:]], temperature=1.0, student=True)[0]
+    logp = policy.model(input_ids=torch.tensor([ids])).logits[0, 7:-1].log_softmax(-1)
     truth = logp.gather(1, torch.tensor(ids[8:])[:, None])[:, 0]
     error = float((truth - torch.tensor(found)).abs().max())
     if not error < TOLERANCE:
@@ -174,19 +119,35 @@ def arrived(engine: VllmEngine, policy: Policy, student: bool) -> None:
 
 
 def compare(
-    change: Callable[[], None], memory: Callable[[], None], file: Callable[[], None], repeats: int
+    engine: VllmEngine,
+    policy: Policy,
+    change: Step,
+    memory: Callable[[int], None],
+    file: Step,
+    repeats: int,
 ) -> dict[str, Any]:
-    """Seconds of each route, taken in turn, and the ratio of the medians."""
+    """Seconds of each route, taken in turn, the ratio of the medians, bytes of a sync in memory.
+
+    The weights are looked for in the engine after the first and the last round.
+    """
     times: dict[str, list[float]] = {"memory": [], "file": []}
-    for _ in range(repeats + 1):
-        for name, route in (("memory", memory), ("file", file)):
+    size = 0
+    for version in range(1, repeats + 2):
+        for name in times:
             change()
-            began = time.perf_counter()
-            route()
+            before, began = engine.bytes_synced, time.perf_counter()
+            if name == "memory":
+                memory(version)
+            else:
+                file()
             times[name].append(time.perf_counter() - began)
+            size = max(size, engine.bytes_synced - before)
+            if name == "memory" and version in (1, repeats + 1):
+                arrived(engine, policy)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    return medians | {"ratio": medians["file"] / medians["memory"], "runs": times}
+    ratio = medians["file"] / medians["memory"]
+    return medians | {"ratio": ratio, "runs": times, "bytes": size}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from minidistill import __version__
@@ -33,7 +34,7 @@ usage: minidistill COMMAND …
   plan FILES… [--key VALUE]…    what would run on which GPU, and whether it fits
   config FILES… [--key VALUE]…  show every setting and where it comes from
   report DIR                    write a run's HTML report again
-  bench NAME                    measure on this machine: kernels
+  bench NAME                    measure on this machine: kernels, sync, engines, schedule
 
   --help      also after a command
   --version
@@ -97,14 +98,17 @@ example:
 """
 
 
+_BENCHMARKS = ("kernels", "sync", "engines", "schedule")
 _BENCH_HELP = """\
-usage: minidistill bench kernels [--help] [options]
+usage: minidistill bench kernels|sync|engines|schedule [options]
 
-Measure the kernels on this machine; the same as `python -m bench.kernels` in a checkout, which
-takes the options.
+Measure on this machine: the kernels next to their peers, a weight sync in memory next to one
+through a file, vLLM next to the embedded engine, sampling one step ahead next to taking turns. The
+same as `python -m bench.NAME` in a checkout, whose `--help` has the options.
 
-example:
+examples:
   minidistill bench kernels
+  minidistill bench engines --model smollm2
 """
 
 
@@ -193,18 +197,20 @@ def _report(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    if not args or args[0] != "kernels":
-        raise UserError("bench takes what to measure", fix="minidistill bench kernels")
+    if not args or args[0] not in _BENCHMARKS:
+        names = ", ".join(_BENCHMARKS)
+        raise UserError(f"bench takes what to measure: {names}", fix="minidistill bench kernels")
     sys.path.insert(0, os.getcwd())  # benchmarks are part of a checkout, not of the package
+    module = f"bench.{args[0]}"
     try:
-        from bench import kernels
+        measure = import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in ("bench", "bench.kernels"):
+        if error.name not in ("bench", module):
             raise
         raise UserError(
             "the benchmarks are not here", os.getcwd(), "run this in a checkout of the project"
         ) from None
-    return kernels.main(args[1:])
+    return int(measure.main(args[1:]))
 
 
 def _load(command: str, args: list[str]) -> LoadedConfig:

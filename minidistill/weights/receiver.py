@@ -20,8 +20,13 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 
 from minidistill.weights.handles import Entry, opened, views
+from minidistill.weights.repack import Repacker
 
 BACKEND = "minidistill"
 Handle = dict[str, bytes]
@@ -30,6 +35,10 @@ Handle = dict[str, bytes]
 def _rank() -> int:
     """This worker's number in its engine."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _workers() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 class Receiver:
@@ -91,31 +100,36 @@ class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
 
     init_info_cls = HandleInit
     update_info_cls = HandleUpdate
+    _repacker: Repacker | None = None
 
     def init_transfer_engine(self, init_info: HandleInit) -> None:
         """No rendezvous: a handle comes with every chunk."""
 
     def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        initialize_layerwise_reload(self.model)
+        if self.device.type == "cpu" and _workers() == 1:
+            self._repacker = Repacker.of(self.model)
+            self._repacker.start()
+        else:
+            initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: HandleUpdate) -> None:
-        # layers are put together once all their tensors are there, which may be chunks later:
-        # copied, unless no other chunk is going to be written over this one
+        # vLLM's reload puts layers together once all their tensors are there, which may be chunks
+        # later: copied, unless no other chunk is going to be written over this one
+        kept = self._repacker is None and not update_info.only
         shared = opened(update_info.handle, self.device, _rank())
-        buffer = shared.to(self.device, copy=not update_info.only)
+        buffer = shared.to(self.device, copy=kept)
         load: Any = self.model.load_weights
         load(iter(views(buffer, update_info.entries).items()))
 
     def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
+        if self._repacker is not None:
+            self._repacker.finish()
+            return
         finalize_layerwise_reload(self.model, self.model_config)
         head = getattr(self.model, "lm_head", None)
         if self.device.type == "cpu" and head is not None:
-            # tied to the embedding, the head is no layer of its own to the reload, and its
-            # prepacked copy would stay the old one
+            # tied to the embedding, the head is no layer of its own to the reload, and its packed
+            # copy would stay the old one
             head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:

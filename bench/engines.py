@@ -1,0 +1,184 @@
+"""Sampling and scoring, the embedded engine next to vLLM, in turn and in one run.
+
+    python -m bench.engines [--model tiny-sokoban|smollm2|FOLDER] [--batch N] [--threads N]
+
+Both engines run the same fp32 weights on the CPU. No prompt is used twice, so vLLM finds in its
+cache what a training step would leave there: the base's context, and the student's within a step.
+Rates are of tokens that came out (sampling) or of own tokens read, the context not counted
+(scoring). Writes bench/results/engines.json. Exit code 1, and no figures, where log-probs differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.kernels_report import machine
+from bench.pair import TOLERANCE, build, change_adapter, named_model, save, use_threads
+from minidistill.engines import EmbeddedEngine, Engine, Request
+from minidistill.trainer.forward import PrefixCache
+
+Tokens = tuple[int, ...]
+WARM_UP = 1  # rounds that are not counted; in it the base's context is read
+
+
+@dataclass(frozen=True)
+class Work:
+    """One row of the table. `call` makes the work of a round; asked again, that of the next."""
+
+    what: str
+    student: bool
+    call: Callable[[], Callable[[Engine], tuple[int, Any]]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.what}, {'adapter' if self.student else 'base'}"
+
+
+class Draws:
+    """Token ids at random: every call gives others."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._random, self._vocabulary = random.Random(0), vocabulary
+
+    def rows(self, count: int, length: int) -> list[Tokens]:
+        draw = self._random.randrange
+        return [tuple(draw(3, self._vocabulary) for _ in range(length)) for _ in range(count)]
+
+    def seed(self) -> int:
+        return self._random.getrandbits(60)
+
+
+def works(draws: Draws, args: argparse.Namespace, context: Tokens) -> Iterator[Work]:
+    half = args.own // 2
+
+    def sampling(student: bool) -> Callable[[Engine], tuple[int, Any]]:
+        prompts = draws.rows(args.batch // args.group, args.prompt)
+        asked = [Request(prompt, draws.seed()) for prompt in prompts for _ in range(args.group)]
+
+        def call(engine: Engine) -> tuple[int, Any]:
+            found = engine.generate(asked, max_tokens=args.new, temperature=1.0, student=student)
+            return sum(len(c.token_ids) for c in found), (asked, found)
+
+        return call
+
+    def scoring(student: bool, context: Tokens) -> Callable[[Engine], tuple[int, Any]]:
+        rows = draws.rows(args.batch, args.own)
+        prompts, completions = [(*context, *r[:half]) for r in rows], [r[half:] for r in rows]
+
+        def call(engine: Engine) -> tuple[int, Any]:
+            found = engine.score(prompts, completions, temperature=1.0, student=student)
+            return args.batch * args.own, found
+
+        return call
+
+    for student in (False, True):
+        yield Work("sampling", student, lambda s=student: sampling(s))
+    for student in (False, True):
+        yield Work("scoring", student, lambda s=student: scoring(s, ()))
+        yield Work(
+            f"scoring after {len(context)} tokens of context",
+            student,
+            lambda s=student: scoring(s, context),
+        )
+
+
+def difference(found: dict[str, Any], engines: dict[str, Engine], student: bool) -> float:
+    """The largest between the engines' log-probs: of given tokens, or of those that one sampled."""
+    if isinstance(found["vllm"], tuple):
+        asked, sampled = found["vllm"]
+        ours = [c.logprobs for c in sampled]
+        theirs = engines["embedded"].score(
+            [r.prompt_ids for r in asked],
+            [c.token_ids for c in sampled],
+            temperature=1.0,
+            student=student,
+        )
+    else:
+        ours, theirs = found["vllm"], found["embedded"]
+    pairs = zip(ours, theirs, strict=True)
+    return max(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True))
+
+
+def measure(work: Work, engines: dict[str, Engine], repeats: int) -> dict[str, Any]:
+    """Tokens a second of each engine, medians. Raises SystemExit where log-probs differ."""
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    worst = 0.0
+    for round in range(WARM_UP + repeats):
+        call, found = work.call(), {}
+        # who goes first alternates too
+        for name in sorted(engines, reverse=bool(round % 2)):
+            began = time.perf_counter()
+            tokens, found[name] = call(engines[name])
+            rates[name].append(tokens / (time.perf_counter() - began))
+        worst = max(worst, difference(found, engines, work.student))
+    if not worst < TOLERANCE:
+        raise SystemExit(f"{work.name}: log-probs of the engines differ by {worst:.3g}")
+    medians = {name: statistics.median(values[WARM_UP:]) for name, values in rates.items()}
+    return {
+        "what": work.name,
+        **medians,
+        "ratio": medians["vllm"] / medians["embedded"],
+        "difference": worst,
+        "runs": rates,
+    }
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.engines", description=__doc__)
+    parser.add_argument("--model", default="tiny-sokoban", help="built in, smollm2 or a folder")
+    parser.add_argument("--batch", type=int, default=32, help="sequences")
+    parser.add_argument("--group", type=int, default=4, help="samples of a prompt")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt to sample from")
+    parser.add_argument("--new", type=int, default=64, help="tokens to sample; no token ends")
+    parser.add_argument("--own", type=int, default=100, help="tokens to read in scoring")
+    parser.add_argument("--context", type=int, default=600, help="tokens shared in scoring")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="rows whose name has this")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    args = arguments(argv)
+    settings = {k: v for k, v in vars(args).items() if k not in ("model", "only")}
+    use_threads(args.threads)
+    longest = max(args.prompt + args.new, args.context + args.own)
+    vllm, policy = build(named_model(args.model), longest)
+    try:
+        policy.eos_ids = frozenset()  # completions run to their limit in both
+        change_adapter(policy)
+        vllm.sync(1)
+        embedded = EmbeddedEngine(policy, PrefixCache(policy, shares=True))
+        engines: dict[str, Engine] = {"embedded": embedded, "vllm": vllm}
+        draws = Draws(policy.config.vocab_size)
+        (context,) = draws.rows(1, args.context)
+        rows = []
+        for work in works(draws, args, context):
+            if args.only in work.name:
+                print(work.name, flush=True)
+                rows.append(measure(work, engines, args.repeats))
+                report = {"machine": machine("cpu"), "settings": settings, "rows": rows}
+                save("engines", args.model, report)  # a long run that is ended keeps its rows
+    finally:
+        vllm.close()
+    title = f"{args.model}, {args.batch} sequences, {args.threads} threads: tokens a second"
+    table = Table("", "embedded", "vLLM", "vLLM / embedded", title=title)
+    for row in rows:
+        rates = (f"{row['embedded']:.0f}", f"{row['vllm']:.0f}", f"{row['ratio']:.2f}")
+        table.add_row(row["what"], *rates)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

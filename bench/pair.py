@@ -1,0 +1,68 @@
+"""A policy and a vLLM engine that has its weights: what the benchmarks of engines start from."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from bench.smollm2 import smollm2
+from minidistill.config import load_config
+from minidistill.engines.vllm import VllmEngine
+from minidistill.engines.vllm_options import build_options
+from minidistill.roles import decide
+from minidistill.trainer.model import load_model_config, load_policy
+from minidistill.trainer.policy import BASE, STUDENT, Policy
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4  # of log-probs, between the engines
+
+
+def named_model(name: str) -> str:
+    """A built-in model, a folder, or `smollm2` for the one from the package index."""
+    return str(smollm2()) if name == "smollm2" else name
+
+
+def use_threads(threads: int) -> None:
+    """In this process, and in the engines' that it starts."""
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def build(model: str, longest: int | None = None, lora: bool = True) -> tuple[VllmEngine, Policy]:
+    """Both in fp32 on the CPU. Without `lora` the engine takes full weights alone.
+
+    `longest` is the most tokens of a prompt and its completion.
+    """
+    flags = ["--model.name", model, "--inference.engine", "vllm", "--model.dtype", "float32"]
+    flags += [] if lora else ["--no-trainer.model.lora"]
+    config = load_config([str(ROOT / "configs" / "sokoban.toml"), *flags]).config
+    options = build_options(config, CPU, load_model_config(config), longest or config.seq_len)
+    engine = VllmEngine(options, 0, print)
+    tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0)
+    policy = load_policy(config, tokenizer, CPU, decide(config, vllm=True, token_ids=False))
+    engine.attach(policy, (STUDENT, BASE) if lora else (STUDENT,))
+    engine.wait()
+    return engine, policy
+
+
+@torch.no_grad()
+def change_adapter(policy: Policy) -> None:
+    """Another adapter, which makes a difference."""
+    for name, parameter in policy.parameters:
+        if "lora_B" in name:
+            parameter.normal_(0, 0.01)
+
+
+def save(name: str, model: str, result: dict[str, Any]) -> Path:
+    """Put a model's figures among those of the others in bench/results."""
+    target = RESULTS / f"{name}.json"
+    found = json.loads(target.read_text()) if target.exists() else {}
+    target.write_text(json.dumps(found | {model: result}, indent=2) + "\n")
+    return target

@@ -1,0 +1,122 @@
+"""Full weights into a model that vLLM runs on a CPU, a layer packed as soon as it is whole.
+
+vLLM's layer-wise reload allocates every layer anew, loads it twice (once to count), packs the
+embedding and copies it back; and it leaves packed experts and a tied head as they were. Here
+vLLM's `load_weights` and loaders fill the layers, each is packed once, and a model with anything
+but plain linear layers, embeddings and parameters used as they are is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.model_executor.layers.attention import Attention, is_deferred_attention_layer
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _get_original_loader,
+    get_layerwise_info,
+)
+from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor, to_meta_tensor
+from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+
+Layer = Any  # a module with vLLM's own attributes
+
+
+class Repacker:
+    """Takes a whole model's weights between `start` and `finish`.
+
+    In between, a packed layer's weight is a tensor without storage whose loader fills a real one;
+    everything else is loaded into the parameter that the model runs.
+    """
+
+    def __init__(self, linear: list[Layer], embeddings: list[Layer]) -> None:
+        self._linear, self._embeddings = linear, embeddings
+        self._missing: dict[Layer, int] = {}  # elements, by layer
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Repacker:
+        """Raises ValueError for a model with a layer whose packing is not known here."""
+        linear, embeddings = [], []
+        for name, layer in model.named_modules():
+            method = type(getattr(layer, "quant_method", None))
+            if method is UnquantizedLinearMethod and _packed(layer):
+                linear.append(layer)
+            elif method is UnquantizedEmbeddingMethod:
+                embeddings.append(layer)
+            elif not _plain(layer, method):
+                kind = type(layer).__name__
+                raise ValueError(f"no new weights for {name} ({kind}) while vLLM runs on a CPU")
+        return cls(linear, embeddings)
+
+    def start(self) -> None:
+        for layer in self._linear:
+            self._missing[layer] = self._expect(layer)
+
+    def finish(self) -> None:
+        """Pack the LM head. Raises ValueError where a layer's weights did not all come."""
+        if self._missing:
+            raise ValueError(f"the weights of {len(self._missing)} layers are incomplete")
+        heads = [layer for layer in self._embeddings if isinstance(layer, ParallelLMHead)]
+        tied = [head.weight for head in heads]
+        for layer in self._embeddings:
+            if layer in heads or not any(layer.weight is weight for weight in tied):
+                _pack(layer)
+            else:  # looked up, never multiplied by: its packed copy would be one of old weights
+                layer.cpu_linear = nn.functional.linear
+
+    def _expect(self, layer: Layer) -> int:
+        """Let the layer's weight be loaded; returns how many elements it has."""
+        # vLLM's description of the weight before it was packed, whose own loader stays as it is
+        weight: Any = restore_layer_refs(to_meta_tensor(_described(layer)["weight"]), layer)
+        load = _get_original_loader(weight)
+
+        def fill(_: Tensor, loaded: Tensor, *where: Any, **named: Any) -> None:
+            if layer.weight.is_meta:
+                layer.weight = materialize_meta_tensor(weight)
+            load(layer.weight, loaded, *where, **named)
+            self._missing[layer] -= loaded.numel()
+            if self._missing[layer] == 0:
+                del self._missing[layer]
+                _pack(layer)
+
+        weight.weight_loader = fill
+        layer.weight = weight
+        return weight.numel()
+
+
+def _described(layer: Layer) -> dict[str, Tensor]:
+    """The parameters as they were when vLLM had loaded and not yet processed them, by name."""
+    return get_layerwise_info(layer).restore_metadata[0]
+
+
+def _packed(layer: Layer) -> bool:
+    """Whether the weight is a matrix of which the packed copy alone was kept."""
+    described = _described(layer).get("weight")
+    return described is not None and described.ndim == 2 and layer.weight.numel() == 0
+
+
+def _plain(layer: Layer, method: type) -> bool:
+    """Whether the model runs the layer's own parameters as vLLM loads them."""
+    if is_deferred_attention_layer(layer):
+        return type(layer) is Attention  # others may keep products of weights
+    if isinstance(layer, BaseLayerWithLoRA) or method is not type(None):
+        return False
+    if callable(getattr(layer, "process_weights_after_loading", None)):
+        return False
+    described = _described(layer)
+    return all(
+        (found := described.get(name)) is not None
+        and (found.shape, found.dtype) == (own.shape, own.dtype)
+        for name, own in layer.named_parameters(recurse=False)
+    )
+
+
+def _pack(layer: Layer) -> None:
+    layer.cpu_linear = None  # frees the old copy, whose memory the new one takes
+    layer.quant_method.process_weights_after_loading(layer)
