@@ -42,10 +42,18 @@ def header(
         ("teacher", teacher),
         ("estimator", f"{teaching.estimator}, scored in the {teaching.scorer}: {teaching.reason}"),
         ("engine", engine.description),
+        *_ranks(policy),
         ("tasks", ", ".join(e.name for e in orchestrator.env)),
         ("output", str(path)),
     )
     return Header("minidistill", rows, config.max_steps, step)
+
+
+def _ranks(policy: Policy) -> tuple[tuple[str, str], ...]:
+    if policy.world.size == 1:
+        return ()
+    how = "weights divided" if policy.trunks else "weights replicated"
+    return (("trainer", f"{policy.world.size} ranks, {how}"),)
 
 
 def _millions(count: int) -> str:

@@ -14,7 +14,7 @@ from minidistill import preflight
 from minidistill.collect import Collector
 from minidistill.config import LoadedConfig
 from minidistill.data import load_environments
-from minidistill.devices import pick_device
+from minidistill.devices import rank_devices
 from minidistill.engines import start_engines
 from minidistill.errors import UserError
 from minidistill.evaluate import Evaluator, Scores
@@ -25,6 +25,7 @@ from minidistill.records import TokenTexts, write_rollouts
 from minidistill.roles import other_teacher
 from minidistill.rundir import RunDir, choose_path
 from minidistill.trainer import checkpoint
+from minidistill.trainer.build import build_trainer
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.model import (
     check_same_tokens,
@@ -32,7 +33,7 @@ from minidistill.trainer.model import (
     load_policy,
     load_tokenizer,
 )
-from minidistill.trainer.trainer import Trainer
+from minidistill.trainer.ranks import Ranks
 from minidistill.types import Metrics, Prompt, Rollout
 from minidistill.ui import Display, Sample
 
@@ -56,7 +57,8 @@ class Session:
         self.dir = RunDir(choose_path(loaded, resume))
         if resume:
             self.dir.check_same(loaded)
-        device = pick_device(loaded)
+        devices = rank_devices(loaded)
+        device = devices[0]
         check_monitors(config)
         tokenizer = load_tokenizer(config)
         self.environments = load_environments(orchestrator.env, "orchestrator.env")
@@ -74,8 +76,10 @@ class Session:
         other = other_teacher(config)
         models = (model_config, load_model_config(config, other) if other else model_config)
         started = start_engines(config, device, models, self.limit, self.warn)
+        self.ranks = Ranks(devices)
         try:
             self.teaching = started.teaching
+            self.ranks.start(config, self.teaching)
             self.collector = Collector(
                 config, self.environments, self.builder, self.teaching, self.limit, display,
                 self.warn,
@@ -83,12 +87,16 @@ class Session:
             self.policy = load_policy(config, tokenizer, device, self.teaching)
             shares = preflight.check_model(self.policy, prompts, warnings.append)
             self.prefixes = PrefixCache(self.policy, shares)
-            estimator = self.teaching.estimator
-            self.trainer = Trainer(self.policy, config, self.prefixes, estimator, self.warn)
+            self.trainer = build_trainer(
+                self.policy, config, self.teaching.estimator, self.warn, self.ranks.world,
+                self.prefixes,
+            )  # fmt: skip
             self.engine = started.attach(self.policy, self.prefixes)
             self.evaluator = self._evaluator()
             self._open(resume, warnings)
         except BaseException:
+            self.ranks.world.broken = True
+            self.ranks.close()
             started.close()
             raise
 
@@ -123,6 +131,7 @@ class Session:
     ) -> None:
         if error is not None:
             self.dir.note("".join(traceback.format_exception(error)))
+        self.ranks.close()
         self.engine.close()
         self.monitor.close(None)
 
