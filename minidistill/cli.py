@@ -160,6 +160,10 @@ def _run(args: list[str]) -> int:
     # slower (docs/decisions/0005).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+        from minidistill.trainer.rank import follow
+
+        return follow(loaded)  # torchrun: rank 0 is the run, the others train with it
     from minidistill.loop import run
 
     return run(loaded, resume=resume)

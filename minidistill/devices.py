@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -17,9 +18,15 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def trainer_device(trainer: Sequence[int]) -> torch.device:
-    """Where the trainer's first rank works, and with it the embedded engine."""
-    return torch.device("cuda", trainer[0]) if trainer else torch.device("cpu")
+def rank_devices(loaded: LoadedConfig, trainer: Sequence[int]) -> list[torch.device]:
+    """The device of each of the trainer's ranks on this machine, the driver's first. Each holds
+    trainer and teacher, the first the embedded engine's student as well.
+
+    `trainer` are its GPUs, none on a CPU. Raises UserError for ranks that cannot be.
+    """
+    if not trainer:
+        return [torch.device("cpu")] * _ranks(loaded, [])
+    return [torch.device("cuda", id) for id in trainer][: _ranks(loaded, trainer)]
 
 
 def check_settings(loaded: LoadedConfig, *, vllm: bool, gpus: int, own_teacher: bool) -> None:
@@ -43,6 +50,39 @@ def check_settings(loaded: LoadedConfig, *, vllm: bool, gpus: int, own_teacher: 
 
 def _engine(table: str) -> tuple[str, str]:
     return f"{table}.parallel.", f"{table}.gpu_memory_utilization"
+
+
+def _started(name: str) -> int:
+    """Processes that torchrun started, as it says in the environment; 1 without it."""
+    return int(os.environ.get(name) or 1)
+
+
+def _ranks(loaded: LoadedConfig, ids: Sequence[int]) -> int:
+    """The number of ranks on GPUs `ids`, or on the CPU. Raises UserError where it cannot be."""
+    config, asked = loaded.config, loaded.config.trainer.world_size
+    everywhere, here = _started("WORLD_SIZE"), _started("LOCAL_WORLD_SIZE")
+    count = everywhere if everywhere > 1 else len(ids) or asked or 1
+    who = f"torchrun starts {everywhere} processes" if everywhere > 1 else f"{len(ids)} GPUs train"
+    if asked not in (None, count):
+        raise UserError(
+            f"trainer.world_size = {asked}, but {who}",
+            where=_given(loaded, ("trainer.world_size", "trainer_gpu_ids")),
+            fix="leave trainer.world_size out, or name as many GPUs in trainer_gpu_ids",
+        )
+    if everywhere > 1 and ids and len(ids) != here:
+        raise UserError(
+            f"torchrun starts {here} processes on this machine, and {len(ids)} GPUs train",
+            where=_given(loaded, ("trainer_gpu_ids",)),
+            fix=f"start one for each GPU: --nproc-per-node {len(ids)}",
+        )
+    if config.orchestrator.batch_size % count:
+        raise UserError(
+            f"the trainer's {count} ranks do not divide orchestrator.batch_size = "
+            f"{config.orchestrator.batch_size}",
+            where="trainer.world_size, orchestrator.batch_size",
+            fix=f"take fewer ranks, or a batch_size that {count} divides",
+        )
+    return count
 
 
 def _given(loaded: LoadedConfig, prefixes: tuple[str, ...]) -> str:

@@ -49,10 +49,18 @@ def header(
         ("engine", engine.description),
         ("devices", summary(plan)),
         *ahead,
+        *_ranks(policy),
         ("tasks", ", ".join(e.name for e in orchestrator.env)),
         ("output", str(path)),
     )
     return Header("minidistill", rows, config.max_steps, step)
+
+
+def _ranks(policy: Policy) -> tuple[tuple[str, str], ...]:
+    if policy.world.size == 1:
+        return ()
+    how = "weights divided" if policy.trunks else "weights replicated"
+    return (("trainer", f"{policy.world.size} ranks, {how}"),)
 
 
 def _millions(count: int) -> str:

@@ -120,7 +120,9 @@ class RunDir:
         """Raise UserError where a resumed run would go on under another configuration."""
         before = _flat(self.read("config.resolved.json"))
         now = _flat(loaded.resolved())
-        free = {"output_dir"} | {key for key in {*before, *now} if key.startswith("wandb")}
+        # the metrics do not depend on these
+        free = {"output_dir", "trainer_gpu_ids", "trainer.world_size", "trainer.shard"}
+        free |= {key for key in {*before, *now} if key.startswith("wandb")}
         changed = sorted(k for k in {*before, *now} - free if before.get(k) != now.get(k))
         if changed:
             shown = ", ".join(

@@ -10,37 +10,33 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from minidistill import preflight
 from minidistill.ahead import Ahead
 from minidistill.collect import Collector
 from minidistill.config import LoadedConfig
 from minidistill.data import load_environments
-from minidistill.devices import check_settings, trainer_device
+from minidistill.devices import check_settings, rank_devices
 from minidistill.engines import start_engines
-from minidistill.engines.vllm_options import wants_vllm
 from minidistill.errors import UserError
 from minidistill.evaluate import Evaluator, Scores
 from minidistill.header import header
 from minidistill.monitors import check_monitors, open_monitors
-from minidistill.plan import Plan, plan
+from minidistill.plan import Plan
 from minidistill.plan.actual import planned_and_measured
-from minidistill.plan.command import machine
+from minidistill.plan.here import plan_here
 from minidistill.plan.show import flags
 from minidistill.prompts import PromptBuilder
 from minidistill.records import TokenTexts, write_rollouts
-from minidistill.roles import other_teacher
 from minidistill.rundir import RunDir, choose_path
 from minidistill.trainer import checkpoint
+from minidistill.trainer.build import build_trainer
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.model import (
     check_same_tokens,
-    load_model_config,
     load_policy,
     load_tokenizer,
 )
-from minidistill.trainer.trainer import Trainer
+from minidistill.trainer.ranks import Ranks
 from minidistill.types import Metrics, Prompt, Rollout
 from minidistill.ui import Display, Sample
 
@@ -72,22 +68,23 @@ class Session:
         prompts = self._some_prompts()
         warnings = preflight.check_prompts(config, self.builder, prompts)
         check_same_tokens(config, tokenizer)
-        model_config = load_model_config(config)
-        self.limit = preflight.length_limit(config, model_config)
+        self.plan, models = self._plan()
+        self.limit = preflight.length_limit(config, models[0])
         preflight.check_lengths(config, self.limit, prompts)
         self.texts = TokenTexts(tokenizer)
 
-        other = other_teacher(config)
-        models = (model_config, load_model_config(config, other) if other else model_config)
-        self.plan = self._plan(*models)
         warnings += self.plan.warnings
-        parts, device = self.plan.partition, trainer_device(self.plan.partition.trainer)
+        parts = self.plan.partition
+        devices = rank_devices(loaded, parts.trainer)
+        device = devices[0]
         # first of all: engines' processes start while this one loads the model
         started = start_engines(
             config, device, parts, self.plan.teaching, models, self.limit, self.warn
         )
+        self.ranks = Ranks(devices)
         try:
             self.teaching = started.teaching
+            self.ranks.start(config, self.teaching)
             self.collector = Collector(
                 config, self.environments, self.builder, self.teaching, self.limit, display,
                 self.warn,
@@ -95,13 +92,17 @@ class Session:
             self.policy = load_policy(config, tokenizer, device, self.teaching)
             shares = preflight.check_model(self.policy, prompts, warnings.append)
             self.prefixes = PrefixCache(self.policy, shares)
-            estimator = self.teaching.estimator
-            self.trainer = Trainer(self.policy, config, self.prefixes, estimator, self.warn)
+            self.trainer = build_trainer(
+                self.policy, config, self.teaching.estimator, self.warn, self.ranks.world,
+                self.prefixes,
+            )  # fmt: skip
             self.engine = started.attach(self.policy, self.prefixes)
             self.ahead = Ahead(self.collector, self.engine) if config.schedule == "async" else None
             self.evaluator = self._evaluator()
             self._open(resume, warnings)
         except BaseException:
+            self.ranks.world.broken = True
+            self.ranks.close()
             started.close()
             raise
 
@@ -136,6 +137,7 @@ class Session:
     ) -> None:
         if error is not None:
             self.dir.note("".join(traceback.format_exception(error)))
+        self.ranks.close()
         self.engine.close()
         if self.ahead is not None:
             self.ahead.close()
@@ -147,12 +149,11 @@ class Session:
 
     # -- setting up ----------------------------------------------------------------------------
 
-    def _plan(self, model_config: Any, teacher_config: Any) -> Plan:
-        """What runs where, refused where it cannot be."""
+    def _plan(self) -> tuple[Plan, tuple[Any, Any]]:
+        """What runs where, refused where it cannot be, and the models' configurations."""
         config = self.config
-        gpus, size = machine(None, None)
-        vllm = wants_vllm(config, torch.device("cuda" if gpus else "cpu"))
-        found = plan(config, model_config, gpus, size, teacher_config=teacher_config, vllm=vllm)
+        found, models, vllm = plan_here(config)
+        gpus = len([device for device in found.devices if device.id is not None])
         own = bool(found.partition.teacher) or (not gpus and found.teaching.needs_own_engine)
         check_settings(self.loaded, vllm=vllm, gpus=gpus, own_teacher=own)
         if config.schedule == "async" and (not vllm or found.partition.sleeps):
@@ -166,7 +167,7 @@ class Session:
         for problem in found.problems:
             change = f": try {flags(found.change)}" if found.change else ""
             self.warn(f"by the plan this does not fit, {problem}{change}")
-        return found
+        return found, models
 
     def _some_prompts(self) -> list[Prompt]:
         found = []

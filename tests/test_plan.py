@@ -190,7 +190,7 @@ def test_an_engine_without_room_for_a_sequence_does_not_fit() -> None:
 # -- changes -----------------------------------------------------------------------------------
 
 CHANGES = [
-    (LARGE, 4, 80, "--trainer.micro_batch_tokens 16384", {"trainer.micro_batch_tokens": 8192}),
+    (LARGE, 4, 80, "--trainer.micro_batch_tokens 16384", {"trainer.micro_batch_tokens": 4096}),
     (SMALL, 1, 24, "--inference.gpu_memory_utilization 0.9",
      {"inference.gpu_memory_utilization": 0.85}),
     (LARGE, 1, 24, "",

@@ -155,6 +155,11 @@ class TrainerConfig(Table):
     """Padded tokens in one forward pass. Less of it needs less memory; the result is the same."""
     packing: bool = False
     """Put several sequences in one row instead of padding."""
+    world_size: Positive | None = None
+    """Processes that train together; by default one a GPU of the trainer, on a CPU 1."""
+    shard: Literal["auto"] | bool = "auto"
+    """Divide the weights among the ranks (FSDP2) instead of holding all of them on each; `auto`
+    where every weight is trained. Each rank loads the whole model first."""
     model: TrainerModelConfig = TrainerModelConfig()
     optim: OptimConfig = OptimConfig()
     scheduler: SchedulerConfig = SchedulerConfig()

@@ -51,7 +51,7 @@ class EmbeddedEngine:
         """See `Engine.generate`."""
         done: dict[int, Completion] = {}
         role = STUDENT if student else self.teacher
-        with self.policy.role(role), self.policy.inference():
+        with self.policy.whole(role), self.policy.role(role), self.policy.inference():
             # equal prompts side by side, to be read once
             order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_ids)
             for rows in self._batches(requests, order, max_tokens):
@@ -164,7 +164,7 @@ class EmbeddedEngine:
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
         prefix = self.prefixes.common(prompts)
         role = STUDENT if student else self.teacher
-        with self.policy.role(role), self.policy.inference():
+        with self.policy.whole(role), self.policy.role(role), self.policy.inference():
             states = self.prefixes.states(prefix, role)
             for rows in split_by_tokens(lengths, budget):
                 tokens = collate(

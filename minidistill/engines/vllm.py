@@ -241,10 +241,13 @@ class VllmEngine:
     def _send_weights(self) -> None:
         assert self._weights is not None
         self._process.command("start_update")
-        batches = list(chunked(self._weights(), self._outbox.dtype.itemsize, self.chunk_bytes))
-        for batch in batches:
+        batches = chunked(self._weights(), self._outbox.dtype.itemsize, self.chunk_bytes)
+        batch, first = next(batches, None), True
+        while batch is not None:
             entries, handle = self._outbox.pack(batch), self._outbox.handle()
-            only = len(batches) == 1
+            # made as they are sent: weights that are divided among ranks are whole only here
+            batch = next(batches, None)
+            only, first = first and batch is None, False
             self._process.command("update_weights", handle=handle, entries=entries, only=only)
             self.bytes_synced += sum(e.count for e in entries) * self._outbox.dtype.itemsize
         self._process.command("finish_update", version=self._version)  # which drops the adapters

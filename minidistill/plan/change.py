@@ -136,6 +136,12 @@ def _ranks(plan: Plan) -> Iterator[Settings]:
             yield {"trainer_gpu_ids": gpus[-count:]}
 
 
+def _divided(plan: Plan) -> Iterator[Settings]:
+    """Each rank keeps a part of the base's weights."""
+    if plan.partition.ranks > 1 and plan.config.trainer.shard == "auto" and not plan.sharded:
+        yield {"trainer.shard": True}
+
+
 def _adapter(plan: Plan) -> Iterator[Settings]:
     if plan.config.trainer.model.lora is False:
         yield {"trainer.model.lora.rank": 16}
@@ -144,6 +150,7 @@ def _adapter(plan: Plan) -> Iterator[Settings]:
 LEVERS: tuple[Lever, ...] = (
     _micro_batch,
     _checkpointing,
+    _divided,
     _utilization,
     _tensor_parallel,
     _ranks,

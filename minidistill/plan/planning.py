@@ -23,6 +23,7 @@ from minidistill.plan.memory import (
 from minidistill.plan.shape import Shape, read_shape
 from minidistill.plan.work import Work, work
 from minidistill.roles import Teaching, decide, other_teacher
+from minidistill.trainer.sharding import shards
 
 FILL = 0.95  # of a GPU with a trainer: its allocator needs room to move
 GIB = 1 << 30
@@ -130,14 +131,8 @@ def lay_out(config: Config, shape: Shape, teacher: Shape, machine: Machine) -> P
     vllm = machine.samples_with_vllm(config)
     teaching = decide(config, vllm, token_ids=machine.gpus > 0)
     parts = partition(config, machine.gpus, teaching, shape.heads, vllm)
-    ranks = parts.ranks
-    lora = config.trainer.model.lora
-    first = _lay_out(config, shape, teacher, machine, teaching, parts, 1 if lora else ranks)
-    if first.fits or not lora or ranks == 1:
-        return first
-    # an adapter's base is replicated where it fits, else split
-    split = _lay_out(config, shape, teacher, machine, teaching, parts, ranks)
-    return split if split.fits else first
+    sharded = parts.ranks if shards(config, parts.ranks) else 1
+    return _lay_out(config, shape, teacher, machine, teaching, parts, sharded)
 
 
 def _lay_out(

@@ -81,6 +81,7 @@ def flags(settings: Mapping[str, Any]) -> str:
     words = []
     for key, value in settings.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        text = text.lower() if isinstance(value, bool) else text
         words.append(f"--{key} {text}")
     return " ".join(words)
 

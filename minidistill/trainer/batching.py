@@ -110,6 +110,20 @@ def split_by_tokens(lengths: Sequence[int], budget: int, packed: bool = False) -
     return groups
 
 
+def share_out(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Indices for each rank, in order, so that their sums of lengths are about equal.
+
+    The longest first, each to the rank that has the least yet.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = loads.index(min(loads))
+        shares[rank].append(index)
+        loads[rank] += lengths[index]
+    return [sorted(share) for share in shares]
+
+
 def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The ids that all sequences begin with, leaving each at least one id of its own."""
     low, high = min(map(tuple, sequences)), max(map(tuple, sequences))

@@ -29,7 +29,8 @@ def save_model(policy: Policy, path: Path) -> Path:
             policy.model.save_pretrained(str(folder), selected_adapters=[STUDENT])
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         else:
-            policy.model.save_pretrained(str(folder))
+            whole = {n: p.cpu() for n, p in policy.weights()} if policy.trunks else None
+            policy.model.save_pretrained(str(folder), state_dict=whole)
             policy.tokenizer.save_pretrained(str(folder))
     return folder
 
@@ -44,9 +45,7 @@ def save(trainer: Trainer, root: Path, step: int, facts: dict[str, Any], keep: i
         if trainer.policy.lora:  # a whole model would be there twice
             save_model(trainer.policy, aside)
         # under names of ours: peft and transformers may save others than they have in memory
-        tensors = {f"optimizer/{k}": v for k, v in trainer.optimizer.state().items()}
-        tensors |= {f"policy/{k}": v for k, v in trainer.policy.state().items()}
-        plain = {k: v.detach().contiguous() for k, v in tensors.items()}
+        plain = {k: v.detach().contiguous() for k, v in trainer.state().items()}
         save_file(plain, aside / "state.safetensors")
         write_atomic(aside / "state.json", json.dumps({"step": step, **facts}, indent=2) + "\n")
         files = sorted(p for p in aside.rglob("*") if p.is_file())
@@ -74,10 +73,7 @@ def restore(trainer: Trainer, root: Path, warn: Callable[[str], None]) -> dict[s
         if problem is not None:
             warn(f"checkpoint {path.name} is damaged ({problem}): using the one before")
             continue
-        tensors = load_file(path / "state.safetensors")
-        for prefix, target in (("policy/", trainer.policy), ("optimizer/", trainer.optimizer)):
-            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            target.load_state(own)
+        trainer.load_state(load_file(path / "state.safetensors"))
         return json.loads((path / "state.json").read_text())
     if found:
         raise UserError(

@@ -33,7 +33,7 @@ def token_kl(
         for first, second, completion in zip(*prompts, completions, strict=True)
     ]
     found: dict[int, Tensor] = {}
-    with policy.inference():
+    with policy.whole(*roles), policy.inference():
         for rows in split_by_tokens(longest, budget):
             hidden, heads = [], []
             batch = [completions[i] for i in rows]

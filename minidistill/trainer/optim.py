@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minidistill.config import Config
 from minidistill.trainer.policy import Policy
+from minidistill.trainer.sharding import like, whole
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -51,7 +52,8 @@ class Optimizer:
             if name in self.masters and parameter.grad is not None:
                 self.masters[name].grad = parameter.grad.float()
                 parameter.grad = None
-        return float(torch.nn.utils.clip_grad_norm_(self.stepped.values(), self.max_norm))
+        norm = torch.nn.utils.clip_grad_norm_(self.stepped.values(), self.max_norm)
+        return float(whole(norm))
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -81,7 +83,8 @@ class Optimizer:
             kind, _, name = key.partition("/")
             target = self.stepped[name]
             if kind == "master":
-                target.copy_(value)
-                continue
-            device = target.device if kind != "step" else torch.device("cpu")
-            self.adamw.state[target][kind] = value.to(device)
+                target.copy_(like(value, target))
+            elif kind == "step":
+                self.adamw.state[target][kind] = value.to("cpu")
+            else:
+                self.adamw.state[target][kind] = like(value.to(target.device), target)

@@ -12,12 +12,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from minidistill.trainer import sharding
+from minidistill.trainer.world import World
 
 Role = str | None
 BASE: Role = None
@@ -43,6 +46,11 @@ class Policy:
     """Models of other weights than `model`'s, by role."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     """Held while the student's weights change, and while an engine is sent them."""
+    world: World = field(default_factory=World)
+    trunks: list[Any] = field(default_factory=list)
+    """The models as FSDP runs them, where the ranks divide the weights; else none."""
+    divided: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    """The student's weights as this rank keeps them between passes, where they are divided."""
     _current: Any = None
 
     @property
@@ -65,12 +73,16 @@ class Policy:
 
     @property
     def body(self) -> nn.Module:
-        """The transformer without its LM head; returns the final (normed) hidden states."""
-        return self.causal.base_model
+        """The transformer without its LM head; returns the final (normed) hidden states.
+
+        Where weights are divided every rank must run it, unless they are gathered (`whole`).
+        """
+        trunk = next((t for t in self.trunks if t.causal is self.causal), None)
+        return trunk or self.causal.base_model
 
     @property
     def head_VH(self) -> Tensor:
-        """The LM head's weight. Frozen under LoRA."""
+        """The LM head's weight. Frozen under LoRA. Divided weights are whole after a pass alone."""
         return self.causal.get_output_embeddings().weight
 
     @property
@@ -113,6 +125,33 @@ class Policy:
             yield
         finally:
             self.model.train()
+
+    @contextlib.contextmanager
+    def whole(self, *roles: Role) -> Iterator[None]:
+        """Gather divided weights of these roles here, so that their passes need no other rank."""
+        if not self.trunks:
+            yield
+            return
+        with self.world.together("policy.gather", roles):
+            self.gather(roles)
+        try:
+            yield
+        finally:
+            if not self.world.broken:
+                with self.world.together("policy.release"):
+                    self.release()
+
+    def gather(self, roles: Sequence[Role]) -> None:
+        """What `whole` does on every rank."""
+        models = [self.others.get(role, self.student) for role in roles]
+        for trunk in self.trunks:
+            if any(trunk.causal is model for model in models):
+                sharding.gather(trunk)
+
+    def release(self) -> None:
+        """Keep nothing whole that can be gathered again."""
+        for trunk in self.trunks:
+            sharding.release(trunk)
 
     @contextlib.contextmanager
     def role(self, role: Role) -> Iterator[None]:
@@ -167,8 +206,21 @@ class Policy:
         return [(n.replace(marker, ".weight"), p) for n, p in named if n.endswith(marker)]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All of the student's weights under Hugging Face's names; tied ones come once."""
-        yield from self.student.named_parameters()
+        """All of the student's weights under Hugging Face's names; tied ones come once.
+
+        Divided ones are made whole one at a time, each by all ranks.
+        """
+        if not self.trunks:
+            yield from self.student.named_parameters()
+        for index, (name, _) in enumerate(self.divided):
+            with self.world.together("policy.weight", index):
+                value = self.weight(index)
+            yield name, value
+
+    @torch.no_grad()
+    def weight(self, index: int) -> Tensor:
+        """One of the divided weights, whole."""
+        return sharding.whole(self.divided[index][1])
 
     def state(self) -> dict[str, Tensor]:
         """What training changes, for a checkpoint: "student/<name>", "ema/<name>"."""
@@ -183,7 +235,7 @@ class Policy:
         """Put back what `state` gave."""
         here = self.state()
         for name, value in state.items():
-            here[name].copy_(value)
+            here[name].copy_(sharding.like(value, here[name]))
 
 
 def frozen_copy(model: Any) -> Any:

@@ -5,31 +5,29 @@ Shapes: `_N` completion tokens of a micro-batch, `_H` hidden.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from minidistill.config import Config
 from minidistill.engines.base import Advance
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_HEALTH, UserError
 from minidistill.roles import Estimator
-from minidistill.trainer.batching import collate, split_by_tokens
+from minidistill.trainer.batching import collate, share_out, split_by_tokens
+from minidistill.trainer.figures import Figures, engine_scores, per_rollout
 from minidistill.trainer.forward import PrefixCache, hidden_states
+from minidistill.trainer.health import mismatch_limit, out_of_memory, refusal, too_large
 from minidistill.trainer.metrics import summarize
 from minidistill.trainer.optim import Optimizer, learning_rate
 from minidistill.trainer.policy import EMA, Policy
-from minidistill.types import Metrics, Rollout, TeacherScores, TokenStats
+from minidistill.trainer.sharding import is_divided, whole
+from minidistill.types import Metrics, Rollout, TokenStats
 from minidistill_kernels import DistillOutput, linear_distill
 
 SAMPLED_KL_CLIP = 5.0  # nats; the default of `loss.kl_clip` with one-sample estimates
-# Highest `kl/sampler_mismatch` that numerics explain: some 100 and 20 times what vLLM shows
-MISMATCH = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +41,10 @@ class StepResult:
 class Trainer:
     """Trains the policy against its teacher, run here or scored by an engine.
 
-    The loss of a step is normalised by the step's completion tokens, so micro-batches, padding
-    and packing do not change it.
+    The loss of a step is normalised by the step's completion tokens, so micro-batches, padding,
+    packing and the number of ranks do not change it.
+
+    Every rank has one. What the driver calls here, the others do with it: see `World`.
     """
 
     def __init__(
@@ -56,44 +56,48 @@ class Trainer:
         warn: Callable[[str], None],
     ) -> None:
         self.policy, self.config, self.prefixes = policy, config, prefixes
+        self.world = policy.world
         self.estimator, self.warn = estimator, warn
         self.budget = config.trainer.micro_batch_tokens
         self.optimizer = Optimizer(policy, config)
-        loss, lora = config.trainer.loss, config.trainer.model.lora
+        loss = config.trainer.loss
         self.kl_clip: float | None
         if isinstance(loss.kl_clip, float):
             self.kl_clip = loss.kl_clip
         else:
             sampled = loss.kl_clip == "auto" and self.estimator == "sampled"
             self.kl_clip = SAMPLED_KL_CLIP if sampled else None
-        self.max_mismatch = math.inf
-        if isinstance(loss.max_sampler_mismatch, float):
-            self.max_mismatch = loss.max_sampler_mismatch
-        elif (
-            loss.max_sampler_mismatch == "auto"
-            and not (lora and lora.dropout)
-            and config.schedule == "sync"
-        ):
-            self.max_mismatch = MISMATCH[policy.dtype]
+        self.max_mismatch = mismatch_limit(config, policy.dtype)
 
     def step(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> StepResult:
         """One update, the `step`-th counted from 1. `advance` is told of trained tokens.
 
-        Raises UserError (exit code 4) where the loss or the gradient is no number, or where the
-        sampler ran other weights; the weights are then as before.
+        Only the driver's result has anything in it. Raises UserError (exit code 4) where the loss
+        or the gradient is no number, or where the sampler ran other weights; the weights are then
+        as before.
         """
+        with self.world.together("step", rollouts, step, _silent):
+            return self._step(rollouts, step, advance)
+
+    def _step(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> StepResult:
         began = time.perf_counter()
         total = sum(len(r.completion.token_ids) for r in rollouts)
-        outputs = self._gradients(rollouts, step, total, advance)
+        figures = self._gradients(rollouts, step, total, advance)
+        self.world.sum_gradients([p for _, p in self.optimizer.named if not is_divided(p)])
         rate = learning_rate(self.config, step)
         norm = self.optimizer.clip()
-        metrics = summarize(rollouts, outputs, self.config.trainer.loss, self.estimator)
-        metrics |= {"optim/lr": rate, "optim/grad_norm": norm}
-        try:
-            self._check(metrics, step)
-        except UserError:
+        outputs = self._all_figures(figures, advance)
+        metrics: Metrics = {}
+        refused = None
+        if outputs:
+            metrics = summarize(rollouts, outputs, self.config.trainer.loss, self.estimator)
+            metrics |= {"optim/lr": rate, "optim/grad_norm": norm}
+            refused = refusal(metrics, step, self.max_mismatch)
+        if self.world.tell(refused is not None):
             self.optimizer.zero_grad()
-            raise
+            if refused is not None:
+                raise refused
+            return StepResult({}, [])
         with self.policy.lock:
             self.optimizer.step(rate)
             if self.policy.teacher == EMA:
@@ -103,12 +107,24 @@ class Trainer:
         stats = [TokenStats(*(t.tolist() for t in parts[1:4])) for parts in outputs]
         return StepResult(metrics, stats)
 
+    def _all_figures(self, own: Figures, advance: Advance) -> list[list[Tensor]]:
+        """On the driver every rollout's figures, in the order of rollouts; elsewhere nothing."""
+        found: Figures = {}
+        for rank, (figures, notes) in enumerate(self.world.gather((own, self.world.notes))):
+            found |= figures
+            for note in notes if rank else ():
+                self.warn(f"rank {rank}: {note}")
+            if rank:
+                advance(sum(len(parts[0]) for parts in figures.values()))
+        self.world.notes.clear()
+        return [found[i] for i in sorted(found)]
+
     def _gradients(
         self, rollouts: Sequence[Rollout], step: int, total: int, advance: Advance
-    ) -> list[list[Tensor]]:
-        """The step's gradient, and each rollout's figures.
+    ) -> Figures:
+        """The gradient of this rank's share of the step, and the figures of these rollouts.
 
-        Where memory runs out the step is begun again with half the micro-batch, which is kept.
+        Where memory runs out the share is begun again with half the micro-batch, which is kept.
         """
         told = 0
         while True:
@@ -130,33 +146,56 @@ class Trainer:
             # here, where the error and with it the graph that it holds is gone
             self._halve(rollouts, shortage)
 
+    def _passes(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
+        """The rollouts of each of this rank's micro-batches; all ranks have as many if all have to
+        run each pass."""
+        lengths = _lengths(rollouts)
+        passes = []
+        for share in share_out(lengths, self.world.size):
+            own = [lengths[i] for i in share]
+            groups = split_by_tokens(own, self.budget, self.config.trainer.packing)
+            passes.append([[share[i] for i in group] for group in groups])
+        if self.policy.trunks:
+            most = max(map(len, passes))
+            passes = [groups + [[]] * (most - len(groups)) for groups in passes]
+        return passes[self.world.rank]
+
     def _accumulate(
         self, rollouts: Sequence[Rollout], step: int, total: int, advance: Advance
-    ) -> list[list[Tensor]]:
+    ) -> Figures:
         prefix = self.prefixes.common([r.prompt.teacher_ids for r in rollouts])
-        packing = self.config.trainer.packing
-        outputs: dict[int, list[Tensor]] = {}
-        for index, rows in enumerate(split_by_tokens(_lengths(rollouts), self.budget, packing)):
-            torch.manual_seed(self.config.seed * 1_000_003 + step * 1009 + index)  # dropout alone
-            batch = [rollouts[i] for i in rows]
-            output = self._objective(batch, prefix, packed=packing)
-            (output.loss.sum() / total).backward()
-            sizes = [len(r.completion.token_ids) for r in batch]
-            outputs.update(zip(rows, per_rollout(output, sizes), strict=True))
-            advance(sum(sizes))
-        return [outputs[i] for i in range(len(rollouts))]
+        shortest = min(range(len(rollouts)), key=_lengths(rollouts).__getitem__)
+        figures: Figures = {}
+        for index, rows in enumerate(self._passes(rollouts)):
+            number = index * self.world.size + self.world.rank
+            torch.manual_seed(self.config.seed * 1_000_003 + step * 1009 + number)  # dropout alone
+            batch = [rollouts[i] for i in rows or [shortest]]
+            output = self._objective(batch, prefix, packed=self.config.trainer.packing)
+            loss = output.loss.sum() / total
+            (loss if rows else 0 * loss).backward()
+            if rows:
+                sizes = [len(r.completion.token_ids) for r in batch]
+                figures.update(zip(rows, per_rollout(output, sizes), strict=True))
+                advance(sum(sizes))
+        self.policy.release()
+        return figures
 
     def _halve(self, rollouts: Sequence[Rollout], shortage: str) -> None:
-        """Half the micro-batch. Raises UserError (exit code 3) where it is one sequence already."""
+        """Half the micro-batch. Raises UserError (exit code 3) where it is one sequence already,
+        or where the other ranks are in the middle of the same pass."""
         self.optimizer.zero_grad()
-        lengths, packing = _lengths(rollouts), self.config.trainer.packing
-        if max(map(len, split_by_tokens(lengths, self.budget, packing))) == 1:
-            raise UserError(
+        passes = self._passes(rollouts)
+        lengths = [_lengths(rollouts)[i] for rows in passes for i in rows]
+        if self.policy.trunks:
+            raise too_large(
+                f"a micro-batch does not fit in memory: {shortage}",
+                f"set it below {self.budget}, or trainer.model.ac.freq = 1",
+            )
+        if max(map(len, passes)) == 1:
+            raise too_large(
                 f"one sequence of {max(lengths)} tokens does not fit in memory: {shortage}",
-                where="trainer.micro_batch_tokens",
-                fix="set trainer.model.ac.freq = 1, shorten the context or "
+                "set trainer.model.ac.freq = 1, shorten the context or "
                 "orchestrator.sampling.max_tokens, or train on more GPUs",
-                exit_code=EXIT_ENVIRONMENT,
             )
         # from what there was: a budget above that would have to be halved several times
         self.budget = min(self.budget, sum(lengths)) // 2
@@ -166,26 +205,25 @@ class Trainer:
             f"out of memory ({shortage}): trainer.micro_batch_tokens is {self.budget} from here on"
         )
 
-    def _check(self, metrics: Metrics, step: int) -> None:
-        """Raise UserError (exit code 4) for a step that must not be taken."""
-        total, norm = metrics["loss/total"], metrics["optim/grad_norm"]
-        if not (math.isfinite(norm) and math.isfinite(total)):
-            raise UserError(
-                f"step {step}: the loss is {total}, its gradient's norm {norm}",
-                where="training",
-                fix='lower trainer.optim.lr, or use model.dtype = "float32"; '
-                "--resume goes on from the last checkpoint",
-                exit_code=EXIT_HEALTH,
-            )
-        if metrics["kl/sampler_mismatch"] > self.max_mismatch:
-            raise UserError(
-                f"step {step}: kl/sampler_mismatch is {metrics['kl/sampler_mismatch']:.3g}, above "
-                f"{self.max_mismatch:g}: what sampled is not the model that is trained",
-                where="trainer.loss.max_sampler_mismatch",
-                fix="the engine runs stale weights, or computes them differently: try "
-                'inference.engine = "embedded", or raise the limit if the numerics explain it',
-                exit_code=EXIT_HEALTH,
-            )
+    def state(self) -> dict[str, Tensor]:
+        """What training changes, as whole tensors by name, for a checkpoint."""
+        tensors = {f"optimizer/{k}": v for k, v in self.optimizer.state().items()}
+        tensors |= {f"policy/{k}": v for k, v in self.policy.state().items()}
+        if not self.policy.trunks:
+            return tensors
+        with self.world.together("state"):
+            found = ((k, whole(v)) for k, v in tensors.items())
+            return {k: v.cpu() for k, v in found if self.world.rank == 0}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave, with any number of ranks. Elsewhere than on the driver the
+        tensors say what it is going to send."""
+        promised = {k: torch.empty_like(v, device="meta") for k, v in state.items()}
+        with self.world.together("load_state", promised):
+            for key, tensor in state.items():
+                part, _, name = key.partition("/")
+                target = self.policy if part == "policy" else self.optimizer
+                target.load_state({name: self.world.spread(tensor, self.policy.device)})
 
     def _objective(
         self, rollouts: Sequence[Rollout], prefix: tuple[int, ...], packed: bool
@@ -233,53 +271,25 @@ class Trainer:
         policy = self.policy
         scores = [r.teacher for r in rollouts if r.teacher is not None]
         if scores:
-            return _scored(scores, rollouts, self.estimator, policy.device)
+            return engine_scores(scores, rollouts, self.estimator, policy.device)
         tokens = collate(
             [r.prompt.teacher_ids for r in rollouts],
             completions,
             pad_id=policy.pad_id,
             prefix=prefix,
         )
-        head_VH = policy.head_VH
+        student = policy.causal
         with policy.role(policy.teacher), policy.inference():
             states = self.prefixes.states(prefix, policy.teacher)
-            own = None if policy.head_VH is head_VH else policy.head_VH
-            return {"h_t_NH": hidden_states(policy, tokens, states), "teacher_weight": own}
+            hidden_NH = hidden_states(policy, tokens, states)
+            own = None if policy.causal is student else policy.head_VH
+            return {"h_t_NH": hidden_NH, "teacher_weight": own}
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU (where torch says it in words)."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+def _silent(count: int) -> None:
+    """Progress of ranks that nobody looks at."""
 
 
 def _lengths(rollouts: Sequence[Rollout]) -> list[int]:
     """Tokens that a rollout takes in the longer of its two passes."""
     return [max(r.student_length, r.teacher_length) for r in rollouts]
-
-
-def _scored(
-    scores: Sequence[TeacherScores],
-    rollouts: Sequence[Rollout],
-    estimator: Estimator,
-    device: torch.device,
-) -> dict[str, Any]:
-    """An engine's scores as arguments of the objective."""
-    logp_N = torch.tensor([p for s in scores for p in s.logprobs], device=device)
-    if estimator == "sampled":
-        return {"teacher_logp_N": logp_N}
-    ids_NK = np.concatenate([r.completion.top_ids for r in rollouts])
-    top_NK = np.concatenate([s.top for s in scores])
-    return {
-        "teacher_logp_N": logp_N,
-        "topk_ids_NK": torch.as_tensor(ids_NK, dtype=torch.int64, device=device),
-        "teacher_topk_logp_NK": torch.as_tensor(top_NK, dtype=torch.float32, device=device),
-    }
-
-
-def per_rollout(output: DistillOutput, sizes: list[int]) -> list[list[Tensor]]:
-    """A micro-batch's figures by rollout, each a list in the order of `DistillOutput`."""
-    # an engine tells no entropy
-    columns = [torch.full_like(output.logp, math.nan) if t is None else t.detach() for t in output]
-    return [list(parts) for parts in zip(*(t.cpu().split(sizes) for t in columns), strict=True)]

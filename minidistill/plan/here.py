@@ -1,0 +1,25 @@
+"""The plan of a run on this machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from minidistill.config import Config
+from minidistill.engines.vllm_options import wants_vllm
+from minidistill.plan.command import machine
+from minidistill.plan.planning import Plan, plan
+from minidistill.roles import other_teacher
+from minidistill.trainer.model import load_model_config
+
+
+def plan_here(config: Config) -> tuple[Plan, tuple[Any, Any], bool]:
+    """The plan, the configurations of the student's and the teacher's model that it was made from,
+    and whether the run samples with vLLM. The same in every process of a run on this machine."""
+    gpus, size = machine(None, None)
+    vllm = wants_vllm(config, torch.device("cuda" if gpus else "cpu"))
+    own = load_model_config(config)
+    other = other_teacher(config)
+    models = own, load_model_config(config, other) if other else own
+    return plan(config, own, gpus, size, teacher_config=models[1], vllm=vllm), models, vllm

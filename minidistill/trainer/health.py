@@ -1,0 +1,61 @@
+"""When a step must not be taken, and when memory is what failed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from minidistill.config import Config
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_HEALTH, UserError
+from minidistill.types import Metrics
+
+# Highest `kl/sampler_mismatch` that numerics explain: some 100 and 20 times what vLLM shows
+MISMATCH = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def mismatch_limit(config: Config, dtype: torch.dtype) -> float:
+    """The highest `kl/sampler_mismatch` that a step may have; infinite for no limit.
+
+    By itself there is none where dropout, or rollouts of an update ago, explain any.
+    """
+    asked, lora = config.trainer.loss.max_sampler_mismatch, config.trainer.model.lora
+    if isinstance(asked, float):
+        return asked
+    explained = (lora and lora.dropout > 0) or config.schedule == "async"
+    return math.inf if asked == "off" or explained else MISMATCH[dtype]
+
+
+def refusal(metrics: Metrics, step: int, max_mismatch: float) -> UserError | None:
+    """Why a step must not be taken (exit code 4), None for one that may."""
+    total, norm = metrics["loss/total"], metrics["optim/grad_norm"]
+    if not (math.isfinite(norm) and math.isfinite(total)):
+        return UserError(
+            f"step {step}: the loss is {total}, its gradient's norm {norm}",
+            where="training",
+            fix='lower trainer.optim.lr, or use model.dtype = "float32"; '
+            "--resume goes on from the last checkpoint",
+            exit_code=EXIT_HEALTH,
+        )
+    if metrics["kl/sampler_mismatch"] > max_mismatch:
+        return UserError(
+            f"step {step}: kl/sampler_mismatch is {metrics['kl/sampler_mismatch']:.3g}, above "
+            f"{max_mismatch:g}: what sampled is not the model that is trained",
+            where="trainer.loss.max_sampler_mismatch",
+            fix="the engine runs stale weights, or computes them differently: try "
+            'inference.engine = "embedded", or raise the limit if the numerics explain it',
+            exit_code=EXIT_HEALTH,
+        )
+    return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU (where torch says it in words)."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+
+
+def too_large(what: str, fix: str) -> UserError:
+    """What to raise where a micro-batch can not be made smaller (exit code 3)."""
+    return UserError(what, "trainer.micro_batch_tokens", fix, EXIT_ENVIRONMENT)
