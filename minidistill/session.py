@@ -77,6 +77,8 @@ class Session:
         parts = self.plan.partition
         devices = rank_devices(loaded, parts.trainer)
         device = devices[0]
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where kernels are launched
         # first of all: engines' processes start while this one loads the model
         started = start_engines(
             config, device, parts, self.plan.teaching, models, self.limit, self.warn
