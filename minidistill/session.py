@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from minidistill import preflight
 from minidistill.ahead import Ahead
 from minidistill.collect import Collector
