@@ -60,9 +60,8 @@ def change_adapter(policy: Policy) -> None:
             parameter.normal_(0, 0.01)
 
 
-def save(name: str, model: str, result: dict[str, Any]) -> Path:
-    """Put a model's figures among those of the others in bench/results."""
+def save(name: str, key: str, result: dict[str, Any]) -> None:
+    """Put figures among the others of bench/results, in place of those of the same key."""
     target = RESULTS / f"{name}.json"
     found = json.loads(target.read_text()) if target.exists() else {}
-    target.write_text(json.dumps(found | {model: result}, indent=2) + "\n")
-    return target
+    target.write_text(json.dumps(found | {key: result}, indent=2) + "\n")
