@@ -9,6 +9,7 @@ from typing import Any
 
 from minidistill.engines.base import Advance, Request
 from minidistill.engines.vllm import VllmEngine
+from minidistill.trainer.batching import share_out
 from minidistill.trainer.policy import Policy, Role
 from minidistill.types import Completion
 
@@ -146,17 +147,6 @@ class Replicas:
         for part, done in asked:
             found.update(zip(part, done.result(), strict=True))
         return [found[i] for i in range(len(prompts))]
-
-
-def share_out(costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Indices in `parts` shares of about equal cost: the costliest first, to the least loaded."""
-    shares: list[list[int]] = [[] for _ in range(parts)]
-    loads = [0] * parts
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        least = loads.index(min(loads))
-        shares[least].append(index)
-        loads[least] += costs[index]
-    return shares
 
 
 def _lengths(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> list[int]:

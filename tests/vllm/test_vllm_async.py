@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from vllm_tools import NEEDS_VLLM, Bench, make_bench, start, steps
 
 from minidistill.engines import Request
-from minidistill.engines.replicas import Replicas, share_out
+from minidistill.engines.replicas import Replicas
 from minidistill.engines.vllm import VllmEngine
 from minidistill.errors import EXIT_OK
 from minidistill.trainer.policy import BASE, STUDENT
@@ -123,15 +123,6 @@ def test_replicas_are_one_engine() -> None:
     finally:
         replicas.close()
         one.engine.close()
-
-
-def test_shares_are_even_and_whole() -> None:
-    costs = [9, 1, 8, 2, 7, 3, 6, 4]
-    shares = share_out(costs, 3)
-    assert sorted(i for share in shares for i in share) == list(range(8))
-    loads = [sum(costs[i] for i in share) for share in shares]
-    assert max(loads) - min(loads) <= 2
-    assert share_out([5], 3) == [[0], [], []]
 
 
 @pytest.fixture(scope="module")
