@@ -11,7 +11,9 @@ import torch
 from minidistill.engines import vllm_options
 from minidistill.engines.start import start_engines
 from minidistill.engines.vllm_options import build_options, wants_vllm
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.partition import partition
+from minidistill.roles import decide
 from minidistill.trainer.model import load_model_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -54,8 +56,10 @@ def test_a_missing_or_other_vllm_is_an_error_with_the_fix(
     monkeypatch.setattr(vllm_options, "installed", lambda: version)
     config = configure("--inference.engine", "vllm").config
     model = load_model_config(config)
+    teaching = decide(config, vllm=True, token_ids=False)
+    parts = partition(config, 0, teaching, None)
     with pytest.raises(UserError, match=what) as caught:
-        start_engines(config, CPU, (model, model), 256, print)
+        start_engines(config, CPU, parts, teaching, (model, model), 256, print)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     assert "embedded" in caught.value.fix
 
@@ -71,15 +75,16 @@ def test_options_of_a_run(configure: Callable[..., Any], monkeypatch: pytest.Mon
     assert options.environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
 
 
-def test_several_replicas_are_refused(
-    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_on_gpus(configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_options, "installed", lambda: "0.32.0")
-    config = configure("--inference.engine", "vllm", "--inference_gpu_ids", "0,1").config
+    config = configure("--inference.engine", "vllm", "--inference.parallel.tp", "2").config
     model = load_model_config(config)
-    with pytest.raises(UserError, match="several replicas") as caught:
-        start_engines(config, CUDA, (model, model), 256, print)
-    assert caught.value.exit_code == EXIT_USAGE
+    options = build_options(config, CUDA, model, 256, gpus=(2, 3), share=0.4, sleeps=True)
+    assert options.arguments["device_ids"] == [2, 3]
+    assert options.arguments["tensor_parallel_size"] == options.workers == 2
+    assert options.arguments["gpu_memory_utilization"] == 0.4
+    assert options.arguments["enable_sleep_mode"] is options.sleeps is True
+    assert "enforce_eager" not in options.arguments
 
 
 def test_options_without_an_adapter(

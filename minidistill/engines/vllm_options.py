@@ -170,10 +170,6 @@ def build_options(
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(BATCH_TOKENS, arguments["max_model_len"]),
         }
-        if lora:
-            # one slot more than is used, to stay empty: in a mixed batch vLLM's CPU kernels index
-            # the slots with -1 for rows without an adapter, and so give them the last slot's
-            arguments["max_loras"] += 1
         # compiling takes longer than small models run
         environment["TORCHDYNAMO_DISABLE"] = "1"
         if table.parallel.tp > 1:

@@ -62,6 +62,7 @@ class Server:
                 logprobs=top_k,  # and the sampled token's own
                 flat_logprobs=True,
                 stop_token_ids=eos_ids,
+                ignore_eos=True,  # its own idea of it: the caller's alone counts
                 detokenize=False,
             )
             for seed in seeds

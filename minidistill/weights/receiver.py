@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+import minidistill.weights.cpu_lora  # noqa: F401 - replaces what vLLM does on a CPU
 from minidistill.weights.handles import Entry, opened, views
 from minidistill.weights.repack import Repacker
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from minidistill.data import load_environments
 from minidistill.engines import start_engines
 from minidistill.errors import UserError
 from minidistill.models import resolve
+from minidistill.plan.here import plan_here
 from minidistill.prompts import PromptBuilder
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.model import (
     check_same_tokens,
-    load_model_config,
     load_policy,
     load_tokenizer,
 )
@@ -39,8 +40,9 @@ SMALL = (
 @contextmanager
 def made(*flags: str) -> Iterator[tuple[Trainer, Collector, Any]]:
     config = load_config([SOKOBAN, *SMALL, *flags]).config
-    tokenizer, model = load_tokenizer(config), load_model_config(config)
-    started = start_engines(config, CPU, (model, model), 256, print)
+    tokenizer = load_tokenizer(config)
+    plan, models, _ = plan_here(config)
+    started = start_engines(config, CPU, plan.partition, plan.teaching, models, 256, print)
     try:
         policy = load_policy(config, tokenizer, CPU, started.teaching)
         prefixes = PrefixCache(policy, shares=True)
@@ -120,8 +122,6 @@ def test_the_engine_and_the_trainer_teach_the_same() -> None:
         rollouts, _ = collector.collect(engine, 1, 0)
         found = []
         for teacher in (True, False):
-            from dataclasses import replace
-
             batch = rollouts if teacher else [replace(r, teacher=None) for r in rollouts]
             output = trainer._objective(batch, (), packed=False)
             (output.loss.sum() / output.loss.numel()).backward()
