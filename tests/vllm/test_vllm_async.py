@@ -24,7 +24,7 @@ FEW = ("--orchestrator.env.0.args.num_train_examples", "8")
 def sample_while(bench: Bench, change: Any) -> list[tuple[Request, Any]]:
     """Completions that were at hand when `change` was made, once the first had ended."""
     puzzles = bench.puzzles(8)
-    asked = [Request(puzzles[i % 8], i) for i in range(400)]  # more than are decoded at a time
+    asked = [Request(puzzles[i % 8], i) for i in range(1600)]  # six times what is decoded at once
     found: list[Any] = []
     first = threading.Event()
 
