@@ -132,8 +132,10 @@ def lay_out(config: Config, shape: Shape, teacher: Shape, machine: Machine) -> P
     parts = partition(config, machine.gpus, teaching, shape.heads, vllm)
     ranks = parts.ranks
     lora = config.trainer.model.lora
-    first = _lay_out(config, shape, teacher, machine, teaching, parts, 1 if lora else ranks)
-    if first.fits or not lora or ranks == 1:
+    asked = config.trainer.shard
+    divided = not lora if asked == "auto" else asked
+    first = _lay_out(config, shape, teacher, machine, teaching, parts, ranks if divided else 1)
+    if first.fits or divided or asked is False or ranks == 1:
         return first
     # an adapter's base is replicated where it fits, else split
     split = _lay_out(config, shape, teacher, machine, teaching, parts, ranks)
