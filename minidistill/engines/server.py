@@ -137,10 +137,7 @@ class ServerEngine:
         common = {
             "model": self._name(student), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0
         }  # fmt: skip
-        bodies = [
-            common | {"prompt": [*prompt, *completion]}
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        bodies = [common | {"prompt": [*p, *c]} for p, c in zip(prompts, completions, strict=True)]
         found = []
         for completion, choice in zip(completions, self._complete(bodies), strict=True):
             rows = choice["prompt_logprobs"][-len(completion) :]
@@ -209,10 +206,8 @@ class ServerEngine:
         answer = self._request("POST", "/v1/load_lora_adapter", body)
         if answer.status_code == HTTPStatus.NOT_FOUND and name in message(answer):
             return
-        raise self._refusal(
-            f"takes no adapters at run time: {message(answer)}",
-            f"start it with\n{self.command}",
-        )
+        why = f"takes no adapters at run time: {message(answer)}"
+        raise self._refusal(why, f"start it with\n{self.command}")
 
     # -- the server ----------------------------------------------------------------------------
 
@@ -225,10 +220,8 @@ class ServerEngine:
         self._model = card["id"]
         length = card.get("max_model_len") or self.needs
         if length < self.needs:
-            raise self._refusal(
-                f"takes {length} tokens, the run needs {self.needs}",
-                f"start it with\n{self.command}",
-            )
+            why = f"takes {length} tokens, the run needs {self.needs}"
+            raise self._refusal(why, f"start it with\n{self.command}")
 
     def _complete(
         self, bodies: Sequence[dict[str, Any]], advance: Advance | None = None

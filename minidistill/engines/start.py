@@ -24,7 +24,6 @@ from minidistill.roles import Teaching, decide
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.policy import BASE, OTHER, STUDENT, Policy, Role
 
-
 Engines = VllmEngine | ServerEngine | Replicas
 
 

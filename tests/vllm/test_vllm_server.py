@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -19,9 +20,10 @@ from vllm_tools import CPU, NEEDS_VLLM, SHORT, SOKOBAN, Bench, start, steps
 
 from minidistill import cli
 from minidistill.config import load_config
-from minidistill.engines import EmbeddedEngine, Request
+from minidistill.engines import EmbeddedEngine, Request, server
 from minidistill.engines.server import ServerEngine
 from minidistill.engines.server_check import check_same_model, server_command
+from minidistill.engines.server_http import GoneError
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_OK, EXIT_USAGE, UserError
 from minidistill.models import resolve
 from minidistill.roles import decide
@@ -31,7 +33,7 @@ from minidistill.trainer.policy import BASE, STUDENT
 
 pytestmark = NEEDS_VLLM
 SECONDS = 120  # for a server to start
-TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def free_port() -> int:
@@ -68,7 +70,9 @@ def serving(log: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[byte
                 httpx.get(f"{url}/health", trust_env=False)
                 break
             except httpx.TransportError:
-                assert process.poll() is None and time.monotonic() < end, log.read_text()
+                alive = process.poll() is None
+                assert alive, log.read_text()
+                assert time.monotonic() < end, log.read_text()
                 time.sleep(0.3)
         yield url, process
     finally:
@@ -140,9 +144,7 @@ def test_sampled_logprobs_are_the_models(bench: Bench, student: bool, temperatur
     found = bench.engine.generate(asked, advance=told.append, **ask)
     assert sum(told) == 6
     for request, completion in zip(asked, found, strict=True):
-        truth = bench.truth(
-            request.prompt_ids, completion.token_ids, student, temperature or 1.0
-        )
+        truth = bench.truth(request.prompt_ids, completion.token_ids, student, temperature or 1.0)
         assert completion.logprobs == pytest.approx(truth, abs=1e-4)
         assert (completion.token_ids[-1] in bench.policy.eos_ids) == (completion.stop == "eos")
     alone = [bench.engine.generate([request], **ask)[0] for request in asked]
@@ -227,7 +229,7 @@ def test_a_server_without_adapters_or_processed_logprobs_and_one_that_dies(tmp_p
         policy = load_policy(config, load_tokenizer(config), CPU, decide(config, False, False))
         engine = engine_at(url, tmp_path / "sync")
         engine.attach(policy, (STUDENT, BASE))
-        with pytest.raises(UserError, match="no adapters at run time.*--enable-lora") as caught:
+        with pytest.raises(UserError, match=r"no adapters at run time.*--enable-lora") as caught:
             engine.wait()
         assert "vllm serve M" in str(caught.value.fix)
         engine.attach(policy, (BASE,))  # a teacher's
@@ -251,6 +253,31 @@ def test_a_server_without_adapters_or_processed_logprobs_and_one_that_dies(tmp_p
         assert "teacher_inference.server_urls" in text
 
 
+def test_a_server_that_comes_back_gets_the_adapter_and_what_it_had_not_answered(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, engine, really = [], bench.engine, server.post_all
+    truth = worst(bench, student=True)
+    monkeypatch.setattr(engine, "max_restarts", 1)
+    monkeypatch.setattr(engine, "warn", lambda text: None)
+
+    def drop(url: str, path: str, bodies: dict[int, Any], *rest: Any) -> None:
+        asked.append(sorted(bodies))
+        if len(asked) > 1:
+            return really(url, path, bodies, *rest)
+        really(url, path, {0: bodies[0], 3: bodies[3]}, *rest)
+        path = "/v1/unload_lora_adapter"
+        engine._request("POST", path, {"lora_name": engine._adapter(STUDENT)})
+        raise GoneError("reset")
+
+    monkeypatch.setattr(server, "post_all", drop)
+    assert worst(bench, student=True) == pytest.approx(truth, abs=1e-5)
+    assert asked == [[0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 4, 5, 6, 7]]
+    with pytest.raises(UserError, match=r"has gone away.*waited for 1 times"):
+        asked.clear()
+        worst(bench, student=True)
+
+
 def test_full_fine_tuning_is_refused_for_the_students_server(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -263,5 +290,7 @@ def test_the_command_line_fits_the_adapter() -> None:
     config = load_config([SOKOBAN, "--trainer.model.lora.rank", "20"]).config
     command = server_command(config, load_model_config(config), 257, teacher=False)
     assert "--max-model-len 257" in command
-    assert "--enable-lora --max-lora-rank 32 --max-loras 1 --lora-target-modules down_proj" in command
+    assert (
+        "--enable-lora --max-lora-rank 32 --max-loras 1 --lora-target-modules down_proj" in command
+    )
     assert "lora" not in server_command(config, load_model_config(config), 257, teacher=True)
