@@ -63,7 +63,7 @@ def partition(
     """
     _check_ids(config, gpus)
     tps = config.inference.parallel.tp, config.teacher_inference.parallel.tp
-    if config.inference.engine == "embedded" or not vllm:
+    if config.inference.engine == "embedded" or not vllm or config.inference.server_urls:
         trainer, warnings = _embedded(config, gpus)
         return Partition((), (), trainer, *tps, tuple(warnings))
     own = _own_engine(config, gpus, teaching)
@@ -104,6 +104,8 @@ def _own_engine(config: Config, gpus: int, teaching: Teaching) -> bool:
                 where="teacher_gpu_ids, trainer.loss.estimator",
                 fix='leave teacher_gpu_ids out, or set trainer.loss.estimator = "sampled"',
             )
+        return False
+    if config.teacher_inference.server_urls:
         return False
     same = given is not None and set(given) == set(student or ())
     if share and given is not None and not same:

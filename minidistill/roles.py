@@ -42,12 +42,13 @@ def decide(config: Config, vllm: bool, token_ids: bool) -> Teaching:
     apart = config.teacher_gpu_ids is not None and (
         config.teacher_gpu_ids != config.inference_gpu_ids
     )
-    wanted = apart or other is not None or config.teacher_inference.share is False
+    served = bool(config.teacher_inference.server_urls)
+    wanted = apart or other is not None or config.teacher_inference.share is False or served
 
     def in_trainer(reason: str) -> Teaching:
         return Teaching("trainer", "full" if asked == "auto" else asked, False, reason)
 
-    if not vllm:
+    if not vllm and not served:
         return in_trainer("the embedded engine is the trainer's own model")
     if asked == "full":
         return in_trainer("`full` needs all of the teacher's logits")
@@ -55,11 +56,13 @@ def decide(config: Config, vllm: bool, token_ids: bool) -> Teaching:
         return in_trainer("its logits give the exact gradient")
     if config.orchestrator.sampling.temperature != 1:
         return in_trainer("vLLM scores given tokens at temperature 1 alone")
-    if asked == "top_k" and not token_ids:
+    if asked == "top_k" and (not token_ids or config.inference.server_urls):
         return in_trainer("this vLLM gives no log-probs at chosen ids (it needs its V2 runner)")
     if teacher.update == "ema" and full_weights:
         return in_trainer("the moving average of all weights is there")
     estimator: Estimator = "sampled" if asked == "auto" else asked
     own = wanted or (full_weights and frozen)
+    if served:
+        return Teaching("engine", estimator, True, "it has a server of its own")
     reason = "it has an engine of its own" if own else "it shares the student's engine"
     return Teaching("engine", estimator, own, reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, StringConstraints
 
 Text = Annotated[str, MinLen(1)]
 Count = Annotated[int, Ge(0)]
@@ -14,6 +14,10 @@ Weight = Annotated[float, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 Fraction = Annotated[float, Gt(0), Lt(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]
+# no user or password: URLs are shown and written down
+Urls = Annotated[
+    list[Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@]+(/[^\s@]*)?$")]], MinLen(1)
+]
 GpuIds = Annotated[list[Count], MinLen(1)]
 
 

@@ -25,6 +25,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _rollouts(config)
     yield from _environments(config)
     yield from _gpus(config)
+    yield from _servers(config)
 
 
 def _objective(config: Config) -> Iterator[Problem]:
@@ -154,6 +155,85 @@ def _parallel(
             f"{table}.parallel.tp = {tp} does not divide the {count} GPUs of {ids_key}",
             f"take a tp that divides {count}",
             keys,
+        )
+
+
+def _servers(config: Config) -> Iterator[Problem]:
+    """What servers that somebody else has started cannot do, or have no use for."""
+    tables = {"inference": config.inference, "teacher_inference": config.teacher_inference}
+    given = [f"{name}.server_urls" for name, table in tables.items() if table.server_urls]
+    students, teachers = "inference.server_urls", "teacher_inference.server_urls"
+    for name, table in tables.items():
+        url, ids = f"{name}.server_urls", "teacher_gpu_ids" if "_" in name else "inference_gpu_ids"
+        if url not in given:
+            continue
+        useless = [f"{name}.parallel"] if table.parallel != ParallelConfig() else []
+        if getattr(config, ids) is not None:
+            useless.append(ids)
+        for key in useless:
+            fix = f"leave {key} out; how a server uses its GPUs is said where it is started"
+            yield Problem(f"{key} is for an engine of this run, {url} for servers", fix, (url, key))
+    full, teacher = config.trainer.model.lora is False, config.orchestrator.teacher_model
+    shared = config.teacher_inference.share
+    if students in given:
+        if config.inference.engine == "embedded":
+            yield Problem(
+                f'inference.engine = "embedded" samples in the trainer, {students} on servers',
+                "leave one of them out",
+                ("inference.engine", students),
+            )
+        if full:
+            yield Problem(
+                f"trainer.model.lora = false trains every weight, which {students} cannot be sent: "
+                "whole models travel in memory, on one machine",
+                "train an adapter, or let the run start its own engine",
+                ("trainer.model.lora", students),
+            )
+        if config.schedule == "async":
+            yield Problem(
+                f'schedule = "async" hands weights over in the middle of completions, and a server '
+                f"({students}) does not say which tokens they sampled",
+                'set schedule = "sync"',
+                ("schedule", students),
+            )
+        other = config.teacher_inference.model.name not in (None, config.model.name)
+        apart = other or shared is False or config.teacher_gpu_ids is not None
+        if apart and teachers not in given and config.trainer.loss.estimator != "full":
+            yield Problem(
+                f"{students} serve the student, and the teacher is asked to be in an engine apart",
+                f"give it servers of its own with {teachers}",
+                (students,),
+            )
+    if teachers not in given:
+        return
+    loss, temperature = config.trainer.loss, config.orchestrator.sampling.temperature
+    if loss.estimator in ("full", "top_k"):
+        yield Problem(
+            f'trainer.loss.estimator = "{loss.estimator}" needs more of the teacher than '
+            f"{teachers} give: log-probs of the sampled tokens",
+            f'set trainer.loss.estimator = "sampled", or leave {teachers} out',
+            ("trainer.loss.estimator", teachers),
+        )
+    if temperature != 1:
+        yield Problem(
+            f"{teachers} score at temperature 1 alone, but orchestrator.sampling.temperature = "
+            f"{temperature}",
+            f"set it to 1, or leave {teachers} out",
+            ("orchestrator.sampling.temperature", teachers),
+        )
+    if full and teacher.update != "frozen":
+        yield Problem(
+            f'orchestrator.teacher_model.update = "{teacher.update}" changes every weight of the '
+            f"teacher, which {teachers} cannot be sent",
+            'set update = "frozen", or train an adapter',
+            ("orchestrator.teacher_model.update", teachers),
+        )
+    if shared:
+        yield Problem(
+            f"teacher_inference.share = true lets the student's engine serve the teacher, "
+            f"{teachers} name its own",
+            "leave one of them out",
+            ("teacher_inference.share", teachers),
         )
 
 

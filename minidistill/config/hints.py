@@ -13,7 +13,8 @@ from minidistill.config.tree import Path, walk
 _ONE_MODEL = "use `model.name`; a teacher of another model is `teacher_inference.model.name`"
 _SYNC = "use `schedule`: sync, or async for rollouts that are at most one update old"
 _IN_MEMORY = "drop it: weights always reach the engines in memory"
-_NO_SERVER = "drop it: the driver starts and owns its engines, there is no server to reach"
+_SERVER = "use `{0}.server_urls`, or drop it: the driver starts and owns its engines"
+_STUDENTS, _TEACHERS = _SERVER.format("inference"), _SERVER.format("teacher_inference")
 _DIFFICULTY = "drop it: every sampled group is trained on; choose problems in the env's args"
 _SAMPLER = (
     "drop it: the objective needs the sampler's full distribution at one temperature; "
@@ -47,9 +48,9 @@ _KEYS = {
     "weight_broadcast": _IN_MEMORY,
     "*.weight_broadcast": _IN_MEMORY,
     "*.rollout_transport": "drop it: rollouts never leave the process",
-    "orchestrator.client": _NO_SERVER,
-    "inference.server": _NO_SERVER,
-    "teacher_inference.server": _NO_SERVER,
+    "orchestrator.client": _STUDENTS,
+    "inference.server": _STUDENTS,
+    "teacher_inference.server": _TEACHERS,
     "*async_level": _SYNC,
     "orchestrator.max_off_policy_steps": _SYNC,
     "orchestrator.buffer.easy_*": _DIFFICULTY,
@@ -69,7 +70,7 @@ _KEYS = {
     "orchestrator.sampling.extra_body": _SAMPLER,
     "orchestrator.sampling.seed": "use `seed` at the top level",
     "orchestrator.teacher_model.model": _TEACHER,
-    "orchestrator.teacher_model.client": _NO_SERVER,
+    "orchestrator.teacher_model.client": _TEACHERS,
     "*teacher_rollout_model": "drop it: on-policy, so only the student samples in training",
     "orchestrator.max_concurrent": "drop it: the engine schedules a whole step by itself",
     "orchestrator.oversampling_factor": "drop it: every rollout that is sampled is trained on",

@@ -16,6 +16,7 @@ from minidistill.config.base import (
     PositiveFloat,
     Table,
     Text,
+    Urls,
     Weight,
 )
 from minidistill.config.orchestrator import OrchestratorConfig
@@ -181,6 +182,9 @@ class EngineConfig(Table):
     parallel: ParallelConfig = ParallelConfig()
     gpu_memory_utilization: Fraction = 0.9
     """Share of each GPU's memory that the engine may take."""
+    server_urls: Urls | None = None
+    """vLLM servers to use instead, started by somebody else, here or on other machines: see
+    `docs/servers.md`. Several share the work. An API key is taken from `VLLM_API_KEY`."""
 
 
 class TeacherInferenceModelConfig(Table):
@@ -206,7 +210,8 @@ class InferenceConfig(EngineConfig):
     """`embedded` samples with the trainer's own weights, `vllm` in a process of its own; `auto` is
     `vllm` where there is a GPU and a vLLM that fits, else `embedded`."""
     max_restarts: Count = 2
-    """How often in a run vLLM's process is started again after it died."""
+    """How often in a run vLLM's process is started again after it died, or a server that has gone
+    away is waited for."""
 
 
 class Config(Table):

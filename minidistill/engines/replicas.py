@@ -8,10 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from minidistill.engines.base import Advance, Request
+from minidistill.engines.server import ServerEngine
 from minidistill.engines.vllm import VllmEngine
 from minidistill.trainer.batching import share_out
 from minidistill.trainer.policy import Policy, Role
 from minidistill.types import Completion
+
+Replica = VllmEngine | ServerEngine
 
 
 class Replicas:
@@ -21,16 +24,14 @@ class Replicas:
     does not depend on the replica: seeds belong to requests.
     """
 
-    def __init__(self, engines: Sequence[VllmEngine]) -> None:
+    def __init__(self, engines: Sequence[Replica]) -> None:
         self.engines = list(engines)
         self._threads = ThreadPoolExecutor(len(self.engines), thread_name_prefix="replica")
 
     @property
     def description(self) -> str:
         places = sorted({engine.place for engine in self.engines})
-        return f"{len(self.engines)} × vLLM {self.engines[0].options.vllm_version} on " + (
-            " and ".join(places)
-        )
+        return f"{len(self.engines)} × {self.engines[0].name} on {' and '.join(places)}"
 
     @property
     def scores_ids(self) -> bool:
@@ -61,7 +62,7 @@ class Replicas:
                 if advance is not None:
                     advance(count)
 
-        def ask(engine: VllmEngine, rows: Sequence[int]) -> list[Completion]:
+        def ask(engine: Replica, rows: Sequence[int]) -> list[Completion]:
             return engine.generate(
                 [requests[i] for i in rows],
                 max_tokens=max_tokens,
@@ -84,7 +85,7 @@ class Replicas:
     ) -> list[list[float]]:
         """See `Engine.score`."""
 
-        def ask(engine: VllmEngine, rows: Sequence[int]) -> list[list[float]]:
+        def ask(engine: Replica, rows: Sequence[int]) -> list[list[float]]:
             return engine.score(
                 [prompts[i] for i in rows],
                 [completions[i] for i in rows],
@@ -104,7 +105,7 @@ class Replicas:
     ) -> list[Any]:
         """See `VllmEngine.score_ids`."""
 
-        def ask(engine: VllmEngine, rows: Sequence[int]) -> list[Any]:
+        def ask(engine: Any, rows: Sequence[int]) -> list[Any]:
             mine = ([whole[i] for i in rows] for whole in (prompts, completions, ids))
             return engine.score_ids(*mine, student=student)
 
@@ -122,7 +123,7 @@ class Replicas:
             engine.close()
         self._threads.shutdown(wait=True)
 
-    def _each(self, act: Callable[[VllmEngine], Any]) -> None:
+    def _each(self, act: Callable[[Replica], Any]) -> None:
         for done in [self._threads.submit(act, engine) for engine in self.engines]:
             done.result()
 
@@ -130,7 +131,7 @@ class Replicas:
         self,
         prompts: Sequence[Sequence[int]],
         costs: Sequence[int],
-        ask: Callable[[VllmEngine, Sequence[int]], Sequence[Any]],
+        ask: Callable[[Replica, Sequence[int]], Sequence[Any]],
     ) -> list[Any]:
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, prompt in enumerate(prompts):

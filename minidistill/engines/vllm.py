@@ -54,7 +54,11 @@ class VllmEngine:
 
     @property
     def description(self) -> str:
-        return f"vLLM {self.options.vllm_version} on {self.place}"
+        return f"{self.name} on {self.place}"
+
+    @property
+    def name(self) -> str:
+        return f"vLLM {self.options.vllm_version}"
 
     @property
     def place(self) -> str:

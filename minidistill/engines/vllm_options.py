@@ -46,8 +46,13 @@ class Options:
 
 
 def wants_vllm(config: Config, device: torch.device) -> bool:
-    """Whether the run samples with vLLM; `auto` does where there is a GPU and a vLLM that fits."""
+    """Whether the run samples with vLLM, servers included.
+
+    `auto` does where there is a GPU and a vLLM that fits.
+    """
     asked = config.inference.engine
+    if config.inference.server_urls:
+        return True
     if asked == "auto":
         version = installed()
         return device.type == "cuda" and version is not None and _fits(version)
@@ -108,12 +113,8 @@ def build_options(
     vLLM cannot do what is asked for.
     """
     version = check_installed(device)
-    lora, inference = config.trainer.model.lora, config.inference
-    table: EngineConfig = config.teacher_inference if teacher else inference
+    table: EngineConfig = config.teacher_inference if teacher else config.inference
     name = (other_teacher(config) if teacher else None) or config.model.name
-    update = config.orchestrator.teacher_model.update
-    if teacher and update == "frozen":
-        lora = False  # it serves the base alone
     limit = getattr(model, "max_position_embeddings", None) or longest + 1
     dtype = pick_dtype(config, device)
     arguments: dict[str, Any] = {
@@ -135,16 +136,11 @@ def build_options(
         "tensor_parallel_size": table.parallel.tp,
     }
     adapter: dict[str, Any] = {}
-    if lora:
-        targets = _targets(lora, model)
+    adapters = adapter_options(config, model, teacher=teacher)
+    if adapters and (lora := config.trainer.model.lora):
+        targets = adapters["lora_target_modules"]
         adapter = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
-        arguments |= {
-            "enable_lora": True,
-            "max_lora_rank": min(rank for rank in RANKS if rank >= lora.rank),
-            "max_loras": 2 if update == "ema" else 1,
-            # not the head: on a CPU, scoring given tokens fails with one that could take an adapter
-            "lora_target_modules": targets,
-        }
+        arguments |= adapters
     environment = {
         # the engine is in a process of its own already; a second one inside would double its start
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -176,6 +172,20 @@ def build_options(
             # workers bound to cores need a NUMA node each
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     return Options(arguments, environment, adapter, tuple(gpus), version, sleeps)
+
+
+def adapter_options(config: Config, model: Any, *, teacher: bool) -> dict[str, Any]:
+    """vLLM's arguments about adapters, empty where an engine of `model` serves none."""
+    lora, update = config.trainer.model.lora, config.orchestrator.teacher_model.update
+    if not lora or (teacher and update == "frozen"):  # which is the base alone
+        return {}
+    return {
+        "enable_lora": True,
+        "max_lora_rank": min(rank for rank in RANKS if rank >= lora.rank),
+        "max_loras": 2 if update == "ema" else 1,
+        # not the head: on a CPU, scoring given tokens fails with one that could take an adapter
+        "lora_target_modules": _targets(lora, model),
+    }
 
 
 def _targets(lora: LoraConfig, model: Any) -> list[str]:

@@ -81,6 +81,8 @@ class Plan:
         """Where the teacher is scored, and why."""
         if self.teaching.scorer == "trainer":
             return f"in the trainer: {self.teaching.reason}"
+        if self.config.teacher_inference.server_urls:
+            return "on a server of its own"
         return "in an engine of its own" if self.partition.teacher else "in the student's engine"
 
 
@@ -123,6 +125,8 @@ class Machine:
         if self.vllm is not None:
             return self.vllm
         asked = config.inference.engine
+        if config.inference.server_urls:
+            return True
         return asked == "vllm" or (asked == "auto" and self.gpus > 0)
 
 

@@ -1,0 +1,297 @@
+"""Sampling and scoring on a vLLM server that somebody else has started, here or elsewhere.
+
+Completions go over the OpenAI API, token ids in and token ids out. Adapters go through a folder
+that the server can read: each version lies at a path of its own under one name, in place of the one
+before. vLLM's prefix cache is keyed by name and path, and an adapter in place keeps its slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from safetensors.torch import save_file
+
+from minidistill.engines.base import Advance, Request
+from minidistill.engines.kept import Warn
+from minidistill.engines.server_http import KEY, GoneError, message, post_all, request
+from minidistill.engines.vllm import NAMES, SEED_BITS
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
+from minidistill.trainer.policy import STUDENT, Policy, Role
+from minidistill.types import Completion
+
+T = TypeVar("T")
+
+
+class ServerEngine:
+    """One running vLLM server.
+
+    Where it goes away it is waited for, `patience` seconds at most and at most `max_restarts` times
+    in a run; it is then sent the current adapters, and asked again what it had not answered.
+    """
+
+    scores_ids = False  # the API gives no log-probs at chosen ids of a prompt
+    name = "vLLM server"
+    patience = 120.0
+
+    def __init__(
+        self,
+        url: str,
+        where: str,
+        command: str,
+        needs: int,
+        folder: Path,
+        max_restarts: int,
+        warn: Warn,
+    ) -> None:
+        """`where` is the setting that names the `url`, `command` starts a server that fits,
+        `needs` is how many tokens it must take, `folder` where adapters are left for it."""
+        self.url = self.place = url.rstrip("/").removesuffix("/v1")
+        self.where, self.command, self.needs, self.folder = where, command, needs, folder
+        self.max_restarts, self.warn = max_restarts, warn
+        self.restarts = 0
+        self._mark = uuid.uuid4().hex[:8]  # runs that share a server have names of their own
+        self._model = ""
+        self._policy: Policy | None = None
+        self._serves: tuple[Role, ...] = ()
+        self._loaded: dict[Role, Path] = {}
+
+    @property
+    def description(self) -> str:
+        return f"{self.name} at {self.url}"
+
+    def attach(self, policy: Policy, serves: Sequence[Role]) -> None:
+        """Name the trainer's model, whose adapters under the roles served here `sync` sends."""
+        self._policy = policy
+        self._serves = tuple(r for r in dict.fromkeys(serves) if policy.lora and r in NAMES)
+
+    def wait(self) -> None:
+        """Look at the server. Raises UserError (exit code 3) where it cannot be used."""
+        try:
+            self._look()
+            if self._serves:
+                self._check_takes_adapters()
+        except GoneError as error:
+            fix = f"correct the URL, or start it:\n{self.command}"
+            raise self._refusal(f"cannot be reached: {error}", fix) from error
+
+    # -- the engine ----------------------------------------------------------------------------
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_tokens: int,
+        temperature: float,
+        student: bool,
+        advance: Advance | None = None,
+        top_k: int = 0,
+    ) -> list[Completion]:
+        """See `Engine.generate`. `top_k` must be 0: nothing here could score those ids."""
+        assert top_k == 0
+        assert self._policy is not None
+        common = {
+            "model": self._name(student),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            # whatever the server or the model's files have for defaults
+            "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            "stop_token_ids": sorted(self._policy.eos_ids),
+        }  # fmt: skip
+        bodies = [
+            common | {"prompt": list(r.prompt_ids), "seed": r.seed & SEED_BITS} for r in requests
+        ]
+        return [
+            Completion(
+                tuple(choice["token_ids"]),
+                tuple(choice["logprobs"]["token_logprobs"]),
+                "length" if choice["finish_reason"] == "length" else "eos",
+            )
+            for choice in self._complete(bodies, advance)
+        ]
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        student: bool,
+    ) -> list[list[float]]:
+        """See `Engine.score`. Raises ValueError for another temperature than 1."""
+        if temperature != 1:
+            raise ValueError("vLLM gives the log-probs of given tokens at temperature 1 alone")
+        # a server leaves out the prefix cache for these, so that every row is valid
+        common = {
+            "model": self._name(student), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0
+        }  # fmt: skip
+        bodies = [common | {"prompt": [*p, *c]} for p, c in zip(prompts, completions, strict=True)]
+        found = []
+        for completion, choice in zip(completions, self._complete(bodies), strict=True):
+            rows = choice["prompt_logprobs"][-len(completion) :]
+            pairs = zip(rows, completion, strict=True)
+            found.append([row[str(token)]["logprob"] for row, token in pairs])
+        return found
+
+    def sync(self, version: int) -> None:
+        """See `Engine.sync`: adapters as plain PEFT, through the folder."""
+        policy = self._policy
+        assert policy is not None
+        for role in self._serves:
+            path = (self.folder / f"{NAMES[role]}-v{version}-{self._mark}").resolve()
+            with policy.lock:
+                path.mkdir(parents=True, exist_ok=True)
+                tensors = {n: p.detach().cpu().contiguous() for n, p in policy.adapter(role)}
+                save_file(tensors, path / "adapter_model.safetensors")
+                settings = copy.copy(policy.model.peft_config[STUDENT])
+                settings.inference_mode = True
+                settings.save_pretrained(str(path))
+            former = self._loaded.get(role)
+            self._kept(partial(self._load, role, path))
+            if former is not None and former != path:
+                shutil.rmtree(former, ignore_errors=True)
+
+    def sleep(self) -> None:
+        """Its memory is its own."""
+
+    def close(self) -> None:
+        """Take this run's adapters from the server, if it is still there, and from the disk."""
+        for role, path in self._loaded.items():
+            with contextlib.suppress(GoneError):  # it has gone, and they with it
+                body = {"lora_name": self._adapter(role)}
+                self._request("POST", "/v1/unload_lora_adapter", body)
+            shutil.rmtree(path, ignore_errors=True)
+        self._loaded.clear()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    # -- adapters ------------------------------------------------------------------------------
+
+    def _adapter(self, role: Role) -> str:
+        return f"minidistill-{self._mark}-{NAMES[role]}"
+
+    def _name(self, student: bool) -> str:
+        """What the server calls the weights: an adapter's name, or its model's."""
+        assert self._policy is not None
+        role = STUDENT if student else self._policy.teacher
+        return self._adapter(role) if role in self._loaded else self._model
+
+    def _load(self, role: Role, path: Path) -> None:
+        body = {"lora_name": self._adapter(role), "lora_path": str(path), "load_inplace": True}
+        answer = self._request("POST", "/v1/load_lora_adapter", body)
+        if answer.status_code != HTTPStatus.OK:
+            raise self._refusal(
+                f"did not take the adapter in {path}: {message(answer)}",
+                "let it read that folder (the same machine, or a shared file system), and start it "
+                f"with\n{self.command}",
+            )
+        self._loaded[role] = path
+
+    def _check_takes_adapters(self) -> None:
+        """An adapter that is not there must be what it complains of."""
+        name = f"minidistill-{self._mark}-probe"
+        body = {"lora_name": name, "lora_path": f"/nowhere/{name}", "load_inplace": True}
+        answer = self._request("POST", "/v1/load_lora_adapter", body)
+        if answer.status_code == HTTPStatus.NOT_FOUND and name in message(answer):
+            return
+        why = f"takes no adapters at run time: {message(answer)}"
+        raise self._refusal(why, f"start it with\n{self.command}")
+
+    # -- the server ----------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Which model it serves, and how long its sequences may be."""
+        cards = self._checked(self._request("GET", "/v1/models")).json()["data"]
+        card = next((c for c in cards if not c.get("parent")), None)
+        if card is None:
+            raise self._refusal("serves no model", f"start it with\n{self.command}")
+        self._model = card["id"]
+        length = card.get("max_model_len") or self.needs
+        if length < self.needs:
+            why = f"takes {length} tokens, the run needs {self.needs}"
+            raise self._refusal(why, f"start it with\n{self.command}")
+
+    def _complete(
+        self, bodies: Sequence[dict[str, Any]], advance: Advance | None = None
+    ) -> list[dict[str, Any]]:
+        """The choice of each request, all of them in flight at once."""
+        found: dict[int, dict[str, Any]] = {}
+        fixed = {"add_special_tokens": False, "skip_special_tokens": False}
+
+        def take(index: int, data: dict[str, Any]) -> None:
+            found[index] = data["choices"][0]
+            if advance is not None:
+                advance(1)
+
+        def ask() -> None:
+            left = {i: fixed | body for i, body in enumerate(bodies) if i not in found}
+            post_all(self.url, "/v1/completions", left, self._checked, take)
+
+        self._kept(ask)
+        return [found[i] for i in range(len(bodies))]
+
+    def _kept(self, act: Callable[[], T]) -> T:
+        """What `act` returns, done again after the server was away."""
+        while True:
+            try:
+                return act()
+            except GoneError as error:
+                self._wait_again(error)
+
+    def _wait_again(self, error: GoneError) -> None:
+        if self.restarts >= self.max_restarts:
+            again = f" (it was waited for {self.restarts} times)" if self.restarts else ""
+            raise self._lost(f"{error}{again}") from error
+        self.restarts += 1
+        self.warn(f"the {self.description} is away ({error}): waiting for it")
+        end, pause = time.monotonic() + self.patience, 0.5
+        while True:
+            time.sleep(pause)
+            pause = min(2 * pause, 10.0)
+            try:
+                self._look()
+                for role, path in self._loaded.items():
+                    self._load(role, path)
+                return
+            except GoneError as still:
+                if time.monotonic() >= end:
+                    raise self._lost(str(still)) from still
+
+    def _lost(self, why: str) -> UserError:
+        fix = "see that server's log, start it again; --resume goes on from the last checkpoint"
+        return self._refusal(f"has gone away: {why}", fix)
+
+    def _refusal(self, what: str, fix: str) -> UserError:
+        return UserError(
+            f"the {self.description} {what}", where=self.where, fix=fix, exit_code=EXIT_ENVIRONMENT
+        )
+
+    def _request(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        return request(self.url, method, path, body)
+
+    def _checked(self, answer: httpx.Response) -> httpx.Response:
+        if answer.is_success:
+            return answer
+        if answer.is_server_error:
+            raise GoneError(message(answer))
+        if answer.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            fix = f"put its API key into the environment variable {KEY}"
+            raise self._refusal(f"refuses access: {message(answer)}", fix)
+        raise UserError(
+            f"the {self.description}: {message(answer)}",
+            where=self.where,
+            fix=f"start the server with\n{self.command}",
+            exit_code=EXIT_FAILED,
+        )
