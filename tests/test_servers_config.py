@@ -1,0 +1,46 @@
+"""What servers that somebody else started cannot be combined with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from minidistill.errors import EXIT_USAGE, UserError
+
+STUDENT = ("--inference.server_urls", '["http://localhost:8000"]')
+TEACHER = ("--teacher_inference.server_urls", '["http://localhost:8001"]')
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ((*STUDENT, "--inference.parallel.tp", "2"), "inference.parallel is for an engine"),
+        ((*STUDENT, "--inference_gpu_ids", "0"), "inference_gpu_ids is for an engine"),
+        ((*TEACHER, "--teacher_gpu_ids", "0"), "teacher_gpu_ids is for an engine"),
+        ((*STUDENT, "--inference.engine", "embedded"), "samples in the trainer"),
+        ((*STUDENT, "--no-trainer.model.lora"), "trains every weight"),
+        ((*STUDENT, "--schedule", "async"), "async"),
+        ((*STUDENT, "--no-teacher_inference.share"), "in an engine apart"),
+        ((*TEACHER, "--trainer.loss.estimator", "full"), "needs more of the teacher"),
+        ((*TEACHER, "--trainer.loss.estimator", "top_k"), "needs more of the teacher"),
+        ((*TEACHER, "--orchestrator.sampling.temperature", "0.7"), "temperature 1 alone"),
+        (
+            (*TEACHER, "--no-trainer.model.lora", "--orchestrator.teacher_model.update", "live"),
+            "changes every weight of the teacher",
+        ),
+        ((*TEACHER, "--teacher_inference.share"), "share = true"),
+    ],
+)
+def test_refusals(configure: Callable[..., Any], flags: tuple[str, ...], what: str) -> None:
+    with pytest.raises(UserError) as caught:
+        configure(*flags)
+    assert caught.value.exit_code == EXIT_USAGE
+    assert what in str(caught.value)
+
+
+def test_servers_for_both_roles_are_allowed(configure: Callable[..., Any]) -> None:
+    config = configure(*STUDENT, *TEACHER).config
+    assert config.inference.server_urls == ["http://localhost:8000"]
+    assert config.teacher_inference.server_urls == ["http://localhost:8001"]
