@@ -16,6 +16,7 @@ from minidistill.models import BUILT_IN
 from minidistill.plan.memory import Load, trainer_memory
 from minidistill.plan.shape import read_shape
 from minidistill.roles import decide
+from minidistill.trainer.batching import split_by_tokens
 
 Configure = Callable[..., Any]
 # no engine takes over what the first of two steps has learnt
@@ -77,7 +78,9 @@ def measured(lab: Lab) -> int:
 def estimated(lab: Lab, config: Any) -> dict[str, int]:
     """The estimate for the largest micro-batch of the lab's step."""
     loads = []
-    for rows in lab.trainer._micro_batches(lab.rollouts):
+    trainer = config.trainer
+    sizes = [max(r.student_length, r.teacher_length) for r in lab.rollouts]
+    for rows in split_by_tokens(sizes, trainer.micro_batch_tokens, trainer.packing):
         batch = [lab.rollouts[i] for i in rows]
         lengths = [r.student_length for r in batch]
         tokens = sum(lengths) if config.trainer.packing else max(lengths) * len(batch)

@@ -49,7 +49,7 @@ Configure = Callable[..., Any]
 @contextmanager
 def team(loaded: Any, rollouts: Any = None) -> Iterator[Lab]:
     """A lab whose trainer has the other ranks of the configuration."""
-    group = Ranks(rank_devices(loaded))
+    group = Ranks(rank_devices(loaded, ()))
     try:
         group.start(loaded.config, decide(loaded.config, vllm=False, token_ids=False))
         lab = make_lab(loaded, trained=False)
@@ -216,22 +216,21 @@ def test_refusals(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words) as caught:
-        rank_devices(configure("--orchestrator.batch_size", "8", *flags))
+        rank_devices(configure("--orchestrator.batch_size", "8", *flags), ())
     assert caught.value.exit_code == EXIT_USAGE
 
 
 def test_gpus_of_the_trainer_are_its_ranks(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    loaded = configure("--trainer_gpu_ids", "2,3", "--inference_gpu_ids", "0")
-    assert [d.index for d in rank_devices(loaded)] == [2, 3]
+    assert [d.index for d in rank_devices(configure(), (2, 3))] == [2, 3]
     with pytest.raises(UserError, match="world_size = 4, but 2 GPUs train"):
-        rank_devices(configure("--trainer_gpu_ids", "2,3", "--trainer.world_size", "4"))
+        rank_devices(configure("--trainer.world_size", "4"), (2, 3))
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert len(rank_devices(loaded)) == 2
-    assert [d.index for d in rank_devices(configure())] == [0, 1]
+    assert len(rank_devices(configure(), (2, 3))) == 2
+    with pytest.raises(UserError, match="torchrun starts 2 processes on this machine"):
+        rank_devices(configure(), (2, 3, 4))
 
 
 def test_torchrun_gives_the_same_metrics(tmp_path: Path) -> None:
