@@ -13,11 +13,6 @@ from minidistill.errors import EXIT_USAGE, UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def count_gpus() -> int:
-    """GPUs that this process may use."""
-    return torch.cuda.device_count()
-
-
 def rank_devices(loaded: LoadedConfig, trainer: Sequence[int]) -> list[torch.device]:
     """The device of each of the trainer's ranks on this machine, the driver's first. Each holds
     trainer and teacher, the first the embedded engine's student as well.
