@@ -10,7 +10,7 @@ import torch
 from trainer_tools import Lab, make_lab
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.trainer import trainer as module
+from minidistill.trainer import gradients as module
 
 SMALL = ("--orchestrator.batch_size", "12", "--orchestrator.env.0.args.num_train_examples", "8")
 CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"
@@ -57,12 +57,14 @@ def test_the_step_is_repeated_with_the_same_result(
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
     assert sum(told) == sum(len(r.completion.token_ids) for r in lab.rollouts)
-    assert lab.trainer.budget < 600
-    assert f"trainer.micro_batch_tokens is {lab.trainer.budget}" in lab.warnings[-1]
-    kept, warned = lab.trainer.budget, len(lab.warnings)
+    assert lab.trainer.gradients.budget < 600
+    assert f"trainer.micro_batch_tokens is {lab.trainer.gradients.budget}" in lab.warnings[-1]
+    kept, warned = lab.trainer.gradients.budget, len(lab.warnings)
     lab.trainer.max_mismatch = float("inf")
     lab.trainer.step(lab.rollouts, 2, lambda count: None)
-    assert (lab.trainer.budget, len(lab.warnings)) == (kept, warned), "the new size is kept"
+    assert (lab.trainer.gradients.budget, len(lab.warnings)) == (kept, warned), (
+        "the new size is kept"
+    )
 
 
 def test_a_budget_far_above_the_step_is_cut_to_it(

@@ -49,6 +49,7 @@ class Policy:
     world: World = field(default_factory=World)
     trunks: list[Any] = field(default_factory=list)
     """The models as FSDP runs them, where the ranks divide the weights; else none."""
+    exchanges: sharding.Exchanges = field(default_factory=sharding.Exchanges)
     divided: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     """The student's weights as this rank keeps them between passes, where they are divided."""
     _current: Any = None

@@ -5,9 +5,12 @@ Under LoRA the frozen base is divided and the adapter, which is small, stays on 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -19,6 +22,38 @@ if TYPE_CHECKING:
     from minidistill.trainer.policy import Policy
 
 
+class Exchanges:
+    """Counts what the ranks gather and reduce in a pass.
+
+    One that ran out of memory in the middle of it, while the others wait for its part of the rest,
+    makes the pass again with less: what took place already is then left out.
+    """
+
+    def __init__(self) -> None:
+        self.made = self.skipped = 0
+
+    def due(self) -> bool:
+        """Whether the next one is to take place."""
+        self.made += 1
+        return self.made > self.skipped
+
+
+class Exchange:
+    """An all-gather or a reduce-scatter as FSDP calls it, counted."""
+
+    def __init__(self, exchanges: Exchanges, exchange: Callable[..., Any]) -> None:
+        self.exchanges, self.exchange = exchanges, exchange
+
+    def allocate(self, size: Sequence[int], *, dtype: Any, device: Any) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **how: Any) -> Any:
+        if self.exchanges.due():
+            return self.exchange(output_tensor, input_tensor, **how)
+        output_tensor.zero_()  # nothing of this pass is used
+        return None
+
+
 class Trunk(nn.Module):
     """A model run up to its head. FSDP's outermost module: it holds the head's weight too, tied or
     not, which stays whole from the forward pass on, for the objective takes it as a tensor."""
@@ -26,8 +61,10 @@ class Trunk(nn.Module):
     def __init__(self, causal: Any) -> None:
         super().__init__()
         self.causal = causal
+        self.has_run = False
 
     def forward(self, **inputs: Any) -> Any:
+        self.has_run = True
         return self.causal.base_model(**inputs)
 
 
@@ -52,6 +89,9 @@ def shard(policy: Policy) -> None:
             # a sum, which the loss's normaliser already makes a mean; gloo knows no other
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+            counted = partial(Exchange, policy.exchanges)
+            module.set_custom_all_gather(counted(dist.all_gather_single))
+            module.set_custom_reduce_scatter(counted(dist.reduce_scatter_single))
         policy.trunks.append(trunk)
     policy.divided = list(policy.student.named_parameters())
 
@@ -79,6 +119,22 @@ def release(trunk: Any) -> None:
     trunk.set_reshard_after_forward(False, recurse=False)
     for module in _divided(trunk):
         module.reshard()
+
+
+def begin_pass(policy: Policy) -> None:
+    """Every rank is at the same place, with its part of every weight."""
+    policy.release()
+    policy.exchanges.made = policy.exchanges.skipped = 0
+
+
+def repeat_pass(policy: Policy) -> None:
+    """The pass at hand failed here: to the other ranks the one that is made next is its rest."""
+    for trunk in policy.trunks:
+        if trunk.has_run:
+            trunk.reset_iter_state()
+    begun = policy.exchanges.made
+    begin_pass(policy)
+    policy.exchanges.skipped = begun
 
 
 def is_divided(tensor: Tensor) -> bool:

@@ -150,6 +150,13 @@ class World:
         dist.gather_object(value, found, dst=0, group=self._commands)
         return found or []
 
+    def share(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value, group=self._commands)
+        return found
+
     def spread(self, value: Tensor, device: torch.device) -> Tensor:
         """The driver's tensor on every rank's device; the others give one of its shape."""
         if self.size == 1:
