@@ -27,6 +27,8 @@ class Partition:
     inference_tp: int
     teacher_tp: int
     warnings: tuple[str, ...] = ()
+    processes: int = 1
+    """Of the trainer on a CPU."""
 
     @property
     def inference_dp(self) -> int:
@@ -46,7 +48,7 @@ class Partition:
     @property
     def ranks(self) -> int:
         """Processes of the trainer."""
-        return max(1, len(self.trainer))
+        return len(self.trainer) or self.processes
 
 
 def partition(
@@ -63,16 +65,18 @@ def partition(
     """
     _check_ids(config, gpus)
     tps = config.inference.parallel.tp, config.teacher_inference.parallel.tp
+    processes = (gpus == 0 and config.trainer.world_size) or 1
+    _check_ranks(config, processes, "processes", "trainer.world_size")
     if config.inference.engine == "embedded" or not vllm or config.inference.server_urls:
         trainer, warnings = _embedded(config, gpus)
-        return Partition((), (), trainer, *tps, tuple(warnings))
+        return Partition((), (), trainer, *tps, tuple(warnings), processes)
     own = _own_engine(config, gpus, teaching)
     _check_heads(config, heads, own)
     if gpus == 0:
-        return Partition((), (), (), *tps)
+        return Partition((), (), (), *tps, (), processes)
     warnings = []
     student, teacher, trainer = _divide(config, gpus, own, warnings)
-    _check_ranks(config, trainer)
+    _check_ranks(config, len(trainer))
     if config.trainer_gpu_ids and {*student, *teacher} & set(trainer) and gpus > 1:
         warnings.append("engines and trainer share GPUs: the engines sleep while it trains")
     if teacher and set(student) & set(teacher):
@@ -187,7 +191,7 @@ def _embedded(config: Config, gpus: int) -> tuple[Ids, list[str]]:
                 where=f"{key}, inference.engine",
                 fix=f'leave {key} out, or set inference.engine = "vllm"',
             )
-    _check_ranks(config, tuple(trainer))
+    _check_ranks(config, len(trainer))
     return tuple(trainer), []
 
 
@@ -262,13 +266,15 @@ def _check_heads(config: Config, heads: int | None, own: bool) -> None:
             )
 
 
-def _check_ranks(config: Config, trainer: Ids) -> None:
-    batch, count = config.orchestrator.batch_size, len(trainer)
+def _check_ranks(
+    config: Config, count: int, what: str = "GPUs", key: str = "trainer_gpu_ids"
+) -> None:
+    batch = config.orchestrator.batch_size
     if batch % count:
         raise UserError(
-            f"the trainer's {count} GPUs do not divide orchestrator.batch_size = {batch}",
-            where="trainer_gpu_ids, orchestrator.batch_size",
-            fix=f"name {_dividing(batch, count)} GPUs, or a batch_size that {count} divides",
+            f"the trainer's {count} {what} do not divide orchestrator.batch_size = {batch}",
+            where=f"{key}, orchestrator.batch_size",
+            fix=f"take {_dividing(batch, count)} {what}, or a batch_size that {count} divides",
         )
 
 

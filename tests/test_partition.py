@@ -160,13 +160,13 @@ REFUSALS = [
     (4, "--trainer_gpu_ids 0 --inference.parallel.dp 4", 2, "needs 4 GPUs (dp 4 × tp 1)", "lower"),
     (8, "--inference.parallel.tp 3", 2, "tp = 3 does not divide the model's 32", "set it to 2"),
     (8, f"{SAMPLED} --teacher_inference.parallel.tp 3", 2, "teacher_inference.parallel.tp", "to 2"),
-    (4, "--trainer_gpu_ids 0,1,2", 2, "3 GPUs do not divide orchestrator.batch_size", "name 2"),
+    (4, "--trainer_gpu_ids 0,1,2", 2, "3 GPUs do not divide orchestrator.batch_size", "take 2"),
     (4, f"{OTHER_LISTS} --trainer.loss.estimator full", 2, "needs all of the teacher's", "sampled"),
     (4, f"{SAMPLED} {OTHER_LISTS} --teacher_inference.share", 2, "share = true does", "one of"),
     (4, f"{FULL_FT} --teacher_inference.share", 2, "cannot serve this teacher", "leave it out"),
     (2, "--inference.engine embedded --inference_gpu_ids 0 --trainer_gpu_ids 1", 2,
      "the embedded engine is the trainer's own model", "vllm"),
-    (3, "--inference.engine embedded --trainer_gpu_ids 0,1,2", 2, "do not divide", "name 2"),
+    (3, "--inference.engine embedded --trainer_gpu_ids 0,1,2", 2, "do not divide", "take 2"),
 ]  # fmt: skip
 
 

@@ -12,11 +12,15 @@ import pytest
 import torch
 from trainer_tools import Lab, make_lab
 
+from minidistill.errors import UserError
 from minidistill.models import BUILT_IN
+from minidistill.plan import plan
 from minidistill.plan.memory import Load, trainer_memory
+from minidistill.plan.planning import OTHER_RANKS
 from minidistill.plan.shape import read_shape
 from minidistill.roles import decide
 from minidistill.trainer.batching import split_by_tokens
+from minidistill.trainer.model import load_model_config
 
 Configure = Callable[..., Any]
 # no engine takes over what the first of two steps has learnt
@@ -144,3 +148,26 @@ def test_fixed_parts_are_exact(configure: Configure) -> None:
     assert parts["weights"] == total - parts["adapter"]
     assert parts["gradients"] == parts["adapter"]
     assert parts["optimizer"] == sum(moments)
+
+
+def on_a_cpu(config: Any) -> Any:
+    (device,) = plan(config, load_model_config(config), 0, 8 << 30).devices
+    return device
+
+
+def test_processes_on_a_cpu_share_its_memory(configure: Configure) -> None:
+    """Ranks hold a trainer each, replicas of an engine a copy of the weights and a cache each."""
+    small = ("--trainer.micro_batch_tokens", "256", "--trainer.world_size")
+    one, two = (on_a_cpu(configure(*small, n).config) for n in "12")
+    training = one.phases["training"]
+    assert two.phases["training"] == training | {OTHER_RANKS: sum(training.values())}
+    flags = ("--inference.engine", "vllm", "--teacher_inference.share", "false")
+    dp = "--inference.parallel.dp"
+    single, double = (on_a_cpu(configure(*flags, dp, n).config).phases for n in "12")
+    weights = single["sampling"]["student: weights"]
+    assert weights == 4 * 935_296
+    for phase in ("sampling", "training"):
+        for part in ("weights", "keys and values"):
+            assert double[phase][f"student: {part}"] == 2 * single[phase][f"student: {part}"]
+    with pytest.raises(UserError, match="3 processes do not divide"):
+        on_a_cpu(configure(*small, "3").config)

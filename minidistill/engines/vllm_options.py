@@ -157,7 +157,7 @@ def build_options(
     else:
         arguments |= {
             "enforce_eager": True,
-            "kv_cache_memory_bytes": _cache(model, dtype, longest),
+            "kv_cache_memory_bytes": cpu_cache(_a_token(model, dtype), longest),
             # small blocks let a group's samples share more of their prompt, which counts, for
             # reading it with an adapter is what vLLM's CPU kernels are slow at
             "block_size": BLOCK,
@@ -202,11 +202,16 @@ def _targets(lora: LoraConfig, model: Any) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in linear})
 
 
-def _cache(model: Any, dtype: torch.dtype, longest: int) -> int:
-    """Bytes of keys and values for a full batch of the longest sequences, within bounds."""
+def _a_token(model: Any, dtype: torch.dtype) -> int:
+    """Bytes of a token's keys and values."""
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
     size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    a_token = 2 * model.num_hidden_layers * heads * size * dtype.itemsize
+    return int(2 * model.num_hidden_layers * heads * size * dtype.itemsize)
+
+
+def cpu_cache(a_token: int, longest: int) -> int:
+    """Bytes of keys and values for a full batch of the longest sequences, within bounds, where a
+    token has `a_token` bytes."""
     blocks = -(-(longest + 1) // BLOCK)
     one = blocks * BLOCK * a_token
     return max(one + (64 << 20), min(SEQUENCES * one, CPU_CACHE_BYTES))

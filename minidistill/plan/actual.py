@@ -6,9 +6,9 @@ import resource
 
 import torch
 
-from minidistill.plan.planning import GIB, Plan
+from minidistill.plan.planning import GIB, OTHER_RANKS, Plan
 
-NOT_TENSORS = ("trainer: CUDA context",)
+NOT_HERE = ("trainer: CUDA context", OTHER_RANKS)
 
 
 def planned_and_measured(plan: Plan, device: torch.device) -> str:
@@ -16,7 +16,7 @@ def planned_and_measured(plan: Plan, device: torch.device) -> str:
     which counts libraries too."""
     phases = next(d.phases for d in plan.devices if d.id == device.index)
     parts = phases.get("training", {})
-    own = (v for k, v in parts.items() if k.startswith("trainer: ") and k not in NOT_TENSORS)
+    own = (v for k, v in parts.items() if k.startswith("trainer: ") and k not in NOT_HERE)
     planned = f"memory: the trainer was planned at {sum(own) / GIB:.2f} GiB at most"
     if device.type == "cuda":
         measured = torch.cuda.max_memory_allocated(device) / GIB

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from minidistill.config import Config
-from minidistill.engines.vllm_options import RANKS, SEQUENCES
+from minidistill.engines.vllm_options import RANKS, SEQUENCES, cpu_cache
 from minidistill.plan.shape import Shape
 from minidistill.roles import Teaching
 from minidistill.weights import CHUNK_BYTES as SYNC_BYTES
@@ -187,6 +187,24 @@ def engine_memory(
         "CUDA context": CONTEXT,
     }
     return {**parts, "keys and values": budget - sum(parts.values())}
+
+
+def cpu_engines(
+    config: Config, shape: Shape, teacher: Shape, teaching: Teaching, itemsize: int
+) -> Parts:
+    """Bytes of the engines beside a trainer on a CPU, by "owner: part". Each replica has a copy of
+    the weights, tp or not; what it works with is not counted."""
+    own = teaching.scorer == "engine" and teaching.needs_own_engine
+    found: Parts = {}
+    for owner, table, size, there in (
+        ("student", config.inference, shape, True),
+        ("teacher", config.teacher_inference, teacher, own),
+    ):
+        if there and not table.server_urls:
+            dp, cache = table.parallel.dp or 1, cpu_cache(size.cache(itemsize), config.seq_len)
+            found[f"{owner}: weights"] = dp * size.parameters * itemsize
+            found[f"{owner}: keys and values"] = dp * cache
+    return found
 
 
 def embedded_cache(config: Config, shape: Shape, itemsize: int) -> int:

@@ -14,6 +14,7 @@ from minidistill.partition import Partition, engine_share, partition
 from minidistill.plan.memory import (
     CONTEXT,
     Parts,
+    cpu_engines,
     embedded_cache,
     engine_memory,
     sync_buffer,
@@ -191,11 +192,13 @@ def _lay_out(
         usable = int(FILL * machine.bytes) if trains else machine.bytes
         devices.append(Device(id, machine.bytes, usable, phases))
     if not machine.gpus:
-        cache = {"engine: keys and values": embedded_cache(config, shape, size)}
-        if machine.samples_with_vllm(config):  # a process with a copy of its own
-            copy = {"engine: weights": shape.parameters * size}
-            cache, training = cache | copy, training | copy
-        phases = {"sampling": resident | cache, "training": training}
+        held, cache = {}, {"engine: keys and values": embedded_cache(config, shape, size)}
+        if machine.samples_with_vllm(config):
+            held, cache = cpu_engines(config, shape, teacher, teaching, size), {}
+        phases = {
+            "sampling": _ranks(resident, parts.ranks - 1) | held | cache,
+            "training": _ranks(training, parts.ranks - 1) | held,
+        }
         devices.append(Device(None, machine.bytes, int(FILL * machine.bytes), phases))
     problems += _overfull(devices)
     return Plan(
@@ -204,6 +207,7 @@ def _lay_out(
     )  # fmt: skip
 
 
+OTHER_RANKS = "trainer: other ranks"
 # What the trainer holds between its steps
 RESIDENT = ("weights", "reference copy", "adapter", "optimizer")
 
@@ -258,6 +262,11 @@ def _engines(
         a_token = teacher.cache(size, tp)
         found.append(_Engine("teacher", parts.teacher, parts.teacher_dp, a_token, needs))
     return found
+
+
+def _ranks(driver: Parts, others: int) -> Parts:
+    """What the trainer's processes on one machine take together."""
+    return {**driver, OTHER_RANKS: others * sum(driver.values())} if others else driver
 
 
 def _owned(owner: str, parts: Parts) -> Parts:

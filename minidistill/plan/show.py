@@ -118,7 +118,8 @@ def _head(plan: Plan) -> list[tuple[str, str]]:
         if ids:
             rows.append((name, f"GPU {', '.join(map(str, ids))} ({text})"))
     if not parts.trainer:
-        rows.append(("trainer", "the CPU"))
+        ranks = f" ({parts.ranks} ranks, {how})" if parts.ranks > 1 else ""
+        rows.append(("trainer", f"the CPU{ranks}"))
     return rows
 
 
