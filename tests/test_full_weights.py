@@ -143,7 +143,7 @@ def test_half_precision_loses_no_small_update(configure: Configure) -> None:
     assert (weight < 0.995).all()
     torch.testing.assert_close(optimizer.masters[name], weight.float(), rtol=4e-3, atol=0)
     again = Optimizer(lab.policy, config)
-    again.load_state(optimizer.state())
+    again.load_state(optimizer.state().items())
     assert torch.equal(again.masters[name], optimizer.masters[name])
     assert again.state().keys() == optimizer.state().keys()
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minidistill"
 # From the bottom up: a module imports from its own layer and those below.
 LAYERS = [
-    {"types", "errors", "config", "models"},
+    {"types", "errors", "config", "models", "child"},
     {"envs", "prompts", "scoreboard", "rundir", "ui"},
     {"devices", "roles", "partition", "plan", "engines", "trainer", "weights"},
     {"data", "monitors", "report", "records", "preflight"},

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
+from minidistill.child import Child
 from minidistill.engines.base import Advance
 
 MODULE = "minidistill.engines.vllm_process"
@@ -27,29 +24,19 @@ class EngineFailed(Exception):
     """The engine's process lives and reports an error."""
 
 
-class EngineProcess:
+class EngineProcess(Child):
     """The child and two sockets to it: for calls, and for commands in the middle of a call.
 
-    It leads a process group of its own: Ctrl-C in a terminal does not reach it before the step at
-    hand is kept, and `close` ends whatever it has started too. Should this process die without
-    closing, the child sees its end of a pipe close and ends its group itself.
+    Should this process die without closing, the child sees its end of a pipe close and ends its
+    group itself.
     """
 
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         ours, theirs = zip(socket.socketpair(), socket.socketpair(), strict=True)
         watched, self._lifeline = os.pipe()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         descriptors = (*(end.fileno() for end in theirs), watched)
         try:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", MODULE, *map(str, descriptors)],
-                pass_fds=descriptors,
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, **environment},
-            )
+            super().__init__(MODULE, [*map(str, descriptors)], descriptors, environment)
         finally:
             for end in theirs:
                 end.close()
@@ -66,7 +53,7 @@ class EngineProcess:
             try:
                 kind, value = (on or self.connection).recv()
             except (EOFError, OSError) as error:
-                raise EngineDied(self.obituary()) from error
+                raise EngineDied(self.obituary()[1]) from error
             if kind == "progress":
                 if advance is not None:
                     advance(value)
@@ -89,28 +76,13 @@ class EngineProcess:
         try:
             on.send((method, arguments))
         except OSError as error:
-            raise EngineDied(self.obituary()) from error
+            raise EngineDied(self.obituary()[1]) from error
         return self.receive(advance, on)
 
-    def obituary(self) -> str:
-        """How the process ended, with the last it wrote."""
-        try:
-            code = self.popen.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return "it closed its connection"
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return f"{how}; its last words: {lines[-1].strip()[:300]}" if lines else how
-
-    def close(self) -> None:
-        """End the process and all it started, now."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
-        self.popen.wait()
+    def close(self, patience: float = 0.0) -> None:
+        super().close(patience)
         self.connection.close()
         self._commands.close()
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
-        self._log.close()

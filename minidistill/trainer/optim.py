@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -77,9 +78,9 @@ class Optimizer:
         return found
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Iterable[tuple[str, Tensor]]) -> None:
         """Put back what `state` gave."""
-        for key, value in state.items():
+        for key, value in state:
             kind, _, name = key.partition("/")
             target = self.stepped[name]
             if kind == "master":

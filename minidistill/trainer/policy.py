@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,10 +232,10 @@ class Policy:
         return found
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Iterable[tuple[str, Tensor]]) -> None:
         """Put back what `state` gave."""
         here = self.state()
-        for name, value in state.items():
+        for name, value in state:
             here[name].copy_(sharding.like(value, here[name]))
 
 

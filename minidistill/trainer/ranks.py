@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -17,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from minidistill.child import Child
 from minidistill.config import Config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.roles import Teaching
@@ -29,9 +26,8 @@ FAREWELL = 5.0  # seconds that a rank gets to end by itself
 class Ranks:
     """The trainer's ranks, of which this process is the first; alone, `world` is all there is.
 
-    Each other rank leads a process group of its own, so that Ctrl-C in a terminal does not reach
-    it before the step at hand is kept. Should this process die without closing, a rank sees its
-    end of a socket close and ends its group itself.
+    Should this process die without closing, a rank sees its end of a socket close and ends its
+    group itself.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
@@ -39,10 +35,10 @@ class Ranks:
         found = launched()
         self.devices = devices
         self.world = World(*(found or (0, len(devices))))
-        self._children: list[_Child] = []
+        self._children: list[_Rank] = []
         self._folder: Path | None = None
         self._ended, self._closing = threading.Event(), False
-        self._first: _Child | None = None  # of those that ended
+        self._first: _Rank | None = None  # of those that ended
 
     def start(self, config: Config, teaching: Teaching) -> None:
         """Start the other ranks, which load the model while the caller does.
@@ -56,7 +52,7 @@ class Ranks:
             self._folder = Path(tempfile.mkdtemp(prefix="minidistill-"))
             store = self._folder / "store"
             for rank in range(1, self.world.size):
-                child = _Child(rank, self.world.size, self.devices[rank], store)
+                child = _Rank(rank, self.world.size, self.devices[rank], store)
                 self._children.append(child)
             for child in self._children:
                 if not child.link.recv(1):
@@ -113,54 +109,29 @@ def _someone_fell(seconds: float) -> UserError | None:
     )
 
 
-class _Child:
+class _Rank(Child):
     """A rank's process and the socket that tells each of the other's end."""
 
     def __init__(self, rank: int, size: int, device: torch.device, store: Path) -> None:
         self.rank = rank
         self.link, theirs = socket.socketpair()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
-        numbers = (str(rank), str(size), str(device), str(store), str(theirs.fileno()))
-        try:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", MODULE, *numbers],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        finally:
-            theirs.close()
+        number = theirs.fileno()
+        with theirs:
+            arguments = map(str, (rank, size, device, store, number))
+            super().__init__(MODULE, [*arguments], [number])
 
     def fallen(self) -> UserError:
-        """How the process ended, with the last it wrote."""
-        try:
-            code = self.popen.wait(timeout=FAREWELL)
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        except subprocess.TimeoutExpired:
-            code, how = EXIT_FAILED, "it closed its connection"
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        words = f"; its last words: {lines[-1].strip()[:300]}" if lines else ""
+        """What to raise now that it has ended."""
+        code, how = self.obituary()
         memory = code == EXIT_ENVIRONMENT
         advice = "lower trainer.micro_batch_tokens; " if memory else ""
         return UserError(
-            f"rank {self.rank} of the trainer ended: {how}{words}",
+            f"rank {self.rank} of the trainer ended: {how}",
             where="training",
             fix=f"{advice}--resume goes on from the last checkpoint",
             exit_code=EXIT_ENVIRONMENT if memory else EXIT_FAILED,
         )
 
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
-
-    def close(self, patience: float) -> None:
-        """End the process and all it started, after `patience` seconds."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.popen.wait(patience)
-        self.kill()
-        self.popen.wait()
+    def close(self, patience: float = 0.0) -> None:
+        super().close(patience)
         self.link.close()
-        self._log.close()

@@ -119,10 +119,12 @@ class Trainer:
         tensors say what it is going to send."""
         promised = {k: torch.empty_like(v, device="meta") for k, v in state.items()}
         with self.world.together("load_state", promised):
-            for key, tensor in state.items():
-                part, _, name = key.partition("/")
-                target = self.policy if part == "policy" else self.optimizer
-                target.load_state({name: self.world.spread(tensor, self.policy.device)})
+            for part, target in (("policy/", self.policy), ("optimizer/", self.optimizer)):
+                target.load_state(
+                    (key.removeprefix(part), self.world.spread(tensor, self.policy.device))
+                    for key, tensor in state.items()
+                    if key.startswith(part)
+                )
 
 
 def _silent(count: int) -> None:
