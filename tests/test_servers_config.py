@@ -39,7 +39,9 @@ def test_refusals(configure: Callable[..., Any], flags: tuple[str, ...], what: s
     assert what in str(caught.value)
 
 
-def test_servers_for_both_roles_are_allowed(configure: Callable[..., Any]) -> None:
-    config = configure(*STUDENT, *TEACHER).config
+def test_servers_for_both_roles_and_one_step_ahead_are_allowed(
+    configure: Callable[..., Any],
+) -> None:
+    config = configure(*STUDENT, *TEACHER, "--schedule", "async").config
     assert config.inference.server_urls == ["http://localhost:8000"]
     assert config.teacher_inference.server_urls == ["http://localhost:8001"]

@@ -33,11 +33,10 @@ Answer = tuple[dict[str, Any], int | None]
 
 
 class ServerEngine:
-    """One running vLLM server.
+    """One running vLLM server. Two threads may call: one that samples, one that syncs.
 
     Where it goes away it is waited for, `patience` seconds at most and at most `max_restarts` times
     in a run; it is then sent the current adapters, and asked again what it had not answered.
-    Two threads may call: one that samples, one that syncs.
     """
 
     scores_ids = False  # the API gives no log-probs at chosen ids of a prompt
@@ -72,7 +71,7 @@ class ServerEngine:
         return f"{self.name} at {self.url}"
 
     def attach(self, policy: Policy, serves: Sequence[Role]) -> None:
-        """Name the trainer's model, whose adapters under the roles served here `sync` sends."""
+        """Name the trainer's model, whose adapters under these roles `sync` sends."""
         self._policy = policy
         self._serves = tuple(r for r in dict.fromkeys(serves) if policy.lora and r in NAMES)
 
@@ -111,9 +110,7 @@ class ServerEngine:
             "return_tokens_as_token_ids": True,
             "stop_token_ids": sorted(self._policy.eos_ids),
         }  # fmt: skip
-        bodies = [
-            common | {"prompt": list(r.prompt_ids), "seed": r.seed & SEED_BITS} for r in requests
-        ]
+        bodies = [common | {"prompt": r.prompt_ids, "seed": r.seed & SEED_BITS} for r in requests]
         return [
             Completion(
                 tuple(choice["token_ids"]),
@@ -141,8 +138,7 @@ class ServerEngine:
         found = []
         answers = self._complete(bodies, student)
         for completion, (choice, _) in zip(completions, answers, strict=True):
-            rows = choice["prompt_logprobs"][-len(completion) :]
-            pairs = zip(rows, completion, strict=True)
+            pairs = zip(choice["prompt_logprobs"][-len(completion) :], completion, strict=True)
             found.append([row[str(token)]["logprob"] for row, token in pairs])
         return found
 
@@ -150,8 +146,10 @@ class ServerEngine:
         """See `Engine.sync`: adapters through the folder. A `version` is sent once."""
         assert self._policy is not None
         for role in self._serves:
-            adapter = self._adapters.write(self._policy, role, version)
             with self._life:
+                if self._closed.is_set():  # by another thread: leave nothing behind
+                    return
+                adapter = self._adapters.write(self._policy, role, version)
                 self._kept(partial(self._load, adapter))
                 self._adapters.switch(adapter)
         self._unload_idle()
