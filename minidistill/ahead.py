@@ -15,8 +15,8 @@ Collected = tuple[list[Rollout], Metrics]
 class Ahead:
     """One thread that collects a step's rollouts, and what of that was waited for.
 
-    Weights that are synced meanwhile take over in the middle of completions: the engine notes which
-    version sampled which token.
+    Weights that are synced meanwhile take over in the middle of completions, on servers with the
+    next one: the engine notes which version sampled which token.
     """
 
     def __init__(self, collector: Collector, engine: Engine) -> None:

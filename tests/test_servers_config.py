@@ -21,7 +21,6 @@ TEACHER = ("--teacher_inference.server_urls", '["http://localhost:8001"]')
         ((*TEACHER, "--teacher_gpu_ids", "0"), "teacher_gpu_ids is for an engine"),
         ((*STUDENT, "--inference.engine", "embedded"), "samples in the trainer"),
         ((*STUDENT, "--no-trainer.model.lora"), "trains every weight"),
-        ((*STUDENT, "--schedule", "async"), "async"),
         ((*STUDENT, "--no-teacher_inference.share"), "in an engine apart"),
         ((*TEACHER, "--trainer.loss.estimator", "full"), "needs more of the teacher"),
         ((*TEACHER, "--trainer.loss.estimator", "top_k"), "needs more of the teacher"),
@@ -40,7 +39,9 @@ def test_refusals(configure: Callable[..., Any], flags: tuple[str, ...], what: s
     assert what in str(caught.value)
 
 
-def test_servers_for_both_roles_are_allowed(configure: Callable[..., Any]) -> None:
-    config = configure(*STUDENT, *TEACHER).config
+def test_servers_for_both_roles_and_one_step_ahead_are_allowed(
+    configure: Callable[..., Any],
+) -> None:
+    config = configure(*STUDENT, *TEACHER, "--schedule", "async").config
     assert config.inference.server_urls == ["http://localhost:8000"]
     assert config.teacher_inference.server_urls == ["http://localhost:8001"]

@@ -189,13 +189,6 @@ def _servers(config: Config) -> Iterator[Problem]:
                 "train an adapter, or let the run start its own engine",
                 ("trainer.model.lora", students),
             )
-        if config.schedule == "async":
-            yield Problem(
-                f'schedule = "async" hands weights over in the middle of completions, and a server '
-                f"({students}) does not say which tokens they sampled",
-                'set schedule = "sync"',
-                ("schedule", students),
-            )
         other = config.teacher_inference.model.name not in (None, config.model.name)
         apart = other or shared is False or config.teacher_gpu_ids is not None
         if apart and teachers not in given and config.trainer.loss.estimator != "full":

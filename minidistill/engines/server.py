@@ -1,17 +1,16 @@
 """Sampling and scoring on a vLLM server that somebody else has started, here or elsewhere.
 
 Completions go over the OpenAI API, token ids in and token ids out. Adapters go through a folder
-that the server can read: each version lies at a path of its own under one name, in place of the one
-before. vLLM's prefix cache is keyed by name and path, and an adapter in place keeps its slot.
+that the server can read. Each version has a name of its own there: requests in flight finish under
+the one that they named, and which version sampled a completion is known.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import shutil
+import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
@@ -19,21 +18,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-from safetensors.torch import save_file
 
 from minidistill.engines.base import Advance, Request
 from minidistill.engines.kept import Warn
-from minidistill.engines.server_http import KEY, GoneError, message, post_all, request
+from minidistill.engines.server_adapters import Adapter, Adapters
+from minidistill.engines.server_http import KEY, GoneError, Post, at_once, message, request
 from minidistill.engines.vllm import NAMES, SEED_BITS
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.trainer.policy import STUDENT, Policy, Role
 from minidistill.types import Completion
 
 T = TypeVar("T")
+Answer = tuple[dict[str, Any], int | None]
 
 
 class ServerEngine:
-    """One running vLLM server.
+    """One running vLLM server. Two threads may call: one that samples, one that syncs.
 
     Where it goes away it is waited for, `patience` seconds at most and at most `max_restarts` times
     in a run; it is then sent the current adapters, and asked again what it had not answered.
@@ -56,21 +56,22 @@ class ServerEngine:
         """`where` is the setting that names the `url`, `command` starts a server that fits,
         `needs` is how many tokens it must take, `folder` where adapters are left for it."""
         self.url = self.place = url.rstrip("/").removesuffix("/v1")
-        self.where, self.command, self.needs, self.folder = where, command, needs, folder
+        self.where, self.command, self.needs = where, command, needs
         self.max_restarts, self.warn = max_restarts, warn
-        self.restarts = 0
-        self._mark = uuid.uuid4().hex[:8]  # runs that share a server have names of their own
+        self.restarts = self._returns = 0
         self._model = ""
         self._policy: Policy | None = None
         self._serves: tuple[Role, ...] = ()
-        self._loaded: dict[Role, Path] = {}
+        self._adapters = Adapters(folder)
+        self._life = threading.RLock()  # loading adapters, waiting for the server, closing
+        self._closed = threading.Event()
 
     @property
     def description(self) -> str:
         return f"{self.name} at {self.url}"
 
     def attach(self, policy: Policy, serves: Sequence[Role]) -> None:
-        """Name the trainer's model, whose adapters under the roles served here `sync` sends."""
+        """Name the trainer's model, whose adapters under these roles `sync` sends."""
         self._policy = policy
         self._serves = tuple(r for r in dict.fromkeys(serves) if policy.lora and r in NAMES)
 
@@ -100,7 +101,6 @@ class ServerEngine:
         assert top_k == 0
         assert self._policy is not None
         common = {
-            "model": self._name(student),
             "max_tokens": max_tokens,
             "temperature": temperature,
             # whatever the server or the model's files have for defaults
@@ -110,16 +110,15 @@ class ServerEngine:
             "return_tokens_as_token_ids": True,
             "stop_token_ids": sorted(self._policy.eos_ids),
         }  # fmt: skip
-        bodies = [
-            common | {"prompt": list(r.prompt_ids), "seed": r.seed & SEED_BITS} for r in requests
-        ]
+        bodies = [common | {"prompt": r.prompt_ids, "seed": r.seed & SEED_BITS} for r in requests]
         return [
             Completion(
                 tuple(choice["token_ids"]),
                 tuple(choice["logprobs"]["token_logprobs"]),
                 "length" if choice["finish_reason"] == "length" else "eos",
+                versions=() if version is None else ((0, version),),
             )
-            for choice in self._complete(bodies, advance)
+            for choice, version in self._complete(bodies, student, advance)
         ]
 
     def score(
@@ -134,75 +133,64 @@ class ServerEngine:
         if temperature != 1:
             raise ValueError("vLLM gives the log-probs of given tokens at temperature 1 alone")
         # a server leaves out the prefix cache for these, so that every row is valid
-        common = {
-            "model": self._name(student), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0
-        }  # fmt: skip
+        common = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         bodies = [common | {"prompt": [*p, *c]} for p, c in zip(prompts, completions, strict=True)]
         found = []
-        for completion, choice in zip(completions, self._complete(bodies), strict=True):
-            rows = choice["prompt_logprobs"][-len(completion) :]
-            pairs = zip(rows, completion, strict=True)
+        answers = self._complete(bodies, student)
+        for completion, (choice, _) in zip(completions, answers, strict=True):
+            pairs = zip(choice["prompt_logprobs"][-len(completion) :], completion, strict=True)
             found.append([row[str(token)]["logprob"] for row, token in pairs])
         return found
 
     def sync(self, version: int) -> None:
-        """See `Engine.sync`: adapters as plain PEFT, through the folder."""
-        policy = self._policy
-        assert policy is not None
+        """See `Engine.sync`: adapters through the folder. A `version` is sent once."""
+        assert self._policy is not None
         for role in self._serves:
-            path = (self.folder / f"{NAMES[role]}-v{version}-{self._mark}").resolve()
-            with policy.lock:
-                path.mkdir(parents=True, exist_ok=True)
-                tensors = {n: p.detach().cpu().contiguous() for n, p in policy.adapter(role)}
-                save_file(tensors, path / "adapter_model.safetensors")
-                settings = copy.copy(policy.model.peft_config[STUDENT])
-                settings.inference_mode = True
-                settings.save_pretrained(str(path))
-            former = self._loaded.get(role)
-            self._kept(partial(self._load, role, path))
-            if former is not None and former != path:
-                shutil.rmtree(former, ignore_errors=True)
+            with self._life:
+                if self._closed.is_set():  # by another thread: leave nothing behind
+                    return
+                adapter = self._adapters.write(self._policy, role, version)
+                self._kept(partial(self._load, adapter))
+                self._adapters.switch(adapter)
+        self._unload_idle()
 
     def sleep(self) -> None:
         """Its memory is its own."""
 
     def close(self) -> None:
-        """Take this run's adapters from the server, if it is still there, and from the disk."""
-        for role, path in self._loaded.items():
-            with contextlib.suppress(GoneError):  # it has gone, and they with it
-                body = {"lora_name": self._adapter(role)}
-                self._request("POST", "/v1/unload_lora_adapter", body)
-            shutil.rmtree(path, ignore_errors=True)
-        self._loaded.clear()
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        """Give up what is in flight; take this run's adapters from the server and the disk."""
+        self._closed.set()
+        with self._life:
+            for adapter in self._adapters.all:
+                self._unload(adapter)
+            self._adapters.delete()
 
     # -- adapters ------------------------------------------------------------------------------
 
-    def _adapter(self, role: Role) -> str:
-        return f"minidistill-{self._mark}-{NAMES[role]}"
-
-    def _name(self, student: bool) -> str:
-        """What the server calls the weights: an adapter's name, or its model's."""
-        assert self._policy is not None
-        role = STUDENT if student else self._policy.teacher
-        return self._adapter(role) if role in self._loaded else self._model
-
-    def _load(self, role: Role, path: Path) -> None:
-        body = {"lora_name": self._adapter(role), "lora_path": str(path), "load_inplace": True}
+    def _load(self, adapter: Adapter) -> None:
+        body = {"lora_name": adapter.name, "lora_path": str(adapter.path)}
         answer = self._request("POST", "/v1/load_lora_adapter", body)
-        if answer.status_code != HTTPStatus.OK:
+        # it may have heard an earlier try whose answer was lost
+        if answer.status_code != HTTPStatus.OK and "already been loaded" not in message(answer):
             raise self._refusal(
-                f"did not take the adapter in {path}: {message(answer)}",
+                f"did not take the adapter in {adapter.path}: {message(answer)}",
                 "let it read that folder (the same machine, or a shared file system), and start it "
                 f"with\n{self.command}",
             )
-        self._loaded[role] = path
+
+    def _unload(self, adapter: Adapter) -> None:
+        with contextlib.suppress(GoneError):  # it has gone, and they with it
+            self._request("POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
+
+    def _unload_idle(self) -> None:
+        for adapter in self._adapters.take_idle():
+            self._unload(adapter)
+            shutil.rmtree(adapter.path, ignore_errors=True)
 
     def _check_takes_adapters(self) -> None:
         """An adapter that is not there must be what it complains of."""
-        name = f"minidistill-{self._mark}-probe"
-        body = {"lora_name": name, "lora_path": f"/nowhere/{name}", "load_inplace": True}
+        name = self._adapters.name("probe")
+        body = {"lora_name": name, "lora_path": f"/nowhere/{name}"}
         answer = self._request("POST", "/v1/load_lora_adapter", body)
         if answer.status_code == HTTPStatus.NOT_FOUND and name in message(answer):
             return
@@ -224,49 +212,62 @@ class ServerEngine:
             raise self._refusal(why, f"start it with\n{self.command}")
 
     def _complete(
-        self, bodies: Sequence[dict[str, Any]], advance: Advance | None = None
-    ) -> list[dict[str, Any]]:
-        """The choice of each request, all of them in flight at once."""
-        found: dict[int, dict[str, Any]] = {}
+        self, bodies: Sequence[dict[str, Any]], student: bool, advance: Advance | None = None
+    ) -> list[Answer]:
+        """The requests' choices, each with its adapter's version; all are in flight at once."""
+        assert self._policy is not None
+        role = STUDENT if student else self._policy.teacher
+        found: dict[int, Answer] = {}
         fixed = {"add_special_tokens": False, "skip_special_tokens": False}
 
-        def take(index: int, data: dict[str, Any]) -> None:
-            found[index] = data["choices"][0]
+        async def one(post: Post, index: int) -> None:
+            with self._adapters.asking(role) as adapter:  # the latest, as it is sent
+                name = adapter.name if adapter else self._model
+                answer = await post("/v1/completions", fixed | bodies[index] | {"model": name})
+                if adapter and answer.status_code == HTTPStatus.NOT_FOUND:
+                    raise GoneError(f"it was started again: {message(answer)}")
+                choice = self._checked(answer).json()["choices"][0]
+                found[index] = choice, adapter.version if adapter else None
             if advance is not None:
                 advance(1)
 
         def ask() -> None:
-            left = {i: fixed | body for i, body in enumerate(bodies) if i not in found}
-            post_all(self.url, "/v1/completions", left, self._checked, take)
+            left = [i for i in range(len(bodies)) if i not in found]
+            at_once(self.url, one, left, self._closed.is_set)
 
         self._kept(ask)
+        self._unload_idle()
         return [found[i] for i in range(len(bodies))]
 
     def _kept(self, act: Callable[[], T]) -> T:
         """What `act` returns, done again after the server was away."""
         while True:
+            seen = self._returns
             try:
                 return act()
             except GoneError as error:
-                self._wait_again(error)
+                with self._life:
+                    if seen == self._returns:  # else another thread has seen to it
+                        self._wait_again(error)
 
     def _wait_again(self, error: GoneError) -> None:
-        if self.restarts >= self.max_restarts:
+        if self.restarts >= self.max_restarts or self._closed.is_set():
             again = f" (it was waited for {self.restarts} times)" if self.restarts else ""
             raise self._lost(f"{error}{again}") from error
         self.restarts += 1
         self.warn(f"the {self.description} is away ({error}): waiting for it")
         end, pause = time.monotonic() + self.patience, 0.5
         while True:
-            time.sleep(pause)
+            closed = self._closed.wait(pause)
             pause = min(2 * pause, 10.0)
             try:
                 self._look()
-                for role, path in self._loaded.items():
-                    self._load(role, path)
+                for adapter in self._adapters.current:
+                    self._load(adapter)
+                self._returns += 1
                 return
             except GoneError as still:
-                if time.monotonic() >= end:
+                if closed or time.monotonic() >= end:
                     raise self._lost(str(still)) from still
 
     def _lost(self, why: str) -> UserError:

@@ -28,7 +28,9 @@ def server_command(config: Config, model: Any, longest: int, *, teacher: bool) -
     words += ["--logprobs-mode processed_logprobs"]
     if adapters:
         words += ["--enable-lora", f"--max-lora-rank {adapters['max_lora_rank']}"]
-        words += [f"--max-loras {adapters['max_loras']}"]
+        # one step ahead, requests in flight finish under the version before
+        ahead = config.schedule == "async"
+        words += [f"--max-loras {adapters['max_loras'] + ahead}"]
         words += ["--lora-target-modules", *adapters["lora_target_modules"]]
     return " ".join(words)
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import httpx
 
 KEY = "VLLM_API_KEY"
 CONNECT_SECONDS = 10.0
+ANSWER_SECONDS = 120.0  # for what is no completion
+CLOSED_SECONDS = 0.2  # how often requests in flight look whether they are still wanted
 IN_FLIGHT = 512  # requests at a time; the server schedules them
 _LIMITS = httpx.Limits(max_connections=IN_FLIGHT, max_keepalive_connections=IN_FLIGHT)
 _WATCHED = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
-Check = Callable[[httpx.Response], httpx.Response]
+Post = Callable[[str, Any], Awaitable[httpx.Response]]
 
 
 class GoneError(Exception):
@@ -24,49 +26,60 @@ class GoneError(Exception):
 
 
 def request(url: str, method: str, path: str, body: Any = None) -> httpx.Response:
-    """The answer to one request. Raises GoneError."""
+    """The answer to one request that takes no long time. Raises GoneError."""
     # proxies of the environment are not asked: the server is the user's own
     transport = httpx.HTTPTransport(socket_options=_keep_alive())
     try:
-        with httpx.Client(transport=transport, **_options(url)) as client:
+        with httpx.Client(transport=transport, **_options(url, ANSWER_SECONDS)) as client:
             return client.request(method, path, json=body)
     except httpx.TransportError as error:
         raise GoneError(_reason(error)) from error
 
 
-def post_all(
+def at_once(
     url: str,
-    path: str,
-    bodies: Mapping[int, dict[str, Any]],
-    check: Check,
-    take: Callable[[int, Any], None],
+    act: Callable[[Post, int], Coroutine[Any, Any, None]],
+    indices: Sequence[int],
+    closed: Callable[[], bool],
 ) -> None:
-    """Send all at once; `take` is given the data of each answer that passes `check` as it comes.
+    """`act` for all indices together: it is given a function that posts a body to a path.
 
-    Raises GoneError, and what `check` raises; what is still in flight is then given up.
+    Raises GoneError, also where the engine is `closed` meanwhile, and what `act` raises; what is
+    still in flight is then given up, which a server notices.
     """
 
-    async def ask() -> None:
+    async def run() -> None:
         room = asyncio.Semaphore(IN_FLIGHT)
         transport = httpx.AsyncHTTPTransport(limits=_LIMITS, socket_options=_keep_alive())
-        async with httpx.AsyncClient(transport=transport, **_options(url)) as client:
+        async with httpx.AsyncClient(transport=transport, **_options(url, None)) as client:
 
-            async def one(index: int, body: dict[str, Any]) -> None:
+            async def post(path: str, body: Any) -> httpx.Response:
+                try:
+                    return await client.post(path, json=body)
+                except httpx.TransportError as error:
+                    raise GoneError(_reason(error)) from error
+
+            async def one(index: int) -> None:
                 async with room:
-                    answer = await client.post(path, json=body)
-                take(index, check(answer).json())
+                    await act(post, index)
 
-            tasks = [asyncio.create_task(one(i, body)) for i, body in bodies.items()]
+            tasks = {asyncio.create_task(one(index)) for index in indices}
+            left = tasks
             try:
-                await asyncio.gather(*tasks)
-            except httpx.TransportError as error:
-                raise GoneError(_reason(error)) from error
+                while left:
+                    done, left = await asyncio.wait(
+                        left, timeout=CLOSED_SECONDS, return_when=asyncio.FIRST_EXCEPTION
+                    )
+                    for task in done:
+                        task.result()
+                    if left and closed():
+                        raise GoneError("this run has ended")
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    asyncio.run(ask())
+    asyncio.run(run())
 
 
 def message(answer: httpx.Response) -> str:
@@ -80,13 +93,13 @@ def message(answer: httpx.Response) -> str:
     return f"{lines[0][:300]} (HTTP {answer.status_code})"
 
 
-def _options(url: str) -> dict[str, Any]:
-    """Connecting is bounded in time; a completion may take as long as it does."""
+def _options(url: str, seconds: float | None) -> dict[str, Any]:
+    """Connecting is bounded in time; a completion (None) may take as long as it does."""
     secret = os.environ.get(KEY)
     return {
         "base_url": url,
         "headers": {"Authorization": f"Bearer {secret}"} if secret else {},
-        "timeout": httpx.Timeout(None, connect=CONNECT_SECONDS),
+        "timeout": httpx.Timeout(seconds, connect=CONNECT_SECONDS),
     }
 
 

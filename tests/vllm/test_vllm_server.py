@@ -1,99 +1,32 @@
-"""Engines that are running vLLM servers: a real one, of the shipped model, on the CPU."""
+"""The engine that is a running vLLM server: a real one, of the shipped model, on the CPU."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+from server_tools import adapters_at, engine_at, free_port, serving
 from vllm_tools import CPU, NEEDS_VLLM, SHORT, SOKOBAN, Bench, start, steps
 
 from minidistill import cli
 from minidistill.config import load_config
 from minidistill.engines import EmbeddedEngine, Request, server
-from minidistill.engines.server import ServerEngine
 from minidistill.engines.server_check import check_same_model, server_command
 from minidistill.engines.server_http import GoneError
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_OK, EXIT_USAGE, UserError
-from minidistill.models import resolve
 from minidistill.roles import decide
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.model import load_model_config, load_policy, load_tokenizer
 from minidistill.trainer.policy import BASE, STUDENT
 
 pytestmark = NEEDS_VLLM
-SECONDS = 120  # for a server to start
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def serving(log: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The URL and the process of a server, with the options that the CPU build needs."""
-    port = free_port()
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1",
-        "--port", str(port), "--model", resolve("tiny-sokoban"), "--dtype", "float32",
-        "--enforce-eager", "--block-size", "32", "--no-enable-chunked-prefill",
-        "--max-num-batched-tokens", "4096", "--max-model-len", "257", "--generation-config",
-        "vllm", "--kv-cache-memory-bytes", str(64 << 20), *flags,
-    ]  # fmt: skip
-    environment = {
-        "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-    }  # fmt: skip
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=out, env=os.environ | environment, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        end = time.monotonic() + SECONDS
-        while True:
-            try:
-                httpx.get(f"{url}/health", trust_env=False)
-                break
-            except httpx.TransportError:
-                alive = process.poll() is None
-                assert alive, log.read_text()
-                assert time.monotonic() < end, log.read_text()
-                time.sleep(0.3)
-        yield url, process
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its engine is a child in the same group
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server for the whole file, one slot for adapters more than is used: see `build_options`."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    flags = ("--enable-lora", "--max-lora-rank", "16", "--max-loras", "2")
-    modes = ("--logprobs-mode", "processed_logprobs")
-    with serving(log, *flags, *modes, "--lora-target-modules", *TARGETS) as (found, _):
-        yield found
-
-
-def engine_at(url: str, folder: Path, needs: int = 257, max_restarts: int = 0) -> ServerEngine:
-    return ServerEngine(
-        url, "inference.server_urls", "vllm serve M", needs, folder, max_restarts, print
-    )
+VERSIONS = count(1)
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +38,8 @@ def bench(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]
     engine.wait()
     yield Bench(config, policy, engine, [])  # type: ignore[arg-type]
     engine.close()
-    assert not engine.folder.exists()
-    cards = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]
-    assert len(cards) == 1, "its adapters are gone"
+    assert not engine._adapters.folder.exists()
+    assert not adapters_at(url)
 
 
 def worst(bench: Bench, student: bool) -> float:
@@ -121,23 +53,26 @@ def worst(bench: Bench, student: bool) -> float:
 
 
 def test_both_roles_agree_with_peft_after_every_sync(bench: Bench) -> None:
-    for version in range(1, 7):
+    for version in range(6):
         bench.change(seed=version)
-        bench.engine.sync(version)
+        bench.engine.sync(next(VERSIONS))
         for _ in range(2):  # the second time the prompts are in the prefix cache
             assert worst(bench, student=True) < 1e-4
             assert worst(bench, student=False) < 1e-4
     bench.change(seed=99)  # not synced: the server must now be wrong
     assert worst(bench, student=True) > 1e-2
-    bench.engine.sync(7)
-    assert len(list(bench.engine.folder.iterdir())) == 1, "former versions are deleted"
+    bench.engine.sync(next(VERSIONS))
+    left = [path.name for path in bench.engine._adapters.folder.iterdir()]
+    assert left == adapters_at(bench.engine.place), "former versions are deleted"
+    assert len(left) == 1
 
 
 @pytest.mark.parametrize("student", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
 def test_sampled_logprobs_are_the_models(bench: Bench, student: bool, temperature: float) -> None:
     bench.change(seed=8)
-    bench.engine.sync(8)
+    version = next(VERSIONS)
+    bench.engine.sync(version)
     asked = [Request(p, (1 << 63) + i) for i, p in enumerate(bench.puzzles(6))]
     told: list[int] = []
     ask = {"max_tokens": 9, "temperature": temperature, "student": student}
@@ -146,6 +81,7 @@ def test_sampled_logprobs_are_the_models(bench: Bench, student: bool, temperatur
     for request, completion in zip(asked, found, strict=True):
         truth = bench.truth(request.prompt_ids, completion.token_ids, student, temperature or 1.0)
         assert completion.logprobs == pytest.approx(truth, abs=1e-4)
+        assert completion.versions == (((0, version),) if student else ())
         assert (completion.token_ids[-1] in bench.policy.eos_ids) == (completion.stop == "eos")
     alone = [bench.engine.generate([request], **ask)[0] for request in asked]
     assert [c.token_ids for c in alone] == [c.token_ids for c in found], "seeds decide"
@@ -256,26 +192,42 @@ def test_a_server_without_adapters_or_processed_logprobs_and_one_that_dies(tmp_p
 def test_a_server_that_comes_back_gets_the_adapter_and_what_it_had_not_answered(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, engine, really = [], bench.engine, server.post_all
+    asked, engine, really = [], bench.engine, server.at_once
     truth = worst(bench, student=True)
     monkeypatch.setattr(engine, "max_restarts", 1)
     monkeypatch.setattr(engine, "warn", lambda text: None)
 
-    def drop(url: str, path: str, bodies: dict[int, Any], *rest: Any) -> None:
-        asked.append(sorted(bodies))
+    def drop(url: str, act: Any, indices: list[int], *rest: Any) -> None:
+        asked.append(indices)
         if len(asked) > 1:
-            return really(url, path, bodies, *rest)
-        really(url, path, {0: bodies[0], 3: bodies[3]}, *rest)
-        path = "/v1/unload_lora_adapter"
-        engine._request("POST", path, {"lora_name": engine._adapter(STUDENT)})
+            return really(url, act, indices, *rest)
+        really(url, act, [0, 3], *rest)
+        for name in adapters_at(url):
+            engine._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
         raise GoneError("reset")
 
-    monkeypatch.setattr(server, "post_all", drop)
+    monkeypatch.setattr(server, "at_once", drop)
     assert worst(bench, student=True) == pytest.approx(truth, abs=1e-5)
     assert asked == [[0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 4, 5, 6, 7]]
     asked.clear()
     with pytest.raises(UserError, match=r"has gone away.*waited for 1 times"):
         worst(bench, student=True)
+
+
+def test_a_server_that_was_started_again_between_two_calls(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing failed to connect, but it no longer knows the adapter."""
+    engine, warnings = bench.engine, []
+    engine.sync(next(VERSIONS))
+    truth = worst(bench, student=True)
+    monkeypatch.setattr(engine, "max_restarts", engine.restarts + 1)
+    monkeypatch.setattr(engine, "warn", warnings.append)
+    (name,) = adapters_at(engine.place)
+    engine._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+    assert worst(bench, student=True) == pytest.approx(truth, abs=1e-5)
+    assert "was started again" in warnings[0]
+    assert adapters_at(engine.place) == [name]
 
 
 def test_full_fine_tuning_is_refused_for_the_students_server(
@@ -294,3 +246,5 @@ def test_the_command_line_fits_the_adapter() -> None:
         "--enable-lora --max-lora-rank 32 --max-loras 1 --lora-target-modules down_proj" in command
     )
     assert "lora" not in server_command(config, load_model_config(config), 257, teacher=True)
+    config = load_config([SOKOBAN, "--schedule", "async"]).config
+    assert "--max-loras 2 " in server_command(config, load_model_config(config), 257, teacher=False)
