@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,60 +45,73 @@ def sample_while(bench: Bench, change: Any) -> list[tuple[Request, Any]]:
     return [(r, c) for r, c in zip(asked, found, strict=True) if len(c.versions) == 2]
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["adapter", "every weight"])
-def test_completions_go_on_under_new_weights(lora: bool) -> None:
+@pytest.fixture(scope="module")
+def one() -> Iterator[Bench]:
+    made = make_bench(*FEW)
+    yield made
+    made.engine.close()
+
+
+def test_completions_go_on_under_a_new_adapter(one: Bench) -> None:
+    check_completions_go_on(one)
+
+
+def test_completions_go_on_under_new_weights() -> None:
+    bench = make_bench(*FEW, "--no-trainer.model.lora")
+    try:
+        check_completions_go_on(bench)
+    finally:
+        bench.engine.close()
+
+
+def check_completions_go_on(bench: Bench) -> None:
     """Each token's log-prob is that of the version noted for it. All weights: exactly, for keys
     and values are computed again; an adapter: up to the switch, for they are kept."""
-    bench = make_bench(*FEW, *(() if lora else ("--no-trainer.model.lora",)))
-    engine, policy = bench.engine, bench.policy
-    try:
-        bench.change(seed=1)
-        engine.sync(1)
-        before = {n: p.detach().clone() for n, p in policy.parameters}
+    engine, policy, lora = bench.engine, bench.policy, bench.policy.lora
+    bench.change(seed=1)
+    engine.sync(1)
+    before = {n: p.detach().clone() for n, p in policy.parameters}
 
-        def change() -> None:
-            generator = torch.Generator().manual_seed(9)
-            with torch.no_grad():
-                for name, parameter in policy.parameters:
-                    if not lora or "lora_B" in name:
-                        noise = torch.randn(parameter.shape, generator=generator)
-                        parameter.add_((0.03 if lora else 0.02) * noise)
-            engine.sync(2)
+    def change() -> None:
+        generator = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for name, parameter in policy.parameters:
+                if not lora or "lora_B" in name:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_((0.03 if lora else 0.02) * noise)
+        engine.sync(2)
 
-        found = sample_while(bench, change)
-        after = {n: p.detach().clone() for n, p in policy.parameters}
-        found = [(r, c) for r, c in found if 2 <= c.versions[1][0] < len(c.token_ids)][:24]
-        assert found, "the weights did not change in the middle of any"
-        truth: list[list[list[float]]] = []
-        for weights in (before, after):
-            with torch.no_grad():
-                for name, parameter in policy.parameters:
-                    parameter.copy_(weights[name])
-            truth.append([bench.truth(r.prompt_ids, c.token_ids, True) for r, c in found])
-        gaps = []
-        for (_, completion), old, new in zip(found, *truth, strict=True):
-            (start, first), (switch, second) = completion.versions
-            assert (start, first, second) == (0, 1, 2)
-            rest = len(completion.token_ids) - switch
-            assert completion.token_versions(0) == [1] * switch + [2] * rest
-            assert completion.logprobs[:switch] == pytest.approx(tuple(old[:switch]), abs=1e-4)
-            gaps += [a - b for a, b in zip(completion.logprobs[switch:], old[switch:], strict=True)]
-            if not lora:
-                expected = tuple(new[switch:])
-                assert completion.logprobs[switch:] == pytest.approx(expected, abs=1e-4)
-        assert max(map(abs, gaps)) > 1e-2
-    finally:
-        engine.close()
+    found = sample_while(bench, change)
+    after = {n: p.detach().clone() for n, p in policy.parameters}
+    found = [(r, c) for r, c in found if 2 <= c.versions[1][0] < len(c.token_ids)][:24]
+    assert found, "the weights did not change in the middle of any"
+    truth: list[list[list[float]]] = []
+    for weights in (before, after):
+        with torch.no_grad():
+            for name, parameter in policy.parameters:
+                parameter.copy_(weights[name])
+        truth.append([bench.truth(r.prompt_ids, c.token_ids, True) for r, c in found])
+    gaps = []
+    for (_, completion), old, new in zip(found, *truth, strict=True):
+        (start, first), (switch, second) = completion.versions
+        assert (start, first, second) == (0, 1, 2)
+        rest = len(completion.token_ids) - switch
+        assert completion.token_versions(0) == [1] * switch + [2] * rest
+        assert completion.logprobs[:switch] == pytest.approx(tuple(old[:switch]), abs=1e-4)
+        gaps += [a - b for a, b in zip(completion.logprobs[switch:], old[switch:], strict=True)]
+        if not lora:
+            expected = tuple(new[switch:])
+            assert completion.logprobs[switch:] == pytest.approx(expected, abs=1e-4)
+    assert max(map(abs, gaps)) > 1e-2
 
 
-def test_replicas_are_one_engine() -> None:
+def test_replicas_are_one_engine(one: Bench) -> None:
     """Two processes give what one gives, each with the samples of its own prompts, and both take
     over the weights."""
-    one = make_bench(*FEW)
     replicas = Replicas([VllmEngine(one.engine.options, 0, print) for _ in range(2)])
     try:
         replicas.attach(one.policy, (STUDENT, BASE))
-        for version in (1, 2):
+        for version in (3, 4):  # `one` had the first two
             one.change(seed=version)
             for engine in (one.engine, replicas):
                 engine.sync(version)
@@ -122,7 +136,6 @@ def test_replicas_are_one_engine() -> None:
                     assert ours == pytest.approx(theirs, abs=1e-4)
     finally:
         replicas.close()
-        one.engine.close()
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ pytestmark = NEEDS_VLLM
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
-    made = make_bench("--orchestrator.env.0.args.num_train_examples", "8")
+    made = make_bench("--orchestrator.env.0.args.num_train_examples", "8", max_restarts=1)
     try:
         yield made
     finally:
@@ -128,6 +128,24 @@ def test_what_vllm_refuses_is_one_clear_error_and_it_lives_on(bench: Bench) -> N
     assert bench.engine.restarts == 0
 
 
+def test_a_killed_process_is_started_again_with_the_current_weights(bench: Bench) -> None:
+    """Last of those that share the engine, for it has no start left."""
+    engine = bench.engine
+    bench.change(seed=70)
+    engine.sync(70)
+    asked = [Request(p, i) for i, p in enumerate(bench.puzzles(4))]
+    before = engine.generate(asked, max_tokens=8, temperature=1.0, student=True)
+    os.killpg(engine._process.popen.pid, signal.SIGKILL)
+    after = engine.generate(asked, max_tokens=8, temperature=1.0, student=True)
+    assert [c.token_ids for c in after] == [c.token_ids for c in before]
+    assert after[0].logprobs == pytest.approx(before[0].logprobs, abs=1e-4)
+    assert "SIGKILL" in bench.warnings[0]
+    os.killpg(engine._process.popen.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="started again 1 times") as caught:
+        engine.sync(71)
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+
+
 @pytest.mark.parametrize("tp", ["1", "2"])
 def test_full_weights_reach_the_engine_tied_embeddings_too(tp: str) -> None:
     """In one chunk, in several, to every worker, and again to a process that replaces a killed
@@ -178,24 +196,3 @@ def test_two_workers_give_what_one_does() -> None:
                 assert scores == pytest.approx(bench.truth(head, tail, student), abs=1e-4)
     finally:
         bench.engine.close()
-
-
-def test_a_killed_process_is_started_again_with_the_current_weights() -> None:
-    bench = make_bench("--orchestrator.env.0.args.num_train_examples", "8", max_restarts=1)
-    engine = bench.engine
-    try:
-        bench.change(seed=7)
-        engine.sync(1)
-        asked = [Request(p, i) for i, p in enumerate(bench.puzzles(4))]
-        before = engine.generate(asked, max_tokens=8, temperature=1.0, student=True)
-        os.killpg(engine._process.popen.pid, signal.SIGKILL)
-        after = engine.generate(asked, max_tokens=8, temperature=1.0, student=True)
-        assert [c.token_ids for c in after] == [c.token_ids for c in before]
-        assert after[0].logprobs == pytest.approx(before[0].logprobs, abs=1e-4)
-        assert "SIGKILL" in bench.warnings[0]
-        os.killpg(engine._process.popen.pid, signal.SIGKILL)
-        with pytest.raises(UserError, match="started again 1 times") as caught:
-            engine.sync(2)
-        assert caught.value.exit_code == EXIT_ENVIRONMENT
-    finally:
-        engine.close()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from test_scoreboard_targets import assert_gap_closed
 from vllm_tools import NEEDS_VLLM, start, steps
 
 from minidistill.errors import EXIT_OK
@@ -13,19 +14,19 @@ from minidistill.errors import EXIT_OK
 pytestmark = [*NEEDS_VLLM, pytest.mark.slow]
 WHOLE = (
     "--orchestrator.eval", "--orchestrator.eval.interval", "0",
-    "--orchestrator.eval.num_examples", "128", "--orchestrator.teacher_model.eval_baseline",
+    "--orchestrator.eval.num_examples", "256", "--orchestrator.teacher_model.eval_baseline",
     "--orchestrator.env.0.args.num_train_examples", "4096",
-    "--orchestrator.env.0.args.num_eval_examples", "128",
-    "--orchestrator.batch_size", "64", "--trainer.scheduler.warmup_steps", "6",
+    "--orchestrator.env.0.args.num_eval_examples", "256",
+    "--orchestrator.batch_size", "64", "--trainer.scheduler.warmup_steps", "10",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--max_steps", "60"),
-        ("--max_steps", "80", "--no-trainer.model.lora", "--trainer.optim.lr", "5e-4"),
-        ("--max_steps", "60", "--schedule", "async"),
+        ("--max_steps", "100"),
+        ("--max_steps", "100", "--no-trainer.model.lora", "--trainer.optim.lr", "5e-4"),
+        ("--max_steps", "100", "--schedule", "async"),
     ],
     ids=["adapter", "every weight", "one step ahead"],
 )
@@ -41,8 +42,6 @@ def test_the_gap_is_closed(tmp_path: Path, flags: tuple[str, ...]) -> None:
         assert max(record["kl/sampler_mismatch"] for record in found) < 1e-8
     board = json.loads((run.path / "scoreboard.json").read_text())
     assert board["baseline_diff"] > 0.8
-    assert board["gap_closed_low"] > 0.75
-    assert board["teacher_kl_last"] < 0.1 * board["teacher_kl_first"]
-    assert board["heldout_kl_after"] < 0.1 * board["heldout_kl_before"]
+    assert_gap_closed(board)
     assert board["drift_kl"] < 0.3
     assert not run.left_behind()

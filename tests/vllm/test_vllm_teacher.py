@@ -81,6 +81,8 @@ def base() -> Any:
     ids=["shared engine", "own engine", "every weight trained"],
 )
 def test_the_frozen_teacher_is_the_base(flags: tuple[str, ...], processes: int) -> None:
+    """Its log-probs, and with an adapter the gradient from them: it does not depend on who scored
+    the teacher."""
     model = base()
     with made(*flags) as (trainer, collector, engine):
         assert len({e._process.popen.pid for e in engines(engine)}) == processes
@@ -95,6 +97,8 @@ def test_the_frozen_teacher_is_the_base(flags: tuple[str, ...], processes: int) 
                 with trainer.policy.inference():
                     own = truth(trainer.policy.model, rollout.prompt.student_ids, completion)
                 assert rollout.completion.logprobs == pytest.approx(tuple(own), abs=1e-4)
+            if trainer.policy.lora:
+                assert_the_trainer_teaches_the_same(trainer, rollouts)
             found = trainer.step(rollouts, step, lambda count: None).metrics
             assert found["kl/sampler_mismatch"] < 1e-8
             assert "entropy/teacher" not in found
@@ -115,20 +119,15 @@ def test_a_live_teacher_is_the_student_of_now() -> None:
                 trainer.step(rollouts, step, lambda count: None)
 
 
-def test_the_engine_and_the_trainer_teach_the_same() -> None:
-    """The sampled estimator's gradient does not depend on who scored the teacher."""
-    with made() as (trainer, collector, engine):
-        engine.sync(0)
-        rollouts, _ = collector.collect(engine, 1, 0)
-        found = []
-        for teacher in (True, False):
-            batch = rollouts if teacher else [replace(r, teacher=None) for r in rollouts]
-            output = trainer._objective(batch, (), packed=False)
-            (output.loss.sum() / output.loss.numel()).backward()
-            found.append({n: p.grad.clone() for n, p in trainer.policy.parameters})
-            trainer.optimizer.zero_grad()
-        for name, gradient in found[0].items():
-            torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-6)
+def assert_the_trainer_teaches_the_same(trainer: Trainer, rollouts: list[Any]) -> None:
+    found = []
+    for batch in (rollouts, [replace(r, teacher=None) for r in rollouts]):
+        output = trainer._objective(batch, (), packed=False)
+        (output.loss.sum() / output.loss.numel()).backward()
+        found.append({n: p.grad.clone() for n, p in trainer.policy.parameters})
+        trainer.optimizer.zero_grad()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
