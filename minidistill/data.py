@@ -9,9 +9,10 @@ from itertools import groupby
 
 import numpy as np
 
+from minidistill.config import Config
 from minidistill.config.orchestrator import EnvConfig
 from minidistill.engines.base import Advance, stable_seed
-from minidistill.envs import Environment, load_environment
+from minidistill.envs import Environment, has_rewards, load_environment
 from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.types import Reward, Rollout, Task
 
@@ -22,6 +23,29 @@ def load_environments(configs: Iterable[EnvConfig], where: str) -> dict[str, Env
         config.name: load_environment(config.id, config.args, f"{where}.{index}")
         for index, config in enumerate(configs)
     }
+
+
+def check_rewards(
+    config: Config, environments: Mapping[str, Environment], evaluated: bool = False
+) -> None:
+    """Raise UserError where training (or, `evaluated`, the baseline) asks for a reward and an
+    environment has none: figures of nothing would look like figures."""
+    orchestrator, adv_tau = config.orchestrator, config.trainer.loss.adv_tau
+    if evaluated:
+        asked, by = orchestrator.teacher_model.eval_baseline, "eval_baseline = true"
+        where, fix = "orchestrator.teacher_model.eval_baseline", "set eval_baseline = false"
+    else:
+        asked = not orchestrator.buffer.skip_verification
+        by = f"training with adv_tau = {adv_tau:g} and skip_verification = false"
+        where = "trainer.loss.adv_tau, orchestrator.buffer.skip_verification"
+        fix = "set adv_tau = 0 and skip_verification = true"
+    without = [name for name, found in environments.items() if not has_rewards(found)]
+    if asked and without:
+        raise UserError(
+            f"the environment {without[0]!r} has no reward, and {by} asks for one",
+            where=where,
+            fix=f"{fix}, or use an environment with a reward",
+        )
 
 
 class TaskSampler:

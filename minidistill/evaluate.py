@@ -9,7 +9,7 @@ from minidistill.config import Config
 from minidistill.data import check_errors, score
 from minidistill.engines import EmbeddedEngine
 from minidistill.engines.base import Advance, Engine, Request, stable_seed
-from minidistill.envs import Environment
+from minidistill.envs import Environment, has_rewards
 from minidistill.models.tiny_texts import CHAT
 from minidistill.prompts import PromptBuilder
 from minidistill.trainer.compare import token_kl
@@ -25,7 +25,7 @@ DRIFT_TOKENS = 32  # longest completion on an unrelated prompt
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Mean reward of each task by environment, and the completions' mean length."""
+    """Mean reward of each task by environment that has rewards, and the completions' length."""
 
     rewards: dict[str, list[float]]
     length: float
@@ -75,11 +75,14 @@ class Evaluator:
         if errors:
             text = f"{len(errors)} evaluation rollouts could not be scored: {errors[0]}"
             self.display.note(text, warning=True)
-        by_env: dict[str, list[float]] = {name: [] for name in self.prompts}
+        by_env: dict[str, list[float]] = {
+            name: [] for name in self.prompts if has_rewards(self.environments[name])
+        }
         for start in range(0, len(jobs), samples):
             # a rollout that cannot be scored earns nothing, so that evaluations stay comparable
             earned = sum(r.value for r in rewards[start : start + samples] if r)
-            by_env[jobs[start][0].env].append(earned / samples)
+            if (name := jobs[start][0].env) in by_env:
+                by_env[name].append(earned / samples)
         length = sum(len(r.completion.token_ids) for r in rollouts) / len(jobs)
         return Scores(by_env, length)
 

@@ -82,8 +82,7 @@ def _scores(session: Session, before: dict[str, Any]) -> dict[str, Any]:
         again = session.evaluator.run("student with context", student=True, context=True)
         found["student_with_context"] = again.rewards
     by_env = {
-        name: {kind: rewards[name] for kind, rewards in found.items()}
-        for name in session.evaluator.prompts
+        name: {kind: rewards[name] for kind, rewards in found.items()} for name in student.rewards
     }
     lengths = {"length_before": before.get("length"), "length_after": student.length}
     return scoreboard.build(by_env, session.config.seed) | lengths

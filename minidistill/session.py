@@ -16,7 +16,7 @@ from minidistill import preflight
 from minidistill.ahead import Ahead
 from minidistill.collect import Collector
 from minidistill.config import LoadedConfig
-from minidistill.data import load_environments
+from minidistill.data import check_rewards, load_environments
 from minidistill.devices import check_settings, rank_devices
 from minidistill.engines import start_engines
 from minidistill.errors import UserError
@@ -65,6 +65,7 @@ class Session:
         check_monitors(config)
         tokenizer = load_tokenizer(config)
         self.environments = load_environments(orchestrator.env, "orchestrator.env")
+        check_rewards(config, self.environments)
         teacher = orchestrator.teacher_model
         self.builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
         prompts = self._some_prompts()
@@ -195,6 +196,7 @@ class Session:
         environments = self.environments
         if settings.env is not None:
             environments = load_environments(settings.env, "orchestrator.eval.env")
+        check_rewards(self.config, environments, evaluated=True)
         evaluator = Evaluator(self.config, environments, self.builder, self.engine, self.display)
         for prompts in evaluator.prompts.values():
             preflight.check_lengths(self.config, self.limit, prompts)

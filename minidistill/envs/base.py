@@ -12,7 +12,10 @@ from minidistill.errors import UserError
 from minidistill.types import Reward, Task
 
 ENTRY_POINTS = "minidistill.environments"
-BUILT_IN = {"sokoban-env": "minidistill.envs.sokoban:load"}
+BUILT_IN = {
+    "sokoban-env": "minidistill.envs.sokoban:load",
+    "jsonl": "minidistill.envs.jsonl:load",
+}
 
 
 Factory = Callable[..., "Environment"]
@@ -22,13 +25,19 @@ class Environment(Protocol):
     """Tasks and scoring.
 
     `train` and `eval` are sequences of tasks; generating them lazily is welcome. A task's id is
-    unique within the environment. `score` may raise: that drops the one rollout.
+    unique within the environment. `score` may raise: that drops the one rollout. An environment
+    that sets `has_rewards = False` has no scores to speak of: none is trained on or shown.
     """
 
     train: Sequence[Task]
     eval: Sequence[Task]
 
     def score(self, task: Task, completion: str) -> Reward: ...
+
+
+def has_rewards(environment: Environment) -> bool:
+    """Whether its scores mean anything: not where it says `has_rewards = False`."""
+    return bool(getattr(environment, "has_rewards", True))
 
 
 def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "") -> Environment:
@@ -38,11 +47,11 @@ def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "
     """
     installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if id in BUILT_IN:
-        factory = _import(BUILT_IN[id], where)
+        factory = import_function(BUILT_IN[id], where)
     elif id in installed:
         factory = _load(id, installed[id].load, where)
     elif ":" in id:
-        factory = _import(id, where)
+        factory = import_function(id, where)
     else:
         known = ", ".join(sorted({*BUILT_IN, *installed}))
         raise UserError(
@@ -62,20 +71,23 @@ def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "
     return factory(**(args or {}))
 
 
-def _import(path: str, where: str) -> Factory:
+def import_function(path: str, where: str, what: str = "environment") -> Callable[..., Any]:
+    """What `module:function` names. Raises UserError, which calls it `what`, where it is none."""
     module, _, name = path.partition(":")
-    return _load(path, lambda: getattr(import_module(module), name), where)
+    return _load(path, lambda: getattr(import_module(module), name), where, what)
 
 
-def _load(path: str, load: Callable[[], Any], where: str) -> Factory:
+def _load(
+    path: str, load: Callable[[], Any], where: str, what: str = "environment"
+) -> Callable[..., Any]:
     try:
-        factory = load()
-        if not callable(factory):
-            raise TypeError(f"{factory!r} is no function")
+        found = load()
+        if not callable(found):
+            raise TypeError(f"{found!r} is no function")
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"cannot load the environment {path!r}: {error}",
+            f"cannot load the {what} {path!r}: {error}",
             where=where,
             fix="name an importable module and a function in it, as module:function",
         ) from error
-    return factory
+    return found

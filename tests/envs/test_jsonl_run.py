@@ -1,0 +1,152 @@
+"""Runs over a file of prompts: with a reward, and without one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_tools import board, records
+from shipped import ROOT
+
+from minidistill import cli
+from minidistill.config import load_config
+from minidistill.data import check_rewards
+from minidistill.envs import load_environment
+from minidistill.errors import EXIT_OK, EXIT_USAGE
+
+CONTEXT = "You are a world-class puzzle solver.\n\n"
+TOML = """
+max_steps = 2
+seq_len = 128
+[trainer.loss]
+adv_tau = {adv_tau}
+[orchestrator]
+batch_size = 4
+rollouts_per_example = 2
+[orchestrator.sampling]
+max_tokens = 8
+[orchestrator.buffer]
+skip_verification = {skip}
+[orchestrator.teacher_model]
+context = "You are a world-class puzzle solver.\\n\\n"
+eval_baseline = {baseline}
+[orchestrator.eval]
+interval = 1
+[[orchestrator.env]]
+id = "jsonl"
+args = {{ path = "prompts.jsonl", num_eval_examples = 4{more} }}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths are relative to the current directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def run(name: str, *, reward: bool, adv_tau: float, baseline: bool, more: str = "") -> int:
+    lines = [{"prompt": f"Tell me about {i} cats.", "answer": "c.ts|sea$"} for i in range(12)]
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = TOML.format(
+        adv_tau=adv_tau,
+        skip="false" if adv_tau else "true",
+        baseline="true" if baseline else "false",
+        more=', reward = "regex"' if reward else "",
+    )
+    Path("own.toml").write_text(text + more)
+    return cli.main(["run", "own.toml", "--output_dir", name])
+
+
+def rollouts(name: str) -> list[dict[str, Any]]:
+    files = sorted(Path(name, "rollouts").glob("*.jsonl"))
+    assert len(files) == 2
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def load() -> Any:
+    return load_environment("jsonl", {"path": "prompts.jsonl", "num_eval_examples": 4})
+
+
+def check_prompts(found: list[dict[str, Any]]) -> None:
+    trained = {task.id: task for task in load().train}
+    assert len(found) == 8
+    assert len({rollout["task_id"] for rollout in found}) == 4
+    for rollout in found:
+        assert rollout["messages"] == list(trained[rollout["task_id"]].messages)
+        content = rollout["messages"][0]["content"]
+        assert rollout["prompt_text"] == f"<|user|>{content}<|end|><|assistant|>"
+        assert rollout["teacher_prompt_text"] == f"<|user|>{CONTEXT}{content}<|end|><|assistant|>"
+
+
+def test_a_run_with_a_reward() -> None:
+    assert run("out", reward=True, adv_tau=0.5, baseline=True) == EXIT_OK
+    found = rollouts("out")
+    check_prompts(found)
+    for rollout in found:
+        assert rollout["reward"] == bool(re.search("c.ts|sea$", rollout["completion"]))
+    assert {rollout["reward"] for rollout in found} == {0.0, 1.0}
+    shown = board(Path("out"))
+    assert shown["env"] == "jsonl"
+    assert shown["eval_tasks"] == 4
+    for key in ("baseline_student", "baseline_teacher", "student", "student_with_context"):
+        assert shown[key] in (0, 0.25, 0.5, 0.75, 1)
+    assert [r["step"] for r in records(Path("out")) if "eval/jsonl/student/avg" in r] == [1, 2]
+
+
+def test_a_run_without_a_reward_shows_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("out", reward=False, adv_tau=0, baseline=False) == EXIT_OK
+    found = rollouts("out")
+    check_prompts(found)
+    assert {rollout["reward"] for rollout in found} == {None}
+    shown = board(Path("out"))
+    for key in ("student", "baseline_student", "baseline_teacher", "baseline_diff", "gap_closed"):
+        assert shown[key] is None, key
+    for key in ("teacher_kl_first", "heldout_kl_before", "heldout_kl_after", "length_after"):
+        assert shown[key] > 0, key
+    for record in records(Path("out")):
+        assert not any(key.startswith(("reward/", "eval/jsonl/")) for key in record), record
+    assert "student after" not in capsys.readouterr().out
+
+
+def test_beside_an_environment_with_a_reward_only_that_one_is_shown() -> None:
+    args = '{ rules = "omit", min_moves = 2, max_depth = 6, num_eval_examples = 8 }'
+    sokoban = f'[[orchestrator.env]]\nid = "sokoban-env"\nargs = {args}\n'
+    assert run("out", reward=False, adv_tau=0, baseline=False, more=sokoban) == EXIT_OK
+    shown = board(Path("out"))
+    assert shown["env"] == "sokoban-env"
+    assert shown["student"] * 8 in range(9)
+    names = {key for r in records(Path("out")) for key in r if key.endswith("/avg")}
+    assert names == {"eval/sokoban-env/student/avg"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "what", "fix"),
+    [
+        ({"adv_tau": 0.5, "baseline": False}, "adv_tau = 0.5", "skip_verification = true"),
+        ({"adv_tau": 0.0, "baseline": True}, "eval_baseline = true", "eval_baseline = false"),
+    ],
+)
+def test_a_run_that_asks_for_a_reward_there_is_none_of(
+    flags: dict[str, Any], what: str, fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("out", reward=False, **flags) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "the environment 'jsonl' has no reward" in error
+    assert what in error
+    assert fix in error
+    assert not Path("out").exists()
+
+
+def test_the_shipped_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config(["configs/own-prompts.toml"]).config
+    [env] = config.orchestrator.env
+    found = load_environment(env.id, env.args)
+    assert (len(found.train), len(found.eval)) == (14, 4)
+    check_rewards(config, {"jsonl": found})
+    check_rewards(config, {"jsonl": found}, evaluated=True)
+    small = ["configs/own-prompts.toml", "--gpus", "1", "--gpu-memory", "24"]
+    assert cli.main(["plan", *small]) == EXIT_OK
