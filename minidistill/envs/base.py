@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -72,8 +74,13 @@ def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "
 
 
 def import_function(path: str, where: str, what: str = "environment") -> Callable[..., Any]:
-    """What `module:function` names. Raises UserError, which calls it `what`, where it is none."""
+    """What `module:function` names, looked for in the current directory too.
+
+    Raises UserError, which calls it `what`, where it is none.
+    """
     module, _, name = path.partition(":")
+    if (here := os.getcwd()) not in sys.path:  # as of a console script
+        sys.path.append(here)
     return _load(path, lambda: getattr(import_module(module), name), where, what)
 
 

@@ -1,5 +1,6 @@
 """Where environments are found, and what is said of those that are not."""
 
+import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -58,6 +59,19 @@ def test_built_in() -> None:
 def test_module_and_function(echo: str) -> None:
     assert word(f"{echo}:make", {"word": "a", "times": 3}) == "aaa"
     assert word(f"{echo}:Echo", {"word": "b"}) == "b"
+
+
+def test_a_module_of_the_current_directory(tmp_path: Path) -> None:
+    """As `minidistill` finds it, whose own folder is where the script is installed."""
+    (tmp_path / "mine.py").write_text(MODULE)
+    code = (
+        "import sys; sys.path.remove(''); from minidistill.envs import load_environment as load; "
+        "print(load('mine:make', {'word': 'a'}).word)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "a", done.stderr
 
 
 def test_entry_point(echo: str, monkeypatch: pytest.MonkeyPatch) -> None:
