@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 10_000
+MIN_TASKS = 8  # drawing from fewer again and again says next to nothing about others
 
 
 def compare(
@@ -22,7 +23,8 @@ def compare(
     Each argument has a mean reward for each task, in the same order. The gap closed is
     (student - before) / (teacher - before); its 95 % interval is a percentile bootstrap over
     tasks (10,000 resamples, all figures of a task drawn together). Where the baseline difference's
-    own interval reaches 0 there is no gap to close, and `gap_closed` is None.
+    own interval reaches 0 there is no gap to close, and `gap_closed` is None. With fewer than
+    `MIN_TASKS` there is no interval, and so no verdict on a gap.
     """
     before, above = np.asarray(student_before), np.asarray(teacher)
     difference = float(above.mean() - before.mean())
@@ -43,6 +45,10 @@ def compare(
         "gap_closed_high": None,
         "eval_tasks": len(before),
     }
+    if len(before) < MIN_TASKS:
+        board |= {"baseline_diff_low": None, "baseline_diff_high": None}
+        board["verdict"] = f"{len(before)} tasks are too few for an interval: evaluate {MIN_TASKS}"
+        return board
     if low <= 0 <= high:
         board["verdict"] = "no gap: the context changes the score by no more than chance"
         return board

@@ -57,12 +57,22 @@ def test_figures(means: tuple[float, ...]) -> None:
 
 
 def test_by_hand() -> None:
-    board = compare([0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0], None, seed=0)
+    board = compare([0] * 8, [1] * 8, [1, 1, 1, 0] * 2, None, seed=0)
     assert (board["baseline_diff"], board["gap_closed"]) == (1.0, 0.75)
     assert (board["baseline_diff_low"], board["baseline_diff_high"]) == (1.0, 1.0)
-    assert (board["gap_closed_low"], board["gap_closed_high"]) == (0.25, 1.0)
-    assert board["verdict"] == "75% of the gap closed (95 % interval 25% to 100%)"
+    # of 8 draws at 3/4, 3 or fewer succeed in 2.7 % of cases
+    assert (board["gap_closed_low"], board["gap_closed_high"]) == (0.375, 1.0)
+    assert board["verdict"].startswith("75% of the gap closed (95 % interval ")
     assert board["student_with_context"] is None
+
+
+@pytest.mark.parametrize("tasks", [1, 7])
+def test_too_few_tasks(tasks: int) -> None:
+    board = compare([0.0] * tasks, [1.0] * tasks, [1.0] * tasks, None, seed=0)
+    assert (board["baseline_student"], board["baseline_teacher"], board["student"]) == (0, 1, 1)
+    missing = ("gap_closed", "gap_closed_low", "gap_closed_high", "baseline_diff_low")
+    assert [board[key] for key in missing] == [None] * 4
+    assert board["verdict"] == f"{tasks} tasks are too few for an interval: evaluate 8"
 
 
 @pytest.mark.parametrize(
