@@ -42,7 +42,9 @@ from minidistill.trainer.ranks import Ranks
 from minidistill.types import Metrics, Prompt, Rollout
 from minidistill.ui import Display, Sample
 
-CHECKED_TASKS = 32  # tasks of each split whose prompts are built and measured before the run
+# Tasks of each split whose prompts are built and measured before the run: of one that makes its
+# tasks when they are asked for, and of a list
+CHECKED_TASKS, CHECKED_LIST = 32, 2000
 
 
 def finished_board(loaded: LoadedConfig) -> dict[str, Any] | None:
@@ -185,7 +187,8 @@ class Session:
                         where="orchestrator.env",
                         fix="give it at least one task for training and one for evaluation",
                     )
-                tasks = [split[i] for i in range(min(CHECKED_TASKS, len(split)))]
+                most = CHECKED_LIST if isinstance(split, list | tuple) else CHECKED_TASKS
+                tasks = [split[i] for i in range(min(most, len(split)))]
                 found += [self.builder.build(name, task) for task in tasks]
         return found
 

@@ -150,3 +150,18 @@ def test_the_shipped_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     check_rewards(config, {"jsonl": found}, evaluated=True)
     small = ["configs/own-prompts.toml", "--gpus", "1", "--gpu-memory", "24"]
     assert cli.main(["plan", *small]) == EXIT_OK
+
+
+def test_every_prompt_of_a_file_is_measured_before_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = [{"prompt": f"Tell me about {i} cats."} for i in range(80)]
+    text = TOML.format(adv_tau=0, skip="true", baseline="false", more="")
+    Path("own.toml").write_text(text)
+    for long in (10, 70):
+        lines[long] = {"prompt": "cats and dogs " * 40}
+        Path("prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        assert cli.main(["run", "own.toml", "--output_dir", "out"]) == EXIT_USAGE
+        assert "seq_len" in capsys.readouterr().err
+        assert not Path("out").exists()
+        lines[long] = {"prompt": "Tell me about dogs."}
