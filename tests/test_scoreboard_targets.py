@@ -42,7 +42,8 @@ def test_pure(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_placebo_closes_nothing(tmp_path: Path) -> None:
-    board = scoreboard(tmp_path / "null", "@", str(ROOT / "configs" / "overlays" / "placebo.toml"))
+    placebo = str(ROOT / "configs" / "overlays" / "placebo.toml")
+    board = scoreboard(tmp_path / "null", "@", placebo, "--max_steps", "40")
     assert abs(board["baseline_diff"]) < 0.05
     assert board["gap_closed"] is None
     assert "no gap" in board["verdict"]
