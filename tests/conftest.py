@@ -28,7 +28,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
-    # what takes minutes first: else one of two workers has nothing to do at the end
+    # files that take minutes first: else one of two workers has nothing to do at the end
     items.sort(key=lambda item: "slow" not in item.keywords)
     if torch.cuda.is_available():
         return

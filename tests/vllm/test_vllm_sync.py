@@ -116,6 +116,7 @@ def test_a_layer_that_did_not_come_whole_is_an_error(pair: Pair) -> None:
     partial = list(pair.weights())
     dropped = next(i for i, (name, _) in enumerate(partial) if "k_proj.weight" in name)
     del partial[dropped]
+    pair.engine.wait()
     with pytest.raises(UserError, match="1 layers are incomplete"):
         pair.engine.sync_weights(40, lambda: partial)
 
