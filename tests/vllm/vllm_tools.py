@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minidistill.config import Config, load_config
 from minidistill.data import load_environments
@@ -166,3 +167,12 @@ def steps(path: Path) -> list[dict[str, Any]]:
     """The metrics of the training steps."""
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "teacher_kl" in line]
+
+
+def assert_tokens_are_as_old_as_said(path: Path) -> None:
+    """Each token's version, an update ago at most, against the metrics' mean age."""
+    for step, record in enumerate(steps(path), 1):
+        tensors = load_file(path / "rollouts" / f"step_{step:06d}.safetensors")
+        ages = step - 1 - tensors["versions"].double()
+        assert float(ages.mean()) == pytest.approx(record["async/staleness"])
+        assert set(ages.tolist()) <= {0.0, 1.0}
