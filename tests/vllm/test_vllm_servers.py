@@ -168,15 +168,19 @@ def test_requests_in_flight_finish_under_the_version_that_they_named(
     puzzles = bench.puzzles(8)
     asked = [Request(puzzles[i % 8], i) for i in range(96)]
     found: list[Any] = []
-    some = threading.Event()
+    done: list[int] = []
+    some, synced = threading.Event(), threading.Event()
+
+    def advance(count: int) -> None:
+        done.append(count)
+        some.set()
+        if len(done) == 48:  # the others are sent once there is another version
+            synced.wait(60)
 
     def generate() -> None:
         found.extend(
-            engine.generate(
-                asked, max_tokens=24, temperature=1.0, student=True,
-                advance=lambda count: some.set(),
-            )
-        )  # fmt: skip
+            engine.generate(asked, max_tokens=24, temperature=1.0, student=True, advance=advance)
+        )
 
     try:
         weights = {}
@@ -188,6 +192,7 @@ def test_requests_in_flight_finish_under_the_version_that_they_named(
                 thread.start()
                 assert some.wait(60)
             engine.sync(version)
+        synced.set()
         thread.join()
         assert {c.versions for c in found} == {((0, 1),), ((0, 2),)}
         with torch.no_grad():
