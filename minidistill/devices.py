@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from minidistill.config import Config, LoadedConfig
 from minidistill.errors import EXIT_USAGE, UserError
+from minidistill.partition import check_ranks
+
+if TYPE_CHECKING:
+    from minidistill.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,16 +29,17 @@ def rank_devices(loaded: LoadedConfig, trainer: Sequence[int]) -> list[torch.dev
     return [torch.device("cuda", id) for id in trainer][: _ranks(loaded, trainer)]
 
 
-def check_settings(loaded: LoadedConfig, *, vllm: bool, gpus: int, own_teacher: bool) -> None:
+def check_settings(loaded: LoadedConfig, plan: Plan) -> None:
     """Raise UserError for settings of engines that the run does not have: none is ignored."""
     why = "the run samples with the embedded engine, which is the trainer's own model"
-    given = "" if vllm else _given(loaded, (*_engine("inference"), *_engine("teacher_inference")))
-    if not given and not own_teacher:
+    tables = "inference", "teacher_inference"
+    given = "" if plan.vllm else _given(loaded, sum(map(_engine, tables), ()))
+    if not given and not plan.teacher_engine:
         why = "the teacher has no engine of its own"
         given = _given(loaded, _engine("teacher_inference"))
-    if not given and gpus == 0:
+    if not given and plan.gpus == 0:
         why = "there is no GPU"
-        given = _given(loaded, tuple(_engine(t)[1] for t in ("inference", "teacher_inference")))
+        given = _given(loaded, tuple(_engine(table)[1] for table in tables))
     if given:
         raise UserError(
             f"these settings are for engines that the run does not have: {why}",
@@ -70,13 +76,7 @@ def _ranks(loaded: LoadedConfig, ids: Sequence[int]) -> int:
             where=_given(loaded, ("trainer_gpu_ids",)),
             fix=f"start one for each GPU: --nproc-per-node {len(ids)}",
         )
-    if config.orchestrator.batch_size % count:
-        raise UserError(
-            f"the trainer's {count} ranks do not divide orchestrator.batch_size = "
-            f"{config.orchestrator.batch_size}",
-            where="trainer.world_size, orchestrator.batch_size",
-            fix=f"take fewer ranks, or a batch_size that {count} divides",
-        )
+    check_ranks(config, count, "ranks", "trainer.world_size")
     return count
 
 

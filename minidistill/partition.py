@@ -66,7 +66,7 @@ def partition(
     _check_ids(config, gpus)
     tps = config.inference.parallel.tp, config.teacher_inference.parallel.tp
     processes = (gpus == 0 and config.trainer.world_size) or 1
-    _check_ranks(config, processes, "processes", "trainer.world_size")
+    check_ranks(config, processes, "processes", "trainer.world_size")
     if config.inference.engine == "embedded" or not vllm or config.inference.server_urls:
         trainer, warnings = _embedded(config, gpus)
         return Partition((), (), trainer, *tps, tuple(warnings), processes)
@@ -76,13 +76,11 @@ def partition(
         return Partition((), (), (), *tps, (), processes)
     warnings = []
     student, teacher, trainer = _divide(config, gpus, own, warnings)
-    _check_ranks(config, len(trainer))
+    check_ranks(config, len(trainer))
     if config.trainer_gpu_ids and {*student, *teacher} & set(trainer) and gpus > 1:
         warnings.append("engines and trainer share GPUs: the engines sleep while it trains")
     if teacher and set(student) & set(teacher):
         warnings.append(f"two engines share GPU {_list(student)}: its memory is split between them")
-    if not own and config.teacher_inference.parallel.tp > 1:
-        warnings.append("teacher_inference.parallel has no effect: the teacher has no engine")
     return Partition(student, teacher, trainer, *tps, tuple(warnings))
 
 
@@ -191,7 +189,7 @@ def _embedded(config: Config, gpus: int) -> tuple[Ids, list[str]]:
                 where=f"{key}, inference.engine",
                 fix=f'leave {key} out, or set inference.engine = "vllm"',
             )
-    _check_ranks(config, len(trainer))
+    check_ranks(config, len(trainer))
     return tuple(trainer), []
 
 
@@ -251,6 +249,20 @@ def _check_ids(config: Config, gpus: int) -> None:
             )
 
 
+def check_schedule(config: Config, vllm: bool, sleeps: bool) -> None:
+    """Raise UserError where nothing can sample while the trainer works. `vllm` and `sleeps` are
+    what a run samples with, and whether it gives way to the trainer."""
+    if config.schedule == "async" and (not vllm or sleeps):
+        why = "they take turns on the same GPU" if vllm else "the trainer itself samples"
+        other = "give both GPUs of their own" if vllm else 'inference.engine = "vllm"'
+        raise UserError(
+            'schedule = "async" needs an engine that samples while the trainer works, '
+            f"and here {why}",
+            where="schedule",
+            fix=f'set schedule = "sync", or {other}',
+        )
+
+
 def _check_heads(config: Config, heads: int | None, own: bool) -> None:
     tables = {"inference": config.inference.parallel}
     if own and other_teacher(config) is None:
@@ -266,9 +278,10 @@ def _check_heads(config: Config, heads: int | None, own: bool) -> None:
             )
 
 
-def _check_ranks(
+def check_ranks(
     config: Config, count: int, what: str = "GPUs", key: str = "trainer_gpu_ids"
 ) -> None:
+    """Raise UserError where `count` ranks of the trainer do not divide a batch."""
     batch = config.orchestrator.batch_size
     if batch % count:
         raise UserError(

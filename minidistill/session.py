@@ -159,19 +159,8 @@ class Session:
 
     def _plan(self) -> tuple[Plan, tuple[Any, Any]]:
         """What runs where, refused where it cannot be, and the models' configurations."""
-        config = self.config
-        found, models, vllm = plan_here(config)
-        gpus = len([device for device in found.devices if device.id is not None])
-        own = bool(found.partition.teacher) or (not gpus and found.teaching.needs_own_engine)
-        check_settings(self.loaded, vllm=vllm, gpus=gpus, own_teacher=own)
-        if config.schedule == "async" and (not vllm or found.partition.sleeps):
-            raise UserError(
-                'schedule = "async" needs an engine that samples while the trainer works, and here '
-                + ("they take turns on the same GPU" if vllm else "the trainer itself samples"),
-                where=self.loaded.provenance["schedule"],
-                fix='set schedule = "sync", or '
-                + ("give both GPUs of their own" if vllm else 'inference.engine = "vllm"'),
-            )
+        found, models = plan_here(self.config)
+        check_settings(self.loaded, found)
         for problem in found.problems:
             change = f": try {flags(found.change)}" if found.change else ""
             self.warn(f"by the plan this does not fit, {problem}{change}")

@@ -137,7 +137,6 @@ WARNINGS = [
     (3, "--inference.engine embedded", "GPU 2 stays idle"),
     (2, FULL_FT, "two engines share GPU 0: its memory is split"),
     (2, "--inference_gpu_ids 0,1 --trainer_gpu_ids 0,1", "the engines sleep while it trains"),
-    (4, "--teacher_inference.parallel.tp 2", "teacher_inference.parallel has no effect"),
 ]
 
 

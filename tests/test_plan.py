@@ -257,6 +257,34 @@ def test_a_division_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     assert "trainer_gpu_ids names GPU 2, the machine has 2" in capsys.readouterr().err
 
 
+CPU = str(CONFIGS / "sokoban.toml")
+RUN_REFUSES = [
+    (LARGE, "1", "--schedule async", "they take turns on the same GPU"),
+    (CPU, "0", "--schedule async", "here the trainer itself samples"),
+    (CPU, "0", "--inference.parallel.dp 2", "the run samples with the embedded engine"),
+    (CPU, "0", "--inference.engine vllm --inference.gpu_memory_utilization 0.5", "is no GPU"),
+    (LARGE, "2", "--teacher_inference.parallel.tp 2", "the teacher has no engine of its own"),
+    (LARGE, "4", "--trainer.world_size 4", "trainer.world_size = 4, but 2 GPUs train"),
+    (LARGE, "8", "--trainer_gpu_ids 5,6,7", "3 GPUs do not divide"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "gpus", "flags", "words"), RUN_REFUSES)
+def test_what_a_run_would_refuse(
+    file: str, gpus: str, flags: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", file, "--gpus", gpus, *flags.split()]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "gpus", "flags"),
+    [(LARGE, "2", "--schedule async"), (CPU, "0", "--schedule async --inference.engine vllm")],
+)
+def test_what_can_be_one_step_ahead(file: str, gpus: str, flags: str) -> None:
+    assert cli.main(["plan", file, "--gpus", gpus, *flags.split()]) == 0
+
+
 @pytest.mark.parametrize(
     "argv",
     [[], ["--gpus", "-1"], ["--gpus"], ["--gpus", "two"], ["--gpu-memory", "0"],

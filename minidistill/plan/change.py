@@ -129,7 +129,7 @@ def _ranks(plan: Plan) -> Iterator[Settings]:
     """More GPUs that train, the last ones, where none are named."""
     config, gpus = plan.config, [d.id for d in plan.devices if d.id is not None]
     named = config.inference_gpu_ids or config.teacher_gpu_ids or config.trainer_gpu_ids
-    if named or not plan.partition.inference:
+    if named or config.trainer.world_size or not plan.partition.inference:
         return
     for count in range(plan.partition.ranks + 1, len(gpus)):
         if config.orchestrator.batch_size % count == 0:

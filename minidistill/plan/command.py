@@ -9,6 +9,7 @@ import os
 from rich.console import Console
 
 from minidistill.config import load_config
+from minidistill.devices import check_settings, rank_devices
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError
 from minidistill.plan.planning import GIB, plan
 from minidistill.plan.shape import find_model_config
@@ -28,7 +29,8 @@ def run_plan(args: list[str]) -> int:
         raise UserError(
             "no configuration file is given", fix="minidistill plan configs/sokoban.toml"
         )
-    config = load_config(args).config
+    loaded = load_config(args)
+    config = loaded.config
     gpus, size = machine(count, memory)
     other = other_teacher(config)
     found = plan(
@@ -38,6 +40,9 @@ def run_plan(args: list[str]) -> int:
         size,
         teacher_config=find_model_config(config, other) if other else None,
     )
+    # what a run there would refuse
+    check_settings(loaded, found)
+    rank_devices(loaded, found.partition.trainer)
     if as_data:
         print(json.dumps(as_json(found), indent=2))
     else:

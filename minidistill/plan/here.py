@@ -14,12 +14,12 @@ from minidistill.roles import other_teacher
 from minidistill.trainer.model import load_model_config
 
 
-def plan_here(config: Config) -> tuple[Plan, tuple[Any, Any], bool]:
-    """The plan, the configurations of the student's and the teacher's model that it was made from,
-    and whether the run samples with vLLM. The same in every process of a run on this machine."""
+def plan_here(config: Config) -> tuple[Plan, tuple[Any, Any]]:
+    """The plan and the configurations of the student's and the teacher's model that it was made
+    from. The same in every process of a run on this machine."""
     gpus, size = machine(None, None)
     vllm = wants_vllm(config, torch.device("cuda" if gpus else "cpu"))
     own = load_model_config(config)
     other = other_teacher(config)
     models = own, load_model_config(config, other) if other else own
-    return plan(config, own, gpus, size, teacher_config=models[1], vllm=vllm), models, vllm
+    return plan(config, own, gpus, size, teacher_config=models[1], vllm=vllm), models

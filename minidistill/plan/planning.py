@@ -10,7 +10,7 @@ import torch
 
 from minidistill.config import Config
 from minidistill.devices import DTYPES
-from minidistill.partition import Partition, engine_share, partition
+from minidistill.partition import Partition, check_schedule, engine_share, partition
 from minidistill.plan.memory import (
     CONTEXT,
     Parts,
@@ -59,6 +59,8 @@ class Plan:
     config: Config
     shape: Shape
     dtype: str
+    vllm: bool
+    """The student samples with vLLM, here or on servers."""
     partition: Partition
     teaching: Teaching
     sharded: bool
@@ -72,6 +74,16 @@ class Plan:
     warnings: tuple[str, ...]
     change: Mapping[str, Any] | None = field(default_factory=dict)
     """Settings with which it fits; None where none were found."""
+
+    @property
+    def gpus(self) -> int:
+        """How many of the machine's are used."""
+        return sum(device.id is not None for device in self.devices)
+
+    @property
+    def teacher_engine(self) -> bool:
+        """The teacher has one of its own on this machine."""
+        return bool(self.partition.teacher) or (not self.gpus and self.teaching.needs_own_engine)
 
     @property
     def fits(self) -> bool:
@@ -136,19 +148,8 @@ def lay_out(config: Config, shape: Shape, teacher: Shape, machine: Machine) -> P
     vllm = machine.samples_with_vllm(config)
     teaching = decide(config, vllm, token_ids=machine.gpus > 0)
     parts = partition(config, machine.gpus, teaching, shape.heads, vllm)
+    check_schedule(config, vllm, parts.sleeps)
     sharded = parts.ranks if shards(config, parts.ranks) else 1
-    return _lay_out(config, shape, teacher, machine, teaching, parts, sharded)
-
-
-def _lay_out(
-    config: Config,
-    shape: Shape,
-    teacher: Shape,
-    machine: Machine,
-    teaching: Teaching,
-    parts: Partition,
-    sharded: int,
-) -> Plan:
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if machine.gpus else "float32"
@@ -193,7 +194,7 @@ def _lay_out(
         devices.append(Device(id, machine.bytes, usable, phases))
     if not machine.gpus:
         held, cache = {}, {"engine: keys and values": embedded_cache(config, shape, size)}
-        if machine.samples_with_vllm(config):
+        if vllm:
             held, cache = cpu_engines(config, shape, teacher, teaching, size), {}
         phases = {
             "sampling": _ranks(resident, parts.ranks - 1) | held | cache,
@@ -202,7 +203,7 @@ def _lay_out(
         devices.append(Device(None, machine.bytes, int(FILL * machine.bytes), phases))
     problems += _overfull(devices)
     return Plan(
-        config, shape, dtype, parts, teaching, sharded > 1, tuple(devices), sequences,
+        config, shape, dtype, vllm, parts, teaching, sharded > 1, tuple(devices), sequences,
         work(config, shape, teacher), tuple(problems), tuple(warnings),
     )  # fmt: skip
 

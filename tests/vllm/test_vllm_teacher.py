@@ -41,7 +41,7 @@ SMALL = (
 def made(*flags: str) -> Iterator[tuple[Trainer, Collector, Any]]:
     config = load_config([SOKOBAN, *SMALL, *flags]).config
     tokenizer = load_tokenizer(config)
-    plan, models, _ = plan_here(config)
+    plan, models = plan_here(config)
     started = start_engines(config, CPU, plan.partition, plan.teaching, models, 256, print)
     try:
         policy = load_policy(config, tokenizer, CPU, started.teaching)
