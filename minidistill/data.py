@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -14,7 +16,7 @@ from minidistill.config.orchestrator import EnvConfig
 from minidistill.engines.base import Advance, stable_seed
 from minidistill.envs import Environment, has_rewards, load_environment
 from minidistill.errors import EXIT_HEALTH, UserError
-from minidistill.types import Reward, Rollout, Task
+from minidistill.types import Prompt, Reward, Rollout, Task
 
 
 def load_environments(configs: Iterable[EnvConfig], where: str) -> dict[str, Environment]:
@@ -23,6 +25,15 @@ def load_environments(configs: Iterable[EnvConfig], where: str) -> dict[str, Env
         config.name: load_environment(config.id, config.args, f"{where}.{index}")
         for index, config in enumerate(configs)
     }
+
+
+def fingerprint(environments: Mapping[str, Environment], prompts: Iterable[Prompt]) -> str:
+    """A hash of how many tasks there are, and of what `prompts` ask and are scored by."""
+    sizes = [[name, len(e.train), len(e.eval)] for name, e in environments.items()]
+    said = [[p.env, p.task.id, p.student_ids, p.teacher_ids, p.task.answer] for p in prompts]
+    # of an answer that is no plain data only its kind is sure to be the same in every process
+    text = json.dumps([sizes, said], skipkeys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_rewards(

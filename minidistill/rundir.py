@@ -134,6 +134,17 @@ class RunDir:
                 fix="resume with the same settings, or start a new run with another --output_dir",
             )
 
+    def check_tasks(self, fingerprint: str) -> None:
+        """Raise UserError where a resumed run would go on with other tasks or prompts."""
+        before = (self.read("env.json") or {}).get("tasks", fingerprint)
+        if before != fingerprint:
+            raise UserError(
+                f"the run in {self.path} was started with other tasks or prompts",
+                where="orchestrator.env, orchestrator.teacher_model.context, model.name",
+                fix="put back the files that they come from (tasks, context, chat template), "
+                "or start a new run with another --output_dir",
+            )
+
     def log(self, step: int, metrics: Metrics) -> None:
         """Append a record. Figures that are no numbers become null."""
         clean = {k: finite(v) for k, v in metrics.items()}

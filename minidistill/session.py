@@ -16,7 +16,7 @@ from minidistill import preflight
 from minidistill.ahead import Ahead
 from minidistill.collect import Collector
 from minidistill.config import LoadedConfig
-from minidistill.data import check_rewards, load_environments
+from minidistill.data import check_rewards, fingerprint, load_environments
 from minidistill.devices import check_settings, rank_devices
 from minidistill.engines import start_engines
 from minidistill.errors import UserError
@@ -71,6 +71,9 @@ class Session:
         teacher = orchestrator.teacher_model
         self.builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
         prompts = self._some_prompts()
+        self.tasks = fingerprint(self.environments, prompts)
+        if resume:
+            self.dir.check_tasks(self.tasks)
         warnings = preflight.check_prompts(config, self.builder, prompts)
         check_same_tokens(config, tokenizer)
         self.plan, models = self._plan()
@@ -126,7 +129,7 @@ class Session:
             self.plan, self.policy, self.teaching, self.engine, self.dir.path, self.first_step
         )
         if not resume:
-            self.dir.create(self.loaded, {"header": shown.rows})
+            self.dir.create(self.loaded, {"header": shown.rows, "tasks": self.tasks})
         self.engine.sync(self.first_step - 1)
         self.monitor = open_monitors(config, self.dir.path, self.warn)
         self.display.open(shown)

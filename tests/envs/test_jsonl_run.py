@@ -111,6 +111,31 @@ def test_a_run_without_a_reward_shows_none(capsys: pytest.CaptureFixture[str]) -
     assert "student after" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("change", ["one more", "another prompt", "another answer"])
+def test_a_file_that_was_changed_is_not_resumed_with(
+    change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("out", reward=True, adv_tau=0.5, baseline=False) == EXIT_OK
+    Path("out/scoreboard.json").unlink()  # as if it had not come to its end
+    before = Path("out/metrics.jsonl").read_bytes()
+    file, text = Path("prompts.jsonl"), Path("prompts.jsonl").read_text()
+    extra = '\n{"prompt": "Tell me more.", "answer": "x"}'
+    changed = {
+        "one more": text + extra,
+        "another prompt": text.replace("about 3 cats", "about 3 dogs"),
+        "another answer": text.replace("sea$", "ocean$", 1),
+    }[change]
+    assert changed != text
+    file.write_text(changed)
+    resume = ["run", "own.toml", "--output_dir", "out", "--resume"]
+    assert cli.main(resume) == EXIT_USAGE
+    assert "was started with other tasks or prompts" in capsys.readouterr().err
+    assert Path("out/metrics.jsonl").read_bytes() == before
+    file.write_text(text)
+    assert cli.main(resume) == EXIT_OK
+    assert Path("out/scoreboard.json").exists()
+
+
 def test_beside_an_environment_with_a_reward_only_that_one_is_shown() -> None:
     args = '{ rules = "omit", min_moves = 2, max_depth = 6, num_eval_examples = 8 }'
     sokoban = f'[[orchestrator.env]]\nid = "sokoban-env"\nargs = {args}\n'
