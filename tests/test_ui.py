@@ -297,6 +297,4 @@ def test_evaluations_do_not_slow_the_pace(monkeypatch: pytest.MonkeyPatch) -> No
     pace = Pace(max_steps=100)
     pace.mark()
     pace.step()
-    assert pace.rate == 2
-    assert pace.eta(90) == 5
-    assert pace.eta(100) == 0
+    assert (pace.rate, pace.eta(90), pace.eta(100)) == (2, 5, 0)
