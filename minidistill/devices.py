@@ -34,10 +34,10 @@ def check_settings(loaded: LoadedConfig, plan: Plan) -> None:
     why = "the run samples with the embedded engine, which is the trainer's own model"
     tables = "inference", "teacher_inference"
     given = "" if plan.vllm else _given(loaded, sum(map(_engine, tables), ()))
-    if not given and not plan.teacher_engine:
+    if not given and not plan.partition.own_teacher(plan.teaching):
         why = "the teacher has no engine of its own"
         given = _given(loaded, _engine("teacher_inference"))
-    if not given and plan.gpus == 0:
+    if not given and not plan.partition.trainer:
         why = "there is no GPU"
         given = _given(loaded, tuple(_engine(table)[1] for table in tables))
     if given:

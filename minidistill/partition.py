@@ -45,6 +45,10 @@ class Partition:
         """Engines and trainer share GPUs, so that the engines sleep while it trains."""
         return bool({*self.inference, *self.teacher} & set(self.trainer))
 
+    def own_teacher(self, teaching: Teaching) -> bool:
+        """Whether the teacher has an engine of its own on this machine."""
+        return bool(self.teacher) or (not self.trainer and teaching.needs_own_engine)
+
     @property
     def ranks(self) -> int:
         """Processes of the trainer."""

@@ -115,9 +115,9 @@ def test_one_that_hangs_delays_neither_log_nor_close(release: threading.Event) -
     began = time.monotonic()
     for step in range(50):
         monitor.log(step, {})
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 0.2
     monitor.close({"gap_closed": 1.0})
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 1.0
     assert monitor.dropped >= 45
     assert len([w for w in warnings if "does not keep up" in w]) == 1
     assert any(f"{monitor.dropped} records" in w for w in warnings)
@@ -133,9 +133,9 @@ def test_a_start_that_hangs_delays_nothing(release: threading.Event) -> None:
     began = time.monotonic()
     monitor = Background("test", connect, warnings.append, close_seconds=0.2)
     monitor.log(1, {})
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 0.2
     monitor.close(None)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 1.0
     assert any("not waited for" in w for w in warnings)
 
 

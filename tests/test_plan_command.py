@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
+from shipped import ROOT, SOKOBAN
 
 from minidistill import cli
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-LARGE, CPU = (str(CONFIGS / name) for name in ("sokoban-qwen3-4b.toml", "sokoban.toml"))
+LARGE = str(ROOT / "configs" / "sokoban-qwen3-4b.toml")
 GIB = 1 << 30
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -55,9 +54,9 @@ def test_a_division_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
 
 RUN_REFUSES = [
     (LARGE, "1", "--schedule async", "they take turns on the same GPU"),
-    (CPU, "0", "--schedule async", "here the trainer itself samples"),
-    (CPU, "0", "--inference.parallel.dp 2", "the run samples with the embedded engine"),
-    (CPU, "0", "--inference.engine vllm --inference.gpu_memory_utilization 0.5", "is no GPU"),
+    (SOKOBAN, "0", "--schedule async", "here the trainer itself samples"),
+    (SOKOBAN, "0", "--inference.parallel.dp 2", "the run samples with the embedded engine"),
+    (SOKOBAN, "0", "--inference.engine vllm --inference.gpu_memory_utilization 0.5", "is no GPU"),
     (LARGE, "2", "--teacher_inference.parallel.tp 2", "the teacher has no engine of its own"),
     (LARGE, "4", "--trainer.world_size 4", "trainer.world_size = 4, but 2 GPUs train"),
     (LARGE, "8", "--trainer_gpu_ids 5,6,7", "3 GPUs do not divide"),
@@ -74,7 +73,7 @@ def test_what_a_run_would_refuse(
 
 @pytest.mark.parametrize(
     ("file", "gpus", "flags"),
-    [(LARGE, "2", "--schedule async"), (CPU, "0", "--schedule async --inference.engine vllm")],
+    [(LARGE, "2", "--schedule async"), (SOKOBAN, "0", "--schedule async --inference.engine vllm")],
 )
 def test_what_can_be_one_step_ahead(file: str, gpus: str, flags: str) -> None:
     assert cli.main(["plan", file, "--gpus", gpus, *flags.split()]) == 0

@@ -62,7 +62,7 @@ def test_by_hand() -> None:
     assert (board["baseline_diff_low"], board["baseline_diff_high"]) == (1.0, 1.0)
     # of 8 draws at 3/4, 3 or fewer succeed in 2.7 % of cases
     assert (board["gap_closed_low"], board["gap_closed_high"]) == (0.375, 1.0)
-    assert board["verdict"].startswith("75% of the gap closed (95 % interval ")
+    assert board["verdict"] == "75% of the gap closed (95 % interval 38% to 100%)"
     assert board["student_with_context"] is None
 
 

@@ -140,7 +140,7 @@ def start_engines(
             started.teaching = decide(config, vllm=True, token_ids=False)
             return started
         served = config.teacher_inference.server_urls
-        if parts.teacher or served or (not parts.trainer and teaching.needs_own_engine):
+        if served or parts.own_teacher(teaching):
             started.teacher = start(teacher=True)
     except BaseException:
         started.close()

@@ -194,11 +194,10 @@ def cpu_engines(
 ) -> Parts:
     """Bytes of the engines beside a trainer on a CPU, by "owner: part". Each replica has a copy of
     the weights, tp or not; what it works with is not counted."""
-    own = teaching.scorer == "engine" and teaching.needs_own_engine
     found: Parts = {}
     for owner, table, size, there in (
         ("student", config.inference, shape, True),
-        ("teacher", config.teacher_inference, teacher, own),
+        ("teacher", config.teacher_inference, teacher, teaching.needs_own_engine),
     ):
         if there and not table.server_urls:
             dp, cache = table.parallel.dp or 1, cpu_cache(size.cache(itemsize), config.seq_len)

@@ -76,16 +76,6 @@ class Plan:
     """Settings with which it fits; None where none were found."""
 
     @property
-    def gpus(self) -> int:
-        """How many of the machine's are used."""
-        return sum(device.id is not None for device in self.devices)
-
-    @property
-    def teacher_engine(self) -> bool:
-        """The teacher has one of its own on this machine."""
-        return bool(self.partition.teacher) or (not self.gpus and self.teaching.needs_own_engine)
-
-    @property
     def fits(self) -> bool:
         return not self.problems
 
