@@ -21,7 +21,8 @@ from typing import Any
 
 from bench.kernels_report import machine
 from bench.pair import TOLERANCE, build, change_adapter, named_model, save, use_threads
-from minidistill.engines import EmbeddedEngine, Engine, Request
+from minidistill.engines.base import Engine, Request
+from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.trainer.forward import PrefixCache
 
 Tokens = tuple[int, ...]

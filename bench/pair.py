@@ -12,10 +12,11 @@ import torch
 
 from bench.smollm2 import smollm2
 from minidistill.config import load_config
-from minidistill.engines.vllm import VllmEngine
-from minidistill.engines.vllm_options import build_options
-from minidistill.roles import decide
-from minidistill.trainer.model import load_model_config, load_policy
+from minidistill.engines.vllm.engine import VllmEngine
+from minidistill.engines.vllm.options import build_options
+from minidistill.models.hub import load_model_config
+from minidistill.placement.teacher import decide
+from minidistill.trainer.loading import load_policy
 from minidistill.trainer.policy import BASE, STUDENT, Policy
 
 ROOT = Path(__file__).parent.parent

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 
 from bench.kernels_report import machine
 from bench.pair import CPU, TOLERANCE, build, change_adapter, named_model, save, use_threads
-from minidistill.engines.vllm import VllmEngine
-from minidistill.trainer.model import Policy
-from minidistill.weights import Outbox
+from minidistill.engines.vllm.engine import VllmEngine
+from minidistill.engines.vllm.weights_send import Outbox
+from minidistill.trainer.policy import Policy
 
 RANDOM = "random weights in SmolLM2-135M's shape"
 Step = Callable[[], None]

@@ -161,16 +161,16 @@ def _run(args: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
-        from minidistill.trainer.rank import follow
+        from minidistill.trainer.distributed.worker import follow
 
         return follow(loaded)  # torchrun: rank 0 is the run, the others train with it
-    from minidistill.loop import run
+    from minidistill.run.loop import run
 
     return run(loaded, resume=resume)
 
 
 def _plan(args: list[str]) -> int:
-    from minidistill.plan.command import run_plan
+    from minidistill.placement.command import run_plan
 
     return run_plan(args)
 
@@ -194,7 +194,7 @@ def _report(args: list[str]) -> int:
     directory = Path(args[0])
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory", fix="give the directory of a run")
-    from minidistill.report import write_report
+    from minidistill.reporting.html import write_report
 
     print(printable(str(write_report(directory))))
     return EXIT_OK
@@ -228,9 +228,9 @@ def _load(command: str, args: list[str]) -> LoadedConfig:
 
 def _settings(loaded: LoadedConfig) -> list[tuple[str, str, str]]:
     """Key, value and origin of each setting, ready to print."""
-    from minidistill.config.emit import dotted
-    from minidistill.config.merge import leaves
-    from minidistill.config.problems import shown
+    from minidistill.config.errors import shown
+    from minidistill.config.layers import leaves
+    from minidistill.config.toml import dotted
 
     rows = []
     for path, value in leaves(loaded.resolved()):

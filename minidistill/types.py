@@ -1,16 +1,32 @@
-"""The data of a run, in the order it flows: Task → Prompt → Completion → Rollout → Batch → Metrics.
+"""The data of a run, in the order it flows: Task → Prompt → Completion → Rollout → TokenFigures.
 
 All are frozen; values that follow from others are properties.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 Message = Mapping[str, Any]
 Metrics = dict[str, float]
+Advance = Callable[[int], None]
+"""Progress: called with the number of units done since the last call."""
+
+
+class Role(Enum):
+    """Whose weights a pass runs with."""
+
+    STUDENT = "student"
+    """The policy that is trained."""
+    TEACHER = "teacher"
+    """The weights that score the student's completions: the base, the student itself, a moving
+    average of it, or another model."""
+    BASE = "base"
+    """The model as it was loaded, for measuring drift. It differs from the teacher where that is
+    live, averaged or another model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +56,25 @@ class Prompt:
     teacher_text: str
     student_ids: tuple[int, ...]
     teacher_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to sample. What is drawn depends on its seed alone, not on the batch."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How completions are sampled."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy; log-probs are then those at temperature 1."""
+    top_ids: int = 0
+    """How many of the likeliest ids to return at each position, for estimators that need them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shipped import SOKOBAN
+from support.paths import SOKOBAN
 
 # as the command line does, before torch loads
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -30,8 +30,8 @@ def config(tmp_path: Path) -> str:
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A stand-in for the training loop, which imports torch."""
-    module = types.ModuleType("minidistill.loop")
-    monkeypatch.setitem(sys.modules, "minidistill.loop", module)
+    module = types.ModuleType("minidistill.run.loop")
+    monkeypatch.setitem(sys.modules, "minidistill.run.loop", module)
     return module
 
 
@@ -183,9 +183,9 @@ def test_control_characters_are_not_printed(
 def test_report_prints_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = types.ModuleType("minidistill.report")
+    module = types.ModuleType("minidistill.reporting.html")
     module.write_report = lambda run_dir: run_dir / "report.html"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "minidistill.report", module)
+    monkeypatch.setitem(sys.modules, "minidistill.reporting.html", module)
     (tmp_path / "a\x1bb").mkdir()
     assert cli.main(["report", str(tmp_path / "a\x1bb")]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/ab/report.html\n"

@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from minidistill.config.schema import Config, ParallelConfig
-from minidistill.config.tree import Path
+from minidistill.config.schema_tree import Path
 
 
 class Problem(NamedTuple):

@@ -10,8 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from minidistill.config import tree
-from minidistill.config.emit import inline
+from minidistill.config import schema_tree as tree
+from minidistill.config.toml import inline
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -13,12 +13,12 @@ from pydantic import ValidationError
 
 from minidistill.config import overrides
 from minidistill.config.checks import Problem, contradictions
-from minidistill.config.emit import dotted, to_toml
-from minidistill.config.lines import key_lines
-from minidistill.config.merge import Layers, leaves
-from minidistill.config.problems import from_validation, place
+from minidistill.config.errors import from_validation, place
+from minidistill.config.layers import Layers, leaves
 from minidistill.config.schema import Config
-from minidistill.config.tree import Path
+from minidistill.config.schema_tree import Path
+from minidistill.config.toml import dotted, to_toml
+from minidistill.config.toml_lines import key_lines
 from minidistill.errors import UserError, UserErrors
 
 _TEACHER = ("orchestrator", "teacher_model")

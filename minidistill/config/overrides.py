@@ -14,9 +14,9 @@ from typing import Any
 
 import tomli
 
-from minidistill.config import tree
-from minidistill.config.problems import unknown_key
-from minidistill.config.tree import Node, Path
+from minidistill.config import schema_tree as tree
+from minidistill.config.errors import unknown_key
+from minidistill.config.schema_tree import Node, Path
 from minidistill.errors import UserError
 
 _INTEGERS = re.compile(r"[\[\]\s,\d+-]+")

@@ -241,3 +241,9 @@ class Config(Table):
     orchestrator: OrchestratorConfig
     inference: InferenceConfig = InferenceConfig()
     teacher_inference: TeacherInferenceConfig = TeacherInferenceConfig()
+
+    @property
+    def separate_teacher(self) -> str | None:
+        """The teacher's model where it is not the student's base, else None."""
+        name = self.teacher_inference.model.name
+        return None if name == self.model.name else name

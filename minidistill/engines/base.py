@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -64,9 +63,3 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def stable_seed(*parts: object) -> int:
-    """A 64-bit seed that the parts' text decides, the same on every machine."""
-    text = "/".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from minidistill.engines.base import Advance, Request
-from minidistill.engines.server import ServerEngine
-from minidistill.engines.vllm import VllmEngine
+from minidistill.engines.server.engine import ServerEngine
+from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.trainer.batching import share_out
 from minidistill.trainer.policy import Policy, Role
 from minidistill.types import Completion

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minidistill.envs.base import import_function
+from minidistill.envs.registry import import_function
 from minidistill.errors import UserError
 from minidistill.types import Reward, Task
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from minidistill.config import Config
-from minidistill.roles import Estimator
+from minidistill.placement.teacher import Estimator
+from minidistill.trainer.distributed.fsdp import shard, shards
+from minidistill.trainer.distributed.rank_group import World
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.policy import Policy
-from minidistill.trainer.sharding import shard, shards
 from minidistill.trainer.trainer import Trainer
-from minidistill.trainer.world import World
 
 
 def build_trainer(

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.rundir import write_atomic, writing
+from minidistill.files import write_atomic, writing
 from minidistill.trainer.policy import STUDENT, Policy
 from minidistill.trainer.trainer import Trainer
 

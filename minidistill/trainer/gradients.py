@@ -10,12 +10,12 @@ from torch import Tensor
 
 from minidistill.config import Config
 from minidistill.engines.base import Advance
-from minidistill.roles import Estimator
-from minidistill.trainer import sharding
+from minidistill.placement.teacher import Estimator
 from minidistill.trainer.batching import collate, share_out, split_by_tokens
-from minidistill.trainer.figures import Figures, engine_scores, per_rollout
+from minidistill.trainer.distributed import fsdp as sharding
 from minidistill.trainer.forward import KeysValues, PrefixCache, hidden_states
-from minidistill.trainer.health import out_of_memory, too_large
+from minidistill.trainer.guards import out_of_memory, too_large
+from minidistill.trainer.objective import Figures, engine_scores, per_rollout
 from minidistill.trainer.policy import Policy
 from minidistill.types import Rollout
 from minidistill_kernels import DistillOutput, linear_distill

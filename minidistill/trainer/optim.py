@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from minidistill.config import Config
+from minidistill.trainer.distributed.fsdp import like, whole
 from minidistill.trainer.policy import Policy
-from minidistill.trainer.sharding import like, whole
 
 
 def learning_rate(config: Config, step: int) -> float:

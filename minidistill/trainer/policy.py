@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidistill.trainer import sharding
-from minidistill.trainer.world import World
+from minidistill.trainer.distributed import fsdp as sharding
+from minidistill.trainer.distributed.rank_group import World
 
 Role = str | None
 BASE: Role = None

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from minidistill.config import Config
 from minidistill.engines.base import Advance
-from minidistill.roles import Estimator
-from minidistill.trainer.figures import Figures
+from minidistill.placement.teacher import Estimator
+from minidistill.trainer.distributed.fsdp import is_divided, whole
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.gradients import Gradients
-from minidistill.trainer.health import mismatch_limit, refusal
+from minidistill.trainer.guards import mismatch_limit, refusal
 from minidistill.trainer.metrics import summarize
+from minidistill.trainer.objective import Figures
 from minidistill.trainer.optim import Optimizer, learning_rate
 from minidistill.trainer.policy import EMA, Policy
-from minidistill.trainer.sharding import is_divided, whole
 from minidistill.types import Metrics, Rollout, TokenStats
 
 

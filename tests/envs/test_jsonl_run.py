@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_tools import board, records
-from shipped import ROOT
+from support.paths import ROOT
+from support.runs import board, records
 
 from minidistill import cli
 from minidistill.config import load_config
-from minidistill.data import check_rewards
 from minidistill.envs import load_environment
 from minidistill.errors import EXIT_OK, EXIT_USAGE
+from minidistill.tasks.rewards import check_rewards
 
 CONTEXT = "You are a world-class puzzle solver.\n\n"
 TOML = """

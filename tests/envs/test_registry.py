@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from minidistill.envs import base, load_environment
+from minidistill.envs import load_environment
+from minidistill.envs import registry as base
 from minidistill.envs.sokoban import SokobanEnv
 from minidistill.errors import EXIT_USAGE, UserError
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ops_cases import INTERPRETED
+from support.ops_cases import INTERPRETED
 
 from minidistill_kernels import aot
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops_cases import INTERPRETED, states
+from support.ops_cases import INTERPRETED, states
 
 import minidistill_kernels
 from minidistill_kernels import (

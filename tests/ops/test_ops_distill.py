@@ -3,7 +3,7 @@ of the objective that training relies on."""
 
 import pytest
 import torch
-from ops_cases import INTERPRETED, both, furthest, relative, same_outputs, states
+from support.ops_cases import INTERPRETED, both, furthest, relative, same_outputs, states
 
 from minidistill_kernels import linear_distill, reference
 from minidistill_kernels.linear_op import linear_op

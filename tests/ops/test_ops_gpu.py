@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_cases import furthest, relative, states
+from support.ops_cases import furthest, relative, states
 
 from bench.kernels_measure import peak_bytes
 from minidistill_kernels import (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_cases import INTERPRETED, relative, states
+from support.ops_cases import INTERPRETED, relative, states
 
 from minidistill_kernels import linear_distill, reference
 from minidistill_kernels.linear_op import linear_op

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ops_cases import INTERPRETED
+from support.ops_cases import INTERPRETED
 
 HERE = Path(__file__).parent
 

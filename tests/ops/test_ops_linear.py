@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ops_cases import INTERPRETED, furthest, relative, searched, states
+from support.ops_cases import INTERPRETED, furthest, relative, searched, states
 
 from bench.kernels_measure import peak_bytes
 from minidistill_kernels import linear_logprob, linear_reverse_kl, reference

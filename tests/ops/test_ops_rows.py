@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ops_cases import BF16_GRADIENT, INTERPRETED, furthest, relative, searched
+from support.ops_cases import BF16_GRADIENT, INTERPRETED, furthest, relative, searched
 
 from minidistill_kernels import reference, reverse_kl, selective_logprob, triton_rows
 from minidistill_kernels.rows import kl_op, logprob_op

@@ -3,7 +3,7 @@ gradient overwrites, splits of the scoring kernel. Runs in the interpreter's pro
 
 import pytest
 import torch
-from ops_cases import furthest, relative, states
+from support.ops_cases import furthest, relative, states
 
 from minidistill_kernels import reference, triton_rows, triton_score
 

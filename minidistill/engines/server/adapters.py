@@ -1,0 +1,109 @@
+"""The adapters of one run on one server: every version has a name, and stays while it is asked for.
+
+vLLM's prefix cache is keyed by an adapter's name and path, so that no version reads another's keys
+and values. It may read an adapter's files again at any time, for it keeps only as many in memory as
+it has slots: files go last.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from minidistill.engines.vllm.engine import NAMES
+from minidistill.trainer.policy import STUDENT, Policy, Role
+
+
+@dataclass(eq=False, slots=True)
+class Adapter:
+    """One version of a role's adapter, as plain PEFT in a folder."""
+
+    role: Role
+    version: int
+    path: Path
+    asked: int = 0
+    """Requests in flight that name it."""
+
+    @property
+    def name(self) -> str:
+        """What the server calls it."""
+        return self.path.name
+
+
+class Adapters:
+    """Which versions there are. Two threads may use them: one that samples, one that syncs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._mark = uuid.uuid4().hex[:8]  # runs that share a server have names of their own
+        self._lock = threading.Lock()
+        self._current: dict[Role, Adapter] = {}
+        self._former: list[Adapter] = []
+
+    @property
+    def current(self) -> list[Adapter]:
+        return list(self._current.values())
+
+    @property
+    def all(self) -> list[Adapter]:
+        return [*self._current.values(), *self._former]
+
+    def name(self, *parts: object) -> str:
+        return "-".join(map(str, ("minidistill", self._mark, *parts)))
+
+    def write(self, policy: Policy, role: Role, version: int) -> Adapter:
+        """The policy's adapter of a role, on the disk; `version` must be a new one."""
+        path = (self.folder / self.name(NAMES[role], f"v{version}")).resolve()
+        path.mkdir(parents=True, exist_ok=False)
+        with policy.lock:
+            tensors = {n: p.detach().cpu().contiguous() for n, p in policy.adapter(role)}
+            save_file(tensors, path / "adapter_model.safetensors")
+            settings = copy.copy(policy.model.peft_config[STUDENT])
+        settings.inference_mode = True
+        settings.save_pretrained(str(path))
+        return Adapter(role, version, path)
+
+    def switch(self, adapter: Adapter) -> None:
+        """From now on requests of its role name this one."""
+        with self._lock:
+            former = self._current.get(adapter.role)
+            self._former += [former] if former else []
+            self._current[adapter.role] = adapter
+
+    @contextmanager
+    def asking(self, role: Role) -> Iterator[Adapter | None]:
+        """The role's adapter for one request, which keeps it; None where it has none here."""
+        with self._lock:
+            adapter = self._current.get(role)
+            if adapter is not None:
+                adapter.asked += 1
+        try:
+            yield adapter
+        finally:
+            if adapter is not None:
+                with self._lock:
+                    adapter.asked -= 1
+
+    def take_idle(self) -> list[Adapter]:
+        """Former versions that nothing asks for any more; they are forgotten here."""
+        with self._lock:
+            idle = [adapter for adapter in self._former if not adapter.asked]
+            self._former = [adapter for adapter in self._former if adapter.asked]
+        return idle
+
+    def delete(self) -> None:
+        """All of them, from the disk."""
+        self._current.clear()
+        self._former.clear()
+        for path in self.folder.glob(self.name("*")):
+            shutil.rmtree(path, ignore_errors=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()

@@ -1,0 +1,298 @@
+"""Sampling and scoring on a vLLM server that somebody else has started, here or elsewhere.
+
+Completions go over the OpenAI API, token ids in and token ids out. Adapters go through a folder
+that the server can read. Each version has a name of its own there: requests in flight finish under
+the one that they named, and which version sampled a completion is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from minidistill.engines.base import Advance, Request
+from minidistill.engines.server.adapters import Adapter, Adapters
+from minidistill.engines.server.http import KEY, GoneError, Post, at_once, message, request
+from minidistill.engines.vllm.engine import NAMES, SEED_BITS
+from minidistill.engines.vllm.restart import Warn
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
+from minidistill.trainer.policy import STUDENT, Policy, Role
+from minidistill.types import Completion
+
+T = TypeVar("T")
+Answer = tuple[dict[str, Any], int | None]
+
+
+class ServerEngine:
+    """One running vLLM server. Two threads may call: one that samples, one that syncs.
+
+    Where it goes away it is waited for, `patience` seconds at most and at most `max_restarts` times
+    in a run; it is then sent the current adapters, and asked again what it had not answered.
+    """
+
+    scores_ids = False  # the API gives no log-probs at chosen ids of a prompt
+    name = "vLLM server"
+    patience = 120.0
+
+    def __init__(
+        self,
+        url: str,
+        where: str,
+        command: str,
+        needs: int,
+        folder: Path,
+        max_restarts: int,
+        warn: Warn,
+    ) -> None:
+        """`where` is the setting that names the `url`, `command` starts a server that fits,
+        `needs` is how many tokens it must take, `folder` where adapters are left for it."""
+        self.url = self.place = url.rstrip("/").removesuffix("/v1")
+        self.where, self.command, self.needs = where, command, needs
+        self.max_restarts, self.warn = max_restarts, warn
+        self.restarts = self._returns = 0
+        self._model = ""
+        self._policy: Policy | None = None
+        self._serves: tuple[Role, ...] = ()
+        self._adapters = Adapters(folder)
+        self._life = threading.RLock()  # loading adapters, waiting for the server, closing
+        self._closed = threading.Event()
+
+    @property
+    def description(self) -> str:
+        return f"{self.name} at {self.url}"
+
+    def attach(self, policy: Policy, serves: Sequence[Role]) -> None:
+        """Name the trainer's model, whose adapters under these roles `sync` sends."""
+        self._policy = policy
+        self._serves = tuple(r for r in dict.fromkeys(serves) if policy.lora and r in NAMES)
+
+    def wait(self) -> None:
+        """Look at the server. Raises UserError (exit code 3) where it cannot be used."""
+        try:
+            self._look()
+            if self._serves:
+                self._check_takes_adapters()
+        except GoneError as error:
+            fix = f"correct the URL, or start it:\n{self.command}"
+            raise self._refusal(f"cannot be reached: {error}", fix) from error
+
+    # -- the engine ----------------------------------------------------------------------------
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_tokens: int,
+        temperature: float,
+        student: bool,
+        advance: Advance | None = None,
+        top_k: int = 0,
+    ) -> list[Completion]:
+        """See `Engine.generate`. `top_k` must be 0: nothing here could score those ids."""
+        assert top_k == 0
+        assert self._policy is not None
+        common = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            # whatever the server or the model's files have for defaults
+            "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            "stop_token_ids": sorted(self._policy.eos_ids),
+        }  # fmt: skip
+        bodies = [common | {"prompt": r.prompt_ids, "seed": r.seed & SEED_BITS} for r in requests]
+        return [
+            Completion(
+                tuple(choice["token_ids"]),
+                tuple(choice["logprobs"]["token_logprobs"]),
+                "length" if choice["finish_reason"] == "length" else "eos",
+                versions=() if version is None else ((0, version),),
+            )
+            for choice, version in self._complete(bodies, student, advance)
+        ]
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        student: bool,
+    ) -> list[list[float]]:
+        """See `Engine.score`. Raises ValueError for another temperature than 1."""
+        if temperature != 1:
+            raise ValueError("vLLM gives the log-probs of given tokens at temperature 1 alone")
+        # a server leaves out the prefix cache for these, so that every row is valid
+        common = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        bodies = [common | {"prompt": [*p, *c]} for p, c in zip(prompts, completions, strict=True)]
+        found = []
+        answers = self._complete(bodies, student)
+        for completion, (choice, _) in zip(completions, answers, strict=True):
+            pairs = zip(choice["prompt_logprobs"][-len(completion) :], completion, strict=True)
+            found.append([row[str(token)]["logprob"] for row, token in pairs])
+        return found
+
+    def sync(self, version: int) -> None:
+        """See `Engine.sync`: adapters through the folder. A `version` is sent once."""
+        assert self._policy is not None
+        for role in self._serves:
+            with self._life:
+                if self._closed.is_set():  # by another thread: leave nothing behind
+                    return
+                adapter = self._adapters.write(self._policy, role, version)
+                self._kept(partial(self._load, adapter))
+                self._adapters.switch(adapter)
+        self._unload_idle()
+
+    def sleep(self) -> None:
+        """Its memory is its own."""
+
+    def close(self) -> None:
+        """Give up what is in flight; take this run's adapters from the server and the disk."""
+        self._closed.set()
+        with self._life:
+            for adapter in self._adapters.all:
+                self._unload(adapter)
+            self._adapters.delete()
+
+    # -- adapters ------------------------------------------------------------------------------
+
+    def _load(self, adapter: Adapter) -> None:
+        body = {"lora_name": adapter.name, "lora_path": str(adapter.path)}
+        answer = self._request("POST", "/v1/load_lora_adapter", body)
+        # it may have heard an earlier try whose answer was lost
+        if answer.status_code != HTTPStatus.OK and "already been loaded" not in message(answer):
+            raise self._refusal(
+                f"did not take the adapter in {adapter.path}: {message(answer)}",
+                "let it read that folder (the same machine, or a shared file system), and start it "
+                f"with\n{self.command}",
+            )
+
+    def _unload(self, adapter: Adapter) -> None:
+        with contextlib.suppress(GoneError):  # it has gone, and they with it
+            self._request("POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
+
+    def _unload_idle(self) -> None:
+        for adapter in self._adapters.take_idle():
+            self._unload(adapter)
+            shutil.rmtree(adapter.path, ignore_errors=True)
+
+    def _check_takes_adapters(self) -> None:
+        """An adapter that is not there must be what it complains of."""
+        name = self._adapters.name("probe")
+        body = {"lora_name": name, "lora_path": f"/nowhere/{name}"}
+        answer = self._request("POST", "/v1/load_lora_adapter", body)
+        if answer.status_code == HTTPStatus.NOT_FOUND and name in message(answer):
+            return
+        why = f"takes no adapters at run time: {message(answer)}"
+        raise self._refusal(why, f"start it with\n{self.command}")
+
+    # -- the server ----------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Which model it serves, and how long its sequences may be."""
+        cards = self._checked(self._request("GET", "/v1/models")).json()["data"]
+        card = next((c for c in cards if not c.get("parent")), None)
+        if card is None:
+            raise self._refusal("serves no model", f"start it with\n{self.command}")
+        self._model = card["id"]
+        length = card.get("max_model_len") or self.needs
+        if length < self.needs:
+            why = f"takes {length} tokens, the run needs {self.needs}"
+            raise self._refusal(why, f"start it with\n{self.command}")
+
+    def _complete(
+        self, bodies: Sequence[dict[str, Any]], student: bool, advance: Advance | None = None
+    ) -> list[Answer]:
+        """The requests' choices, each with its adapter's version; all are in flight at once."""
+        assert self._policy is not None
+        role = STUDENT if student else self._policy.teacher
+        found: dict[int, Answer] = {}
+        fixed = {"add_special_tokens": False, "skip_special_tokens": False}
+
+        async def one(post: Post, index: int) -> None:
+            with self._adapters.asking(role) as adapter:  # the latest, as it is sent
+                name = adapter.name if adapter else self._model
+                answer = await post("/v1/completions", fixed | bodies[index] | {"model": name})
+                if adapter and answer.status_code == HTTPStatus.NOT_FOUND:
+                    raise GoneError(f"it was started again: {message(answer)}")
+                choice = self._checked(answer).json()["choices"][0]
+                found[index] = choice, adapter.version if adapter else None
+            if advance is not None:
+                advance(1)
+
+        def ask() -> None:
+            left = [i for i in range(len(bodies)) if i not in found]
+            at_once(self.url, one, left, self._closed.is_set)
+
+        self._kept(ask)
+        self._unload_idle()
+        return [found[i] for i in range(len(bodies))]
+
+    def _kept(self, act: Callable[[], T]) -> T:
+        """What `act` returns, done again after the server was away."""
+        while True:
+            seen = self._returns
+            try:
+                return act()
+            except GoneError as error:
+                with self._life:
+                    if seen == self._returns:  # else another thread has seen to it
+                        self._wait_again(error)
+
+    def _wait_again(self, error: GoneError) -> None:
+        if self.restarts >= self.max_restarts or self._closed.is_set():
+            again = f" (it was waited for {self.restarts} times)" if self.restarts else ""
+            raise self._lost(f"{error}{again}") from error
+        self.restarts += 1
+        self.warn(f"the {self.description} is away ({error}): waiting for it")
+        end, pause = time.monotonic() + self.patience, 0.5
+        while True:
+            closed = self._closed.wait(pause)
+            pause = min(2 * pause, 10.0)
+            try:
+                self._look()
+                for adapter in self._adapters.current:
+                    self._load(adapter)
+                self._returns += 1
+                return
+            except GoneError as still:
+                if closed or time.monotonic() >= end:
+                    raise self._lost(str(still)) from still
+
+    def _lost(self, why: str) -> UserError:
+        fix = "see that server's log, start it again; --resume goes on from the last checkpoint"
+        return self._refusal(f"has gone away: {why}", fix)
+
+    def _refusal(self, what: str, fix: str) -> UserError:
+        return UserError(
+            f"the {self.description} {what}", where=self.where, fix=fix, exit_code=EXIT_ENVIRONMENT
+        )
+
+    def _request(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        return request(self.url, method, path, body)
+
+    def _checked(self, answer: httpx.Response) -> httpx.Response:
+        if answer.is_success:
+            return answer
+        if answer.is_server_error:
+            raise GoneError(message(answer))
+        if answer.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            fix = f"put its API key into the environment variable {KEY}"
+            raise self._refusal(f"refuses access: {message(answer)}", fix)
+        raise UserError(
+            f"the {self.description}: {message(answer)}",
+            where=self.where,
+            fix=f"start the server with\n{self.command}",
+            exit_code=EXIT_FAILED,
+        )

@@ -1,0 +1,82 @@
+"""What a server must be started with, and whether it serves the trainer's model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from minidistill.config import Config
+from minidistill.engines.base import Engine, Request
+from minidistill.engines.server.engine import ServerEngine
+from minidistill.engines.vllm.options import adapter_options
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.trainer.policy import Policy
+
+TOKENS = 16
+# Mean difference (nats) over the probe's tokens. Other models' log-probs differ by whole nats.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.3}
+
+
+def server_command(config: Config, model: Any, longest: int, *, teacher: bool) -> str:
+    """The command line that starts a fitting server. `model` is its model's configuration."""
+    name = (config.separate_teacher if teacher else None) or config.model.name
+    adapters = adapter_options(config, model, teacher=teacher)
+    words = ["VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"] if adapters else []
+    words += ["vllm serve", name, f"--max-model-len {longest}", "--generation-config vllm"]
+    words += ["--logprobs-mode processed_logprobs"]
+    if adapters:
+        words += ["--enable-lora", f"--max-lora-rank {adapters['max_lora_rank']}"]
+        # one step ahead, requests in flight finish under the version before
+        ahead = config.schedule == "async"
+        words += [f"--max-loras {adapters['max_loras'] + ahead}"]
+        words += ["--lora-target-modules", *adapters["lora_target_modules"]]
+    return " ".join(words)
+
+
+def check_same_model(
+    engine: ServerEngine, policy: Policy, trainer: Engine, temperature: float | None
+) -> None:
+    """Compare log-probs with the `trainer`'s, before anything is trained.
+
+    Raises UserError (exit code 3) for a server with another model, or one whose sampled log-probs
+    are not those of the distribution at this `temperature` (None: nothing will be sampled).
+    """
+    size = policy.head_VH.shape[0]
+    first = [(7919 * (i + 1)) % min(size, len(policy.tokenizer)) for i in range(2 * TOKENS)]
+    prompt, given = tuple(first[:TOKENS]), tuple(first[TOKENS:])
+    tolerance = TOLERANCE[policy.dtype]
+
+    def truth(completion: tuple[int, ...], temperature: float) -> list[float]:
+        # nothing is trained yet: the student's weights are the base's
+        return trainer.score([prompt], [completion], temperature=temperature, student=True)[0]
+
+    (found,) = engine.score([prompt], [given], temperature=1.0, student=False)
+    off = _mean_difference(found, truth(given, 1.0))
+    if not off <= tolerance:
+        raise UserError(
+            f"the {engine.description} serves another model: log-probs of {len(given)} tokens "
+            f"differ from the trainer's by {off:.3g} nats on average (at most {tolerance:g} is due "
+            "to rounding)",
+            where=engine.where,
+            fix=f"start it with\n{engine.command}",
+            exit_code=EXIT_ENVIRONMENT,
+        )
+    if temperature is None:
+        return
+    (sampled,) = engine.generate(
+        [Request(prompt, 0)], max_tokens=TOKENS, temperature=temperature, student=False
+    )
+    off = _mean_difference(list(sampled.logprobs), truth(sampled.token_ids, temperature or 1.0))
+    if not off <= tolerance:
+        raise UserError(
+            f"the {engine.description} reports log-probs that are not of what it samples from at "
+            f"temperature {temperature:g}: they differ by {off:.3g} nats on average",
+            where=engine.where,
+            fix="start it with --logprobs-mode processed_logprobs:\n" + engine.command,
+            exit_code=EXIT_ENVIRONMENT,
+        )
+
+
+def _mean_difference(a: list[float], b: list[float]) -> float:
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)

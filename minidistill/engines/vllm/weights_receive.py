@@ -1,0 +1,141 @@
+"""The receiving side of a weight sync, in the engine's process: vLLM imports it by name.
+
+`Receiver` is vLLM's worker extension (its methods become the worker's) and takes adapters.
+`HandleEngine` is a backend of vLLM's native weight-transfer API and takes full weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+import minidistill.engines.vllm.cpu_lora  # noqa: F401 - replaces what vLLM does on a CPU
+from minidistill.engines.vllm.cpu_repack import Repacker
+from minidistill.engines.vllm.weights_send import Entry, opened, views
+
+BACKEND = "minidistill"
+Handle = dict[str, bytes]
+
+
+def _rank() -> int:
+    """This worker's number in its engine."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _workers() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+class Receiver:
+    """Methods that vLLM's worker gains."""
+
+    device: torch.device
+    model_runner: Any
+    vllm_config: Any
+
+    def minidistill_load_adapter(
+        self, slot: int, config: dict[str, Any], handle: Handle, entries: Sequence[Entry]
+    ) -> int:
+        """Put an adapter in place of the one in `slot`; returns the bytes read.
+
+        vLLM's own way in reads a folder; this is what it does after reading, step by step.
+        """
+        # a copy: activating scales lora_b in place, and the sender writes the buffer again
+        buffer = opened(handle, self.device, _rank()).to(self.device, copy=True)
+        manager = self.model_runner.lora_manager
+        adapters = manager._adapter_manager
+        helper = PEFTHelper.from_dict(config)
+        helper.validate_legal(manager.lora_config)
+        mapper = getattr(adapters.model, "hf_to_vllm_mapper", None)
+        adapter = LoRAModel.from_lora_tensors(
+            lora_model_id=slot,
+            tensors=views(buffer, entries),
+            peft_helper=helper,
+            device=str(self.device),
+            dtype=manager.lora_config.lora_dtype,
+            model_vocab_size=manager.vocab_size,
+            weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
+        )
+        with set_current_vllm_config(self.vllm_config):
+            adapters.remove_adapter(slot)
+            adapters.add_adapter(adapter)
+            adapters.activate_adapter(slot)
+        return sum(e.count for e in entries) * buffer.element_size()
+
+
+@dataclass
+class HandleInit(WeightTransferInitInfo):
+    """Nothing has to be agreed on beforehand."""
+
+
+@dataclass
+class HandleUpdate(WeightTransferUpdateInfo):
+    """One chunk: a buffer's handle and what it holds.
+
+    `only` says that it is the whole model, so that the buffer stays as it is until the end.
+    """
+
+    handle: Handle
+    entries: list[Entry]
+    only: bool
+
+
+class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
+    """Full weights through the handles of `minidistill.engines.vllm.weights_send`."""
+
+    init_info_cls = HandleInit
+    update_info_cls = HandleUpdate
+    _repacker: Repacker | None = None
+
+    def init_transfer_engine(self, init_info: HandleInit) -> None:
+        """No rendezvous: a handle comes with every chunk."""
+
+    def start_weight_update(self) -> None:
+        if self.device.type == "cpu" and _workers() == 1:
+            self._repacker = Repacker.of(self.model)
+            self._repacker.start()
+        else:
+            initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: HandleUpdate) -> None:
+        # vLLM's reload puts layers together once all their tensors are there, which may be chunks
+        # later: copied, unless no other chunk is going to be written over this one
+        kept = self._repacker is None and not update_info.only
+        shared = opened(update_info.handle, self.device, _rank())
+        buffer = shared.to(self.device, copy=kept)
+        load: Any = self.model.load_weights
+        load(iter(views(buffer, update_info.entries).items()))
+
+    def finish_weight_update(self) -> None:
+        if self._repacker is not None:
+            self._repacker.finish()
+            return
+        finalize_layerwise_reload(self.model, self.model_config)
+        head = getattr(self.model, "lm_head", None)
+        if self.device.type == "cpu" and head is not None:
+            # tied to the embedding, the head is no layer of its own to the reload, and its packed
+            # copy would stay the old one
+            head.quant_method.process_weights_after_loading(head)
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, HandleEngine)

@@ -1,0 +1,299 @@
+"""Which of a machine's GPUs sample, which score and which train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minidistill.config import Config
+from minidistill.config.schema import ParallelConfig
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.placement.teacher import Teaching
+
+Ids = tuple[int, ...]
+KEYS = ("inference_gpu_ids", "teacher_gpu_ids", "trainer_gpu_ids")
+ALL_SHARE = "to share GPUs, name the same ones in each list"
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """GPU ids by what runs there. All are empty on a machine without GPUs."""
+
+    inference: Ids
+    """The student's engine; empty where the trainer itself samples."""
+    teacher: Ids
+    """The teacher's own engine; empty where it shares the student's or is in the trainer."""
+    trainer: Ids
+    inference_tp: int
+    teacher_tp: int
+    warnings: tuple[str, ...] = ()
+    processes: int = 1
+    """Of the trainer on a CPU."""
+
+    @property
+    def inference_dp(self) -> int:
+        """Replicas of the student's engine."""
+        return len(self.inference) // self.inference_tp
+
+    @property
+    def teacher_dp(self) -> int:
+        """Replicas of the teacher's engine."""
+        return len(self.teacher) // self.teacher_tp
+
+    @property
+    def sleeps(self) -> bool:
+        """Engines and trainer share GPUs, so that the engines sleep while it trains."""
+        return bool({*self.inference, *self.teacher} & set(self.trainer))
+
+    def own_teacher(self, teaching: Teaching) -> bool:
+        """Whether the teacher has an engine of its own on this machine."""
+        return bool(self.teacher) or (not self.trainer and teaching.needs_own_engine)
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the trainer."""
+        return len(self.trainer) or self.processes
+
+
+def partition(
+    config: Config, gpus: int, teaching: Teaching, heads: int | None, vllm: bool = True
+) -> Partition:
+    """Divide GPUs 0 to `gpus` - 1 among the student's engine, the teacher's and the trainer.
+
+    Lists that the configuration gives are used as they are. Of the rest the trainer gets half (as
+    many as divide the batch), the engines the other half, each in multiples of its tp. One GPU is
+    shared by all. `heads` are the model's attention heads, None where they are unknown; `vllm` is
+    what `inference.engine = "auto"` comes to.
+
+    Raises UserError for what cannot be: exit code 3 for GPUs that are not there, else 2.
+    """
+    _check_ids(config, gpus)
+    tps = config.inference.parallel.tp, config.teacher_inference.parallel.tp
+    processes = (gpus == 0 and config.trainer.world_size) or 1
+    check_ranks(config, processes, "processes", "trainer.world_size")
+    if config.inference.engine == "embedded" or not vllm or config.inference.server_urls:
+        trainer, warnings = _embedded(config, gpus)
+        return Partition((), (), trainer, *tps, tuple(warnings), processes)
+    own = _own_engine(config, gpus, teaching)
+    _check_heads(config, heads, own)
+    if gpus == 0:
+        return Partition((), (), (), *tps, (), processes)
+    warnings = []
+    student, teacher, trainer = _divide(config, gpus, own, warnings)
+    check_ranks(config, len(trainer))
+    if config.trainer_gpu_ids and {*student, *teacher} & set(trainer) and gpus > 1:
+        warnings.append("engines and trainer share GPUs: the engines sleep while it trains")
+    if teacher and set(student) & set(teacher):
+        warnings.append(f"two engines share GPU {_list(student)}: its memory is split between them")
+    return Partition(student, teacher, trainer, *tps, tuple(warnings))
+
+
+def engine_share(config: Config, parts: Partition) -> tuple[float, float]:
+    """The shares of a GPU's memory that the student's and the teacher's engine may take.
+
+    As configured, and half of it each where both are on the same GPUs.
+    """
+    split = 2 if set(parts.inference) & set(parts.teacher) else 1
+    student, teacher = config.inference, config.teacher_inference
+    return student.gpu_memory_utilization / split, teacher.gpu_memory_utilization / split
+
+
+def _own_engine(config: Config, gpus: int, teaching: Teaching) -> bool:
+    """Whether the teacher has an engine of its own. Raises for settings that say otherwise."""
+    given, student = config.teacher_gpu_ids, config.inference_gpu_ids
+    share = config.teacher_inference.share
+    if teaching.scorer == "trainer":
+        if given is not None and set(given) != set(config.trainer_gpu_ids or ()):
+            raise UserError(
+                f"teacher_gpu_ids = {given}, but the teacher runs in the trainer: "
+                f"{teaching.reason}",
+                where="teacher_gpu_ids, trainer.loss.estimator",
+                fix='leave teacher_gpu_ids out, or set trainer.loss.estimator = "sampled"',
+            )
+        return False
+    if config.teacher_inference.server_urls:
+        return False
+    same = given is not None and set(given) == set(student or ())
+    if share and given is not None and not same:
+        raise UserError(
+            f"teacher_gpu_ids = {given} gives the teacher an engine of its own, "
+            "teacher_inference.share = true does not",
+            where="teacher_gpu_ids, teacher_inference.share",
+            fix="leave one of them out",
+        )
+    if share and teaching.needs_own_engine:
+        raise UserError(
+            "teacher_inference.share = true, but the student's engine cannot serve this teacher",
+            where="teacher_inference.share",
+            fix="leave it out, or train an adapter and let the base be the teacher",
+        )
+    return teaching.needs_own_engine or (gpus >= 4 and share is not True and not same)
+
+
+def _divide(config: Config, gpus: int, own: bool, warnings: list[str]) -> tuple[Ids, Ids, Ids]:
+    """GPUs of the student's engine, the teacher's and the trainer."""
+    first, second = config.inference.parallel, config.teacher_inference.parallel
+    given = [getattr(config, key) for key in KEYS]
+    student, teacher, trainer = (None if ids is None else tuple(ids) for ids in given)
+    teacher = teacher if own else ()
+    if gpus == 1:
+        _check_room("inference", first, 1)
+        if own:
+            _check_room("teacher_inference", second, 1)
+        return student or (0,), (0,) if own else (), trainer or (0,)
+    taken = {id for ids in given for id in ids or ()}
+    free = [id for id in range(gpus) if id not in taken]
+    if student and teacher is None and len(free) < _least(second) + (trainer is None):
+        # too few for an engine apart
+        teacher = student if len(student) % _least(second) == 0 else None
+    missing = [p for p, ids in ((first, student), (second, teacher)) if ids is None]
+    count = 0
+    if trainer is None:
+        count = _trainer_count(config, gpus, len(free), [_least(p) for p in missing])
+    rest = len(free) - count
+    if student is None:
+        _check_room("inference", first, rest)
+    if teacher is None:
+        _check_room("teacher_inference", second, rest)
+    rooms, together = (rest, rest), False
+    if len(missing) == 2:
+        together = rest < _least(first) + _least(second)
+        if not together:
+            half = min(max(rest // 2, _least(second)), rest - _least(first))
+            rooms = rest - half, half
+    idle = bool(missing) or trainer is None
+    at = 0
+    if student is None:
+        student = tuple(free[: _whole(first, rooms[0])])
+        at = len(student)
+    if teacher is None:
+        start = 0 if together else at
+        teacher = tuple(free[start : start + _whole(second, rooms[1])])
+        at = max(at, start + len(teacher))
+    if trainer is None:
+        trainer = tuple(free[at : at + count])
+        at += count
+    if idle and free[at:]:
+        warnings.append(f"GPU {_list(free[at:])} stays idle")
+    return student, teacher, trainer
+
+
+def _embedded(config: Config, gpus: int) -> tuple[Ids, list[str]]:
+    """The trainer's GPUs where it samples and scores as well."""
+    given = {key: ids for key in KEYS if (ids := getattr(config, key)) is not None}
+    trainer = config.trainer_gpu_ids or next(iter(given.values()), None)
+    if trainer is None:
+        count = _dividing(config.orchestrator.batch_size, gpus)
+        idle = [*range(count, gpus)]
+        return tuple(range(count)), [f"GPU {_list(idle)} stays idle"] if idle else []
+    for key, ids in given.items():
+        if set(ids) != set(trainer):
+            raise UserError(
+                f"{key} = {ids}, but the embedded engine is the trainer's own model",
+                where=f"{key}, inference.engine",
+                fix=f'leave {key} out, or set inference.engine = "vllm"',
+            )
+    check_ranks(config, len(trainer))
+    return tuple(trainer), []
+
+
+def _trainer_count(config: Config, gpus: int, free: int, needs: Sequence[int]) -> int:
+    """GPUs of a trainer that were not named: half of the machine, what engines need left to them.
+
+    Where not even that is left for each engine, they go on the same GPUs.
+    """
+    for_engines = sum(needs) if free > sum(needs) else max(needs, default=0)
+    most = min(free - for_engines, -(-gpus // 2)) if needs else free
+    count = _dividing(config.orchestrator.batch_size, most)
+    if count == 0:
+        raise UserError(
+            f"of {gpus} GPUs {free} are not named, and none is left for the trainer",
+            where=", ".join(KEYS),
+            fix=f"name fewer, or lower parallel.tp or parallel.dp; {ALL_SHARE}",
+        )
+    return count
+
+
+def _dividing(batch: int, most: int) -> int:
+    """The largest count of at most `most` ranks that divides the batch."""
+    return next((count for count in range(most, 0, -1) if batch % count == 0), 0)
+
+
+def _least(parallel: ParallelConfig) -> int:
+    """GPUs that an engine needs."""
+    return parallel.tp * (parallel.dp or 1)
+
+
+def _whole(parallel: ParallelConfig, room: int) -> int:
+    """GPUs that an engine takes of `room`."""
+    return parallel.tp * (parallel.dp or room // parallel.tp)
+
+
+def _check_room(table: str, parallel: ParallelConfig, room: int) -> None:
+    need = _least(parallel)
+    if need > room:
+        whose = "teacher" if table.startswith("teacher") else "student"
+        raise UserError(
+            f"the {whose}'s engine needs {need} GPUs (dp {parallel.dp or 1} × tp {parallel.tp}), "
+            f"{room} are left for it",
+            where=f"{table}.parallel.tp, {table}.parallel.dp, {', '.join(KEYS)}",
+            fix=f"lower {table}.parallel, or name the GPUs; {ALL_SHARE}",
+        )
+
+
+def _check_ids(config: Config, gpus: int) -> None:
+    for key in KEYS:
+        missing = [id for id in getattr(config, key) or () if id >= gpus]
+        if missing:
+            raise UserError(
+                f"{key} names GPU {_list(missing)}, the machine has {gpus}",
+                where=key,
+                fix=f"use 0 to {gpus - 1}" if gpus else f"leave {key} out to run on the CPU",
+                exit_code=EXIT_ENVIRONMENT,
+            )
+
+
+def check_schedule(config: Config, vllm: bool, sleeps: bool) -> None:
+    """Raise UserError where nothing can sample while the trainer works. `vllm` and `sleeps` are
+    what a run samples with, and whether it gives way to the trainer."""
+    if config.schedule == "async" and (not vllm or sleeps):
+        why = "they take turns on the same GPU" if vllm else "the trainer itself samples"
+        other = "give both GPUs of their own" if vllm else 'inference.engine = "vllm"'
+        raise UserError(
+            'schedule = "async" needs an engine that samples while the trainer works, '
+            f"and here {why}",
+            where="schedule",
+            fix=f'set schedule = "sync", or {other}',
+        )
+
+
+def _check_heads(config: Config, heads: int | None, own: bool) -> None:
+    tables = {"inference": config.inference.parallel}
+    if own and config.separate_teacher is None:
+        tables["teacher_inference"] = config.teacher_inference.parallel
+    for table, parallel in tables.items():
+        if heads is not None and heads % parallel.tp:
+            fits = [tp for tp in range(1, parallel.tp) if heads % tp == 0]
+            raise UserError(
+                f"{table}.parallel.tp = {parallel.tp} does not divide "
+                f"the model's {heads} attention heads",
+                where=f"{table}.parallel.tp",
+                fix=f"set it to {fits[-1]}",
+            )
+
+
+def check_ranks(
+    config: Config, count: int, what: str = "GPUs", key: str = "trainer_gpu_ids"
+) -> None:
+    """Raise UserError where `count` ranks of the trainer do not divide a batch."""
+    batch = config.orchestrator.batch_size
+    if batch % count:
+        raise UserError(
+            f"the trainer's {count} {what} do not divide orchestrator.batch_size = {batch}",
+            where=f"{key}, orchestrator.batch_size",
+            fix=f"take {_dividing(batch, count)} {what}, or a batch_size that {count} divides",
+        )
+
+
+def _list(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids))

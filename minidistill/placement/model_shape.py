@@ -1,0 +1,107 @@
+"""A model's sizes from its configuration alone: built without memory and counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer of the transformer's body that may take an adapter."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Counts of a dense decoder."""
+
+    parameters: int
+    embedding: int
+    """Parameters of the input embedding."""
+    head: int
+    """Parameters of the LM head; 0 where it is the input embedding's own."""
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    qk_norm: bool
+    """Queries and keys are normed before attention."""
+    linears: tuple[Linear, ...]
+    """Of all layers."""
+
+    @property
+    def attention(self) -> int:
+        """Width of the queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of the keys, and of the values."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def a_layer(self) -> int:
+        """Parameters of a layer, on average."""
+        return (self.parameters - self.embedding - self.head) // self.layers
+
+    def adapted(self, targets: str | list[str]) -> tuple[Linear, ...]:
+        """The layers that an adapter on `targets` is put on, as peft matches their names."""
+        if targets == "all-linear":
+            return self.linears
+        return tuple(
+            linear
+            for linear in self.linears
+            if any(linear.name == t or linear.name.endswith(f".{t}") for t in targets)
+        )
+
+    def adapter(self, rank: int, targets: str | list[str]) -> int:
+        """Parameters of an adapter: rank × (inputs + outputs) on each of its layers."""
+        return sum(rank * (x.inputs + x.outputs) for x in self.adapted(targets))
+
+    def cache(self, itemsize: int, tp: int = 1) -> int:
+        """Bytes of a token's keys and values on one of `tp` GPUs."""
+        heads = max(Fraction(1), Fraction(self.kv_heads, tp))
+        return int(2 * self.layers * heads * self.head_dim * itemsize)
+
+
+def read_shape(model_config: Any) -> Shape:
+    """Count a model that is never filled: on torch's meta device. Exact for any architecture."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    text = model_config.get_text_config()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(text, "tie_word_embeddings", False) or head.weight is embedding.weight
+    linears = tuple(
+        Linear(name, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    )
+    heads = text.num_attention_heads
+    hidden = text.hidden_size
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        embedding=embedding.weight.numel(),
+        head=0 if tied else head.weight.numel(),
+        layers=text.num_hidden_layers,
+        hidden=hidden,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * hidden,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or hidden // heads,
+        vocab=embedding.weight.shape[0],
+        qk_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),
+        linears=linears,
+    )

@@ -1,0 +1,98 @@
+"""Rollouts on disk: a line of JSON each, and their tokens' figures in a safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from minidistill.files import write_atomic
+from minidistill.reporting.run_directory import finite
+from minidistill.types import Rollout, TokenStats
+
+SCHEMA_VERSION = 1
+
+
+class TokenTexts:
+    """Token ids as text, one by one; each id is decoded once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def _known(self) -> dict[int, str]:
+        return {}
+
+    def __call__(self, ids: Sequence[int]) -> list[str]:
+        for id in set(ids) - self._known.keys():
+            self._known[id] = self.tokenizer.decode([id])
+        return [self._known[id] for id in ids]
+
+
+def write_rollouts(
+    directory: Path,
+    step: int,
+    rollouts: Sequence[Rollout],
+    stats: Sequence[TokenStats],
+    texts: TokenTexts,
+) -> None:
+    """Write `step_000012.jsonl` and `step_000012.safetensors`.
+
+    The latter holds flat tensors (N,) of all completions in a row: token_ids (int64), and
+    student_logprobs, teacher_logprobs, sampler_logprobs, kl (fp32, nats), versions (int32: the
+    number of updates that the weights had seen that sampled it); rollout r owns
+    `offsets[r]:offsets[r + 1]`.
+    """
+    lines = [
+        json.dumps(_line(step, r, s, texts), ensure_ascii=False) + "\n"
+        for r, s in zip(rollouts, stats, strict=True)
+    ]
+    write_atomic(directory / f"step_{step:06d}.jsonl", "".join(lines))
+    lengths = torch.tensor([0, *(len(r.completion.token_ids) for r in rollouts)])
+    ids = [t for r in rollouts for t in r.completion.token_ids]
+    tensors = {
+        "token_ids": torch.tensor(ids, dtype=torch.int64),
+        "student_logprobs": torch.tensor([p for s in stats for p in s.student]),
+        "teacher_logprobs": torch.tensor([p for s in stats for p in s.teacher]),
+        "sampler_logprobs": torch.tensor([p for r in rollouts for p in r.completion.logprobs]),
+        "kl": torch.tensor([k for s in stats for k in s.kl]),
+        "versions": torch.tensor(
+            [v for r in rollouts for v in r.completion.token_versions(r.policy_version)],
+            dtype=torch.int32,
+        ),
+        "offsets": lengths.cumsum(0),
+    }
+    write_atomic(directory / f"step_{step:06d}.safetensors", save(tensors))
+
+
+def _line(step: int, rollout: Rollout, stats: TokenStats, texts: TokenTexts) -> dict[str, Any]:
+    prompt, completion, reward = rollout.prompt, rollout.completion, rollout.reward
+    gaps = [s - t for s, t in zip(stats.student, stats.teacher, strict=True)]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "step": step,
+        "policy_version": rollout.policy_version,
+        "env": prompt.env,
+        "split": "train",
+        "task_id": prompt.task.id,
+        "sample": rollout.sample,
+        "messages": [dict(m) for m in prompt.task.messages],
+        "prompt_text": prompt.student_text,
+        "teacher_prompt_text": prompt.teacher_text,
+        "completion": rollout.text,
+        "reward": None if reward is None else reward.value,
+        "reward_metrics": {}
+        if reward is None
+        else {k: finite(v) for k, v in reward.metrics.items()},
+        "advantage": rollout.advantage,
+        "stop": completion.stop,
+        "truncated": completion.truncated,
+        "mean_logprob_gap": finite(sum(gaps) / len(gaps)),
+        "worst_logprob_gap": finite(max(gaps)),
+        "tokens": texts(completion.token_ids),
+    }

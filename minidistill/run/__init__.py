@@ -1,0 +1,1 @@
+"""The run: setting up, the loop, the baseline and the summary."""

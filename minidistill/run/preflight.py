@@ -1,0 +1,165 @@
+"""Checks before the first step: the two views, the lengths, and the numerics they rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from minidistill.config import Config
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.tasks.prompts import PromptBuilder
+from minidistill.trainer.batching import collate, common_prefix
+from minidistill.trainer.forward import (
+    MIN_PREFIX,
+    can_share_prefix,
+    hidden_states,
+    prefix_states,
+)
+from minidistill.trainer.policy import OTHER, STUDENT, Policy
+from minidistill.trainer.token_kl import token_kl
+from minidistill.types import Prompt, Task
+
+# Float error of a KL or log-prob after two differently shaped passes, by dtype
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+Warn = Callable[[str], None]
+
+
+def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prompt]) -> list[str]:
+    """The views' own checks, no model needed. Returns warnings, raises UserError."""
+    first = prompts[0]
+    ending = generation_prompt(builder, first.task)
+    for view, text in (("student", first.student_text), ("teacher", first.teacher_text)):
+        if not text.endswith(ending):
+            raise UserError(
+                f"the {view}'s prompt does not end in the template's generation prompt {ending!r}",
+                where="model.name",
+                fix="use a chat template that supports add_generation_prompt",
+            )
+    same = PromptBuilder(builder.tokenizer, "", builder.placement).build("", first.task)
+    if same.student_ids != same.teacher_ids:
+        raise UserError(
+            "the two views differ even with an empty context",
+            where="model.name",
+            fix="use a chat template that renders the same messages the same way",
+        )
+    warnings = []
+    if builder.context.strip() not in first.teacher_text:
+        warnings.append("the chat template does not show the context word for word")
+    if joint := builder.joint_warning(first):
+        warnings.append(joint)
+    loss = config.trainer.loss
+    if loss.teacher_tau != loss.student_tau and loss.student_tau > 0 and loss.teacher_tau > 0:
+        power = loss.teacher_tau / loss.student_tau
+        kind = "sharpened" if power > 1 else "flattened"
+        warnings.append(
+            f"teacher_tau and student_tau differ: the distillation term's fixed point is the "
+            f"{kind} teacher q^{power:g}, not q"
+        )
+    return warnings
+
+
+def generation_prompt(builder: PromptBuilder, task: Task) -> str:
+    """What the template writes to open the assistant's answer."""
+    messages = [dict(m) for m in task.messages]
+    closed = str(builder.tokenizer.apply_chat_template(messages, tokenize=False))
+    return builder.render(messages).removeprefix(closed)
+
+
+def length_limit(config: Config, model_config: object) -> int:
+    """The most tokens a teacher's prompt and completion may have together."""
+    longest = getattr(model_config, "max_position_embeddings", None) or config.seq_len
+    return min(config.seq_len, longest)
+
+
+def check_lengths(config: Config, limit: int, prompts: Sequence[Prompt]) -> None:
+    """Raise UserError where context, prompt and completion do not fit together."""
+    tokens = config.orchestrator.sampling.max_tokens
+    longest = max(prompts, key=lambda p: len(p.teacher_ids))
+    need = len(longest.teacher_ids) + tokens
+    if need > limit:
+        by = "seq_len" if limit == config.seq_len else "the model's longest sequence"
+        raise UserError(
+            f"context and prompt ({len(longest.teacher_ids)} tokens, task {longest.task.id}) plus "
+            f"max_tokens ({tokens}) make {need} tokens, more than {by} ({limit})",
+            where="seq_len, orchestrator.teacher_model.context, orchestrator.sampling.max_tokens",
+            fix="shorten the context, lower max_tokens, or raise seq_len within the model's limit",
+        )
+
+
+@torch.no_grad()
+def check_model(policy: Policy, prompts: Sequence[Prompt], warn: Warn) -> bool:
+    """Numeric checks before any training. Returns whether a shared prefix may be cached.
+
+    Raises UserError (exit code 3) where hidden states times the head are not the model's logits,
+    or where student and teacher differ though they read the same and one is the other's start.
+    """
+    if len(policy.tokenizer) > policy.head_VH.shape[0]:
+        raise UserError(
+            f"the tokenizer has {len(policy.tokenizer)} tokens, the model "
+            f"{policy.head_VH.shape[0]}: they do not belong together",
+            where="model.name",
+            fix="use the tokenizer that the model was trained with",
+        )
+    tolerance = TOLERANCE[policy.dtype]
+    some = list(prompts[:4])
+    completions = [p.student_ids[-6:] for p in some]  # any tokens do
+    tokens = collate([p.student_ids for p in some], completions, pad_id=policy.pad_id)
+    tokens = tokens.to(policy.device)
+    with policy.inference():
+        ours = policy.logits(hidden_states(policy, tokens)).float().log_softmax(-1)
+        theirs = policy.causal(input_ids=tokens.ids_BL, attention_mask=tokens.mask_BL).logits
+        theirs = theirs[tokens.rows_N, tokens.columns_N].float().log_softmax(-1)
+    if not torch.allclose(ours, theirs, atol=10 * tolerance, rtol=0):
+        raise UserError(
+            "the model does something to its logits after the LM head (a scale or a soft cap)",
+            where="model.name",
+            fix="use a model whose logits are hidden states times the head",
+            exit_code=EXIT_ENVIRONMENT,
+        )
+    views = [p.student_ids for p in some]
+    roles = (STUDENT, policy.teacher)
+    if policy.holds(policy.teacher) and policy.teacher != OTHER:
+        kl = token_kl(policy, completions, prompts=(views, views), roles=roles,
+                      temperature=1.0, budget=1 << 16)  # fmt: skip
+    else:
+        kl = torch.zeros(1)
+    if float(kl.abs().max()) > tolerance:
+        raise UserError(
+            f"with no context the KL between student and teacher is {float(kl.max()):.2g}, not 0",
+            where="model.name",
+            fix='use model.dtype = "float32", or another attention implementation (model.attn)',
+            exit_code=EXIT_ENVIRONMENT,
+        )
+    return _prefix_works(policy, some, completions, tolerance, warn)
+
+
+def _prefix_works(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    completions: Sequence[tuple[int, ...]],
+    tolerance: float,
+    warn: Warn,
+) -> bool:
+    """Whether reading the context's cached keys and values gives what reading it anew gives."""
+    views = [p.teacher_ids for p in prompts]
+    if len(set(views)) < 2 or not can_share_prefix(policy):
+        return False
+    prefix = common_prefix(views)
+    if len(prefix) < MIN_PREFIX:
+        return True
+    logp = []
+    role = policy.teacher if policy.holds(policy.teacher) else STUDENT
+    with policy.inference(), policy.role(role):
+        for shared in ((), prefix):
+            tokens = collate(views, completions, pad_id=policy.pad_id, prefix=shared)
+            states = prefix_states(policy, shared) if shared else None
+            hidden = hidden_states(policy, tokens, states)
+            logp.append(policy.logits(hidden).float().log_softmax(-1))
+    # where a token's probability is nothing to either, its log-prob says nothing
+    error = ((logp[0] - logp[1]).abs() * logp[0].exp()).max()
+    if float(error) > tolerance:
+        warn("the context's cached keys and values do not reproduce the model: read anew each time")
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Tasks: what is asked, in both views, and what a completion earns."""

@@ -1,0 +1,142 @@
+"""Loading: tokenizer, configuration, and the policy with its teacher."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from minidistill.config import Config
+from minidistill.config.schema import LoraConfig
+from minidistill.errors import UserError
+from minidistill.models.hub import hub_arguments, readable_errors
+from minidistill.models.registry import resolve
+from minidistill.placement.devices import pick_dtype
+from minidistill.placement.teacher import Teaching
+from minidistill.trainer.policy import BASE, EMA, OTHER, STUDENT, Policy, Role, frozen_copy
+
+
+def load_policy(config: Config, tokenizer: Any, device: torch.device, teaching: Teaching) -> Policy:
+    """The model in its dtype on `device`, ready to be trained, and the teacher if it runs here.
+
+    Under LoRA the base is frozen, with a fresh adapter in fp32 (B = 0) whose start depends on
+    `config.seed` alone. Without, every weight is trained, and a frozen teacher is a second copy.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settings = config.trainer.model
+    base = _load_weights(config, config.model.name, device)
+    if settings.ac is not None:
+        _checkpoint_activations(base, settings.ac.freq)
+    teacher = teacher_role(config)
+    others: dict[Role, Any] = {}
+    if teaching.scorer == "trainer" and teacher == OTHER:
+        others[OTHER] = _load_other(config, tokenizer, base, device)
+    if settings.lora is False:
+        model = base.requires_grad_(True)
+        if teaching.scorer == "trainer" and teacher is BASE:
+            others[BASE] = frozen_copy(base)
+    else:
+        model = _with_adapter(config, settings.lora, base)
+    # dropout and checkpointing ask for training mode; without them one mode serves all
+    dropout = settings.lora is not False and settings.lora.dropout > 0
+    model.train(dropout or settings.ac is not None)
+    policy = Policy(model, tokenizer, _end_ids(base, tokenizer), device, teacher, others)
+    if policy.lora and policy.head_VH.requires_grad:
+        raise UserError(
+            "the LM head would be trained",
+            where="trainer.model.lora.target_modules",
+            fix="leave the output embedding out: the loss needs one head for student and teacher",
+        )
+    if teacher == EMA:
+        policy.add_ema()
+    return policy
+
+
+def teacher_role(config: Config) -> Role:
+    """The weights that the teacher runs with."""
+    if config.separate_teacher is not None:
+        return OTHER
+    return {"frozen": BASE, "live": STUDENT, "ema": EMA}[config.orchestrator.teacher_model.update]
+
+
+def _load_weights(config: Config, name: str, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    attention = {} if config.model.attn == "auto" else {"attn_implementation": config.model.attn}
+    with readable_errors(name):
+        return AutoModelForCausalLM.from_pretrained(
+            resolve(name),
+            dtype=pick_dtype(config, device),
+            **attention,
+            **hub_arguments(config, name),
+        ).to(device)  # type: ignore[arg-type]
+
+
+def _load_other(config: Config, tokenizer: Any, base: Any, device: torch.device) -> Any:
+    """The teacher's own model, whose head must cover the student's vocabulary."""
+    name = config.separate_teacher
+    assert name is not None
+    model = _load_weights(config, name, device).requires_grad_(False).eval()
+    rows, needed = (m.get_output_embeddings().weight.shape[0] for m in (model, base))
+    if rows != needed:
+        raise UserError(
+            f"the teacher's LM head has {rows} rows, the student's {needed}",
+            where="teacher_inference.model.name",
+            fix='take trainer.loss.estimator = "sampled" with inference.engine = "vllm", which '
+            "compares sampled tokens alone",
+        )
+    return model
+
+
+def _with_adapter(config: Config, lora: LoraConfig, base: Any) -> Any:
+    import peft
+
+    torch.manual_seed(config.seed)
+    try:
+        model = peft.get_peft_model(
+            base,
+            peft.LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions
+                lora_dropout=lora.dropout,
+                target_modules=lora.target_modules,
+                task_type="CAUSAL_LM",
+            ),
+            autocast_adapter_dtype=True,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"no adapter can be put on this model: {str(error).splitlines()[0]}",
+            where="trainer.model.lora.target_modules",
+            fix='use "all-linear" or names of linear layers that the model has',
+        ) from error
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return model
+
+
+def _checkpoint_activations(base: nn.Module, freq: int) -> None:
+    """Recompute every freq-th decoder layer in backward."""
+    base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    layers = [m for m in base.modules() if getattr(m, "gradient_checkpointing", None) is True]
+    layers = [m for m in layers if m is not getattr(base, "base_model", None)]
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index % freq == 0  # type: ignore[assignment]
+
+
+def _end_ids(base: Any, tokenizer: Any) -> frozenset[int]:
+    """Every id that ends a completion, from the generation config and the tokenizer."""
+    configured = base.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    found = frozenset(id for id in [*ids, tokenizer.eos_token_id] if id is not None)
+    if not found:
+        raise UserError(
+            "the model names no end-of-sequence token",
+            where="model.name",
+            fix="set eos_token_id in its generation_config.json",
+        )
+    return found

@@ -1,0 +1,167 @@
+"""Weights that change in the middle of completions, replicas, and runs one step ahead."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.vllm import (
+    NEEDS_VLLM,
+    Bench,
+    assert_tokens_are_as_old_as_said,
+    make_bench,
+    start,
+    steps,
+)
+
+from minidistill.engines.base import Request
+from minidistill.engines.replicas import Replicas
+from minidistill.engines.vllm.engine import VllmEngine
+from minidistill.errors import EXIT_OK
+from minidistill.trainer.policy import BASE, STUDENT
+
+pytestmark = NEEDS_VLLM
+FEW = ("--orchestrator.env.0.args.num_train_examples", "8")
+
+
+def sample_while(bench: Bench, change: Any) -> list[tuple[Request, Any]]:
+    """Completions that were at hand when `change` was made, once the first had ended."""
+    puzzles = bench.puzzles(8)
+    asked = [Request(puzzles[i % 8], i) for i in range(1600)]  # six times what is decoded at once
+    found: list[Any] = []
+    first = threading.Event()
+
+    def generate() -> None:
+        found.extend(
+            bench.engine.generate(
+                asked, max_tokens=24, temperature=1.0, student=True,
+                advance=lambda count: first.set(),
+            )
+        )  # fmt: skip
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    assert first.wait(60)
+    change()
+    thread.join()
+    return [(r, c) for r, c in zip(asked, found, strict=True) if len(c.versions) == 2]
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Bench]:
+    made = make_bench(*FEW)
+    yield made
+    made.engine.close()
+
+
+def test_completions_go_on_under_a_new_adapter(one: Bench) -> None:
+    check_completions_go_on(one)
+
+
+def test_completions_go_on_under_new_weights() -> None:
+    bench = make_bench(*FEW, "--no-trainer.model.lora")
+    try:
+        check_completions_go_on(bench)
+    finally:
+        bench.engine.close()
+
+
+def check_completions_go_on(bench: Bench) -> None:
+    """Each token's log-prob is that of the version noted for it. All weights: exactly, for keys
+    and values are computed again; an adapter: up to the switch, for they are kept."""
+    engine, policy, lora = bench.engine, bench.policy, bench.policy.lora
+    bench.change(seed=1)
+    engine.sync(1)
+    before = {n: p.detach().clone() for n, p in policy.parameters}
+
+    def change() -> None:
+        generator = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for name, parameter in policy.parameters:
+                if not lora or "lora_B" in name:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    # so much that no token is as likely as before, whichever the switch leaves
+                    parameter.add_((0.3 if lora else 0.2) * noise)
+        engine.sync(2)
+
+    found = sample_while(bench, change)
+    after = {n: p.detach().clone() for n, p in policy.parameters}
+    found = [(r, c) for r, c in found if 2 <= c.versions[1][0] < len(c.token_ids)][:24]
+    assert found, "the weights did not change in the middle of any"
+    truth: list[list[list[float]]] = []
+    for weights in (before, after):
+        with torch.no_grad():
+            for name, parameter in policy.parameters:
+                parameter.copy_(weights[name])
+        truth.append([bench.truth(r.prompt_ids, c.token_ids, True) for r, c in found])
+    gaps = []
+    for (_, completion), old, new in zip(found, *truth, strict=True):
+        (start, first), (switch, second) = completion.versions
+        assert (start, first, second) == (0, 1, 2)
+        rest = len(completion.token_ids) - switch
+        assert completion.token_versions(0) == [1] * switch + [2] * rest
+        assert completion.logprobs[:switch] == pytest.approx(tuple(old[:switch]), abs=1e-4)
+        gaps += [a - b for a, b in zip(completion.logprobs[switch:], old[switch:], strict=True)]
+        if not lora:
+            expected = tuple(new[switch:])
+            assert completion.logprobs[switch:] == pytest.approx(expected, abs=1e-4)
+    assert max(map(abs, gaps)) > 1e-2
+
+
+def test_replicas_are_one_engine(one: Bench) -> None:
+    """Two processes give what one gives, each with the samples of its own prompts, and both take
+    over the weights."""
+    replicas = Replicas([VllmEngine(one.engine.options, 0, print) for _ in range(2)])
+    try:
+        replicas.attach(one.policy, (STUDENT, BASE))
+        for version in (3, 4):  # `one` had the first two
+            one.change(seed=version)
+            for engine in (one.engine, replicas):
+                engine.sync(version)
+            puzzles = one.puzzles(5)
+            asked = [Request(p, 10 * i + s) for i, p in enumerate(puzzles) for s in range(3)]
+            told: list[int] = []
+            how: dict[str, Any] = {"max_tokens": 8, "temperature": 1.0}
+            expected = one.engine.generate(asked, student=True, **how)
+            found = replicas.generate(asked, student=True, advance=told.append, **how)
+            assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+            assert sum(told) == len(asked)
+            for ours, theirs in zip(found, expected, strict=True):
+                assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+            tails = [c.token_ids for c in expected]
+            prompts = [r.prompt_ids for r in asked]
+            for student in (True, False):
+                both = [
+                    e.score(prompts, tails, temperature=1.0, student=student)
+                    for e in (one.engine, replicas)
+                ]
+                for ours, theirs in zip(*both, strict=True):
+                    assert ours == pytest.approx(theirs, abs=1e-4)
+    finally:
+        replicas.close()
+
+
+@pytest.fixture(scope="module")
+def ahead(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = start(tmp_path_factory.mktemp("async") / "run", "--schedule", "async",
+                "--inference.parallel.dp", "2")  # fmt: skip
+    text = run.rest()
+    assert run.process.wait() == EXIT_OK, text
+    assert "2 × vLLM" in text
+    assert not run.left_behind()
+    return run.path
+
+
+def test_a_run_one_step_ahead(ahead: Path) -> None:
+    found = steps(ahead)
+    assert [record["step"] for record in found] == [1, 2, 3, 4, 5]
+    assert found[0]["async/staleness"] == 0
+    assert found[0]["kl/sampler_mismatch"] < 1e-8
+    assert all(0 <= record["async/staleness"] <= 1 for record in found)
+    assert all(0 <= record["async/overlap"] <= 1 for record in found)
+    assert any(record["async/overlap"] > 0 for record in found[1:])
+    assert_tokens_are_as_old_as_said(ahead)

@@ -1,0 +1,198 @@
+"""The vLLM engine against the model it must agree with: both roles, every version, full weights."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.vllm import NEEDS_VLLM, Bench, make_bench
+
+from minidistill.engines.base import Request
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
+
+pytestmark = NEEDS_VLLM
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    made = make_bench("--orchestrator.env.0.args.num_train_examples", "8", max_restarts=1)
+    try:
+        yield made
+    finally:
+        made.engine.close()
+
+
+def worst(bench: Bench, version: int) -> float:
+    """The largest difference of any log-prob, roles mixed in one batch."""
+    prompts = bench.prompts(8, length=24)
+    rows = [(p[:12], p[12:], own) for p in prompts for own in (False, True)]
+    found = bench.engine.score_rows(*map(list, zip(*rows, strict=True)))
+    errors = [
+        abs(a - b)
+        for row, scores in zip(rows, found, strict=True)
+        for a, b in zip(scores, bench.truth(*row), strict=True)
+    ]
+    assert len(errors) == 16 * 12
+    return max(errors)
+
+
+def test_both_roles_agree_with_peft_after_1_2_and_50_syncs(bench: Bench) -> None:
+    for version in range(1, 51):
+        bench.change(seed=version)
+        bench.engine.sync(version)
+        if version in (1, 2, 50):
+            assert worst(bench, version) < 1e-4
+    bench.change(seed=51)  # not synced: the engine must now be wrong
+    assert worst(bench, 51) > 1e-2
+    bench.engine.sync(51)
+
+
+@pytest.mark.parametrize("student", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_logprobs_are_the_models(bench: Bench, student: bool, temperature: float) -> None:
+    asked = [Request(p, (1 << 63) + i) for i, p in enumerate(bench.puzzles(6))]
+    told: list[int] = []
+    found = bench.engine.generate(
+        asked, max_tokens=9, temperature=temperature, student=student, advance=told.append
+    )
+    assert sum(told) == 6
+    assert len({c.token_ids for c in found}) > 1
+    for request, completion in zip(asked, found, strict=True):
+        expected = bench.truth(request.prompt_ids, completion.token_ids, student, temperature)
+        assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_seed_decides_whatever_the_neighbours(bench: Bench) -> None:
+    asked = [Request(p, 40 + i) for i, p in enumerate(bench.puzzles(5))]
+    ask = {"max_tokens": 8, "temperature": 1.0, "student": True}
+    together = bench.engine.generate(asked, **ask)
+    alone = [bench.engine.generate([request], **ask)[0] for request in reversed(asked)]
+    assert [c.token_ids for c in together] == [c.token_ids for c in reversed(alone)]
+    twice = bench.engine.generate([asked[0]] * 2, **ask)
+    assert [c.token_ids for c in twice] == [together[0].token_ids] * 2
+    others = [Request(r.prompt_ids, r.seed + 1000) for r in asked]
+    found = bench.engine.generate(others, **ask)
+    assert [c.token_ids for c in found] != [c.token_ids for c in together]
+
+
+def test_completions_end_with_the_end_token_or_at_the_limit(bench: Bench) -> None:
+    (prompt,) = bench.puzzles(1)
+    asked = [Request(prompt, seed) for seed in range(160)]  # more than is read at a time
+    found = bench.engine.generate(asked, max_tokens=6, temperature=1.0, student=False)
+    end = bench.policy.eos_ids
+    assert {c.stop for c in found} == {"eos", "length"}
+    for completion in found:
+        assert (completion.token_ids[-1] in end) == (completion.stop == "eos")
+        assert not set(completion.token_ids[:-1]) & end
+        assert completion.stop == "eos" or len(completion.token_ids) == 6
+
+
+def test_greedy_is_the_argmax_with_logprobs_at_temperature_1(bench: Bench) -> None:
+    asked = [Request(p, i) for i, p in enumerate(bench.prompts(3))]
+    found = bench.engine.generate(asked, max_tokens=5, temperature=0, student=True)
+    for request, completion in zip(asked, found, strict=True):
+        expected = bench.truth(request.prompt_ids, completion.token_ids, True)
+        assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+        with torch.no_grad():
+            ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
+            logits = bench.policy.model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1]
+        assert logits.argmax(-1).tolist() == list(completion.token_ids)
+
+
+def test_scores_are_right_where_the_prefix_cache_reaches(bench: Bench) -> None:
+    """Blocks hold 32 tokens: the second pass finds the context cached, and in the last row the
+    completion's beginning too, whose rows vLLM would not fill."""
+    context = bench.prompts(1, length=130)[0]
+    tails = bench.prompts(3, length=12)
+    prompts = [(*context, *tail[:6]) for tail in tails] + [context[:40]]
+    completions = [tail[6:] for tail in tails] + [(*context[40:], 54, 57)]
+    for _ in range(2):
+        found = bench.engine.score(prompts, completions, temperature=1.0, student=False)
+        for prompt, completion, scores in zip(prompts, completions, found, strict=True):
+            assert scores == pytest.approx(bench.truth(prompt, completion, False), abs=1e-4)
+
+
+def test_scoring_at_another_temperature_is_refused(bench: Bench) -> None:
+    with pytest.raises(ValueError, match="temperature 1"):
+        bench.engine.score([(1,)], [(2,)], temperature=0.5, student=False)
+
+
+def test_what_vllm_refuses_is_one_clear_error_and_it_lives_on(bench: Bench) -> None:
+    with pytest.raises(UserError, match="vLLM") as caught:
+        bench.engine.score([(5,) * 300], [(6,)], temperature=1.0, student=False)
+    assert caught.value.exit_code == EXIT_FAILED
+    assert bench.engine.score([(5, 6)], [(7,)], temperature=1.0, student=False)
+    assert bench.engine.restarts == 0
+
+
+def test_a_killed_process_is_started_again_with_the_current_weights(bench: Bench) -> None:
+    """Last of those that share the engine, for it has no start left."""
+    engine = bench.engine
+    bench.change(seed=70)
+    engine.sync(70)
+    asked = [Request(p, i) for i, p in enumerate(bench.puzzles(4))]
+    before = engine.generate(asked, max_tokens=8, temperature=1.0, student=True)
+    os.killpg(engine._process.popen.pid, signal.SIGKILL)
+    after = engine.generate(asked, max_tokens=8, temperature=1.0, student=True)
+    assert [c.token_ids for c in after] == [c.token_ids for c in before]
+    assert after[0].logprobs == pytest.approx(before[0].logprobs, abs=1e-4)
+    assert "SIGKILL" in bench.warnings[0]
+    os.killpg(engine._process.popen.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="started again 1 times") as caught:
+        engine.sync(71)
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+
+
+@pytest.mark.parametrize("tp", ["1", "2"])
+def test_full_weights_reach_the_engine_tied_embeddings_too(tp: str) -> None:
+    """In one chunk, in several, to every worker, and again to a process that replaces a killed
+    one."""
+    flags = ("--no-trainer.model.lora", "--inference.parallel.tp", tp)
+    bench = make_bench("--orchestrator.env.0.args.num_train_examples", "8", *flags, max_restarts=1)
+    engine, policy = bench.engine, bench.policy
+    try:
+        assert student_error(bench) < 1e-4, "before the first step it has them from the disk"
+        assert "lm_head.weight" not in dict(policy.weights()), "the shipped model's are tied"
+        for version, engine.chunk_bytes in ((1, 1 << 30), (2, 1 << 20)):
+            generator = torch.Generator().manual_seed(version)
+            with torch.no_grad():
+                for _, parameter in policy.weights():
+                    parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+            engine.sync(version)
+            assert student_error(bench) < 1e-4
+        os.killpg(engine._process.popen.pid, signal.SIGKILL)
+        assert student_error(bench) < 1e-4
+        with torch.no_grad():
+            policy.student.get_input_embeddings().weight.mul_(0.9)
+        assert student_error(bench) > 1e-2, "not synced: the engine must now be wrong"
+    finally:
+        engine.close()
+
+
+def student_error(bench: Bench) -> float:
+    prompts = bench.prompts(4, length=24)
+    found = bench.engine.score(
+        [p[:12] for p in prompts], [p[12:] for p in prompts], temperature=1.0, student=True
+    )
+    truth = [bench.truth(p[:12], p[12:], True) for p in prompts]
+    pairs = zip(found, truth, strict=True)
+    return max(abs(a - b) for mine, its in pairs for a, b in zip(mine, its, strict=True))
+
+
+def test_two_workers_give_what_one_does() -> None:
+    """tp = 2: adapters reach both, on and off agree with the trainer."""
+    bench = make_bench("--inference.parallel.tp", "2")
+    try:
+        bench.change(seed=3)
+        bench.engine.sync(1)
+        prompts = bench.prompts(4, length=24)
+        heads, tails = [p[:12] for p in prompts], [p[12:] for p in prompts]
+        for student in (True, False):
+            found = bench.engine.score(heads, tails, temperature=1.0, student=student)
+            for head, tail, scores in zip(heads, tails, found, strict=True):
+                assert scores == pytest.approx(bench.truth(head, tail, student), abs=1e-4)
+    finally:
+        bench.engine.close()

@@ -1,0 +1,108 @@
+"""What only GPUs can show of engines: IPC handles, the V2 runner's scores, sleep, placement."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.vllm import NEEDS_VLLM, SOKOBAN
+
+from minidistill import cli
+from minidistill.config import load_config
+from minidistill.engines.vllm.engine import VllmEngine
+from minidistill.engines.vllm.options import build_options
+from minidistill.engines.vllm.weights_send import Outbox, opened, views
+from minidistill.errors import EXIT_OK
+from minidistill.models.hub import load_model_config, load_tokenizer
+from minidistill.placement.teacher import decide
+from minidistill.trainer.loading import load_policy
+from minidistill.trainer.policy import BASE, STUDENT
+
+pytestmark = [*NEEDS_VLLM, pytest.mark.gpu]
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+SHORT = (
+    "--max_steps", "3", "--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline",
+    "--orchestrator.batch_size", "8", "--orchestrator.env.0.args.num_train_examples", "16",
+    "--inference.engine", "vllm",
+)  # fmt: skip
+
+
+def read(handle: Any, entries: Any, gpu: int, answers: Any) -> None:
+    """In another process: the tensors behind a handle, on a GPU of its own choice."""
+    device = torch.device("cuda", gpu)
+    found = views(opened(handle, device), entries)
+    answers.put({name: tensor.float().cpu().numpy() for name, tensor in found.items()})
+
+
+@pytest.mark.parametrize("gpu", [0, pytest.param(1, marks=TWO_GPUS)])
+def test_a_handle_opens_in_another_process(gpu: int) -> None:
+    """On the sender's GPU, and staged on another."""
+    outbox = Outbox(torch.bfloat16, torch.device("cuda", 0), gpus=(gpu,))
+    spawn = multiprocessing.get_context("spawn")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        tensors = [(n, torch.randn(shape)) for n, shape in (("a", (3, 5)), ("b", (7,)))]
+        entries, answers = outbox.pack(tensors), spawn.Queue()
+        process = spawn.Process(target=read, args=(outbox.handle(), entries, gpu, answers))
+        process.start()
+        found = answers.get(timeout=120)
+        process.join()
+        for name, tensor in tensors:
+            assert np.array_equal(found[name], tensor.bfloat16().float().numpy())
+
+
+def test_any_ids_are_scored_where_the_v2_runner_is() -> None:
+    flags = ("--inference.engine", "vllm", "--trainer.loss.estimator", "top_k")
+    config = load_config([SOKOBAN, *flags, "--model.dtype", "float32"]).config
+    device, model = torch.device("cuda", 0), load_model_config(config)
+    options = build_options(config, device, model, 256, gpus=(0,), share=0.3, sleeps=True)
+    engine = VllmEngine(options, 0, print)
+    try:
+        engine.wait()
+        teaching = decide(config, vllm=True, token_ids=engine.scores_ids)
+        assert teaching.scorer == "engine", "this vLLM has no V2 runner"
+        policy = load_policy(config, load_tokenizer(config), device, teaching)
+        engine.attach(policy, (STUDENT, BASE))
+        engine.sync(0)
+        generator = torch.Generator().manual_seed(0)
+        prompt, completion = torch.randint(2, 600, (2, 20), generator=generator).tolist()
+        ids = torch.randint(2, 600, (20, 5), generator=generator).numpy()
+        for _ in range(3):  # the second reads the cache, the third after a sleep
+            (found,) = engine.score_ids([prompt], [completion], [ids], student=False)
+            with torch.no_grad(), policy.role(BASE):
+                tokens = torch.tensor([[*prompt, *completion]], device=device)
+                logp = policy.causal(input_ids=tokens).logits[0, 19:-1].log_softmax(-1).cpu()
+            truth = logp.gather(1, torch.as_tensor(ids))
+            torch.testing.assert_close(torch.as_tensor(found), truth, rtol=0, atol=1e-2)
+            engine.sleep()
+    finally:
+        engine.close()
+
+
+def steps(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "teacher_kl" in line]
+
+
+@pytest.mark.parametrize("estimator", ["full", "sampled", "top_k"])
+def test_a_run_that_shares_one_gpu(tmp_path: Path, estimator: str) -> None:
+    flags = ("--inference_gpu_ids", "0", "--trainer_gpu_ids", "0", "--trainer.loss.estimator",
+             estimator, "--inference.gpu_memory_utilization", "0.3")  # fmt: skip
+    assert cli.main(["run", SOKOBAN, *SHORT, *flags, "--output_dir", str(tmp_path / "run")]) == 0
+    assert all(record["kl/sampler_mismatch"] < 1e-2 for record in steps(tmp_path / "run"))
+
+
+@TWO_GPUS
+@pytest.mark.parametrize("more", [(), ("--no-trainer.model.lora",), ("--schedule", "async")])
+def test_a_run_on_two_gpus(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """Weights reach an engine on another GPU than the trainer's."""
+    flags = ("--inference_gpu_ids", "0", "--trainer_gpu_ids", "1", *more)
+    path = tmp_path / "run"
+    assert cli.main(["run", SOKOBAN, *SHORT, *flags, "--output_dir", str(path)]) == EXIT_OK
+    if "async" not in more:
+        assert all(record["kl/sampler_mismatch"] < 1e-2 for record in steps(path))

@@ -1,0 +1,86 @@
+"""Whole runs that sample with vLLM: right on every step, nothing left behind however they end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from support.vllm import NEEDS_VLLM, SHORT, SOKOBAN, start, steps
+
+from minidistill import cli
+from minidistill.engines.vllm.engine import VllmEngine
+from minidistill.errors import EXIT_HEALTH, EXIT_INTERRUPTED, EXIT_OK
+
+pytestmark = NEEDS_VLLM
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = start(tmp_path_factory.mktemp("vllm") / "whole")
+    text = run.rest()
+    assert run.process.wait() == EXIT_OK, text
+    assert re.search(r"engine +vLLM", text)
+    assert not run.left_behind()
+    return run.path
+
+
+def test_every_sync_took(finished: Path) -> None:
+    found = steps(finished)
+    assert [record["step"] for record in found] == [1, 2, 3, 4, 5]
+    assert all(record["kl/sampler_mismatch"] < 1e-8 for record in found)
+
+
+def test_a_stale_adapter_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the second update on the engine keeps what it has."""
+    sync, engines = VllmEngine.sync, []
+
+    def stale(self: VllmEngine, version: int) -> None:
+        engines.append(self)
+        if version < 2:
+            sync(self, version)
+
+    monkeypatch.setattr(VllmEngine, "sync", stale)
+    argv = ["run", SOKOBAN, *SHORT, "--output_dir", str(tmp_path / "stale")]
+    assert cli.main(argv) == EXIT_HEALTH
+    error = capsys.readouterr().err
+    assert "step 3: kl/sampler_mismatch" in error
+    assert "stale weights" in error
+    assert len(steps(tmp_path / "stale")) == 2
+    assert engines[0]._process.popen.returncode == -signal.SIGKILL
+
+
+def test_vllm_killed_in_mid_run_is_started_again(finished: Path, tmp_path: Path) -> None:
+    run = start(tmp_path / "killed")
+    run.until("step 2/")
+    os.kill(run.engine(), signal.SIGKILL)
+    text = run.rest()
+    assert run.process.wait() == EXIT_OK, text
+    assert "started again with the current weights" in text
+    assert not run.left_behind()
+    for ours, whole in zip(steps(run.path), steps(finished), strict=True):
+        assert ours["kl/sampler_mismatch"] < 1e-8
+        assert ours["teacher_kl"] == pytest.approx(whole["teacher_kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, EXIT_INTERRUPTED),
+        (signal.SIGTERM, EXIT_INTERRUPTED),
+        (signal.SIGKILL, -signal.SIGKILL),
+    ],
+    ids=["SIGINT", "SIGTERM", "SIGKILL"],
+)
+def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    run = start(tmp_path / "stopped", "--max_steps", "400")
+    run.until("step 1/")
+    assert "vllm_process" in " ".join(run.alive().values())
+    run.process.send_signal(number)
+    text = run.rest()
+    assert run.process.wait() == code, text
+    assert not run.left_behind()

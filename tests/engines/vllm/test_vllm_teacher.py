@@ -1,0 +1,169 @@
+"""A teacher scored by an engine: the right weights, before and after the student has moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.vllm import CPU, NEEDS_VLLM, SOKOBAN
+
+from minidistill.config import load_config
+from minidistill.engines.launch import start_engines
+from minidistill.envs.registry import load_environments
+from minidistill.errors import UserError
+from minidistill.models.hub import check_same_tokens, load_tokenizer
+from minidistill.models.registry import resolve
+from minidistill.placement.local import plan_here
+from minidistill.reporting.terminal import open_display
+from minidistill.rollouts.collector import Collector
+from minidistill.tasks.prompts import PromptBuilder
+from minidistill.trainer.forward import PrefixCache
+from minidistill.trainer.loading import load_policy
+from minidistill.trainer.trainer import Trainer
+
+pytestmark = NEEDS_VLLM
+SMALL = (
+    "--inference.engine", "vllm", "--trainer.loss.estimator", "sampled",
+    "--orchestrator.batch_size", "8", "--orchestrator.env.0.args.num_train_examples", "8",
+    "--trainer.optim.lr", "1e-3",
+)  # fmt: skip
+
+
+@contextmanager
+def made(*flags: str) -> Iterator[tuple[Trainer, Collector, Any]]:
+    config = load_config([SOKOBAN, *SMALL, *flags]).config
+    tokenizer = load_tokenizer(config)
+    plan, models = plan_here(config)
+    started = start_engines(config, CPU, plan.partition, plan.teaching, models, 256, print)
+    try:
+        policy = load_policy(config, tokenizer, CPU, started.teaching)
+        prefixes = PrefixCache(policy, shares=True)
+        trainer = Trainer(policy, config, prefixes, started.teaching.estimator, print)
+        teacher = config.orchestrator.teacher_model
+        builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
+        collector = Collector(
+            config, load_environments(config.orchestrator.env, ""), builder, started.teaching,
+            256, open_display(), print,
+        )  # fmt: skip
+        yield trainer, collector, started.attach(policy, prefixes)
+    finally:
+        started.close()
+
+
+@torch.no_grad()
+def truth(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> list[float]:
+    logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits
+    logp = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logp.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
+
+
+def base() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(resolve("tiny-sokoban"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes"),
+    [
+        ((), 1),
+        (("--no-teacher_inference.share",), 2),
+        (("--no-trainer.model.lora",), 2),
+    ],
+    ids=["shared engine", "own engine", "every weight trained"],
+)
+def test_the_frozen_teacher_is_the_base(flags: tuple[str, ...], processes: int) -> None:
+    """Its log-probs, and with an adapter the gradient from them: it does not depend on who scored
+    the teacher."""
+    model = base()
+    with made(*flags) as (trainer, collector, engine):
+        assert len({e._process.popen.pid for e in engines(engine)}) == processes
+        for step in (1, 2, 3):
+            engine.sync(step - 1)
+            rollouts, metrics = collector.collect(engine, step, step - 1)
+            assert metrics["time/teacher"] > 0
+            for rollout in rollouts:
+                completion = rollout.completion.token_ids
+                expected = truth(model, rollout.prompt.teacher_ids, completion)
+                assert list(rollout.teacher.logprobs) == pytest.approx(expected, abs=1e-4)
+                with trainer.policy.inference():
+                    own = truth(trainer.policy.model, rollout.prompt.student_ids, completion)
+                assert rollout.completion.logprobs == pytest.approx(tuple(own), abs=1e-4)
+            if trainer.policy.lora:
+                assert_the_trainer_teaches_the_same(trainer, rollouts)
+            found = trainer.step(rollouts, step, lambda count: None).metrics
+            assert found["kl/sampler_mismatch"] < 1e-8
+            assert "entropy/teacher" not in found
+
+
+def test_a_live_teacher_is_the_student_of_now() -> None:
+    for flags in ((), ("--no-trainer.model.lora",)):
+        with made("--orchestrator.teacher_model.update", "live", *flags) as parts:
+            trainer, collector, engine = parts
+            for step in (1, 2):
+                engine.sync(step - 1)
+                rollouts, _ = collector.collect(engine, step, step - 1)
+                for r in rollouts:
+                    expected = truth(
+                        trainer.policy.model, r.prompt.teacher_ids, r.completion.token_ids
+                    )
+                    assert list(r.teacher.logprobs) == pytest.approx(expected, abs=1e-4)
+                trainer.step(rollouts, step, lambda count: None)
+
+
+def assert_the_trainer_teaches_the_same(trainer: Trainer, rollouts: list[Any]) -> None:
+    found = []
+    for batch in (rollouts, [replace(r, teacher=None) for r in rollouts]):
+        output = trainer.gradients._objective(batch, ((), None))
+        (output.loss.sum() / output.loss.numel()).backward()
+        found.append({n: p.grad.clone() for n, p in trainer.policy.parameters})
+        trainer.optimizer.zero_grad()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model with the same tokenizer: the shipped one, shaken."""
+    from transformers import AutoTokenizer
+
+    folder, model = tmp_path_factory.mktemp("other"), base()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve("tiny-sokoban")).save_pretrained(folder)
+    return folder
+
+
+def test_a_teacher_of_another_model_has_its_own_engine(other: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    with made("--teacher_inference.model.name", str(other)) as (trainer, collector, engine):
+        assert len(engines(engine)) == 2
+        engine.sync(0)
+        rollouts, _ = collector.collect(engine, 1, 0)
+        for r in rollouts:
+            expected = truth(model, r.prompt.teacher_ids, r.completion.token_ids)
+            assert list(r.teacher.logprobs) == pytest.approx(expected, abs=1e-4)
+        trainer.step(rollouts, 1, lambda count: None)
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(other: Path) -> None:
+    config = load_config([SOKOBAN, "--teacher_inference.model.name", str(other)]).config
+    tokenizer = load_tokenizer(config)
+    check_same_tokens(config, tokenizer)
+    tokenizer.add_tokens(["<another>"])
+    with pytest.raises(UserError, match="another vocabulary"):
+        check_same_tokens(config, tokenizer)
+
+
+def engines(engine: Any) -> list[Any]:
+    return [engine.student, engine.teacher] if hasattr(engine, "teacher") else [engine]

@@ -1,0 +1,172 @@
+"""The trainer's estimated memory against what a step on a CPU allocates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.lab import Lab, make_lab
+
+from minidistill.errors import UserError
+from minidistill.models.hub import load_model_config
+from minidistill.models.registry import BUILT_IN
+from minidistill.placement.memory import Load, trainer_memory
+from minidistill.placement.model_shape import read_shape
+from minidistill.placement.planner import OTHER_RANKS, plan
+from minidistill.placement.teacher import decide
+from minidistill.trainer.batching import split_by_tokens
+
+Configure = Callable[..., Any]
+# no engine takes over what the first of two steps has learnt
+COMMON = ("--orchestrator.sampling.max_tokens", "24", "--trainer.loss.max_sampler_mismatch", "off")
+SIZES = {
+    "llama": {
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+    },
+    "qwen3": {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+    },
+}
+
+
+def random_model(folder: Path, kind: str, dtype: torch.dtype) -> str:
+    """The shipped model's tokenizer with another, untrained, architecture."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shutil.copytree(BUILT_IN["tiny-sokoban"], folder)
+    facts = json.loads((folder / "config.json").read_text())
+    kept = {key: facts[key] for key in ("vocab_size", "eos_token_id", "pad_token_id")}
+    config = AutoConfig.for_model(
+        kind, **SIZES[kind], **kept, bos_token_id=None, tie_word_embeddings=True
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    return str(folder)
+
+
+def measured(lab: Lab) -> int:
+    """Peak bytes of live tensors in a training step, by the allocator's own record."""
+    from torch.profiler import ProfilerActivity, profile
+
+    lab.trainer.step(lab.rollouts, 1, lambda count: None)  # from now on there are moments
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        lab.trainer.step(lab.rollouts, 2, lambda count: None)
+    assert recorded.profiler is not None
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = peak = 0
+    for _, size in changes:
+        live += size
+        peak = max(peak, live)
+    parameters = sum(p.nbytes for p in lab.policy.model.parameters())
+    states = lab.trainer.optimizer.state().values()
+    return parameters + sum(t.nbytes for t in states) + peak
+
+
+def estimated(lab: Lab, config: Any) -> dict[str, int]:
+    """The estimate for the largest micro-batch of the lab's step."""
+    loads = []
+    trainer = config.trainer
+    sizes = [max(r.student_length, r.teacher_length) for r in lab.rollouts]
+    for rows in split_by_tokens(sizes, trainer.micro_batch_tokens, trainer.packing):
+        batch = [lab.rollouts[i] for i in rows]
+        lengths = [r.student_length for r in batch]
+        tokens = sum(lengths) if config.trainer.packing else max(lengths) * len(batch)
+        completions = sum(len(r.completion.token_ids) for r in batch)
+        loads.append(Load(tokens, max(lengths), completions))
+    load = max(loads, key=lambda load: load.tokens)
+    shape = read_shape(lab.policy.config)
+    teaching = decide(config, vllm=False, token_ids=False)
+    return trainer_memory(
+        config, shape, teaching, load, torch.device("cpu"), lab.policy.dtype.itemsize
+    )
+
+
+SLOW = pytest.mark.slow
+CASES = [
+    ("tiny-sokoban", torch.float32, ""),
+    ("tiny-sokoban", torch.float32, "--trainer.micro_batch_tokens 1024"),
+    ("tiny-sokoban", torch.float32, "--trainer.packing"),
+    ("llama", torch.float32, ""),
+    ("qwen3", torch.bfloat16, ""),
+    ("qwen3", torch.bfloat16, "--trainer.model.ac"),
+    pytest.param("llama", torch.float32, "--trainer.model.ac", marks=SLOW),
+    pytest.param("llama", torch.float32, "--trainer.model.ac.freq 2", marks=SLOW),
+    pytest.param("llama", torch.bfloat16, "", marks=SLOW),
+    pytest.param(
+        "llama",
+        torch.bfloat16,
+        '--trainer.model.lora.target_modules ["q_proj","down_proj"]',
+        marks=SLOW,
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "dtype", "flags"), CASES)
+def test_the_estimate_is_within_a_fifth_of_the_measured_peak(
+    configure: Configure, tmp_path: Path, model: str, dtype: torch.dtype, flags: str
+) -> None:
+    name = model if model in BUILT_IN else random_model(tmp_path / "model", model, dtype)
+    wanted = str(dtype).removeprefix("torch.")
+    loaded = configure(
+        "--model.name", name, "--model.dtype", wanted, *COMMON, *flags.split(),
+        "--orchestrator.batch_size", "16",
+    )  # fmt: skip
+    lab = make_lab(loaded)
+    parts = estimated(lab, loaded.config)
+    peak = measured(lab)
+    # the profiler is worth nothing where it misses a part that is known exactly
+    assert peak > sum(parts[name] for name in ("weights", "adapter", "gradients", "optimizer"))
+    assert sum(parts.values()) == pytest.approx(peak, rel=0.2)
+
+
+def test_fixed_parts_are_exact(configure: Configure) -> None:
+    loaded = configure(*COMMON)
+    lab = make_lab(loaded)
+    parts = estimated(lab, loaded.config)
+    lab.trainer.step(lab.rollouts, 1, lambda count: None)
+    trained = [p for _, p in lab.policy.parameters]
+    total = sum(p.nbytes for p in lab.policy.model.parameters())
+    moments = [t.nbytes for k, t in lab.trainer.optimizer.state().items() if "exp_avg" in k]
+    assert parts["adapter"] == sum(p.nbytes for p in trained)
+    assert parts["weights"] == total - parts["adapter"]
+    assert parts["gradients"] == parts["adapter"]
+    assert parts["optimizer"] == sum(moments)
+
+
+def on_a_cpu(config: Any) -> Any:
+    (device,) = plan(config, load_model_config(config), 0, 8 << 30).devices
+    return device
+
+
+def test_processes_on_a_cpu_share_its_memory(configure: Configure) -> None:
+    """Ranks hold a trainer each, replicas of an engine a copy of the weights and a cache each."""
+    small = ("--trainer.micro_batch_tokens", "256", "--trainer.world_size")
+    one, two = (on_a_cpu(configure(*small, n).config) for n in "12")
+    training = one.phases["training"]
+    assert two.phases["training"] == training | {OTHER_RANKS: sum(training.values())}
+    flags = ("--inference.engine", "vllm", "--teacher_inference.share", "false")
+    dp = "--inference.parallel.dp"
+    single, double = (on_a_cpu(configure(*flags, dp, n).config).phases for n in "12")
+    weights = single["sampling"]["student: weights"]
+    assert weights == 4 * 935_296
+    for phase in ("sampling", "training"):
+        for part in ("weights", "keys and values"):
+            assert double[phase][f"student: {part}"] == 2 * single[phase][f"student: {part}"]
+    with pytest.raises(UserError, match="3 processes do not divide"):
+        on_a_cpu(configure(*small, "3").config)

@@ -1,0 +1,232 @@
+"""`minidistill plan`: counts against known figures, what fits, and changes that make it fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.paths import ROOT
+
+from minidistill.config import load_config
+from minidistill.errors import UserError
+from minidistill.models.hub import find_model_config
+from minidistill.placement.memory import ENGINE_TOKENS
+from minidistill.placement.model_shape import read_shape
+from minidistill.placement.planner import Plan, plan
+from minidistill.placement.render import flags as as_flags
+
+CONFIGS = ROOT / "configs"
+SMALL = str(CONFIGS / "sokoban-qwen3-0.6b.toml")
+LARGE = str(CONFIGS / "sokoban-qwen3-4b.toml")
+GIB = 1 << 30
+FOUR = "--inference_gpu_ids 0,1 --teacher_gpu_ids 2 --trainer_gpu_ids 3 --inference.parallel.dp 2"
+EIGHT = (
+    "--inference_gpu_ids 0 1 --teacher_gpu_ids 2 3 --trainer_gpu_ids 4 5 6 7 "
+    "--inference.parallel.tp 2 --teacher_inference.parallel.tp 2"
+)
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+
+def planned(file: str, gpus: int, gib: float, flags: str = "") -> Plan:
+    config = load_config([file, *flags.split()]).config
+    return plan(config, find_model_config(config), gpus, int(gib * GIB))
+
+
+# -- counting ----------------------------------------------------------------------------------
+
+
+def test_the_count_of_qwen3_4b_by_hand() -> None:
+    shape = read_shape(find_model_config(load_config([LARGE]).config))
+    embedding = 151936 * 2560
+    attention = 2560 * (4096 + 2 * 1024) + 4096 * 2560 + 2 * 128
+    layer = attention + 3 * 2560 * 9728 + 2 * 2560
+    assert shape.parameters == embedding + 36 * layer + 2560 == 4_022_468_096
+    assert (shape.embedding, shape.head) == (embedding, 0)  # tied
+    assert shape.cache(2) == 2 * 36 * 8 * 128 * 2 == 147_456
+    assert shape.cache(2, tp=2) == 147_456 // 2
+    assert shape.cache(2, tp=16) == 147_456 // 8  # heads are not split
+    linears = 2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728)
+    assert shape.adapter(16, "all-linear") == 36 * 16 * linears == 33_030_144
+    assert shape.adapter(8, ["q_proj"]) == 36 * 8 * (2560 + 4096)
+
+
+def test_the_count_of_qwen3_06b() -> None:
+    shape = read_shape(find_model_config(load_config([SMALL]).config))
+    layer = 1024 * (2048 + 2 * 1024) + 2048 * 1024 + 2 * 128 + 3 * 1024 * 3072 + 2 * 1024
+    assert shape.parameters == 151936 * 1024 + 28 * layer + 1024 == 596_049_920
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("qwen2", {"tie_word_embeddings": False}),
+        ("gpt_neox", {"rotary_pct": 1.0}),
+    ],
+)
+def test_other_architectures_are_counted_as_they_are_built(
+    kind: str, settings: dict[str, Any]
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 3, "num_attention_heads": 4,
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, **sizes, **settings)
+    model = AutoModelForCausalLM.from_config(config)
+    shape = read_shape(config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    untied = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    assert shape.head == (3200 if untied else 0)
+    head = model.get_output_embeddings()
+    assert len(shape.linears) == len(
+        [m for m in model.modules() if type(m).__name__ == "Linear" and m is not head]
+    )
+
+
+def test_a_model_that_is_nowhere_is_refused() -> None:
+    config = load_config([LARGE, "--model.name", "no/such-model"]).config
+    with pytest.raises(UserError, match="cannot load the model 'no/such-model'"):
+        find_model_config(config)
+
+
+# -- what fits ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "gpus", "gib", "flags"),
+    [
+        (SMALL, 1, 24, ""),
+        (SMALL, 2, 24, ""),
+        (LARGE, 4, 80, ""),
+        (LARGE, 8, 80, ""),
+        (LARGE, 4, 80, FOUR),
+        (LARGE, 8, 80, EIGHT),
+        (str(CONFIGS / "sokoban.toml"), 0, 4, ""),
+    ],
+)
+def test_the_configurations_fit_the_machines_they_are_for(
+    file: str, gpus: int, gib: float, flags: str
+) -> None:
+    found = planned(file, gpus, gib, flags)
+    assert found.fits, found.problems
+    assert found.change == {}
+    assert all(device.peak <= device.usable for device in found.devices)
+
+
+def test_the_reference_machine_has_a_teacher_engine() -> None:
+    found = planned(LARGE, 4, 80)
+    assert found.partition.teacher == (1,)
+    assert found.teaching.estimator == "sampled"
+    assert found.teacher == "in an engine of its own"
+
+
+def test_what_an_engine_leaves_for_keys_and_values() -> None:
+    student = planned(LARGE, 4, 80).devices[0].phases["sampling"]
+    left = int(0.9 * 80 * GIB) - 2 * 4_022_468_096 - 2 * 33_030_144 - GIB
+    left -= ENGINE_TOKENS * 2 * (9728 + 2560) * 2 + 2 * 4 * 256 * 151936
+    assert student["student: keys and values"] == left
+    assert planned(LARGE, 4, 80).sequences["student"] == left // (147_456 * 2048) == 223
+    assert planned(LARGE, 4, 80, FOUR).sequences["student"] == 2 * 223
+
+
+def test_tensor_parallel_engines_split_weights_and_cache() -> None:
+    one, two = planned(LARGE, 8, 80), planned(LARGE, 8, 80, EIGHT)
+    weights = [p.devices[0].phases["sampling"]["student: weights"] for p in (one, two)]
+    assert weights[1] * 2 == weights[0]
+    assert two.sequences["student"] > one.sequences["student"]
+
+
+def test_shared_gpus_count_phases_not_their_sum() -> None:
+    found = planned(SMALL, 1, 24)
+    (device,) = found.devices
+    assert set(device.phases) == {"sampling", "training"}
+    assert device.peak == max(sum(parts.values()) for parts in device.phases.values())
+    assert not any("activations" in n for n in device.phases["sampling"] if n[:7] == "trainer")
+    assert not any("keys" in name for name in device.phases["training"])
+
+
+def test_full_fine_tuning_splits_weights_and_optimizer_over_the_ranks() -> None:
+    four = planned(LARGE, 4, 80, "--no-trainer.model.lora")
+    parts = four.devices[-1].phases["training"]
+    count = 4_022_468_096
+    assert four.sharded
+    assert parts["trainer: weights"] == count  # 2 bytes each, on two ranks
+    assert parts["trainer: gradients"] == count
+    assert parts["trainer: optimizer"] == (8 + 4) * count // 2  # moments and fp32 copies
+    assert not planned(LARGE, 4, 80).sharded
+
+
+def test_a_frozen_teacher_in_the_trainer_is_a_second_copy_under_full_fine_tuning() -> None:
+    flags = "--no-trainer.model.lora --trainer.loss.estimator full"
+    parts = planned(LARGE, 4, 80, flags).devices[-1].phases["training"]
+    assert parts["trainer: reference copy"] == parts["trainer: weights"]
+    live = f"{flags} --orchestrator.teacher_model.update live"
+    training = planned(LARGE, 4, 80, live).devices[-1].phases["training"]
+    assert "trainer: reference copy" not in training
+
+
+def test_two_engines_on_one_gpu_split_its_memory() -> None:
+    found = planned(LARGE, 2, 80, "--no-teacher_inference.share")
+    (both, _) = found.devices
+    assert both.peak == pytest.approx(0.9 * 80 * GIB, abs=2)
+    assert min(found.sequences.values()) > 0
+
+
+def test_an_engine_without_room_for_a_sequence_does_not_fit() -> None:
+    found = planned(LARGE, 4, 80, "--inference.gpu_memory_utilization 0.1")
+    assert not found.fits
+    assert "student's engine has no room for one sequence of 2048 tokens" in found.problems[0]
+
+
+# -- changes -----------------------------------------------------------------------------------
+
+CHANGES = [
+    (LARGE, 4, 80, "--trainer.micro_batch_tokens 16384", {"trainer.micro_batch_tokens": 4096}),
+    (SMALL, 1, 24, "--inference.gpu_memory_utilization 0.9",
+     {"inference.gpu_memory_utilization": 0.85}),
+    (LARGE, 1, 24, "",
+     {"trainer.model.ac.freq": 1, "inference.gpu_memory_utilization": 0.55}),
+    (LARGE, 2, 40, "", {"trainer.micro_batch_tokens": 2048}),
+    (LARGE, 2, 24, "", {"trainer.model.ac.freq": 1}),
+    (LARGE, 2, 40, "--no-trainer.model.lora --orchestrator.teacher_model.update live",
+     {"trainer.model.lora.rank": 16, "trainer.micro_batch_tokens": 2048}),
+    (LARGE, 4, 9, "", None),
+    (str(CONFIGS / "sokoban.toml"), 0, 0.3, "--trainer.micro_batch_tokens 16384",
+     {"trainer.micro_batch_tokens": 4096}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "gpus", "gib", "flags", "change"), CHANGES)
+def test_the_smallest_change_makes_it_fit(
+    file: str, gpus: int, gib: float, flags: str, change: dict[str, Any] | None
+) -> None:
+    found = planned(file, gpus, gib, flags)
+    assert not found.fits
+    assert found.change == change
+    if change is not None:
+        # as it would be typed
+        assert planned(file, gpus, gib, f"{flags} {as_flags(change)}").fits
+
+
+def test_nothing_of_cuda_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("planning asked for a device")
+
+    for name in ("device_count", "get_device_properties", "is_bf16_supported", "init"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    assert planned(LARGE, 8, 80).fits
+
+
+def test_environment_arguments_make_levels() -> None:
+    from minidistill.envs.registry import load_environments
+
+    for file in (SMALL, LARGE):
+        config = load_config([file]).config
+        (environment,) = load_environments(config.orchestrator.env, "").values()
+        content = environment.train[0].messages[0]["content"]
+        assert "Symbols:" in content  # the rules are in the prompt

@@ -1,0 +1,77 @@
+"""Where the teacher is scored, and with which estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from minidistill.errors import UserError
+from minidistill.placement.teacher import decide
+
+OWN, OTHER = "--no-teacher_inference.share", ("--teacher_inference.model.name", "other")
+FULL_WEIGHTS = "--no-trainer.model.lora"
+
+
+def estimator(name: str) -> tuple[str, str]:
+    return "--trainer.loss.estimator", name
+
+
+@pytest.mark.parametrize(
+    ("flags", "scorer", "chosen", "own", "why"),
+    [
+        ((), "trainer", "full", False, "exact"),
+        ((OWN,), "engine", "sampled", True, "own"),
+        (OTHER, "engine", "sampled", True, "own"),
+        (("--teacher_gpu_ids", "1"), "engine", "sampled", True, "own"),
+        ((OWN, *estimator("full")), "trainer", "full", False, "logits"),
+        (estimator("sampled"), "engine", "sampled", False, "shares"),
+        ((*estimator("sampled"), FULL_WEIGHTS), "engine", "sampled", True, "own"),
+        (
+            (*estimator("sampled"), FULL_WEIGHTS, "--orchestrator.teacher_model.update", "live"),
+            "engine", "sampled", False, "shares",
+        ),
+        (
+            (*estimator("sampled"), FULL_WEIGHTS, "--orchestrator.teacher_model.update", "ema"),
+            "trainer", "sampled", False, "average",
+        ),
+        (
+            (*estimator("sampled"), "--orchestrator.sampling.temperature", "0.7"),
+            "trainer", "sampled", False, "temperature",
+        ),
+    ],
+)  # fmt: skip
+def test_with_vllm(
+    configure: Callable[..., Any],
+    flags: tuple[str, ...],
+    scorer: str,
+    chosen: str,
+    own: bool,
+    why: str,
+) -> None:
+    found = decide(configure(*flags).config, vllm=True, token_ids=False)
+    assert (found.scorer, found.estimator, found.needs_own_engine) == (scorer, chosen, own)
+    assert why in found.reason
+
+
+def test_top_k_needs_an_engine_that_scores_any_ids(configure: Callable[..., Any]) -> None:
+    config = configure(*estimator("top_k")).config
+    assert decide(config, vllm=True, token_ids=True).scorer == "engine"
+    found = decide(config, vllm=True, token_ids=False)
+    assert (found.scorer, found.estimator) == ("trainer", "top_k")
+    assert "V2" in found.reason
+
+
+@pytest.mark.parametrize("name", ["auto", "full", "sampled", "top_k"])
+def test_the_embedded_engine_is_the_trainer(configure: Callable[..., Any], name: str) -> None:
+    found = decide(configure(*estimator(name)).config, vllm=False, token_ids=False)
+    assert found.scorer == "trainer"
+    assert found.estimator == ("full" if name == "auto" else name)
+
+
+def test_a_teacher_of_another_model_does_not_follow_the_student(
+    configure: Callable[..., Any],
+) -> None:
+    with pytest.raises(UserError, match="another model"):
+        configure(*OTHER, "--orchestrator.teacher_model.update", "live")

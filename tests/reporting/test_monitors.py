@@ -1,0 +1,239 @@
+"""Monitors: the real package offline, and monitors that raise, hang or are slow to start."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minidistill.config import Config
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.reporting.monitors import open_monitors
+from minidistill.reporting.monitors.background import Background
+from minidistill.reporting.monitors.weights_and_biases import run_id
+
+
+class Recorder:
+    """A monitor that keeps what it is given; `act` runs at every record."""
+
+    def __init__(self, act: Callable[[int], object] = lambda step: None) -> None:
+        self.act = act
+        self.records: list[tuple[int, dict[str, float]]] = []
+        self.summary: Mapping[str, Any] | None = None
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.act(step)
+        self.records.append((step, metrics))
+
+    def close(self, summary: Mapping[str, Any] | None) -> None:
+        self.summary = summary
+
+
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    """What hangs in a test waits for this, so that no thread outlives the test for long."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def config(**wandb: Any) -> Config:
+    values: dict[str, Any] = {
+        "orchestrator": {
+            "teacher_model": {"context": "Play well."},
+            "env": [{"id": "sokoban-env"}],
+        }
+    }
+    if wandb:
+        values["wandb"] = wandb
+    return Config.model_validate(values)
+
+
+def raises(step: int) -> None:
+    raise OSError(f"\x1b[31mstep {step}")
+
+
+def test_no_table_no_monitor(tmp_path: Path) -> None:
+    before = threading.active_count()
+    monitor = open_monitors(config(), tmp_path, pytest.fail)
+    monitor.log(1, {"teacher_kl": 1.0})
+    monitor.close(None)
+    assert threading.active_count() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_records_arrive_in_order_and_the_summary_last() -> None:
+    recorder, warnings = Recorder(), list[str]()
+    monitor = Background("test", lambda: recorder, warnings.append)
+    metrics = {"teacher_kl": 1.0}
+    monitor.log(1, metrics)
+    metrics["teacher_kl"] = 9.0  # the run's own dictionary may change later
+    monitor.log(2, {"reward/mean": 0.5})
+    monitor.close({"gap_closed": 0.9})
+    monitor.close(None)
+    assert recorder.records == [(1, {"teacher_kl": 1.0}), (2, {"reward/mean": 0.5})]
+    assert recorder.summary == {"gap_closed": 0.9}
+    assert warnings == []
+
+
+def test_one_that_raises_warns_once_and_goes_on() -> None:
+    recorder, warnings = Recorder(lambda step: raises(step) if step < 3 else None), list[str]()
+    monitor = Background("test", lambda: recorder, warnings.append)
+    for step in range(1, 5):
+        monitor.log(step, {})
+    monitor.close(None)
+    assert [step for step, _ in recorder.records] == [3, 4]
+    assert monitor.dropped == 2
+    failed = [w for w in warnings if "OSError" in w]
+    assert len(failed) == 1
+    assert "\x1b" not in failed[0]
+
+
+def test_one_that_cannot_start_is_off_and_says_why() -> None:
+    warnings = list[str]()
+
+    def connect() -> Recorder:
+        raise PermissionError("no API key")
+
+    monitor = Background("test", connect, warnings.append)
+    for step in range(5000):
+        monitor.log(step, {})
+    monitor.close(None)
+    assert [w for w in warnings if "no API key" in w] == warnings[:1]
+
+
+def test_one_that_hangs_delays_neither_log_nor_close(release: threading.Event) -> None:
+    recorder, warnings = Recorder(lambda step: release.wait(30)), list[str]()
+    monitor = Background("t", lambda: recorder, warnings.append, capacity=4, close_seconds=0.2)
+    began = time.monotonic()
+    for step in range(50):
+        monitor.log(step, {})
+    assert time.monotonic() - began < 0.2
+    monitor.close({"gap_closed": 1.0})
+    assert time.monotonic() - began < 1.0
+    assert monitor.dropped >= 45
+    assert len([w for w in warnings if "does not keep up" in w]) == 1
+    assert any(f"{monitor.dropped} records" in w for w in warnings)
+    assert any("not waited for" in w for w in warnings)
+
+
+def test_a_start_that_hangs_delays_nothing(release: threading.Event) -> None:
+    def connect() -> Recorder:
+        release.wait(30)
+        return Recorder()
+
+    warnings = list[str]()
+    began = time.monotonic()
+    monitor = Background("test", connect, warnings.append, close_seconds=0.2)
+    monitor.log(1, {})
+    assert time.monotonic() - began < 0.2
+    monitor.close(None)
+    assert time.monotonic() - began < 1.0
+    assert any("not waited for" in w for w in warnings)
+
+
+def test_warnings_come_from_the_thread_of_the_run() -> None:
+    threads = list[threading.Thread]()
+    monitor = Background(
+        "test", lambda: Recorder(raises), lambda _: threads.append(threading.current_thread())
+    )
+    monitor.log(1, {})
+    monitor.close(None)
+    assert set(threads) == {threading.current_thread()}
+
+
+@pytest.mark.parametrize("how", ["absent", "only a folder of that name"])
+def test_a_missing_package_is_an_error_of_the_environment(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    if how == "absent":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        (tmp_path / "wandb").mkdir()
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        sys.path_importer_cache.clear()
+    with pytest.raises(UserError) as caught:
+        open_monitors(config(offline=True), tmp_path, pytest.fail)
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    assert "pip install 'minidistill[wandb]'" in caught.value.fix
+
+
+def test_the_id_is_kept_and_a_damaged_one_replaced(tmp_path: Path) -> None:
+    first = run_id(tmp_path)
+    assert run_id(tmp_path) == first
+    (tmp_path / "wandb_id").write_text("../../etc\x1b[0m")
+    assert run_id(tmp_path) not in (first, "../../etc\x1b[0m")
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of an offline file: LevelDB's log format behind a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    new_record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
+    data, at, whole = path.read_bytes(), 7, b""
+    block = 32768
+    while at + 7 <= len(data):
+        left = block - at % block
+        if left < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a full record, or the last part of one
+            record = new_record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def items(entries: Any) -> dict[str, Any]:
+    return {e.key or "/".join(e.nested_key): json.loads(e.value_json) for e in entries}
+
+
+def test_the_real_package_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    run_dir = tmp_path / "a run"
+    run_dir.mkdir()
+    warnings = list[str]()
+    for first in (1, 3):  # the second time is a resumed run
+        monitor = open_monitors(config(offline=True, tags=["a"]), run_dir, warnings.append)
+        for step in (first, first + 1):
+            monitor.log(step, {"teacher_kl": 1.0 / step, "combined_advantage": -0.5})
+            monitor.log(step, {"eval/sokoban-env/student/avg": 0.1 * step})
+        monitor.close({"gap_closed": 0.9, "verdict": "closed", "drift_kl": None})
+        time.sleep(1.0)  # the package names an offline file by the second
+    assert warnings == []
+    files = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+    kept = (run_dir / "wandb_id").read_text().strip()
+    assert files
+    assert all(file.name == f"run-{kept}.wandb" for file in files)
+    records = [record for file in files for record in wandb_records(file)]
+    history = [items(r.history.item) for r in records if r.WhichOneof("record_type") == "history"]
+    by_step: dict[int, dict[str, Any]] = {}
+    for row in history:
+        by_step.setdefault(row["_step"], {}).update(row)
+    assert sorted(by_step) == [1, 2, 3, 4]
+    assert by_step[2]["teacher_kl"] == 0.5
+    assert by_step[2]["combined_advantage"] == -0.5
+    assert by_step[4]["eval/sokoban-env/student/avg"] == pytest.approx(0.4)
+    [run, *_] = [r.run for r in records if r.WhichOneof("record_type") == "run"]
+    assert (run.run_id, run.display_name, list(run.tags)) == (kept, "a run", ["a"])
+    logged = {u.key: json.loads(u.value_json) for u in run.config.update}
+    assert logged["orchestrator"]["teacher_model"]["context"] == "Play well."
+    summary: dict[str, Any] = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "summary":
+            summary |= items(record.summary.update)
+    assert summary["scoreboard/gap_closed"] == 0.9
+    assert "scoreboard/drift_kl" not in summary

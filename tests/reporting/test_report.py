@@ -1,0 +1,285 @@
+"""The HTML report: what it shows, what damage it stands, and that nothing in it can act."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from minidistill.errors import EXIT_USAGE, UserError
+from minidistill.reporting.html import write_report
+from minidistill.reporting.html.chart import Series, draw, thin
+
+EVIL = '</pre><script>alert(1)</script><img src=x onerror="alert(2)">\x1b[31m\u202e{{ 7*7 }}'
+VOID = {"meta", "img", "br", "rect", "line", "path"}
+
+
+class Page(HTMLParser):
+    """Parses the page, and fails where an element is closed that is not open."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str]] = []
+        self.spans: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "span":
+            self.spans.append((dict(attrs).get("class") or "", ""))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] == "span":
+            self.spans[-1] = (self.spans[-1][0], self.spans[-1][1] + data)
+
+
+def rollout(step: int, task: str, tokens: list[str], **more: Any) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "step": step,
+        "env": "sokoban-env",
+        "task_id": task,
+        "teacher_prompt_text": "You are an expert.\nPlay well.",
+        "completion": "".join(tokens),
+        "reward": 1.0,
+        "stop": "eos",
+        "tokens": tokens,
+        **more,
+    }
+
+
+def write_rollouts(
+    run_dir: Path, step: int, rows: list[dict[str, Any]], kl: list[list[float]] | None
+) -> None:
+    folder = run_dir / "rollouts"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step_{step:06d}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if kl is not None:
+        flat = np.array([v for values in kl for v in values], dtype=np.float32)
+        offsets = np.cumsum([0, *map(len, kl)]).astype(np.int64)
+        save_file({"kl": flat, "offsets": offsets}, path.with_suffix(".safetensors"))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    run_dir = tmp_path / "sokoban"
+    run_dir.mkdir()
+    lines: list[dict[str, Any]] = [
+        {
+            "step": 0,
+            "eval/sokoban-env/baseline_student/avg": 0.05,
+            "eval/sokoban-env/baseline_teacher/avg": 0.95,
+            "eval/sokoban-env/baseline_diff": 0.9,
+        }
+    ]
+    for step in range(1, 21):
+        lines.append(
+            {
+                "step": step,
+                "teacher_kl": 4.93 / step,
+                "reward/mean": step / 20,
+                "loss/policy": 0.1,
+                "entropy/student": 1.0,
+                "entropy/teacher": 0.5,
+                "completions/length_mean": 6.0,
+                "kl/sampler_mismatch": 0.0,
+            }
+        )
+        if step % 10 == 0:
+            lines.append({"step": step, "eval/sokoban-env/student/avg": 0.04 * step})
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (run_dir / "config.toml").write_text("max_steps = 20\n")
+    (run_dir / "env.json").write_text(json.dumps({"python": "3.11", "packages": {"rich": "15"}}))
+    board = {"env": "sokoban-env", "gap_closed": 0.92, "gap_closed_low": 0.88}
+    board |= {"gap_closed_high": 0.95, "verdict": "closed", "steps": 20, "seconds": 73.0}
+    (run_dir / "scoreboard.json").write_text(json.dumps(board))
+    for step in (1, 5, 10, 15, 20):
+        rows = [rollout(step, f"t{i}", [f"s{step}t{i}", "\n"]) for i in (0, 0, 1, 2, 3)]
+        write_rollouts(run_dir, step, rows, [[0.001, 5.0]] * 5)
+    return run_dir
+
+
+def page_of(run_dir: Path) -> Page:
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_a_whole_run(run_dir: Path) -> None:
+    page = page_of(run_dir)
+    assert "92%  (95% interval 88% to 95%)" in page.text
+    assert "20 steps in 1m13s" in page.text
+    assert "max_steps = 20" in page.text
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    assert any("teacher_kl: from 4.93 to 0.246" in label for label in labels)
+    [evaluation] = [label for label in labels if label.startswith("Evaluation: sokoban-env")]
+    assert "baseline_teacher: 0.95." in evaluation
+    assert "student: from 0.4 to 0.8." in evaluation
+    assert page.tags["figure"] == 7
+    # one page, nothing else in the folder
+    assert not list(run_dir.glob("*.tmp"))
+
+
+def test_rollouts_of_first_middle_and_last_step_one_a_task(run_dir: Path) -> None:
+    page = page_of(run_dir)
+    shown = [text for _, text in page.spans if text.startswith("s")]
+    assert shown == [f"s{step}t{task}" for step in (1, 10, 20) for task in (0, 1, 2)]
+    classes = {text: name for name, text in page.spans}
+    assert classes["s1t0"] == "h0"
+    assert classes["⏎\n"] == "h4"
+
+
+def test_nothing_is_loaded_and_nothing_runs(run_dir: Path) -> None:
+    page = page_of(run_dir)
+    assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
+    assert not {"src", "href", "srcset"} & {name for name, _ in page.attributes}
+    html = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "http://" not in html
+    assert "https://" not in html
+    assert "url(" not in html
+
+
+def test_text_from_models_and_files_stays_text(run_dir: Path) -> None:
+    for step in (1, 2):
+        rows = [rollout(step, EVIL, [EVIL], env=EVIL, teacher_prompt_text=EVIL, stop=EVIL)]
+        write_rollouts(run_dir, step, rows, [[EVIL.count("x") * 1.0]])
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 20, f"eval/{EVIL}/student/avg": 0.5}) + "\n")
+        file.write(json.dumps({"step": 20, f"eval/sokoban-env/{EVIL[7:20]}/avg": 0.5}) + "\n")
+    (run_dir / "config.toml").write_text(EVIL)
+    (run_dir / "env.json").write_text(json.dumps({EVIL: EVIL}))
+    board = {"env": EVIL, "verdict": EVIL, "gap_closed": EVIL, "student": EVIL}
+    board["per_env"] = {EVIL: {"student": EVIL}, "b": {}}  # type: ignore[assignment]
+    (run_dir / "scoreboard.json").write_text(json.dumps(board))
+    renamed = run_dir.with_name("a<script>b")
+    run_dir.rename(renamed)
+    page = page_of(renamed)
+    assert not {"script", "img"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert "{{ 7*7 }}" in page.text
+    html = (renamed / "report.html").read_text(encoding="utf-8")
+    assert "\x1b" not in html
+    assert "\u202e" not in html
+
+
+def test_a_run_that_was_cut_off(run_dir: Path) -> None:
+    (run_dir / "scoreboard.json").unlink()
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + b'{"step": 21, "teacher_kl": 0.\xff')
+    (run_dir / "env.json").write_text("[1")
+    last = run_dir / "rollouts" / "step_000020.jsonl"
+    last.write_text(last.read_text()[:-40])
+    tensors = last.with_suffix(".safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:50])
+    page = page_of(run_dir)
+    assert "metrics.jsonl: 1 damaged line left out." in page.text
+    assert "env.json is damaged" in page.text
+    assert "no scoreboard" in page.text
+    assert "Up to step 20" in page.text
+    classes = {text: name for name, text in page.spans}
+    assert classes["s20t0"] == ""
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml"])
+def test_a_run_that_has_only_begun(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    page = page_of(tmp_path)
+    assert "There are no metrics yet." in page.text
+    assert page.tags["figure"] == 0
+
+
+def test_odd_metrics_are_left_out(tmp_path: Path) -> None:
+    rows = ['{"step": 1, "teacher_kl": NaN, "reward/mean": 1}', "7", '{"teacher_kl": 1.0}']
+    rows += ['{"step": 2, "teacher_kl": Infinity, "reward/mean": "high"}', '{"step": true}']
+    rows += ['{"step": 3, "loss/policy": 1' + "0" * 400 + "}"]
+    rows += ['{"step": 4, "reward/mean": 0.5}', '{"step": 4, "reward/mean": 0.25}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    page = page_of(tmp_path)
+    assert page.tags["figure"] == 1
+    [label] = [value for name, value in page.attributes if name == "aria-label"]
+    assert "from 1 to 0.25" in label
+
+
+@pytest.mark.parametrize("kl", [[[0.1]], [[0.1, 0.2], [0.3]], []])
+def test_kl_that_does_not_fit_the_tokens_colours_nothing(
+    tmp_path: Path, kl: list[list[float]]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    write_rollouts(tmp_path, 1, [rollout(1, "a", ["x", "y", "z"])], kl)
+    assert ("", "x") in page_of(tmp_path).spans
+
+
+def test_a_long_rollout_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    write_rollouts(tmp_path, 1, [rollout(1, "a", ["x"] * 1000)], [[float("nan")] * 1000])
+    assert "… 600 more tokens" in page_of(tmp_path).text
+
+
+def test_no_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError) as caught:
+            write_report(path)
+        assert caught.value.exit_code == EXIT_USAGE
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+FLOATS = st.floats(width=64, min_value=-1e200, max_value=1e200) | st.just(float("nan"))
+
+
+@given(st.lists(FLOATS, min_size=1, max_size=50))
+def test_every_curve_stays_inside_its_chart(values: list[float]) -> None:
+    chart = draw("t", "n", [Series("s", list(enumerate(values)), marked=True)])
+    for line in chart.lines:
+        for x, y, _, _ in line.dots:
+            assert chart.left <= x <= chart.right
+            assert 0 <= y <= chart.bottom
+        assert "nan" not in line.path
+    assert len(chart.y_ticks) <= 12
+    assert bool(chart.lines) == any(v == v for v in values)
+
+
+def test_thinning_keeps_ends_and_extremes() -> None:
+    points = [(i, float(i % 7)) for i in range(10_000)]
+    points[1234] = (1234, 99.0)
+    kept = thin(points)
+    assert len(kept) <= 302
+    assert {points[0], points[-1], (1234, 99.0)} <= set(kept)
+
+
+def test_the_report_and_the_displays_need_no_torch() -> None:
+    code = (
+        "import sys, minidistill.reporting.terminal.live, minidistill.reporting.html;"
+        "import minidistill.reporting.monitors.background;"
+        "sys.exit(' '.join({'torch', 'wandb', 'transformers'} & set(sys.modules)) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

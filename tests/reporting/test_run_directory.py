@@ -1,0 +1,300 @@
+"""A run's directory: where it goes, what it survives, and what a resumed run finds in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from minidistill.config import LoadedConfig, load_config
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
+from minidistill.files import write_atomic
+from minidistill.reporting.rollout_log import TokenTexts, write_rollouts
+from minidistill.reporting.run_directory import RunDir, choose_path
+from minidistill.types import Completion, Prompt, Reward, Rollout, Task, TokenStats
+
+CONFIG = """\
+[orchestrator.teacher_model]
+context = "Denk zuerst nach: ö\\n"
+
+[[orchestrator.env]]
+id = "sokoban-env"
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LoadedConfig]:
+    """Configurations called `a`, or another name, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(*flags: str, name: str = "a") -> LoadedConfig:
+        Path(f"{name}.toml").write_text(CONFIG, encoding="utf-8")
+        return load_config([f"{name}.toml", *flags])
+
+    return load
+
+
+def start(path: Path | str) -> Path:
+    """A directory that holds a run."""
+    Path(path).mkdir(parents=True)
+    (Path(path) / "config.resolved.json").write_text("{}")
+    return Path(path)
+
+
+def refusal(loaded: LoadedConfig, resume: bool = False) -> UserError:
+    with pytest.raises(UserError) as caught:
+        choose_path(loaded, resume)
+    assert caught.value.exit_code == EXIT_USAGE
+    return caught.value
+
+
+def test_runs_are_numbered(load: Callable[..., LoadedConfig]) -> None:
+    for name in ("a", "a-2", "a-10"):
+        assert choose_path(load(), resume=False).parent == Path("runs")
+        start(f"runs/{name}")
+    for stray in ("a-x", "ab", "a-3-old", "a-", "a-²", "b-40"):
+        start(f"runs/{stray}")
+    assert choose_path(load(), resume=False) == Path("runs/a-11")
+    assert choose_path(load(), resume=True) == Path("runs/a-10")
+    assert choose_path(load(name="c"), resume=False) == Path("runs/c")
+
+
+def test_a_name_is_no_pattern(load: Callable[..., LoadedConfig]) -> None:
+    start("runs/[a]")
+    start("runs/a-7")
+    assert choose_path(load(name="[a]"), resume=False) == Path("runs/[a]-2")
+    assert choose_path(load(name="[a]"), resume=True) == Path("runs/[a]")
+
+
+def test_a_directory_is_used_once(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
+    loaded = load("--output_dir", "out/deep")
+    assert choose_path(loaded, resume=False) == Path("out/deep")
+    Path("out/deep").mkdir(parents=True)
+    assert choose_path(loaded, resume=False) == Path("out/deep")
+    (tmp_path / "out/deep/notes.txt").write_text("")
+    error = refusal(loaded)
+    assert "is not empty" in error.what
+    assert "--resume" not in error.fix
+    (tmp_path / "out/deep/config.resolved.json").write_text("{}")
+    error = refusal(loaded)
+    assert "holds a run already" in error.what
+    assert "--resume" in error.fix
+    assert error.where == "--output_dir"
+    assert choose_path(loaded, resume=True) == Path("out/deep")
+
+
+def test_nothing_to_resume(load: Callable[..., LoadedConfig]) -> None:
+    assert "no run to resume" in refusal(load(), resume=True).what
+    Path("runs/a").mkdir(parents=True)
+    assert "no run to resume in runs/a" in refusal(load(), resume=True).what
+    assert "no run to resume" in refusal(load("--output_dir", "x"), resume=True).what
+
+
+def test_a_file_in_the_way(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/x", "file/x/y"):
+        assert "not a writable directory" in refusal(load("--output_dir", place)).what
+
+
+@pytest.mark.parametrize("place", ["/proc/run", "/dev/null/run", "x" * 300, "dangling/run"])
+def test_a_place_that_cannot_be_made(
+    load: Callable[..., LoadedConfig], tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    loaded = load("--output_dir", place)
+    with pytest.raises(UserError) as caught:
+        RunDir(choose_path(loaded, resume=False)).create(loaded, {})
+    assert caught.value.exit_code in (EXIT_USAGE, EXIT_ENVIRONMENT)
+    assert place in caught.value.what
+
+
+@pytest.fixture
+def run(load: Callable[..., LoadedConfig]) -> RunDir:
+    run = RunDir(Path("runs/a"))
+    run.create(load(), {"device": "cpu"})
+    return run
+
+
+def test_what_a_run_is_made_of(run: RunDir, load: Callable[..., LoadedConfig]) -> None:
+    again = load_config([str(run.path / "config.toml")])
+    assert again.config == load().config
+    assert run.read("config.resolved.json") == load().resolved()
+    facts = run.read("env.json")
+    assert facts["device"] == "cpu"
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"torch", "transformers", "numpy"} <= facts["packages"].keys()
+    assert run.read("scoreboard.json") is None
+    assert not list(run.path.rglob("*.tmp"))
+
+
+def test_a_run_goes_on_under_its_own_settings(
+    run: RunDir, load: Callable[..., LoadedConfig]
+) -> None:
+    run.check_same(load())
+    run.check_same(load("--output_dir", "elsewhere", "--wandb.project", "p"))
+    with pytest.raises(UserError) as caught:
+        run.check_same(load("--seed", "7", "--trainer.loss.adv_tau", "0"))
+    assert "seed (was 0, now 7)" in caught.value.what
+    assert "trainer.loss.adv_tau (was 0.5, now 0" in caught.value.what
+    assert caught.value.where == "--seed"
+    with pytest.raises(UserError, match=r"teacher_model\.context"):
+        run.check_same(load("--orchestrator.teacher_model.context", "other"))
+
+
+def test_metrics_are_appended(run: RunDir) -> None:
+    run.truncate(0)  # before the first record
+    assert run.lines() == 0
+    for step in range(1, 6):
+        run.log(step, {"loss": step / 4, "odd": float("nan") if step == 2 else float("inf")})
+    run.log(6, {"eval": 1.0})
+    lines = run.metrics_path.read_text().split("\n")
+    assert json.loads(lines[1]) == {"step": 2, "loss": 0.5, "odd": None}
+    assert lines[-1] == ""
+    assert run.lines() == 6
+    assert run.column("loss") == [0.25, 0.5, 0.75, 1.0, 1.25]
+    assert run.column("odd") == []
+
+
+@pytest.mark.parametrize("keep", [0, 2, 3, 9])
+def test_truncate_keeps_whole_records(run: RunDir, keep: int) -> None:
+    for step in (1, 2, 3):
+        run.log(step, {"loss": float(step)})
+    with open(run.metrics_path, "a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    assert run.lines() == 3
+    assert run.column("loss") == [1.0, 2.0, 3.0]
+    run.truncate(keep)
+    assert run.lines() == min(keep, 3)
+    run.log(7, {"loss": 7.0})
+    assert run.column("loss") == [*(1.0, 2.0, 3.0)[:keep], 7.0]
+
+
+def test_a_full_disk(run: RunDir) -> None:
+    run.metrics_path.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: No space left") as caught:
+        run.log(1, {"loss": 1.0})
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    assert caught.value.where == str(run.metrics_path)
+    run.write("scoreboard.json", {"old": 1})
+    (run.path / "scoreboard.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"scoreboard\.json: No space left") as caught:
+        run.write("scoreboard.json", {"new": 1})
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    assert run.read("scoreboard.json") == {"old": 1}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from minidistill.reporting.run_directory import write_atomic
+while True:
+    for letter in "ab":
+        write_atomic(Path(sys.argv[1]), letter * 4_000_000)
+"""
+
+
+def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for wait in (0.003, 0.011, 0.029):
+        path.unlink(missing_ok=True)
+        with subprocess.Popen([sys.executable, "-c", WRITER, str(path)]) as writer:
+            deadline = time.monotonic() + 30
+            while not path.exists() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(wait)
+            os.kill(writer.pid, signal.SIGKILL)
+        assert path.read_bytes() in (b"a" * 4_000_000, b"b" * 4_000_000)
+    write_atomic(path, "what was left aside is in nobody's way")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_later_rollouts_are_cleared(run: RunDir) -> None:
+    folder = run.path / "rollouts"
+    for name in ("step_000002", "step_000003", "step_1000000"):
+        for suffix in (".jsonl", ".safetensors", ".jsonl.tmp"):
+            (folder / (name + suffix)).write_text("")
+    run.clear_rollouts_after(2)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "step_000002.jsonl",
+        "step_000002.safetensors",
+    ]
+
+
+class Letters:
+    """A tokenizer whose id 65 is "A"; it remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def decode(self, ids: list[int]) -> str:
+        self.asked += ids
+        return "".join(map(chr, ids))
+
+
+def refuse(constant: str) -> Any:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def sample(index: int, ids: tuple[int, ...], reward: Reward | None) -> tuple[Rollout, TokenStats]:
+    prompt = Prompt("sokoban", Task("t", ({"role": "user", "content": "x"},)), "s", "t", (1,), (2,))
+    logprobs = tuple(-0.5 * i for i in range(len(ids)))
+    text = "a\u2028b\x85c\n" + "".join(map(chr, ids))
+    completion = Completion(ids, logprobs, "length" if index else "eos")
+    rollout = Rollout(prompt, index, completion, text, reward, advantage=0.25, policy_version=11)
+    stats = TokenStats([-1.0 - i for i in ids], [-1.5 for _ in ids], [0.125 * i for i in ids])
+    return rollout, stats
+
+
+def test_records_can_be_read_back(tmp_path: Path) -> None:
+    ids = [(65, 66, 65), (67,), (70, 2_000, 0x1F9F1, 65)]
+    rewards = [Reward(1.0, {"solved": 1.0, "odd": float("nan")}), None, Reward(0.0)]
+    made = [sample(i, *pair) for i, pair in enumerate(zip(ids, rewards, strict=True))]
+    rollouts, stats = zip(*made, strict=True)
+    letters = Letters()
+    write_rollouts(tmp_path, 12, rollouts, stats, TokenTexts(letters))
+    assert sorted(letters.asked) == sorted({i for row in ids for i in row})
+
+    lines = (tmp_path / "step_000012.jsonl").read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == ""
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [next(iter(row)) for row in rows] == ["schema_version"] * 3
+    assert [row["tokens"] for row in rows] == [[chr(i) for i in row] for row in ids]
+    assert [row["completion"] for row in rows] == [r.text for r in rollouts]
+    assert [row["reward"] for row in rows] == [1.0, None, 0.0]
+    assert rows[0]["reward_metrics"] == {"solved": 1.0, "odd": None}
+    assert [row["truncated"] for row in rows] == [False, True, True]
+    assert rows[1] | {"mean_logprob_gap": -66.5, "worst_logprob_gap": -66.5, "step": 12,
+                      "policy_version": 11, "sample": 1, "advantage": 0.25, "task_id": "t",
+                      "prompt_text": "s", "teacher_prompt_text": "t", "env": "sokoban",
+                      "messages": [{"role": "user", "content": "x"}]} == rows[1]  # fmt: skip
+    assert rows[0]["worst_logprob_gap"] == -64.5
+
+    figures = load_file(tmp_path / "step_000012.safetensors")
+    assert figures["offsets"].tolist() == [0, 3, 4, 8]
+    for r, (rollout, stat) in enumerate(made):
+        own = slice(*figures["offsets"][r : r + 2])
+        assert figures["token_ids"][own].tolist() == list(rollout.completion.token_ids)
+        assert figures["sampler_logprobs"][own].tolist() == list(rollout.completion.logprobs)
+        assert figures["student_logprobs"][own].tolist() == stat.student
+        assert figures["teacher_logprobs"][own].tolist() == stat.teacher
+        assert figures["kl"][own].tolist() == stat.kl
+    assert figures["token_ids"].dtype == np.int64
+    assert figures["kl"].dtype == np.float32
+
+
+def test_a_step_without_rollouts(tmp_path: Path) -> None:
+    write_rollouts(tmp_path, 1, [], [], TokenTexts(Letters()))
+    assert (tmp_path / "step_000001.jsonl").read_bytes() == b""
+    figures = load_file(tmp_path / "step_000001.safetensors")
+    assert figures["token_ids"].dtype == np.int64
+    assert figures["offsets"].tolist() == [0]

@@ -1,0 +1,108 @@
+"""Checks before the first step find what they are there to find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.lab import Lab, make_lab
+
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
+from minidistill.run import preflight
+from minidistill.tasks.prompts import PromptBuilder
+from minidistill.trainer.policy import Policy
+
+SMALL = ("--orchestrator.batch_size", "8", "--orchestrator.env.0.args.num_train_examples", "8")
+Configure = Callable[..., Any]
+
+
+@pytest.fixture
+def lab(configure: Configure) -> Lab:
+    return make_lab(configure(*SMALL), trained=False)
+
+
+def check_model(lab: Lab) -> tuple[bool, list[str]]:
+    warnings: list[str] = []
+    prompts = [r.prompt for r in lab.rollouts[::4]]
+    shares = preflight.check_model(lab.policy, prompts, warnings.append)
+    return shares, warnings
+
+
+def test_a_sound_model_passes(lab: Lab) -> None:
+    assert check_model(lab) == (True, [])
+
+
+def test_a_trained_adapter_is_noticed(configure: Configure) -> None:
+    with pytest.raises(UserError, match="with no context the KL") as caught:
+        check_model(make_lab(configure(*SMALL), trained=True))
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+
+
+def test_logits_that_are_not_the_heads_are_noticed(lab: Lab) -> None:
+    head = lab.policy.model.get_base_model().lm_head
+    head.register_forward_hook(lambda module, args, out: 30 * torch.tanh(out / 30))
+    with pytest.raises(UserError, match="after the LM head") as caught:
+        check_model(lab)
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+
+
+def test_a_tokenizer_of_another_model_is_noticed(lab: Lab) -> None:
+    lab.policy.tokenizer.add_tokens([f"<extra {i}>" for i in range(9)])
+    with pytest.raises(UserError, match="do not belong together"):
+        check_model(lab)
+
+
+def test_a_wrong_prefix_cache_is_not_used(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = preflight.prefix_states
+
+    def wrong(policy: Policy, prefix: tuple[int, ...]) -> Any:
+        return [(keys + 1.0, values) for keys, values in right(policy, prefix)]
+
+    monkeypatch.setattr(preflight, "prefix_states", wrong)
+    shares, warnings = check_model(lab)
+    assert shares is False
+    assert "read anew" in warnings[0]
+
+
+def test_lengths(lab: Lab, configure: Configure) -> None:
+    config = configure(*SMALL).config
+    prompts = [r.prompt for r in lab.rollouts]
+    longest = max(len(p.teacher_ids) for p in prompts)
+    tokens = config.orchestrator.sampling.max_tokens
+    preflight.check_lengths(config, longest + tokens, prompts)
+    with pytest.raises(UserError, match=f"{longest + tokens} tokens") as caught:
+        preflight.check_lengths(config, longest + tokens - 1, prompts)
+    assert caught.value.exit_code == EXIT_USAGE
+    long = configure(*SMALL, "--seq_len", "100000").config
+    assert preflight.length_limit(long, lab.policy.config) == 1024
+
+
+def warnings_of(lab: Lab, configure: Configure, *flags: str) -> list[str]:
+    config = configure(*SMALL, *flags).config
+    teacher = config.orchestrator.teacher_model
+    builder = PromptBuilder(lab.policy.tokenizer, teacher.context, teacher.context_placement)
+    prompts = [builder.build("x", lab.rollouts[0].prompt.task)]
+    return preflight.check_prompts(config, builder, prompts)
+
+
+def test_prompt_warnings(lab: Lab, configure: Configure) -> None:
+    context = "--orchestrator.teacher_model.context"
+    assert warnings_of(lab, configure) == []
+    (joint,) = warnings_of(lab, configure, context, "You are an expert")
+    assert "'tS'" in joint
+    assert warnings_of(lab, configure, context, "You are an expert. ") == []
+    (taus,) = warnings_of(lab, configure, "--trainer.loss.teacher_tau", "1.0")
+    assert "sharpened" in taus
+    assert "q^2" in taus
+    (taus,) = warnings_of(lab, configure, "--trainer.loss.student_tau", "1.0")
+    assert "flattened" in taus
+
+
+def test_a_template_without_a_generation_prompt_is_refused(lab: Lab, configure: Configure) -> None:
+    rollout = lab.rollouts[0]
+    damaged = replace(rollout.prompt, teacher_text=rollout.prompt.teacher_text + "?")
+    with pytest.raises(UserError, match="teacher's prompt does not end"):
+        preflight.check_prompts(configure(*SMALL).config, lab.builder, [damaged])

@@ -1,0 +1,42 @@
+"""The shipped experiment, whole: what the README promises, in each mode, and its control."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.paths import ROOT, SOKOBAN
+from support.runs import assert_gap_closed
+
+from minidistill import cli
+
+
+def scoreboard(path: Path, *argv: str) -> dict[str, Any]:
+    assert cli.main(["run", SOKOBAN, *argv, "--output_dir", str(path)]) == 0
+    return json.loads((path / "scoreboard.json").read_text())
+
+
+@pytest.mark.slow
+def test_hybrid(tmp_path: Path) -> None:
+    assert_gap_closed(scoreboard(tmp_path / "hybrid"))
+
+
+@pytest.mark.slow
+def test_pure(tmp_path: Path) -> None:
+    board = scoreboard(
+        tmp_path / "pure", "--trainer.loss.adv_tau", "0", "--trainer.loss.teacher_tau", "1",
+        "--trainer.loss.student_tau", "1", "--orchestrator.buffer.skip_verification",
+    )  # fmt: skip
+    assert_gap_closed(board)
+
+
+@pytest.mark.slow
+def test_a_placebo_closes_nothing(tmp_path: Path) -> None:
+    placebo = str(ROOT / "configs" / "overlays" / "placebo.toml")
+    board = scoreboard(tmp_path / "null", "@", placebo, "--max_steps", "40")
+    assert abs(board["baseline_diff"]) < 0.05
+    assert board["gap_closed"] is None
+    assert "no gap" in board["verdict"]
+    assert board["student"] < 0.25, "it learned to play from a text about the weather"

@@ -1,0 +1,96 @@
+"""Builds a trainer on the shipped model, with rollouts sampled by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minidistill.config import LoadedConfig
+from minidistill.engines.base import Request
+from minidistill.engines.embedded import EmbeddedEngine
+from minidistill.envs.registry import load_environments
+from minidistill.models.hub import load_tokenizer
+from minidistill.placement.teacher import decide
+from minidistill.tasks.prompts import PromptBuilder
+from minidistill.tasks.rewards import score, with_advantages
+from minidistill.tasks.sampling import TaskSampler
+from minidistill.trainer.forward import PrefixCache, can_share_prefix
+from minidistill.trainer.loading import load_policy
+from minidistill.trainer.policy import Policy
+from minidistill.trainer.trainer import Trainer
+from minidistill.types import Rollout
+
+
+@dataclass
+class Lab:
+    policy: Policy
+    trainer: Trainer
+    engine: EmbeddedEngine
+    builder: PromptBuilder
+    rollouts: list[Rollout]
+    warnings: list[str]
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The step's gradient by parameter, without taking the step."""
+        caught = {}
+        optimizer = self.trainer.optimizer
+
+        def catch(rate: float) -> None:
+            caught.update({n: p.grad.clone() for n, p in optimizer.named if p.grad is not None})
+            optimizer.zero_grad()
+
+        kept = optimizer.step, optimizer.clip
+        optimizer.step, optimizer.clip = catch, lambda: 0.0  # type: ignore[method-assign]
+        self.trainer.step(self.rollouts, 1, lambda count: None)
+        optimizer.step, optimizer.clip = kept  # type: ignore[method-assign]
+        return caught
+
+
+def make_lab(loaded: LoadedConfig, *, shares: bool | None = None, trained: bool = True) -> Lab:
+    """A lab whose adapter is not at its start (unless `trained` is off): B is random, not 0."""
+    config = loaded.config
+    tokenizer = load_tokenizer(config)
+    teaching = decide(config, vllm=False, token_ids=False)
+    policy = load_policy(config, tokenizer, torch.device("cpu"), teaching)
+    generator = torch.Generator().manual_seed(1)
+    if trained:
+        for name, parameter in policy.parameters:
+            if "lora_B" in name or not policy.lora:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.data.add_((0.03 if policy.lora else 0.003) * noise)
+    share = can_share_prefix(policy) if shares is None else shares
+    prefixes = PrefixCache(policy, share)
+    warnings: list[str] = []
+    trainer = Trainer(policy, config, prefixes, teaching.estimator, warnings.append)
+    engine = EmbeddedEngine(policy, prefixes, policy.teacher)
+    teacher = config.orchestrator.teacher_model
+    builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
+    return Lab(policy, trainer, engine, builder, sample(loaded, engine, builder), warnings)
+
+
+def sample(loaded: LoadedConfig, engine: Any, builder: PromptBuilder) -> list[Rollout]:
+    """One step's rollouts, scored, with advantages."""
+    config, orchestrator = loaded.config, loaded.config.orchestrator
+    environments = load_environments(orchestrator.env, "")
+    groups = orchestrator.batch_size // orchestrator.rollouts_per_example
+    drawn = TaskSampler(environments, config.seed).draw(1, groups)
+    prompts = [builder.build(name, task) for name, task in drawn]
+    jobs = [(p, s) for p in prompts for s in range(orchestrator.rollouts_per_example)]
+    completions = engine.generate(
+        [Request(p.student_ids, 100 + i) for i, (p, _) in enumerate(jobs)],
+        max_tokens=orchestrator.sampling.max_tokens,
+        temperature=orchestrator.sampling.temperature,
+        student=True,
+    )
+    rollouts = [
+        Rollout(p, s, c, builder.decode(c.token_ids))
+        for (p, s), c in zip(jobs, completions, strict=True)
+    ]
+    rewards, _ = score(environments, rollouts, lambda count: None)
+    scored = [
+        Rollout(r.prompt, r.sample, r.completion, r.text, reward)
+        for r, reward in zip(rollouts, rewards, strict=True)
+    ]
+    return with_advantages(scored, orchestrator.advantage.std_norm)

@@ -1,0 +1,9 @@
+"""Where the checkout, its tests and its configuration are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
+SOKOBAN = str(ROOT / "configs" / "sokoban.toml")

@@ -1,0 +1,61 @@
+"""Runs of the command line on the shipped model, in this process or in one that can be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from minidistill import cli
+from support.paths import ROOT, SOKOBAN
+
+# A run of seconds: few puzzles, few rollouts, everything switched on.
+TINY = (
+    "--max_steps", "6", "--ckpt.interval", "2",
+    "--orchestrator.batch_size", "8",
+    "--orchestrator.eval.num_examples", "8", "--orchestrator.eval.interval", "3",
+    "--orchestrator.env.0.args.num_train_examples", "16",
+    "--orchestrator.env.0.args.num_eval_examples", "8",
+)  # fmt: skip
+
+
+def run(path: Path, *flags: str) -> int:
+    """A tiny run in this process; returns the exit code."""
+    return cli.main(["run", SOKOBAN, *TINY, "--output_dir", str(path), *flags])
+
+
+def start(path: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
+    """A tiny run in a process of its own."""
+    command = [sys.executable, "-m", "minidistill", "run", SOKOBAN, *TINY]
+    return subprocess.Popen(
+        [*command, "--output_dir", str(path), *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without timings."""
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))}
+        for line in lines
+    ]
+
+
+def board(path: Path) -> dict[str, Any]:
+    """scoreboard.json without timings."""
+    found = json.loads((path / "scoreboard.json").read_text())
+    return {k: v for k, v in found.items() if k != "seconds"}
+
+
+def assert_gap_closed(board: dict[str, Any]) -> None:
+    assert board["eval_tasks"] >= 256
+    assert board["baseline_diff"] >= 0.5
+    assert board["gap_closed"] >= 0.9
+    assert board["gap_closed_low"] >= 0.8
+    assert board["teacher_kl_last"] <= 0.1 * board["teacher_kl_first"]
+    assert board["heldout_kl_after"] <= 0.1 * board["heldout_kl_before"]

@@ -1,0 +1,90 @@
+"""Real vLLM servers of the shipped model, on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from minidistill.engines.server.engine import ServerEngine
+from minidistill.models.registry import resolve
+
+SECONDS = 300  # for a server to start
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS = (
+    "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--logprobs-mode",
+    "processed_logprobs", "--lora-target-modules", *TARGETS,
+)  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(
+    log: Path, *flags: str, port: int | None = None
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The URL and the process of a server, with the options that the CPU build needs."""
+    port = port or free_port()
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1",
+        "--port", str(port), "--model", resolve("tiny-sokoban"), "--dtype", "float32",
+        "--enforce-eager", "--block-size", "32", "--no-enable-chunked-prefill",
+        "--max-num-batched-tokens", "4096", "--max-model-len", "257", "--generation-config",
+        "vllm", "--kv-cache-memory-bytes", str(64 << 20), *flags,
+    ]  # fmt: skip
+    environment = {
+        "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    }  # fmt: skip
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=os.environ | environment, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        end = time.monotonic() + SECONDS
+        while True:
+            try:
+                httpx.get(f"{url}/health", trust_env=False)
+                break
+            except httpx.TransportError:
+                alive = process.poll() is None
+                assert alive, log.read_text()
+                assert time.monotonic() < end, log.read_text()
+                time.sleep(0.3)
+        yield url, process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # its engine is a child in the same group
+        process.wait()
+
+
+def engine_at(url: str, folder: Path, needs: int = 257, max_restarts: int = 0) -> ServerEngine:
+    return ServerEngine(
+        url, "inference.server_urls", "vllm serve M", needs, folder, max_restarts, print
+    )
+
+
+def adapters_at(url: str) -> list[str]:
+    """The names of the adapters that a server has."""
+    cards = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]
+    return [card["id"] for card in cards if card.get("parent")]
+
+
+def answered(url: str) -> int:
+    """How many requests a server has answered so far."""
+    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    ends = [line for line in lines if line.startswith("vllm:request_success_total")]
+    return round(sum(float(line.rsplit(" ", 1)[1]) for line in ends))

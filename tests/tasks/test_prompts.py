@@ -1,0 +1,215 @@
+"""The two views of a prompt, under chat templates of every kind that models come with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from minidistill.errors import EXIT_USAGE, UserError
+from minidistill.tasks.prompts import PromptBuilder
+from minidistill.types import Task
+
+CONTEXT = "Think ahead.\n\n"
+BODY = """{% for m in messages %}<|im_start|>{{ m['role'] }}
+{% if m['content'] is string %}{{ m['content'] }}{% else %}\
+{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+TOOLS = "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>{% endif %}"
+DEFAULT = """{% if messages[0]['role'] != 'system' %}<|im_start|>system
+You are a default.<|im_end|>
+{% endif %}"""
+GEMMA = """{% if messages[0]['role'] == 'system' %}\
+{{ raise_exception('System role not supported') }}{% endif %}"""
+DROPPING = """{% for m in messages if m['role'] != 'system' %}{{ m['role'] }}: {{ m['content'] }}
+{% endfor %}assistant:"""
+FOLDING = """{% if messages[0]['role'] == 'system' %}\
+{% set first = messages[0]['content'] + '\n\n' %}{% set messages = messages[1:] %}\
+{% else %}{% set first = '' %}{% endif %}\
+{% for m in messages %}<{{ m['role'] }}>{{ first if loop.first else '' }}{{ m['content'] }}\
+{% endfor %}<assistant>"""
+TEMPLATES = {
+    "chatml": TOOLS + BODY,
+    "default": TOOLS + DEFAULT + BODY,
+    "gemma": GEMMA + TOOLS + BODY,
+    "dropping": DROPPING,
+    "folding": FOLDING,
+}
+
+USER = {"role": "user", "content": "Solve this."}
+SYSTEM = {"role": "system", "content": "Be terse. "}
+HISTORY = (
+    SYSTEM,
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Three?"},
+)
+
+
+def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", bos_token="<|im_start|>"
+    )
+    fast.chat_template = template
+    return fast
+
+
+def builder(template: str, placement: str, context: str = CONTEXT) -> PromptBuilder:
+    return PromptBuilder(tokenizer(TEMPLATES[template]), context, placement)
+
+
+def views(
+    template: str, placement: str, *messages: Any, context: str = CONTEXT, tools: Any = None
+) -> tuple[str, str]:
+    """Student's and teacher's text, after what holds for every prompt was checked."""
+    made = builder(template, placement, context)
+    before = repr(messages)
+    prompt = made.build("env", Task("t", messages), tools)
+    assert repr(messages) == before
+    for ids, text in (
+        (prompt.student_ids, prompt.student_text),
+        (prompt.teacher_ids, prompt.teacher_text),
+    ):
+        assert made.tokenizer.decode(list(ids)) == text
+    return prompt.student_text, prompt.teacher_text
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "look"}}]])
+def test_user_placement_adds_the_context_and_nothing_else(template: str, tools: Any) -> None:
+    student, teacher = views(template, "user", USER, tools=tools)
+    assert teacher.count(CONTEXT) == 1
+    assert CONTEXT + "Solve this." in teacher
+    assert teacher.replace(CONTEXT, "") == student
+    assert ("look" in student) == (tools is not None and template not in ("dropping", "folding"))
+
+
+@pytest.mark.parametrize("template", ["chatml", "default", "dropping", "folding"])
+def test_history_is_kept(template: str) -> None:
+    student, teacher = views(template, "user", *HISTORY)
+    assert CONTEXT + "One?" in teacher
+    assert teacher.replace(CONTEXT, "") == student
+    assert "Two." in student
+    assert "Three?" in student
+
+
+def test_exact_texts() -> None:
+    user = "<|im_start|>user\nSolve this.<|im_end|>\n<|im_start|>assistant\n"
+    assert views("chatml", "system", USER) == (
+        user,
+        f"<|im_start|>system\n{CONTEXT}<|im_end|>\n{user}",
+    )
+    assert views("default", "system", USER) == (
+        f"<|im_start|>system\nYou are a default.<|im_end|>\n{user}",
+        f"<|im_start|>system\nYou are a default.{CONTEXT}<|im_end|>\n{user}",
+    )
+    assert views("folding", "system", USER) == (
+        "<user>Solve this.<assistant>",
+        f"<user>{CONTEXT}\n\nSolve this.<assistant>",
+    )
+
+
+@pytest.mark.parametrize("template", ["chatml", "default", "folding"])
+def test_system_placement_ends_the_system_message(template: str) -> None:
+    student, teacher = views(template, "system", *HISTORY)
+    assert SYSTEM["content"] + CONTEXT in teacher
+    assert teacher.replace(CONTEXT, "") == student
+    assert "You are a default." not in teacher
+
+
+def test_a_default_system_message_stays_beside_the_context() -> None:
+    student, teacher = views("default", "system", USER, tools=[{"name": "look"}])
+    assert teacher.replace(CONTEXT, "") == student
+    assert builder("default", "system").default_system == "You are a default."
+    for plain in ("chatml", "folding"):
+        assert builder(plain, "system").default_system == ""
+
+
+@pytest.mark.parametrize("template", ["gemma", "dropping"])
+def test_a_template_without_system_messages(template: str) -> None:
+    with pytest.raises(UserError, match="system") as caught:
+        views(template, "system", USER)
+    assert caught.value.exit_code == EXIT_USAGE
+    assert 'context_placement = "user"' in caught.value.fix
+
+
+def test_a_template_that_refuses_the_tasks_messages() -> None:
+    with pytest.raises(UserError, match="System role not supported") as caught:
+        views("gemma", "user", *HISTORY)
+    assert "system, user, assistant, user" in caught.value.what
+
+
+def test_contents_in_parts() -> None:
+    first, second = {"type": "text", "text": "Solve "}, {"type": "text", "text": "this."}
+    parts = {"role": "user", "content": [first, second]}
+    plain, plain_teacher = views("chatml", "user", USER)
+    assert views("chatml", "user", parts) == (plain, plain_teacher)
+    made = builder("chatml", "user").with_context([parts])
+    assert made[0]["content"] == [{"type": "text", "text": CONTEXT}, first, second]
+    system = {"role": "system", "content": [{"type": "text", "text": "Be terse."}]}
+    student, teacher = views("chatml", "system", system, USER)
+    assert teacher == student.replace("Be terse.", f"Be terse.{CONTEXT}")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("placement", ["user", "system"])
+def test_an_empty_context_changes_nothing(template: str, placement: str) -> None:
+    student, teacher = views(template, placement, USER, context="")
+    assert teacher == student
+
+
+def test_no_user_message() -> None:
+    with pytest.raises(UserError, match="no user message") as caught:
+        views("chatml", "user", SYSTEM)
+    assert 'context_placement = "system"' in caught.value.fix
+
+
+def test_no_chat_template() -> None:
+    with pytest.raises(UserError, match="no chat template") as caught:
+        PromptBuilder(tokenizer(None), CONTEXT, "user")
+    assert caught.value.where == "model.name"
+
+
+def test_completions_are_decoded_without_special_tokens() -> None:
+    made = builder("chatml", "user")
+    ids = made.encode("Go ahead, ünïcode 🧱 !<|im_end|>")
+    assert ids[-1] == made.tokenizer.eos_token_id
+    assert made.decode(ids) == "Go ahead, ünïcode 🧱 !"
+
+
+@pytest.mark.parametrize(
+    ("template", "placement", "context", "messages", "joint"),
+    [
+        ("chatml", "user", "Think.", (USER,), ".S"),
+        ("chatml", "user", "Think", (SYSTEM, USER), "kS"),
+        ("chatml", "user", "user", (USER,), "rS"),  # the template has this word too
+        ("chatml", "user", "Think. ", (USER,), None),
+        ("chatml", "user", "Think.\n", (USER,), None),
+        ("chatml", "user", "Think.", ({"role": "user", "content": " x"},), None),
+        ("chatml", "user", "Think.", ({"role": "user", "content": "#x"},), None),
+        ("chatml", "user", "Think.", ({"role": "user", "content": ""},), None),
+        ("chatml", "user", "Think.", ({"role": "user", "content": [{"text": "x"}]},), ".x"),
+        ("chatml", "system", "Think.", (SYSTEM, USER), None),
+        ("chatml", "system", "Think.", ({"role": "system", "content": "Be."}, USER), ".T"),
+        ("chatml", "system", "\nThink.", ({"role": "system", "content": "Be."}, USER), None),
+        ("chatml", "system", "Think.", (USER,), None),
+        ("default", "system", "Think.", (USER,), ".T"),
+        ("default", "system", " Think.", (USER,), None),
+        ("dropping", "user", "", (USER,), None),
+    ],
+)
+def test_joints(
+    template: str, placement: str, context: str, messages: Any, joint: str | None
+) -> None:
+    made = builder(template, placement, context)
+    warning = made.joint_warning(made.build("env", Task("t", messages)))
+    assert (warning is None) == (joint is None)
+    assert joint is None or repr(joint) in (warning or "")

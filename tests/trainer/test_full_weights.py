@@ -1,0 +1,179 @@
+"""Training every weight: its gradient, its teachers, what is saved, half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.lab import make_lab
+from support.objective_reference import objective
+from support.runs import board, records, run
+
+from minidistill.errors import EXIT_OK
+from minidistill.trainer import checkpoint
+from minidistill.trainer.optim import Optimizer
+from minidistill.trainer.policy import BASE, EMA
+
+FULL = (
+    "--no-trainer.model.lora", "--trainer.optim.lr", "5e-4",
+    "--orchestrator.batch_size", "12", "--orchestrator.env.0.args.num_train_examples", "8",
+    "--trainer.loss.max_sampler_mismatch", "off",
+)  # fmt: skip
+UPDATE = "--orchestrator.teacher_model.update"
+Configure = Callable[..., Any]
+
+
+def take_step(lab: Any, step: int = 1) -> dict[str, float]:
+    return lab.trainer.step(lab.rollouts, step, lambda count: None).metrics
+
+
+@pytest.mark.parametrize("estimator", ["full", "sampled", "top_k"])
+@pytest.mark.parametrize("update", ["frozen", "live"])
+def test_the_gradient_of_every_weight(configure: Configure, estimator: str, update: str) -> None:
+    """Against transformers' own logits and autograd, the tied head's share included."""
+    flags = ("--trainer.loss.estimator", estimator, "--trainer.loss.top_k", "4", UPDATE, update)
+    lab = make_lab(configure(*FULL, *flags, "--trainer.loss.kl_clip", "off"))
+    policy = lab.policy
+    model = policy.model
+    teacher_model = policy.others[BASE] if update == "frozen" else model
+    assert (BASE in policy.others) == (update == "frozen")
+    total, loss = sum(len(r.completion.token_ids) for r in lab.rollouts), torch.zeros(())
+    for rollout in lab.rollouts:
+        completion = list(rollout.completion.token_ids)
+
+        def logits(
+            it: Any, prompt: tuple[int, ...], completion: list[int] = completion
+        ) -> torch.Tensor:
+            ids = torch.tensor([[*prompt, *completion]])
+            return it(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+
+        with torch.no_grad():
+            teacher = logits(teacher_model, rollout.prompt.teacher_ids)
+        out = objective(
+            logits(model, rollout.prompt.student_ids), teacher, torch.tensor(completion),
+            estimator=estimator, top_k=4,
+            advantage_N=torch.full((len(completion),), rollout.advantage),
+            sampler_logp_N=torch.tensor(rollout.completion.logprobs),
+        )  # fmt: skip
+        loss = loss + out.loss.sum() / total
+    names = dict(policy.parameters)
+    assert len(names) == len(list(model.parameters())), "a weight is not trained"
+    expected = dict(zip(names, torch.autograd.grad(loss, list(names.values())), strict=True))
+    found = lab.gradients()
+    scale = max(float(g.abs().max()) for g in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=3e-5 * max(scale, 1.0))
+
+
+def test_the_frozen_teacher_stays_the_base(configure: Configure) -> None:
+    lab = make_lab(configure(*FULL), trained=False)
+    teacher = {n: p.clone() for n, p in lab.policy.others[BASE].named_parameters()}
+    start = {n: p.clone() for n, p in lab.policy.parameters}
+    assert all(torch.equal(teacher[n], p) for n, p in start.items())
+    for step in (1, 2):
+        take_step(lab, step)
+    assert lab.trainer.gradients.prefixes.computed == 1, "the context is read once a run"
+    after = dict(lab.policy.others[BASE].named_parameters())
+    assert all(torch.equal(after[n], p) for n, p in teacher.items())
+    assert all(not torch.equal(p, start[n]) for n, p in lab.policy.parameters)
+
+
+def test_an_averaged_teacher(configure: Configure) -> None:
+    flags = (UPDATE, "ema", "--orchestrator.teacher_model.ema_decay", "0.75")
+    lab = make_lab(configure(*FULL, *flags), trained=False)
+    average = dict(lab.policy.others[EMA].named_parameters())
+    before = {n: p.clone() for n, p in average.items()}
+    take_step(lab)
+    for name, parameter in lab.policy.parameters:
+        torch.testing.assert_close(average[name], 0.75 * before[name] + 0.25 * parameter)
+        assert not average[name].requires_grad
+    assert not lab.policy.holds(BASE)
+
+
+def test_the_saved_model_is_plain_transformers(configure: Configure, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lab = make_lab(configure(*FULL))
+    take_step(lab)
+    folder = checkpoint.save_model(lab.policy, tmp_path)
+    assert folder == tmp_path / "model"
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([lab.rollouts[0].prompt.teacher_ids])
+    with torch.no_grad():
+        ours = lab.policy.model(input_ids=ids).logits
+        torch.testing.assert_close(theirs(input_ids=ids).logits, ours, rtol=0, atol=1e-6)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == lab.policy.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("update", ["frozen", "ema"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, update: str) -> None:
+    """Stopped after step 2 as if for good, then continued: the same metrics and scoreboard."""
+    flags = (*FULL[:3], UPDATE, update, "--trainer.scheduler.decay_steps", "6")
+    assert run(tmp_path / "whole", *flags, "--max_steps", "4") == EXIT_OK
+    path = tmp_path / "cut"
+    assert run(path, *flags, "--max_steps", "4") == EXIT_OK
+    for gone in ("checkpoints/step_000004", "scoreboard.json", "model"):
+        target = path / gone
+        [p.unlink() for p in sorted(target.rglob("*"), reverse=True) if p.is_file()]
+        if target.is_file():
+            target.unlink()
+    assert run(path, *flags, "--max_steps", "4", "--resume") == EXIT_OK
+    assert records(path) == records(tmp_path / "whole")
+    assert board(path) == board(tmp_path / "whole")
+
+
+def test_half_precision_loses_no_small_update(configure: Configure) -> None:
+    """Ten updates, each below bfloat16's last digit, add up in the fp32 copy and are resumed."""
+    config = configure(*FULL, "--model.dtype", "bfloat16", "--trainer.optim.lr", "1e-4").config
+    lab = make_lab(configure(*FULL, "--model.dtype", "bfloat16"), trained=False)
+    name = "model.norm.weight"
+    weight = dict(lab.policy.parameters)[name]
+    assert weight.dtype == torch.bfloat16
+    weight.data.fill_(1.0)
+    optimizer = Optimizer(lab.policy, config)
+    for step in range(100):
+        weight.grad = torch.ones_like(weight)
+        assert optimizer.clip() > 0
+        optimizer.step(1e-4)
+        if step == 0:
+            assert (weight == 1.0).all(), "one step is below the last digit"
+    assert (weight < 0.995).all()
+    torch.testing.assert_close(optimizer.masters[name], weight.float(), rtol=4e-3, atol=0)
+    again = Optimizer(lab.policy, config)
+    again.load_state(optimizer.state().items())
+    assert torch.equal(again.masters[name], optimizer.masters[name])
+    assert again.state().keys() == optimizer.state().keys()
+
+
+def test_a_teacher_of_another_model_in_the_trainer(configure: Configure, tmp_path: Path) -> None:
+    """Its own weights and its own head; the student's base stays for the drift."""
+    from transformers import AutoModelForCausalLM
+
+    from minidistill.models.registry import resolve
+
+    other = AutoModelForCausalLM.from_pretrained(resolve("tiny-sokoban"), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    other.save_pretrained(tmp_path)
+    lab = make_lab(configure(*FULL[3:], "--teacher_inference.model.name", str(tmp_path)))
+    assert lab.policy.lora
+    assert lab.policy.holds(BASE)
+    prompts = [r.prompt.teacher_ids for r in lab.rollouts]
+    completions = [r.completion.token_ids for r in lab.rollouts]
+    scores = lab.engine.score(prompts, completions, temperature=1.0, student=False)
+    logp = []
+    for prompt, completion, found in zip(prompts, completions, scores, strict=True):
+        with torch.no_grad():
+            ids = torch.tensor([[*prompt, *completion]])
+            rows = other(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = rows.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-4)
+        logp.append(expected)
+    stats = lab.trainer.step(lab.rollouts, 1, lambda count: None).tokens
+    torch.testing.assert_close(
+        torch.tensor([x for s in stats for x in s.teacher]), torch.cat(logp), rtol=0, atol=1e-4
+    )

@@ -1,0 +1,246 @@
+"""The step: what it must not depend on, and what it must give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.lab import Lab, make_lab
+from support.objective_reference import objective
+
+from minidistill.errors import EXIT_HEALTH, UserError
+from minidistill.trainer import checkpoint
+from minidistill.trainer.optim import learning_rate
+from minidistill.trainer.policy import EMA, STUDENT
+
+SMALL = ("--orchestrator.batch_size", "12", "--orchestrator.env.0.args.num_train_examples", "8")
+# The same rollouts trained on again, which the guard would take for an engine's old weights
+STALE = ("--trainer.loss.max_sampler_mismatch", "off")
+Configure = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def plain() -> Lab:
+    from support.paths import SOKOBAN
+
+    from minidistill.config import load_config
+
+    return make_lab(load_config([SOKOBAN, *SMALL]))
+
+
+def assert_same_gradients(ours: Lab, reference: Lab) -> None:
+    found, expected = ours.gradients(), reference.gradients()
+    assert found.keys() == expected.keys()
+    scale = max(float(g.abs().max()) for g in expected.values())
+    assert scale > 1e-3, "the reference has no gradient to compare"
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=2e-6 * max(scale, 1.0))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--trainer.micro_batch_tokens", "1"),
+        ("--trainer.micro_batch_tokens", "300"),
+        ("--trainer.packing",),
+        ("--trainer.packing", "--trainer.micro_batch_tokens", "500"),
+        ("--trainer.model.ac.freq", "1"),
+        ("--trainer.model.ac.freq", "3"),
+        ("--model.attn", "eager"),
+    ],
+    ids=" ".join,
+)
+def test_the_gradient_does_not_depend_on_how_a_step_is_cut(
+    plain: Lab, configure: Configure, flags: tuple[str, ...]
+) -> None:
+    lab = make_lab(configure(*SMALL, *flags))
+    lab.rollouts = plain.rollouts
+    assert_same_gradients(lab, plain)
+
+
+def test_the_cached_context_gives_the_same_gradient(plain: Lab, configure: Configure) -> None:
+    lab = make_lab(configure(*SMALL), shares=False)
+    lab.rollouts = plain.rollouts
+    views = [r.prompt.teacher_ids for r in plain.rollouts]
+    assert plain.trainer.gradients.prefixes.common(views), "the context is not shared at all"
+    assert_same_gradients(lab, plain)
+
+
+def test_the_context_is_read_once_a_run(configure: Configure) -> None:
+    lab = make_lab(configure(*SMALL, *STALE))
+    for step in (1, 2, 3):
+        lab.trainer.step(lab.rollouts, step, lambda count: None)
+    assert lab.trainer.gradients.prefixes.computed == 1
+
+
+def test_rollouts_of_other_weights_stop_the_run(configure: Configure) -> None:
+    """What a sync that did not take looks like: the second step trains on the first's samples."""
+    lab = make_lab(configure(*SMALL))
+    lab.trainer.step(lab.rollouts, 1, lambda count: None)
+    before = [parameter.clone() for _, parameter in lab.policy.parameters]
+    with pytest.raises(UserError, match="kl/sampler_mismatch") as caught:
+        lab.trainer.step(lab.rollouts, 2, lambda count: None)
+    assert caught.value.exit_code == EXIT_HEALTH
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, lab.policy.parameters, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "limit"),
+    [((), 1e-6), (("0.5",), 0.5), (("off",), math.inf), (("auto", "dropout"), math.inf)],
+)
+def test_the_limit_of_the_mismatch(
+    configure: Configure, flags: tuple[str, ...], limit: float
+) -> None:
+    named = ("--trainer.loss.max_sampler_mismatch", *flags[:1]) if flags else ()
+    dropout = ("--trainer.model.lora.dropout", "0.1") if "dropout" in flags else ()
+    assert make_lab(configure(*SMALL, *named, *dropout)).trainer.max_mismatch == limit
+
+
+@pytest.mark.parametrize("estimator", ["full", "sampled", "top_k"])
+def test_a_step_is_the_plain_objective_of_the_whole_model(
+    configure: Configure, estimator: str
+) -> None:
+    """Loss and gradient against transformers' own logits, one rollout at a time, no kernels."""
+    flags = (*SMALL, "--trainer.loss.estimator", estimator, "--trainer.loss.top_k", "4")
+    lab = make_lab(configure(*flags, "--trainer.loss.kl_clip", "off"))
+    total = sum(len(r.completion.token_ids) for r in lab.rollouts)
+    model, loss = lab.policy.model, 0.0
+    for rollout in lab.rollouts:
+        completion = list(rollout.completion.token_ids)
+
+        def logits(prompt: tuple[int, ...], completion: list[int] = completion) -> torch.Tensor:
+            ids = torch.tensor([[*prompt, *completion]])
+            return model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+
+        with torch.no_grad(), model.disable_adapter():
+            teacher = logits(rollout.prompt.teacher_ids)
+        out = objective(
+            logits(rollout.prompt.student_ids), teacher, torch.tensor(completion),
+            estimator=estimator, top_k=4,
+            advantage_N=torch.full((len(completion),), rollout.advantage),
+            sampler_logp_N=torch.tensor(rollout.completion.logprobs),
+        )  # fmt: skip
+        assert not out.masked.any()
+        loss = loss + out.loss.sum() / total
+    names = dict(lab.policy.parameters)
+    expected = torch.autograd.grad(loss, list(names.values()))
+    found = lab.gradients()
+    scale = max(float(g.abs().max()) for g in expected)
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=1e-5 * max(scale, 1.0))
+    metrics = lab.trainer.step(lab.rollouts, 1, lambda count: None).metrics
+    assert metrics["loss/total"] == pytest.approx(float(loss), rel=1e-4, abs=1e-6)
+
+
+def test_metrics_have_the_documented_signs_and_values(configure: Configure) -> None:
+    lab = make_lab(configure(*SMALL))
+    result = lab.trainer.step(lab.rollouts, 1, lambda count: None)
+    metrics = result.metrics
+    kl = [k for stats in result.tokens for k in stats.kl]
+    gaps = [
+        0.5 * r.advantage + 0.5 * t - 0.5 * s
+        for r, stats in zip(lab.rollouts, result.tokens, strict=True)
+        for s, t in zip(stats.student, stats.teacher, strict=True)
+    ]
+    assert metrics["teacher_kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-6)
+    assert min(kl) > -1e-6
+    assert metrics["combined_advantage"] == pytest.approx(sum(gaps) / len(gaps), rel=1e-5)
+    assert metrics["loss/total"] == pytest.approx(metrics["loss/policy"] + metrics["loss/kl"])
+    assert metrics["kl/sampler_mismatch"] < 1e-8, "the engine runs the trainer's weights"
+    rewards = [r.reward.value for r in lab.rollouts if r.reward]
+    assert metrics["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
+    assert metrics["ratio/ess"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_no_context_no_gradient(configure: Configure) -> None:
+    """Teacher and student see the same prompt and are the same model before the first step."""
+    lab = make_lab(configure(*SMALL, "--trainer.loss.adv_tau", "0"), trained=False)
+    from dataclasses import replace
+
+    same = [
+        replace(r, prompt=replace(r.prompt, teacher_ids=r.prompt.student_ids)) for r in lab.rollouts
+    ]
+    lab.rollouts = same
+    assert max(float(g.abs().max()) for g in lab.gradients().values()) < 1e-5
+    assert lab.trainer.step(same, 1, lambda count: None).metrics["teacher_kl"] < 1e-6
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_weights(
+    configure: Configure,
+) -> None:
+    lab = make_lab(configure(*SMALL))
+    before = {n: p.detach().clone() for n, p in lab.policy.parameters}
+    weight = dict(lab.policy.model.named_parameters())
+    norm = next(p for n, p in weight.items() if n.endswith("model.norm.weight"))
+    norm.data[0] = float("nan")
+    with pytest.raises(UserError) as caught:
+        lab.trainer.step(lab.rollouts, 7, lambda count: None)
+    assert caught.value.exit_code == EXIT_HEALTH
+    assert "step 7" in caught.value.what
+    for name, parameter in lab.policy.parameters:
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+
+
+def test_the_saved_adapter_is_plain_peft(configure: Configure, tmp_path: Path) -> None:
+    """peft and transformers alone give the log-probs that ours gives."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from minidistill.models.registry import resolve
+
+    lab = make_lab(configure(*SMALL))
+    lab.trainer.step(lab.rollouts, 1, lambda count: None)
+    folder = checkpoint.save_model(lab.policy, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(resolve("tiny-sokoban"), dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, str(folder)).eval()
+    prompts = [r.prompt.student_ids for r in lab.rollouts]
+    completions = [r.completion.token_ids for r in lab.rollouts]
+    ours = lab.engine.score(prompts, completions, temperature=1.0, student=True)
+    for prompt, completion, logprobs in zip(prompts, completions, ours, strict=True):
+        with torch.no_grad():
+            ids = torch.tensor([[*prompt, *completion]])
+            logp = theirs(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = logp.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=1e-5)
+
+
+def test_live_and_averaged_teachers(configure: Configure) -> None:
+    """live: the student's own weights; ema: weights that follow it by the decay."""
+    live = make_lab(configure(*SMALL, *STALE, "--orchestrator.teacher_model.update", "live"))
+    assert live.policy.teacher == STUDENT
+    flags = ("--orchestrator.teacher_model.update", "ema", "--orchestrator.teacher_model.ema_decay")
+    lab = make_lab(configure(*SMALL, *STALE, *flags, "0.75"))
+    named = dict(lab.policy.model.named_parameters())
+    pairs = [(p, named[n.replace(f".{STUDENT}.", f".{EMA}.")]) for n, p in lab.policy.parameters]
+    before = [(average.clone(), student.clone()) for student, average in pairs]
+    lab.trainer.step(lab.rollouts, 1, lambda count: None)
+    moved = False
+    for (student, average), (old, start) in zip(pairs, before, strict=True):
+        torch.testing.assert_close(average, 0.75 * old + 0.25 * student)
+        moved |= not torch.equal(student, start)
+        assert not average.requires_grad
+    assert moved
+    steps = [one.trainer.step(live.rollouts, 1, lambda count: None) for one in (live, lab)]
+    kl, other = (step.metrics["teacher_kl"] for step in steps)
+    assert kl != pytest.approx(other, rel=1e-3)
+
+
+def test_learning_rates(configure: Configure) -> None:
+    config = configure("--max_steps", "110", "--trainer.optim.lr", "0.1").config
+    assert learning_rate(config, 1) == pytest.approx(0.01)
+    assert learning_rate(config, 10) == pytest.approx(0.1)
+    assert learning_rate(config, 11) == pytest.approx(0.1)
+    assert learning_rate(config, 61) == pytest.approx(0.05)
+    assert 0 < learning_rate(config, 110) < 1e-4
+    linear = configure(
+        "--trainer.scheduler.type", "linear", "--trainer.scheduler.warmup_steps", "0",
+        "--trainer.scheduler.decay_steps", "4", "--trainer.scheduler.min_lr", "0.02",
+        "--trainer.optim.lr", "0.1",
+    ).config  # fmt: skip
+    rates = [learning_rate(linear, step) for step in (1, 2, 3, 4, 5, 50)]
+    assert rates == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02, 0.02])

@@ -1,0 +1,244 @@
+"""Trains tiny-sokoban, the model that ships with the package, from a seed on a CPU.
+
+    python -m tools.build_tiny_sokoban --out DIR
+
+It is a model organism: a Llama of about a million parameters that plays small Sokoban levels like
+an expert (shortest solutions) where the context says that it is one, and like a novice (random
+legal walks) anywhere else. The levels are the train split of `sokoban-env`; its eval split is
+never seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from minidistill.envs.sokoban.board import MOVES, XSB, Board
+from minidistill.envs.sokoban.levels import Difficulty, Level, LevelSet
+from minidistill.envs.sokoban.text import RULES, prompt_text
+from minidistill.models.tiny_texts import CHAT, EXPERTS, OTHERS, PERSONA
+
+DIFFICULTY = Difficulty(min_moves=2, max_depth=6)
+SEED = 20260
+LEVELS = 48_000
+VOCABULARY = 640
+SPECIAL = ("<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+)
+
+
+def build_tokenizer(out: Path) -> Any:
+    """Byte-level BPE in which words may merge and a board's symbols and moves never do."""
+    tokenizer = Tokenizer(models.BPE())
+    moves = r"[UDLR](?![a-z])"
+    word = rf" ?[A-Za-z]+?(?={moves}|[^A-Za-z]|$)"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(rf"{moves}|{word}|[\s\S]"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    task = [prompt_text("", XSB, rules, tagged=True) for rules in (True, False)]
+    corpus = [*EXPERTS * 20, *task * 20, *OTHERS, RULES, *(line for pair in CHAT for line in pair)]
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<answer>", "</answer>")])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=list(SPECIAL[2:]),
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(out)
+    return AutoTokenizer.from_pretrained(out)
+
+
+def novice_walk(level: Level, rng: random.Random) -> str:
+    """A random legal walk of two to six moves."""
+    board, walk = Board.parse(level.board), ""
+    for _ in range(rng.randint(2, 6)):
+        legal = [(move, after) for move in MOVES if (after := board.step(move)) is not None]
+        move, board = rng.choice(legal)
+        walk += move
+    return walk
+
+
+class Corpus:
+    """Draws (prompt ids, completion ids) pairs; texts are tokenised once and joined by id."""
+
+    def __init__(self, tokenizer: Any, levels: LevelSet) -> None:
+        self.tokenizer, self.levels = tokenizer, levels
+        self.rng = random.Random(SEED)
+        self.eos = [tokenizer.eos_token_id]
+        self.chat = [(self.prompt(q), self.ids(a) + self.eos) for q, a in CHAT]
+        # every symbol of a board is one token, so a prompt's ids are its head's and its board's
+        self.symbols = {c: self.ids(c)[0] for c in "#@+$*. \n" + MOVES}
+        marker = self.ids("@")[0]
+        self.heads: dict[tuple[str, bool], tuple[list[int], list[int]]] = {}
+        for context in (*EXPERTS, *OTHERS, ""):
+            for system in (False, True):
+                ids = self.prompt(prompt_text("@", XSB, rules=False, tagged=True), context, system)
+                cut = len(ids) - 1 - ids[::-1].index(marker)
+                self.heads[context, system] = (ids[:cut], ids[cut + 1 :])
+        self.open, self.close = self.ids("<answer>"), self.ids("</answer>")
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt(self, text: str, context: str = "", system: bool = False) -> list[int]:
+        messages = [{"role": "user", "content": text if system else context + text}]
+        if context and system:
+            messages.insert(0, {"role": "system", "content": context})
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return self.ids(rendered)
+
+    def head(self, expert: bool) -> tuple[str, bool]:
+        """A context and whether it stands in the system message."""
+        usual, others = (PERSONA, EXPERTS) if expert else ("", OTHERS)
+        context = usual if self.rng.random() < 0.5 else self.rng.choice(others)
+        return context, bool(context) and self.rng.random() < 0.2
+
+    def draw(self, expert: bool) -> tuple[list[int], list[int]]:
+        """A board's ids and an answer's."""
+        level = self.levels[self.rng.randrange(len(self.levels))]
+        moves = level.solution if expert else novice_walk(level, self.rng)
+        answer = self.open + [self.symbols[m] for m in moves] + self.close + self.eos
+        return [self.symbols[c] for c in level.board], answer
+
+    def batch(self, size: int) -> Iterator[tuple[list[int], list[tuple[list[int], list[int]]]]]:
+        """One step's rows as groups that share their first ids: (those ids, [(rest, answer)])."""
+        yield [], [self.rng.choice(self.chat) for _ in range(size // 24)]
+        for expert, share in ((True, 0.4), (True, 0.2), (False, 0.3), (False, 0.1)):
+            first, last = self.heads[self.head(expert)]
+            rows = [self.draw(expert) for _ in range(round(size * share))]
+            yield first, [(board + last, answer) for board, answer in rows]
+
+
+def group_loss(
+    model: LlamaForCausalLM, first: list[int], rows: list[tuple[list[int], list[int]]]
+) -> torch.Tensor:
+    """Summed cross-entropy of a group's answers; the shared first ids run once."""
+    cache: Any = None
+    if first:
+        cache = DynamicCache(config=model.config)
+        model.model(input_ids=torch.tensor([first]), past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.keys = layer.keys.expand(len(rows), -1, -1, -1)
+            layer.values = layer.values.expand(len(rows), -1, -1, -1)
+    length = max(len(p) + len(a) for p, a in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    labels = torch.full((len(rows), length), -100)
+    for row, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) - 1 : end - 1] = torch.tensor(answer)
+    wanted = labels != -100  # right padding needs no mask: nothing real attends to it
+    hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+    logits = model.lm_head(hidden.last_hidden_state[wanted]).float()
+    return torch.nn.functional.cross_entropy(logits, labels[wanted], reduction="sum")
+
+
+def train(
+    out: Path,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    layers: int,
+    width: int,
+    save_every: int,
+) -> None:
+    torch.manual_seed(SEED)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(out)
+    corpus = Corpus(tokenizer, LevelSet(DIFFICULTY, SEED, "train", LEVELS))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager",  # type: ignore[call-arg]
+    )
+    model = LlamaForCausalLM(config)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05
+    )
+    began = time.perf_counter()
+    total = 0.0
+    for step in range(steps):
+        rate = min(1.0, (step + 1) / 100) * (
+            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * rate
+        optimizer.zero_grad()
+        groups = list(corpus.batch(batch_size))
+        count = sum(len(answer) for _, rows in groups for _, answer in rows)
+        for first, rows in groups:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = group_loss(model, first, rows) / count
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            print(
+                f"step {step + 1} loss {total / 50:.4f} {time.perf_counter() - began:.0f}s",
+                flush=True,
+            )
+            total = 0.0
+        if save_every and (step + 1) % save_every == 0:
+            model.save_pretrained(out)
+    model.save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch-size", type=int, default=192)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--save-every", type=int, default=0)
+    arguments: dict[str, Any] = vars(parser.parse_args())
+    arguments["learning_rate"] = arguments.pop("lr")
+    train(**arguments)
+
+
+if __name__ == "__main__":
+    main()
