@@ -1,65 +1,111 @@
-"""The one interface that the loop needs of an inference engine."""
+"""The interface of an inference engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from minidistill.types import Completion
+import numpy as np
 
-Advance = Callable[[int], None]
+from minidistill.trainer.policy import Policy
+from minidistill.types import Advance, Completion, Request, Role, SamplingParams
+
+Ids = Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One completion to sample. Its seed alone, not its neighbours, decides what is drawn."""
+class EngineCapabilities:
+    """What an engine can do beyond sampling, and scoring given tokens at temperature 1."""
 
-    prompt_ids: tuple[int, ...]
-    seed: int
+    scores_at_any_temperature: bool = False
+    scores_ids: bool = False
+    """It scores any ids at each position (`score_ids`), not only the completion's own tokens."""
 
 
-class Engine(Protocol):
-    """Samples with the student's adapter or the frozen base, and scores given tokens."""
+class Engine(ABC):
+    """Samples and scores completions with the weights of a role.
+
+    The order of calls is `attach`, `wait_until_ready`, `sync`, and then any other.
+    """
+
+    name: str
+    """What it is, for people."""
+
+    @property
+    @abstractmethod
+    def location(self) -> str:
+        """Where it runs, for people."""
 
     @property
     def description(self) -> str:
         """What it is and where it runs, for the run's header."""
-        ...
+        return f"{self.name} on {self.location}"
 
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        return EngineCapabilities()
+
+    def attach(self, policy: Policy, roles: Sequence[Role]) -> None:  # noqa: B027 - optional
+        """Name the trainer's model, and the roles that this engine is to serve."""
+
+    def wait_until_ready(self) -> None:  # noqa: B027 - optional
+        """Block until the engine can be called.
+
+        Raises UserError (exit code 3) where it cannot start or cannot be reached.
+        """
+
+    @abstractmethod
     def generate(
         self,
         requests: Sequence[Request],
-        *,
-        max_tokens: int,
-        temperature: float,
-        student: bool,
+        params: SamplingParams,
+        role: Role,
         advance: Advance | None = None,
     ) -> list[Completion]:
-        """A completion for each request, in order. `temperature` 0 is greedy.
+        """Sample a completion for each request, in the given order.
 
         Log-probs are those of the distribution sampled from; greedy ones are taken at
-        temperature 1. `advance` is told of finished completions.
-        """
-        ...
+        temperature 1. `advance` is called with numbers of finished completions.
 
+        Raises UserError (exit code 4) where the model's logits are not finite, ValueError for
+        `params.top_ids` without the capability `scores_ids`.
+        """
+
+    @abstractmethod
     def score(
         self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        *,
-        temperature: float,
-        student: bool,
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        role: Role,
+        temperature: float = 1.0,
     ) -> list[list[float]]:
-        """Log-probs (nats) of given completion tokens after their prompts."""
-        ...
+        """Log-probs (nats) of the tokens of given completions, each after its prompt.
 
+        Raises ValueError for a temperature other than 1 without the capability
+        `scores_at_any_temperature`.
+        """
+
+    def score_ids(
+        self,
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        ids: Sequence[np.ndarray],
+        role: Role,
+    ) -> list[np.ndarray]:
+        """Log-probs (nats) of any ids at each completion token, at temperature 1.
+
+        `ids` holds an int array (tokens, k) for each completion; float32 arrays of the same shapes
+        are returned. Raises ValueError without the capability `scores_ids`.
+        """
+        raise ValueError(f"{self.name} scores the completion's own tokens only")
+
+    @abstractmethod
     def sync(self, version: int) -> None:
-        """Take over the trainer's weights; `version` names them."""
-        ...
+        """Take over the trainer's current weights; `version` names them."""
 
-    def sleep(self) -> None:
-        """Free what sampling needs while the trainer works."""
-        ...
+    def sleep(self) -> None:  # noqa: B027 - optional
+        """Free the memory that the trainer needs; the next call takes it back."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:  # noqa: B027 - optional
+        """Free everything. Calls in flight in other threads fail."""

@@ -13,50 +13,55 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidistill.engines.base import Advance, Request
+from minidistill.engines.base import Engine, EngineCapabilities, Ids
 from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.trainer.batching import collate, split_by_tokens
 from minidistill.trainer.forward import PrefixCache, hidden_states, seeded_cache
-from minidistill.trainer.policy import BASE, STUDENT, Policy, Role
-from minidistill.types import Completion
+from minidistill.trainer.policy import Policy
+from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 from minidistill_kernels import linear_logprob
 
+SCORING_TOKENS = 16384  # padded tokens of one scoring pass
 CACHE_BYTES = 2 << 30  # keys and values of the sequences decoded at a time
 
 
-class EmbeddedEngine:
-    """The resident model as an engine.
+class EmbeddedEngine(Engine):
+    """The trainer's own model as an engine.
 
-    Prompts that several requests share are read once; what all prompts begin with is read once a
-    call, or once a run for the frozen base (the teacher's context).
+    A prompt that several requests share is prefilled once. The prefix that all prompts share is
+    prefilled once a call, or once a run for the frozen teacher (its context).
     """
 
-    def __init__(self, policy: Policy, prefixes: PrefixCache, teacher: Role = BASE) -> None:
-        self.policy, self.prefixes, self.teacher = policy, prefixes, teacher
+    name = "embedded"
+    capabilities = EngineCapabilities(scores_at_any_temperature=True)
+
+    def __init__(self, policy: Policy, prefixes: PrefixCache) -> None:
+        self.policy, self.prefixes = policy, prefixes
+
+    @property
+    def location(self) -> str:
+        return str(self.policy.device)
 
     @property
     def description(self) -> str:
-        return f"embedded on {self.policy.device}, sharing the trainer's weights"
+        return f"{super().description}, sharing the trainer's weights"
 
     @torch.no_grad()
     def generate(
         self,
         requests: Sequence[Request],
-        *,
-        max_tokens: int,
-        temperature: float,
-        student: bool,
+        params: SamplingParams,
+        role: Role,
         advance: Advance | None = None,
     ) -> list[Completion]:
-        """See `Engine.generate`."""
+        if params.top_ids:
+            raise ValueError("the embedded engine returns no likeliest ids")
         done: dict[int, Completion] = {}
-        role = STUDENT if student else self.teacher
-        with self.policy.whole(role), self.policy.role(role), self.policy.inference():
-            # equal prompts side by side, to be read once
+        with self.policy.whole(role), self.policy.running_as(role), self.policy.inference():
+            # equal prompts side by side, to be prefilled once
             order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_ids)
-            for rows in self._batches(requests, order, max_tokens):
-                batch = [requests[i] for i in rows]
-                completions = self._decode(batch, max_tokens, temperature, role, advance)
+            for rows in self._batches(requests, order, params.max_tokens):
+                completions = self._decode([requests[i] for i in rows], params, role, advance)
                 done.update(zip(rows, completions, strict=True))
         return [done[i] for i in range(len(requests))]
 
@@ -75,12 +80,12 @@ class EmbeddedEngine:
     def _decode(
         self,
         requests: Sequence[Request],
-        max_tokens: int,
-        temperature: float,
+        params: SamplingParams,
         role: Role,
         advance: Advance | None,
     ) -> list[Completion]:
-        """One batch: read the prompts, then a token a step; finished rows leave the batch."""
+        """Decode one batch. Rows that are finished leave it."""
+        max_tokens, temperature = params.max_tokens, params.temperature
         device = self.policy.device
         cache, mask_BL, hidden_BH = self._prefill(requests, role)
         draws_BL = torch.tensor(
@@ -152,21 +157,17 @@ class EmbeddedEngine:
     @torch.no_grad()
     def score(
         self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        *,
-        temperature: float,
-        student: bool,
-        budget: int = 16384,
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        role: Role,
+        temperature: float = 1.0,
     ) -> list[list[float]]:
-        """See `Engine.score`. `budget` bounds the padded tokens of one pass."""
         scores: dict[int, list[float]] = {}
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
         prefix = self.prefixes.common(prompts)
-        role = STUDENT if student else self.teacher
-        with self.policy.whole(role), self.policy.role(role), self.policy.inference():
+        with self.policy.whole(role), self.policy.running_as(role), self.policy.inference():
             states = self.prefixes.states(prefix, role)
-            for rows in split_by_tokens(lengths, budget):
+            for rows in split_by_tokens(lengths, SCORING_TOKENS):
                 tokens = collate(
                     [prompts[i] for i in rows],
                     [completions[i] for i in rows],
@@ -182,13 +183,7 @@ class EmbeddedEngine:
         return [scores[i] for i in range(len(prompts))]
 
     def sync(self, version: int) -> None:
-        """Nothing to do: the engine runs the trainer's own tensors."""
-
-    def sleep(self) -> None:
-        """Nothing is held between calls but the context's keys and values."""
-
-    def close(self) -> None:
-        """Nothing to close."""
+        """Does nothing: the engine runs the trainer's own tensors."""
 
 
 def sample(logits_BV: Tensor, temperature: float, draws_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,14 +15,15 @@ from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.engines.replicas import Replicas
 from minidistill.engines.server.engine import ServerEngine
 from minidistill.engines.server.probe import check_same_model, server_command
-from minidistill.engines.student_teacher import EnginePair
+from minidistill.engines.student_teacher import StudentTeacherEngine
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.engines.vllm.options import build_options, wants_vllm
 from minidistill.engines.vllm.restart import Warn
 from minidistill.placement.gpus import Partition, engine_share
 from minidistill.placement.teacher import Teaching, decide
 from minidistill.trainer.forward import PrefixCache
-from minidistill.trainer.policy import BASE, OTHER, STUDENT, Policy, Role
+from minidistill.trainer.policy import Policy, Weights
+from minidistill.types import Role
 
 Engines = VllmEngine | ServerEngine | Replicas
 
@@ -39,30 +40,35 @@ class Started:
 
     def attach(self, policy: Policy, prefixes: PrefixCache) -> Engine:
         """The run's engine, ready, for the trainer's policy."""
-        embedded = EmbeddedEngine(policy, prefixes, policy.teacher)
-        own_weights = not policy.lora or policy.teacher == OTHER
-        serves_both = self.teacher is None and (policy.teacher == STUDENT or not own_weights)
+        embedded = EmbeddedEngine(policy, prefixes)
+        own_weights = not policy.lora or policy.teacher_weights is Weights.OTHER
+        live = policy.teacher_weights is Weights.STUDENT
+        serves_both = self.teacher is None and (live or not own_weights)
         if self.student is not None:
-            roles = (STUDENT, policy.teacher) if serves_both else (STUDENT,)
+            roles = (Role.STUDENT, Role.TEACHER) if serves_both else (Role.STUDENT,)
             self._ready(self.student, policy, roles, embedded)
         if self.teacher is not None:
-            self._ready(self.teacher, policy, (policy.teacher,), embedded)
-            return EnginePair(self.student or embedded, self.teacher)
+            self._ready(self.teacher, policy, (Role.TEACHER,), embedded)
+            return StudentTeacherEngine(self.student or embedded, self.teacher)
         if self.student is None:
             return embedded
         if serves_both:
             return self.student
-        return EnginePair(self.student, embedded, equal_at_start=policy.teacher == BASE)
+        equal = policy.teacher_weights is Weights.BASE
+        return StudentTeacherEngine(self.student, embedded, equal_at_start=equal)
 
     def _ready(
         self, engine: Engines, policy: Policy, roles: Sequence[Role], trainer: Engine
     ) -> None:
         engine.attach(policy, roles)
-        engine.wait()
+        engine.wait_until_ready()
         for one in engine.engines if isinstance(engine, Replicas) else [engine]:
             # a teacher's other model is in the trainer nowhere, to compare it with
-            if isinstance(one, ServerEngine) and OTHER not in roles:
-                sampled = self.temperature if STUDENT in roles and engine is self.student else None
+            other = roles[-1] is Role.TEACHER and policy.teacher_weights is Weights.OTHER
+            if isinstance(one, ServerEngine) and not other:
+                sampled = (
+                    self.temperature if Role.STUDENT in roles and engine is self.student else None
+                )
                 check_same_model(one, policy, trainer, sampled)
 
     def close(self) -> None:
@@ -119,7 +125,7 @@ def start_engines(
                 engines.append(VllmEngine(options, config.inference.max_restarts, warn))
             if device.type == "cuda":  # vLLM measures free memory, which what comes next changes
                 for engine in engines:
-                    engine.wait()
+                    engine.wait_until_ready()
         except BaseException:
             for engine in engines:
                 engine.close()
@@ -135,7 +141,7 @@ def start_engines(
         if (
             in_engine
             and teaching.estimator == "top_k"
-            and not getattr(started.student, "scores_ids", 0)
+            and not (started.student and started.student.capabilities.scores_ids)
         ):
             started.teaching = decide(config, vllm=True, token_ids=False)
             return started

@@ -1,20 +1,23 @@
-"""Student and teacher in engines of their own, as one engine."""
+"""A student's engine and a teacher's engine as one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from minidistill.engines.base import Advance, Engine, Request
-from minidistill.types import Completion
+import numpy as np
+
+from minidistill.engines.base import Engine, EngineCapabilities, Ids
+from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
 
-class EnginePair:
-    """Each request goes to the engine of its role.
+class StudentTeacherEngine(Engine):
+    """Each call goes to the engine of its role.
 
-    `equal_at_start`: before the first step the student's weights are the teacher's, so that the
-    student's engine, made for sampling, serves both in the baseline.
+    With `equal_at_start` the student's weights are the teacher's before the first step, so the
+    student's engine, which is made for sampling, serves both roles in the baseline evaluation.
     """
+
+    name = "student and teacher"
 
     def __init__(self, student: Engine, teacher: Engine, *, equal_at_start: bool = False) -> None:
         self.student, self.teacher = student, teacher
@@ -22,59 +25,50 @@ class EnginePair:
         self.version = 0
 
     @property
+    def location(self) -> str:
+        return f"{self.student.location} and {self.teacher.location}"
+
+    @property
     def description(self) -> str:
         return f"{self.student.description}; the teacher: {self.teacher.description}"
 
-    def _of(self, student: bool) -> Engine:
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """Those of the teacher's engine, which scores."""
+        return self.teacher.capabilities
+
+    def _engine_of(self, role: Role) -> Engine:
         equal = self.equal_at_start and self.version == 0
-        return self.student if student or equal else self.teacher
+        return self.student if role is Role.STUDENT or equal else self.teacher
 
     def generate(
         self,
         requests: Sequence[Request],
-        *,
-        max_tokens: int,
-        temperature: float,
-        student: bool,
+        params: SamplingParams,
+        role: Role,
         advance: Advance | None = None,
-        **more: Any,
     ) -> list[Completion]:
-        """See `Engine.generate`."""
-        return self._of(student).generate(
-            requests,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            student=student,
-            advance=advance,
-            **more,
-        )
+        return self._engine_of(role).generate(requests, params, role, advance)
 
     def score(
         self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        *,
-        temperature: float,
-        student: bool,
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        role: Role,
+        temperature: float = 1.0,
     ) -> list[list[float]]:
-        """See `Engine.score`."""
-        engine = self._of(student)
-        return engine.score(prompts, completions, temperature=temperature, student=student)
+        return self._engine_of(role).score(prompts, completions, role, temperature)
 
     def score_ids(
         self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        ids: Sequence[Any],
-        *,
-        student: bool,
-    ) -> list[Any]:
-        """See `VllmEngine.score_ids`."""
-        engine: Any = self._of(student)
-        return engine.score_ids(prompts, completions, ids, student=student)
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        ids: Sequence[np.ndarray],
+        role: Role,
+    ) -> list[np.ndarray]:
+        return self._engine_of(role).score_ids(prompts, completions, ids, role)
 
     def sync(self, version: int) -> None:
-        """Both take over what they serve of the trainer's weights."""
         self.version = version
         self.student.sync(version)
         self.teacher.sync(version)

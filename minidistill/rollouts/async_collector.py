@@ -1,4 +1,4 @@
-"""Sampling one step ahead: the next step's rollouts are made while this one is trained on."""
+"""Asynchronous collection: the next step's rollouts are sampled while this step is trained on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from minidistill.types import Metrics, Rollout
 Collected = tuple[list[Rollout], Metrics]
 
 
-class Ahead:
-    """One thread that collects a step's rollouts, and what of that was waited for.
+class AsyncCollector:
+    """Collects in one thread, one step ahead.
 
-    Weights that are synced meanwhile take over in the middle of completions, on servers with the
-    next one: the engine notes which version sampled which token.
+    New weights that are synced meanwhile take effect in the middle of completions (on servers: with
+    the next completion). The engine records which version sampled each token.
     """
 
     def __init__(self, collector: Collector, engine: Engine) -> None:
@@ -25,12 +25,12 @@ class Ahead:
         self._next: tuple[int, Future[Collected]] | None = None
 
     def start(self, step: int, version: int) -> None:
-        """Begin on a step's rollouts, with the weights of `version`."""
+        """Start collecting a step's rollouts with the weights of `version`."""
         collect = self.collector.collect
         self._next = step, self._thread.submit(collect, self.engine, step, version)
 
     def take(self, step: int, version: int) -> Collected:
-        """The step's rollouts, waited for; begun only now where they were not."""
+        """Wait for the step's rollouts. Starts collecting them if `start` was not called."""
         if self._next is None or self._next[0] != step:
             self.start(step, version)
         assert self._next is not None
@@ -38,7 +38,7 @@ class Ahead:
         rollouts, metrics = self._next[1].result()
         self._next = None
         waited = time.perf_counter() - began
-        took = sum(v for k, v in metrics.items() if k.startswith("time/"))
+        collecting = sum(v for k, v in metrics.items() if k.startswith("time/"))
         ages = [
             step - 1 - sampled
             for r in rollouts
@@ -46,15 +46,15 @@ class Ahead:
         ]
         return rollouts, metrics | {
             "time/wait": waited,
-            "async/overlap": max(0.0, 1 - waited / took) if took else 0.0,
+            "async/overlap": max(0.0, 1 - waited / collecting) if collecting else 0.0,
             "async/staleness": sum(ages) / len(ages),
         }
 
-    def settle(self) -> None:
+    def wait_until_idle(self) -> None:
         """Wait until the engine is free."""
         if self._next is not None:
             self._next[1].result()
 
     def close(self) -> None:
-        """The engine must be closed before: what is sampled at this moment is given up."""
+        """Close the engine first: it then fails what is being sampled."""
         self._thread.shutdown(wait=True, cancel_futures=True)

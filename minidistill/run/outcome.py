@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from minidistill.evaluation import scoreboard
-from minidistill.evaluation.evaluator import drift_kl, held_out_kl
+from minidistill.evaluation.kl import drift_kl, held_out_kl
 from minidistill.reporting.html import write_report
 from minidistill.run.session import Session
 from minidistill.trainer import checkpoint
-from minidistill.types import Metrics
+from minidistill.types import Metrics, Role
 
 LAST_STEPS = 10  # `teacher_kl_last` is the mean of that many
 
@@ -28,8 +28,8 @@ def baseline(session: Session) -> None:
         began = time.perf_counter()
         found = {"rewards": {}, "heldout_kl": _held_out_kl(session)}
         if session.config.orchestrator.teacher_model.eval_baseline:
-            student = session.evaluator.run("student", student=False, context=False)
-            teacher = session.evaluator.run("teacher", student=False, context=True)
+            student = session.evaluator.run("student", Role.TEACHER, context=False)
+            teacher = session.evaluator.run("teacher", Role.TEACHER, context=True)
             found["length"] = student.length
             found["rewards"] = {
                 "baseline_student": student.rewards,
@@ -79,7 +79,7 @@ def _scores(session: Session, before: dict[str, Any]) -> dict[str, Any]:
     student = session.evaluate(session.config.max_steps)
     found["student"] = student.rewards
     if "baseline_teacher" in found:
-        again = session.evaluator.run("student with context", student=True, context=True)
+        again = session.evaluator.run("student with context", Role.STUDENT, context=True)
         found["student_with_context"] = again.rewards
     by_env = {
         name: {kind: rewards[name] for kind, rewards in found.items()} for name in student.rewards

@@ -16,9 +16,9 @@ from minidistill.trainer.forward import (
     hidden_states,
     prefix_states,
 )
-from minidistill.trainer.policy import OTHER, STUDENT, Policy
+from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.token_kl import token_kl
-from minidistill.types import Prompt, Task
+from minidistill.types import Prompt, Role, Task
 
 # Float error of a KL or log-prob after two differently shaped passes, by dtype
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -73,21 +73,6 @@ def length_limit(config: Config, model_config: object) -> int:
     return min(config.seq_len, longest)
 
 
-def check_lengths(config: Config, limit: int, prompts: Sequence[Prompt]) -> None:
-    """Raise UserError where context, prompt and completion do not fit together."""
-    tokens = config.orchestrator.sampling.max_tokens
-    longest = max(prompts, key=lambda p: len(p.teacher_ids))
-    need = len(longest.teacher_ids) + tokens
-    if need > limit:
-        by = "seq_len" if limit == config.seq_len else "the model's longest sequence"
-        raise UserError(
-            f"context and prompt ({len(longest.teacher_ids)} tokens, task {longest.task.id}) plus "
-            f"max_tokens ({tokens}) make {need} tokens, more than {by} ({limit})",
-            where="seq_len, orchestrator.teacher_model.context, orchestrator.sampling.max_tokens",
-            fix="shorten the context, lower max_tokens, or raise seq_len within the model's limit",
-        )
-
-
 @torch.no_grad()
 def check_model(policy: Policy, prompts: Sequence[Prompt], warn: Warn) -> bool:
     """Numeric checks before any training. Returns whether a shared prefix may be cached.
@@ -119,8 +104,8 @@ def check_model(policy: Policy, prompts: Sequence[Prompt], warn: Warn) -> bool:
             exit_code=EXIT_ENVIRONMENT,
         )
     views = [p.student_ids for p in some]
-    roles = (STUDENT, policy.teacher)
-    if policy.holds(policy.teacher) and policy.teacher != OTHER:
+    roles = (Role.STUDENT, Role.TEACHER)
+    if policy.holds(Role.TEACHER) and policy.teacher_weights is not Weights.OTHER:
         kl = token_kl(policy, completions, prompts=(views, views), roles=roles,
                       temperature=1.0, budget=1 << 16)  # fmt: skip
     else:
@@ -150,8 +135,8 @@ def _prefix_works(
     if len(prefix) < MIN_PREFIX:
         return True
     logp = []
-    role = policy.teacher if policy.holds(policy.teacher) else STUDENT
-    with policy.inference(), policy.role(role):
+    role = Role.TEACHER if policy.holds(Role.TEACHER) else Role.STUDENT
+    with policy.inference(), policy.running_as(role):
         for shared in ((), prefix):
             tokens = collate(views, completions, pad_id=policy.pad_id, prefix=shared)
             states = prefix_states(policy, shared) if shared else None

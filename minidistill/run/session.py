@@ -27,10 +27,11 @@ from minidistill.reporting.monitors import check_monitors, open_monitors
 from minidistill.reporting.rollout_log import TokenTexts, write_rollouts
 from minidistill.reporting.run_directory import RunDir, choose_path
 from minidistill.reporting.terminal import Display, Sample
-from minidistill.rollouts.async_collector import Ahead
+from minidistill.rollouts.async_collector import AsyncCollector
 from minidistill.rollouts.collector import Collector
 from minidistill.run import preflight
 from minidistill.run.header import header
+from minidistill.tasks.lengths import check_lengths
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_rewards
 from minidistill.tasks.sampling import fingerprint
@@ -39,7 +40,7 @@ from minidistill.trainer.build import build_trainer
 from minidistill.trainer.distributed.launcher import Ranks
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.loading import load_policy
-from minidistill.types import Metrics, Prompt, Rollout
+from minidistill.types import Metrics, Prompt, Role, Rollout
 
 # Tasks of each split whose prompts are built and measured before the run: of one that makes its
 # tasks when they are asked for, and of a list
@@ -77,7 +78,7 @@ class Session:
         check_same_tokens(config, tokenizer)
         self.plan, models = self._plan()
         self.limit = preflight.length_limit(config, models[0])
-        preflight.check_lengths(config, self.limit, prompts)
+        check_lengths(config, self.limit, prompts)
         self.texts = TokenTexts(tokenizer)
 
         warnings += self.plan.warnings
@@ -96,9 +97,8 @@ class Session:
             self.teaching = started.teaching
             self.ranks.start(config, self.teaching)
             self.collector = Collector(
-                config, self.environments, self.builder, self.teaching, self.limit, display,
-                self.warn,
-            )  # fmt: skip
+                config, self.environments, self.builder, self.teaching, self.limit, display
+            )
             self.policy = load_policy(config, tokenizer, device, self.teaching)
             shares = preflight.check_model(self.policy, prompts, warnings.append)
             self.prefixes = PrefixCache(self.policy, shares)
@@ -107,7 +107,9 @@ class Session:
                 self.prefixes,
             )  # fmt: skip
             self.engine = started.attach(self.policy, self.prefixes)
-            self.ahead = Ahead(self.collector, self.engine) if config.schedule == "async" else None
+            self.ahead = (
+                AsyncCollector(self.collector, self.engine) if config.schedule == "async" else None
+            )
             self.evaluator = self._evaluator()
             self._open(resume, warnings)
         except BaseException:
@@ -193,7 +195,7 @@ class Session:
         check_rewards(self.config, environments, evaluated=True)
         evaluator = Evaluator(self.config, environments, self.builder, self.engine, self.display)
         for prompts in evaluator.prompts.values():
-            preflight.check_lengths(self.config, self.limit, prompts)
+            check_lengths(self.config, self.limit, prompts)
         return evaluator
 
     def _resume(self) -> None:
@@ -250,9 +252,9 @@ class Session:
         """The student's scores without the context."""
         assert self.evaluator is not None
         if self.ahead is not None:
-            self.ahead.settle()
+            self.ahead.wait_until_idle()
         began = time.perf_counter()
-        scores = self.evaluator.run("student", student=True, context=False)
+        scores = self.evaluator.run("student", Role.STUDENT, context=False)
         metrics = {f"eval/{n}/student/avg": sum(v) / len(v) for n, v in scores.rewards.items()}
         metrics["eval/completions/length_mean"] = scores.length
         metrics["time/eval"] = time.perf_counter() - began

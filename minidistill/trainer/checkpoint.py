@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.files import write_atomic, writing
-from minidistill.trainer.policy import STUDENT, Policy
+from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.trainer import Trainer
 
 MANIFEST = "MANIFEST.json"
@@ -26,7 +26,7 @@ def save_model(policy: Policy, path: Path) -> Path:
     folder = path / ("adapter" if policy.lora else "model")
     with writing(folder):
         if policy.lora:
-            policy.model.save_pretrained(str(folder), selected_adapters=[STUDENT])
+            policy.model.save_pretrained(str(folder), selected_adapters=[Weights.STUDENT.value])
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         else:
             whole = {n: p.cpu() for n, p in policy.weights()} if policy.trunks else None

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from minidistill.trainer.batching import Tokens, common_prefix
-from minidistill.trainer.policy import Policy, Role
+from minidistill.trainer.policy import Policy
+from minidistill.types import Role
 
 KeysValues = list[tuple[Tensor, Tensor]]
 MIN_PREFIX = 8  # below this many shared tokens a prefix pass costs more than it saves
@@ -39,7 +40,9 @@ class PrefixCache:
         """The prefix under a role, which must be the current one; None for no prefix."""
         if not prefix:
             return None
-        if role != self.policy.teacher or not self.policy.frozen_teacher:
+        policy = self.policy
+        frozen = policy.weights_of(role) is policy.teacher_weights and policy.frozen_teacher
+        if not frozen:
             return prefix_states(self.policy, prefix)
         if prefix not in self._kept:
             self._kept[prefix] = prefix_states(self.policy, prefix)

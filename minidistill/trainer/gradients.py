@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from minidistill.config import Config
-from minidistill.engines.base import Advance
 from minidistill.placement.teacher import Estimator
 from minidistill.trainer.batching import collate, share_out, split_by_tokens
 from minidistill.trainer.distributed import fsdp as sharding
@@ -17,7 +16,7 @@ from minidistill.trainer.forward import KeysValues, PrefixCache, hidden_states
 from minidistill.trainer.guards import out_of_memory, too_large
 from minidistill.trainer.objective import Figures, engine_scores, per_rollout
 from minidistill.trainer.policy import Policy
-from minidistill.types import Rollout
+from minidistill.types import Advance, Role, Rollout
 from minidistill_kernels import DistillOutput, linear_distill
 
 SAMPLED_KL_CLIP = 5.0  # nats; the default of `loss.kl_clip` with one-sample estimates
@@ -213,8 +212,8 @@ class Gradients:
         policy = self.policy
         prefix = self.prefixes.common([r.prompt.teacher_ids for r in rollouts])
         try:
-            with policy.role(policy.teacher), policy.inference():
-                return prefix, self.prefixes.states(prefix, policy.teacher)
+            with policy.running_as(Role.TEACHER), policy.inference():
+                return prefix, self.prefixes.states(prefix, Role.TEACHER)
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error):
                 raise _too_long(len(prefix), str(error)) from error
@@ -240,7 +239,7 @@ class Gradients:
             prefix=prefix,
         )
         student = policy.causal
-        with policy.role(policy.teacher), policy.inference():
+        with policy.running_as(Role.TEACHER), policy.inference():
             hidden_NH = hidden_states(policy, tokens, states)
             own = None if policy.causal is student else policy.head_VH
             return {"h_t_NH": hidden_NH, "teacher_weight": own}

@@ -16,7 +16,7 @@ from minidistill.models.hub import hub_arguments, readable_errors
 from minidistill.models.registry import resolve
 from minidistill.placement.devices import pick_dtype
 from minidistill.placement.teacher import Teaching
-from minidistill.trainer.policy import BASE, EMA, OTHER, STUDENT, Policy, Role, frozen_copy
+from minidistill.trainer.policy import Policy, Weights, frozen_copy
 
 
 def load_policy(config: Config, tokenizer: Any, device: torch.device, teaching: Teaching) -> Policy:
@@ -30,36 +30,37 @@ def load_policy(config: Config, tokenizer: Any, device: torch.device, teaching: 
     base = _load_weights(config, config.model.name, device)
     if settings.ac is not None:
         _checkpoint_activations(base, settings.ac.freq)
-    teacher = teacher_role(config)
-    others: dict[Role, Any] = {}
-    if teaching.scorer == "trainer" and teacher == OTHER:
-        others[OTHER] = _load_other(config, tokenizer, base, device)
+    teacher = teacher_weights(config)
+    reference_models: dict[Weights, Any] = {}
+    if teaching.scorer == "trainer" and teacher is Weights.OTHER:
+        reference_models[Weights.OTHER] = _load_other(config, tokenizer, base, device)
     if settings.lora is False:
         model = base.requires_grad_(True)
-        if teaching.scorer == "trainer" and teacher is BASE:
-            others[BASE] = frozen_copy(base)
+        if teaching.scorer == "trainer" and teacher is Weights.BASE:
+            reference_models[Weights.BASE] = frozen_copy(base)
     else:
         model = _with_adapter(config, settings.lora, base)
     # dropout and checkpointing ask for training mode; without them one mode serves all
     dropout = settings.lora is not False and settings.lora.dropout > 0
     model.train(dropout or settings.ac is not None)
-    policy = Policy(model, tokenizer, _end_ids(base, tokenizer), device, teacher, others)
+    policy = Policy(model, tokenizer, _end_ids(base, tokenizer), device, teacher, reference_models)
     if policy.lora and policy.head_VH.requires_grad:
         raise UserError(
             "the LM head would be trained",
             where="trainer.model.lora.target_modules",
             fix="leave the output embedding out: the loss needs one head for student and teacher",
         )
-    if teacher == EMA:
+    if teacher is Weights.EMA:
         policy.add_ema()
     return policy
 
 
-def teacher_role(config: Config) -> Role:
+def teacher_weights(config: Config) -> Weights:
     """The weights that the teacher runs with."""
     if config.separate_teacher is not None:
-        return OTHER
-    return {"frozen": BASE, "live": STUDENT, "ema": EMA}[config.orchestrator.teacher_model.update]
+        return Weights.OTHER
+    by_update = {"frozen": Weights.BASE, "live": Weights.STUDENT, "ema": Weights.EMA}
+    return by_update[config.orchestrator.teacher_model.update]
 
 
 def _load_weights(config: Config, name: str, device: torch.device) -> Any:

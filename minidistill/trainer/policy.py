@@ -1,8 +1,8 @@
-"""The trainer's weights and the roles they are run under.
+"""The trainer's models, and which weights each role runs with.
 
-A role names a set of weights: the student's, the base's (None), a moving average, another model's.
-Under LoRA the first three are one model with its adapters on or off. Where every weight is trained,
-each role but the student's is a model of its own, held only if the teacher needs it.
+Under LoRA the student, the base and a moving average are one model with its adapters on or off.
+With full fine-tuning every set of weights but the student's is a model of its own, loaded only if
+the teacher needs it.
 
 Shapes: `_H` hidden, `_V` vocabulary.
 """
@@ -14,6 +14,7 @@ import copy
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -21,12 +22,17 @@ from torch import Tensor, nn
 
 from minidistill.trainer.distributed import fsdp as sharding
 from minidistill.trainer.distributed.rank_group import World
+from minidistill.types import Role
 
-Role = str | None
-BASE: Role = None
-STUDENT = "default"  # peft's own name for a single adapter, so that a saved one is plain PEFT
-EMA = "ema"
-OTHER = "other"
+
+class Weights(Enum):
+    """A set of weights. The value is the adapter's name in peft, where it is an adapter."""
+
+    STUDENT = "default"  # peft's own name for a single adapter, so that a saved one is plain PEFT
+    BASE = "base"
+    EMA = "ema"
+    OTHER = "other"
+    """Those of a teacher that is another model."""
 
 
 @dataclass(slots=True)
@@ -40,10 +46,10 @@ class Policy:
     tokenizer: Any
     eos_ids: frozenset[int]
     device: torch.device
-    teacher: Role = BASE
-    """The teacher's role. Its weights may be elsewhere, in an engine: see `holds`."""
-    others: dict[Role, Any] = field(default_factory=dict)
-    """Models of other weights than `model`'s, by role."""
+    teacher_weights: Weights = Weights.BASE
+    """What the teacher runs with. They may be in an engine only: see `holds`."""
+    reference_models: dict[Weights, Any] = field(default_factory=dict)
+    """Models beside `model`, by the weights they hold."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     """Held while the student's weights change, and while an engine is sent them."""
     world: World = field(default_factory=World)
@@ -103,13 +109,22 @@ class Policy:
     @property
     def frozen_teacher(self) -> bool:
         """Whether the teacher's weights never change in a run."""
-        return self.teacher in (BASE, OTHER)
+        return self.teacher_weights in (Weights.BASE, Weights.OTHER)
+
+    def weights_of(self, role: Role) -> Weights:
+        """The weights that a role runs with."""
+        if role is Role.TEACHER:
+            return self.teacher_weights
+        return Weights.STUDENT if role is Role.STUDENT else Weights.BASE
 
     def holds(self, role: Role) -> bool:
-        """Whether this role can be run here."""
-        if role in self.others or role == STUDENT:
+        """Whether the role's weights are in this process."""
+        return self._holds(self.weights_of(role))
+
+    def _holds(self, weights: Weights) -> bool:
+        if weights in self.reference_models or weights is Weights.STUDENT:
             return True
-        return self.lora and (role is BASE or role in self.model.peft_config)
+        return self.lora and (weights is Weights.BASE or weights.value in self.model.peft_config)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return torch.nn.functional.linear(hidden, self.head_VH)
@@ -144,7 +159,8 @@ class Policy:
 
     def gather(self, roles: Sequence[Role]) -> None:
         """What `whole` does on every rank."""
-        models = [self.others.get(role, self.student) for role in roles]
+        weights = [self.weights_of(role) for role in roles]
+        models = [self.reference_models.get(w, self.student) for w in weights]
         for trunk in self.trunks:
             if any(trunk.causal is model for model in models):
                 sharding.gather(trunk)
@@ -155,36 +171,38 @@ class Policy:
             sharding.release(trunk)
 
     @contextlib.contextmanager
-    def role(self, role: Role) -> Iterator[None]:
-        """Run with a role's weights. Raises KeyError for weights that are not here."""
-        if role in self.others:
-            before, self._current = self._current, self.others[role]
+    def running_as(self, role: Role) -> Iterator[None]:
+        """Run passes with a role's weights. Raises KeyError for weights that are not here."""
+        weights = self.weights_of(role)
+        if weights in self.reference_models:
+            before, self._current = self._current, self.reference_models[weights]
             try:
                 yield
             finally:
                 self._current = before
-        elif role == STUDENT:
+        elif weights is Weights.STUDENT:
             yield
-        elif not self.holds(role):
-            raise KeyError(f"no weights for the role {role!r}")
-        elif role is BASE:
+        elif not self._holds(weights):
+            raise KeyError(f"this process does not hold the {role.value}'s weights")
+        elif weights is Weights.BASE:
             with self.model.disable_adapter():
                 yield
         else:
-            self.model.base_model.set_adapter(role, inference_mode=True)
+            self.model.base_model.set_adapter(weights.value, inference_mode=True)
             try:
                 yield
             finally:
-                self.model.base_model.set_adapter(STUDENT)
+                self.model.base_model.set_adapter(Weights.STUDENT.value)
 
     def add_ema(self) -> None:
         """A second set of trained weights, equal to the student's now, for an averaged teacher."""
         if self.lora:
-            self.model.add_adapter(EMA, self.model.peft_config[STUDENT])
-            self.model.base_model.set_adapter(STUDENT)
+            student = Weights.STUDENT.value
+            self.model.add_adapter(Weights.EMA.value, self.model.peft_config[student])
+            self.model.base_model.set_adapter(student)
             self.update_ema(0.0)
         else:
-            self.others[EMA] = frozen_copy(self.model)
+            self.reference_models[Weights.EMA] = frozen_copy(self.model)
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
@@ -196,13 +214,14 @@ class Policy:
     def _ema(self) -> dict[str, Tensor]:
         """The averaged weights, by the names of the student's parameters."""
         if not self.lora:
-            return dict(self.others[EMA].named_parameters())
+            return dict(self.reference_models[Weights.EMA].named_parameters())
         named = dict(self.model.named_parameters())
-        return {n: named[n.replace(f".{STUDENT}.", f".{EMA}.")] for n, _ in self.parameters}
+        student, ema = f".{Weights.STUDENT.value}.", f".{Weights.EMA.value}."
+        return {n: named[n.replace(student, ema)] for n, _ in self.parameters}
 
-    def adapter(self, role: Role) -> list[tuple[str, Tensor]]:
+    def adapter(self, weights: Weights) -> list[tuple[str, Tensor]]:
         """An adapter's tensors under the names of a PEFT file."""
-        marker = f".{role}.weight"
+        marker = f".{weights.value}.weight"
         named = self.model.named_parameters()
         return [(n.replace(marker, ".weight"), p) for n, p in named if n.endswith(marker)]
 
@@ -226,7 +245,7 @@ class Policy:
     def state(self) -> dict[str, Tensor]:
         """What training changes, for a checkpoint: "student/<name>", "ema/<name>"."""
         found: dict[str, Tensor] = {f"student/{n}": p for n, p in self.parameters}
-        if self.teacher == EMA and self.holds(EMA):
+        if self.teacher_weights is Weights.EMA and self._holds(Weights.EMA):
             average = self._ema()
             found |= {f"ema/{n}": average[n] for n, _ in self.parameters}
         return found

@@ -10,6 +10,7 @@ from torch import Tensor
 from minidistill.trainer.batching import collate, split_by_tokens
 from minidistill.trainer.forward import hidden_states
 from minidistill.trainer.policy import Policy
+from minidistill.types import Role
 from minidistill_kernels import linear_reverse_kl
 
 
@@ -19,7 +20,7 @@ def token_kl(
     completions: Sequence[Sequence[int]],
     *,
     prompts: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]],
-    roles: tuple[str | None, str | None],
+    roles: tuple[Role, Role],
     temperature: float,
     budget: int,
 ) -> Tensor:
@@ -39,7 +40,7 @@ def token_kl(
             batch = [completions[i] for i in rows]
             for view, role in zip(prompts, roles, strict=True):
                 tokens = collate([view[i] for i in rows], batch, pad_id=policy.pad_id)
-                with policy.role(role):
+                with policy.running_as(role):
                     hidden.append(hidden_states(policy, tokens))
                     heads.append(policy.head_VH)
             own = None if heads[1] is heads[0] else heads[1]

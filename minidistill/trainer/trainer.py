@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from minidistill.config import Config
-from minidistill.engines.base import Advance
 from minidistill.placement.teacher import Estimator
 from minidistill.trainer.distributed.fsdp import is_divided, whole
 from minidistill.trainer.forward import PrefixCache
@@ -19,8 +18,8 @@ from minidistill.trainer.guards import mismatch_limit, refusal
 from minidistill.trainer.metrics import summarize
 from minidistill.trainer.objective import Figures
 from minidistill.trainer.optim import Optimizer, learning_rate
-from minidistill.trainer.policy import EMA, Policy
-from minidistill.types import Metrics, Rollout, TokenStats
+from minidistill.trainer.policy import Policy, Weights
+from minidistill.types import Advance, Metrics, Rollout, TokenStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ class Trainer:
             return StepResult({}, [])
         with self.policy.lock:
             self.optimizer.step(rate)
-            if self.policy.teacher == EMA:
+            if self.policy.teacher_weights is Weights.EMA:
                 self.policy.update_ema(self.config.orchestrator.teacher_model.ema_decay)
         seconds = time.perf_counter() - began
         metrics |= {"time/train": seconds, "perf/train_tokens_per_second": total / seconds}

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from minidistill.config import LoadedConfig
-from minidistill.engines.base import Request
 from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.envs.registry import load_environments
 from minidistill.models.hub import load_tokenizer
@@ -20,7 +19,7 @@ from minidistill.trainer.forward import PrefixCache, can_share_prefix
 from minidistill.trainer.loading import load_policy
 from minidistill.trainer.policy import Policy
 from minidistill.trainer.trainer import Trainer
-from minidistill.types import Rollout
+from minidistill.types import Request, Role, Rollout, SamplingParams
 
 
 @dataclass
@@ -64,7 +63,7 @@ def make_lab(loaded: LoadedConfig, *, shares: bool | None = None, trained: bool 
     prefixes = PrefixCache(policy, share)
     warnings: list[str] = []
     trainer = Trainer(policy, config, prefixes, teaching.estimator, warnings.append)
-    engine = EmbeddedEngine(policy, prefixes, policy.teacher)
+    engine = EmbeddedEngine(policy, prefixes)
     teacher = config.orchestrator.teacher_model
     builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
     return Lab(policy, trainer, engine, builder, sample(loaded, engine, builder), warnings)
@@ -80,9 +79,8 @@ def sample(loaded: LoadedConfig, engine: Any, builder: PromptBuilder) -> list[Ro
     jobs = [(p, s) for p in prompts for s in range(orchestrator.rollouts_per_example)]
     completions = engine.generate(
         [Request(p.student_ids, 100 + i) for i, (p, _) in enumerate(jobs)],
-        max_tokens=orchestrator.sampling.max_tokens,
-        temperature=orchestrator.sampling.temperature,
-        student=True,
+        SamplingParams(orchestrator.sampling.max_tokens, orchestrator.sampling.temperature),
+        Role.STUDENT,
     )
     rollouts = [
         Rollout(p, s, c, builder.decode(c.token_ids))

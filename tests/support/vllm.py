@@ -25,7 +25,8 @@ from minidistill.models.hub import load_model_config, load_tokenizer
 from minidistill.placement.teacher import decide
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.loading import load_policy
-from minidistill.trainer.policy import BASE, STUDENT, Policy
+from minidistill.trainer.policy import Policy
+from minidistill.types import Role
 from support.paths import ROOT, SOKOBAN
 
 CPU = torch.device("cpu")
@@ -77,11 +78,11 @@ class Bench:
         self,
         prompt: Sequence[int],
         completion: Sequence[int],
-        student: bool,
+        role: Role,
         temperature: float = 1.0,
     ) -> list[float]:
         """Log-probs from one plain pass of the trainer's model, adapter on or off."""
-        with self.policy.role(STUDENT if student else None):
+        with self.policy.running_as(role):
             logits = self.policy.causal(input_ids=torch.tensor([[*prompt, *completion]])).logits
         logp = (logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
         return logp.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
@@ -95,9 +96,10 @@ def make_bench(*flags: str, max_restarts: int = 2) -> Bench:
     engine = VllmEngine(options, max_restarts, warnings.append)
     try:
         policy = load_policy(config, load_tokenizer(config), CPU, decide(config, True, False))
-        engine.attach(policy, (STUDENT, BASE) if policy.lora else (STUDENT,))
+        roles = (Role.STUDENT, Role.TEACHER) if policy.lora else (Role.STUDENT,)
+        engine.attach(policy, roles)
         engine.sync(0)
-        engine.wait()
+        engine.wait_until_ready()
     except BaseException:
         engine.close()
         raise

@@ -19,14 +19,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from minidistill.engines.vllm.engine import NAMES
-from minidistill.trainer.policy import STUDENT, Policy, Role
+from minidistill.trainer.policy import Policy, Weights
 
 
 @dataclass(eq=False, slots=True)
 class Adapter:
-    """One version of a role's adapter, as plain PEFT in a folder."""
+    """One version of an adapter, as plain PEFT in a folder."""
 
-    role: Role
+    weights: Weights
     version: int
     path: Path
     asked: int = 0
@@ -45,7 +45,7 @@ class Adapters:
         self.folder = folder
         self._mark = uuid.uuid4().hex[:8]  # runs that share a server have names of their own
         self._lock = threading.Lock()
-        self._current: dict[Role, Adapter] = {}
+        self._current: dict[Weights, Adapter] = {}
         self._former: list[Adapter] = []
 
     @property
@@ -59,30 +59,30 @@ class Adapters:
     def name(self, *parts: object) -> str:
         return "-".join(map(str, ("minidistill", self._mark, *parts)))
 
-    def write(self, policy: Policy, role: Role, version: int) -> Adapter:
-        """The policy's adapter of a role, on the disk; `version` must be a new one."""
-        path = (self.folder / self.name(NAMES[role], f"v{version}")).resolve()
+    def write(self, policy: Policy, weights: Weights, version: int) -> Adapter:
+        """Write one of the policy's adapters to disk; `version` must be new."""
+        path = (self.folder / self.name(NAMES[weights], f"v{version}")).resolve()
         path.mkdir(parents=True, exist_ok=False)
         with policy.lock:
-            tensors = {n: p.detach().cpu().contiguous() for n, p in policy.adapter(role)}
+            tensors = {n: p.detach().cpu().contiguous() for n, p in policy.adapter(weights)}
             save_file(tensors, path / "adapter_model.safetensors")
-            settings = copy.copy(policy.model.peft_config[STUDENT])
+            settings = copy.copy(policy.model.peft_config[Weights.STUDENT.value])
         settings.inference_mode = True
         settings.save_pretrained(str(path))
-        return Adapter(role, version, path)
+        return Adapter(weights, version, path)
 
     def switch(self, adapter: Adapter) -> None:
-        """From now on requests of its role name this one."""
+        """From now on requests for these weights name this version."""
         with self._lock:
-            former = self._current.get(adapter.role)
+            former = self._current.get(adapter.weights)
             self._former += [former] if former else []
-            self._current[adapter.role] = adapter
+            self._current[adapter.weights] = adapter
 
     @contextmanager
-    def asking(self, role: Role) -> Iterator[Adapter | None]:
-        """The role's adapter for one request, which keeps it; None where it has none here."""
+    def asking(self, weights: Weights) -> Iterator[Adapter | None]:
+        """The current adapter for one request, which keeps it alive; None for the base."""
         with self._lock:
-            adapter = self._current.get(role)
+            adapter = self._current.get(weights)
             if adapter is not None:
                 adapter.asked += 1
         try:

@@ -19,27 +19,26 @@ from typing import Any, TypeVar
 
 import httpx
 
-from minidistill.engines.base import Advance, Request
+from minidistill.engines.base import Engine, Ids
 from minidistill.engines.server.adapters import Adapter, Adapters
 from minidistill.engines.server.http import KEY, GoneError, Post, at_once, message, request
 from minidistill.engines.vllm.engine import NAMES, SEED_BITS
 from minidistill.engines.vllm.restart import Warn
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
-from minidistill.trainer.policy import STUDENT, Policy, Role
-from minidistill.types import Completion
+from minidistill.trainer.policy import Policy, Weights
+from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
 T = TypeVar("T")
 Answer = tuple[dict[str, Any], int | None]
 
 
-class ServerEngine:
+class ServerEngine(Engine):
     """One running vLLM server. Two threads may call: one that samples, one that syncs.
 
     Where it goes away it is waited for, `patience` seconds at most and at most `max_restarts` times
     in a run; it is then sent the current adapters, and asked again what it had not answered.
     """
 
-    scores_ids = False  # the API gives no log-probs at chosen ids of a prompt
     name = "vLLM server"
     patience = 120.0
 
@@ -55,31 +54,34 @@ class ServerEngine:
     ) -> None:
         """`where` is the setting that names the `url`, `command` starts a server that fits,
         `needs` is how many tokens it must take, `folder` where adapters are left for it."""
-        self.url = self.place = url.rstrip("/").removesuffix("/v1")
+        self.url = url.rstrip("/").removesuffix("/v1")
         self.where, self.command, self.needs = where, command, needs
         self.max_restarts, self.warn = max_restarts, warn
         self.restarts = self._returns = 0
         self._model = ""
         self._policy: Policy | None = None
-        self._serves: tuple[Role, ...] = ()
+        self._adapter_weights: tuple[Weights, ...] = ()
         self._adapters = Adapters(folder)
         self._life = threading.RLock()  # loading adapters, waiting for the server, closing
         self._closed = threading.Event()
 
     @property
+    def location(self) -> str:
+        return self.url
+
+    @property
     def description(self) -> str:
         return f"{self.name} at {self.url}"
 
-    def attach(self, policy: Policy, serves: Sequence[Role]) -> None:
-        """Name the trainer's model, whose adapters under these roles `sync` sends."""
+    def attach(self, policy: Policy, roles: Sequence[Role]) -> None:
         self._policy = policy
-        self._serves = tuple(r for r in dict.fromkeys(serves) if policy.lora and r in NAMES)
+        served = dict.fromkeys(map(policy.weights_of, roles)) if policy.lora else ()
+        self._adapter_weights = tuple(weights for weights in served if weights in NAMES)
 
-    def wait(self) -> None:
-        """Look at the server. Raises UserError (exit code 3) where it cannot be used."""
+    def wait_until_ready(self) -> None:
         try:
             self._look()
-            if self._serves:
+            if self._adapter_weights:
                 self._check_takes_adapters()
         except GoneError as error:
             fix = f"correct the URL, or start it:\n{self.command}"
@@ -90,19 +92,16 @@ class ServerEngine:
     def generate(
         self,
         requests: Sequence[Request],
-        *,
-        max_tokens: int,
-        temperature: float,
-        student: bool,
+        params: SamplingParams,
+        role: Role,
         advance: Advance | None = None,
-        top_k: int = 0,
     ) -> list[Completion]:
-        """See `Engine.generate`. `top_k` must be 0: nothing here could score those ids."""
-        assert top_k == 0
+        if params.top_ids:
+            raise ValueError("a server cannot score the likeliest ids, so it returns none")
         assert self._policy is not None
         common = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
             # whatever the server or the model's files have for defaults
             "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
             "logprobs": 0,
@@ -118,25 +117,23 @@ class ServerEngine:
                 "length" if choice["finish_reason"] == "length" else "eos",
                 versions=() if version is None else ((0, version),),
             )
-            for choice, version in self._complete(bodies, student, advance)
+            for choice, version in self._complete(bodies, role, advance)
         ]
 
     def score(
         self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        *,
-        temperature: float,
-        student: bool,
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        role: Role,
+        temperature: float = 1.0,
     ) -> list[list[float]]:
-        """See `Engine.score`. Raises ValueError for another temperature than 1."""
         if temperature != 1:
-            raise ValueError("vLLM gives the log-probs of given tokens at temperature 1 alone")
+            raise ValueError("vLLM scores given tokens at temperature 1 only")
         # a server leaves out the prefix cache for these, so that every row is valid
         common = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         bodies = [common | {"prompt": [*p, *c]} for p, c in zip(prompts, completions, strict=True)]
         found = []
-        answers = self._complete(bodies, student)
+        answers = self._complete(bodies, role)
         for completion, (choice, _) in zip(completions, answers, strict=True):
             pairs = zip(choice["prompt_logprobs"][-len(completion) :], completion, strict=True)
             found.append([row[str(token)]["logprob"] for row, token in pairs])
@@ -145,17 +142,14 @@ class ServerEngine:
     def sync(self, version: int) -> None:
         """See `Engine.sync`: adapters through the folder. A `version` is sent once."""
         assert self._policy is not None
-        for role in self._serves:
+        for weights in self._adapter_weights:
             with self._life:
                 if self._closed.is_set():  # by another thread: leave nothing behind
                     return
-                adapter = self._adapters.write(self._policy, role, version)
+                adapter = self._adapters.write(self._policy, weights, version)
                 self._kept(partial(self._load, adapter))
                 self._adapters.switch(adapter)
         self._unload_idle()
-
-    def sleep(self) -> None:
-        """Its memory is its own."""
 
     def close(self) -> None:
         """Give up what is in flight; take this run's adapters from the server and the disk."""
@@ -212,16 +206,16 @@ class ServerEngine:
             raise self._refusal(why, f"start it with\n{self.command}")
 
     def _complete(
-        self, bodies: Sequence[dict[str, Any]], student: bool, advance: Advance | None = None
+        self, bodies: Sequence[dict[str, Any]], role: Role, advance: Advance | None = None
     ) -> list[Answer]:
         """The requests' choices, each with its adapter's version; all are in flight at once."""
         assert self._policy is not None
-        role = STUDENT if student else self._policy.teacher
+        weights = self._policy.weights_of(role)
         found: dict[int, Answer] = {}
         fixed = {"add_special_tokens": False, "skip_special_tokens": False}
 
         async def one(post: Post, index: int) -> None:
-            with self._adapters.asking(role) as adapter:  # the latest, as it is sent
+            with self._adapters.asking(weights) as adapter:  # the latest, as it is sent
                 name = adapter.name if adapter else self._model
                 answer = await post("/v1/completions", fixed | bodies[index] | {"model": name})
                 if adapter and answer.status_code == HTTPStatus.NOT_FOUND:

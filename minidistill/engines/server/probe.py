@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from minidistill.config import Config
-from minidistill.engines.base import Engine, Request
+from minidistill.engines.base import Engine
 from minidistill.engines.server.engine import ServerEngine
 from minidistill.engines.vllm.options import adapter_options
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.trainer.policy import Policy
+from minidistill.types import Request, Role, SamplingParams
 
 TOKENS = 16
 # Mean difference (nats) over the probe's tokens. Other models' log-probs differ by whole nats.
@@ -49,9 +50,9 @@ def check_same_model(
 
     def truth(completion: tuple[int, ...], temperature: float) -> list[float]:
         # nothing is trained yet: the student's weights are the base's
-        return trainer.score([prompt], [completion], temperature=temperature, student=True)[0]
+        return trainer.score([prompt], [completion], Role.STUDENT, temperature)[0]
 
-    (found,) = engine.score([prompt], [given], temperature=1.0, student=False)
+    (found,) = engine.score([prompt], [given], Role.TEACHER)
     off = _mean_difference(found, truth(given, 1.0))
     if not off <= tolerance:
         raise UserError(
@@ -65,7 +66,7 @@ def check_same_model(
     if temperature is None:
         return
     (sampled,) = engine.generate(
-        [Request(prompt, 0)], max_tokens=TOKENS, temperature=temperature, student=False
+        [Request(prompt, 0)], SamplingParams(TOKENS, temperature), Role.TEACHER
     )
     off = _mean_difference(list(sampled.logprobs), truth(sampled.token_ids, temperature or 1.0))
     if not off <= tolerance:

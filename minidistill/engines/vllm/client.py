@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from minidistill.engines.base import Advance
 from minidistill.subprocesses import Child
+from minidistill.types import Advance
 
 MODULE = "minidistill.engines.vllm.worker"
 

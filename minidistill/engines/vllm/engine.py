@@ -11,25 +11,27 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from minidistill.engines.base import Advance, Request
+from minidistill.engines.base import Engine, EngineCapabilities, Ids
 from minidistill.engines.vllm.client import EngineProcess
 from minidistill.engines.vllm.options import Options
 from minidistill.engines.vllm.restart import KeptAlive, Warn
 from minidistill.engines.vllm.weights_send import CHUNK_BYTES, Outbox, chunked
 from minidistill.errors import EXIT_HEALTH, UserError
-from minidistill.trainer.policy import EMA, STUDENT, Policy, Role
-from minidistill.types import Completion
+from minidistill.trainer.policy import Policy, Weights
+from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
-SLOTS: dict[Role, int] = {STUDENT: 1, EMA: 2}  # vLLM's adapter ids; an id is kept, its name changes
-NAMES: dict[Role, str] = {STUDENT: "student", EMA: "teacher"}
+# vLLM's adapter ids. An id is kept for the run, its adapter's name changes with every version.
+SLOTS = {Weights.STUDENT: 1, Weights.EMA: 2}
+NAMES = {Weights.STUDENT: "student", Weights.EMA: "teacher"}
 SEED_BITS = (1 << 63) - 1  # vLLM takes signed 64-bit seeds
 
-Weights = Iterable[tuple[str, torch.Tensor]]
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """One vLLM engine. Its process is started at once and waited for at the first call.
 
     A process that dies is started again, with the weights of the current version, at most
@@ -38,12 +40,13 @@ class VllmEngine:
 
     def __init__(self, options: Options, max_restarts: int, warn: Warn) -> None:
         self.options = options
+        self.name = f"vLLM {options.vllm_version}"
         self.bytes_synced = 0
         self.chunk_bytes = CHUNK_BYTES
         self._policy: Policy | None = None
-        self._serves: tuple[Role, ...] = ()
+        self._roles: tuple[Role, ...] = ()
         self._version: int | None = None
-        self._weights: Callable[[], Weights] | None = None
+        self._weights: Callable[[], NamedTensors] | None = None
         self._asleep = False
 
         def start() -> EngineProcess:
@@ -53,26 +56,16 @@ class VllmEngine:
         self._kept = KeptAlive(start, self._send, max_restarts, warn)
 
     @property
-    def description(self) -> str:
-        return f"{self.name} on {self.place}"
-
-    @property
-    def name(self) -> str:
-        return f"vLLM {self.options.vllm_version}"
-
-    @property
-    def place(self) -> str:
+    def location(self) -> str:
         ids = self.options.gpu_ids
         return f"GPU {', '.join(map(str, ids))}" if ids else "the CPU"
 
     @property
-    def scores_ids(self) -> bool:
-        """Whether any ids can be scored at each position, not only the tokens that are there."""
-        return bool(self._call("scores_ids"))
+    def capabilities(self) -> EngineCapabilities:
+        return EngineCapabilities(scores_ids=self._call("scores_ids"))
 
-    def attach(self, policy: Policy, serves: Sequence[Role]) -> None:
-        """Name the trainer's model, whose weights under the roles served here `sync` sends."""
-        self._policy, self._serves = policy, tuple(serves)
+    def attach(self, policy: Policy, roles: Sequence[Role]) -> None:
+        self._policy, self._roles = policy, tuple(roles)
         gpus, workers = self.options.gpu_ids, self.options.workers
         self._outbox = Outbox(policy.dtype, policy.device, gpus, workers)
 
@@ -81,29 +74,20 @@ class VllmEngine:
     def generate(
         self,
         requests: Sequence[Request],
-        *,
-        max_tokens: int,
-        temperature: float,
-        student: bool,
+        params: SamplingParams,
+        role: Role,
         advance: Advance | None = None,
-        top_k: int = 0,
     ) -> list[Completion]:
-        """See `Engine.generate`; with `top_k` completions have their `top_ids`.
-
-        Raises UserError (exit code 4) where a log-prob is no number.
-        """
-        found = self._call(
+        sampled = self._call(
             "generate",
             advance,
             prompts=[request.prompt_ids for request in requests],
             seeds=[request.seed & SEED_BITS for request in requests],
-            max_tokens=max_tokens,
-            temperature=temperature,
+            params=params,
             eos_ids=sorted(self._policy.eos_ids) if self._policy else [],
-            adapter=self._adapter(student),
-            top_k=top_k,
+            adapter=self._adapter(role),
         )
-        completions = [Completion(*parts) for parts in found]
+        completions = [Completion(*fields) for fields in sampled]
         if not all(math.isfinite(p) for c in completions for p in c.logprobs):
             raise UserError(
                 "the model's logits are no numbers",
@@ -115,47 +99,43 @@ class VllmEngine:
 
     def score(
         self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        *,
-        temperature: float,
-        student: bool,
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        role: Role,
+        temperature: float = 1.0,
     ) -> list[list[float]]:
-        """See `Engine.score`. Raises ValueError for another temperature than 1."""
-        return self.score_rows(prompts, completions, [student] * len(prompts), temperature)
+        return self.score_rows(prompts, completions, [role] * len(prompts), temperature)
 
     def score_rows(
         self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        student: Sequence[bool],
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        roles: Sequence[Role],
         temperature: float = 1.0,
     ) -> list[list[float]]:
-        """Both roles in one batch: each row says whether it is the student's."""
+        """`score` with a role for each row: student and teacher in one batch."""
         if temperature != 1:
-            raise ValueError("vLLM gives the log-probs of given tokens at temperature 1 alone")
-        found = self._score(prompts, completions, [self._adapter(own) for own in student])
-        return [row[:, 0].tolist() for row in found]
+            raise ValueError("vLLM scores given tokens at temperature 1 only")
+        rows = self._score(prompts, completions, [self._adapter(role) for role in roles])
+        return [row[:, 0].tolist() for row in rows]
 
     def score_ids(
         self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        ids: Sequence[Any],
-        *,
-        student: bool,
-    ) -> list[Any]:
-        """Log-probs at ids (tokens, k) at each completion token, float arrays of that shape."""
-        adapters = [self._adapter(student)] * len(prompts)
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        ids: Sequence[np.ndarray],
+        role: Role,
+    ) -> list[np.ndarray]:
+        adapters = [self._adapter(role)] * len(prompts)
         return self._score(prompts, completions, adapters, ids)
 
     def _score(
         self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        adapters: Sequence[Any],
-        ids: Sequence[Any] | None = None,
-    ) -> list[Any]:
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        adapters: Sequence[tuple[str, int] | None],
+        ids: Sequence[np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
         return self._call(
             "score",
             prompts=[tuple(p) for p in prompts],
@@ -167,7 +147,7 @@ class VllmEngine:
     def sync(self, version: int) -> None:
         """See `Engine.sync`: adapters' tensors or the whole model's, in memory."""
         assert self._policy is not None
-        if not self._policy.lora and STUDENT in self._serves:
+        if not self._policy.lora and Role.STUDENT in self._roles:
             if version > 0:  # before the first step they are what vLLM has loaded
                 self.sync_weights(version, self._policy.weights)
             return
@@ -175,7 +155,7 @@ class VllmEngine:
         if self._kept.ready:
             self._kept.ask(self._send)
 
-    def sync_weights(self, version: int, weights: Callable[[], Weights]) -> None:
+    def sync_weights(self, version: int, weights: Callable[[], NamedTensors]) -> None:
         """Take over a whole model's weights, under Hugging Face's names, in bounded chunks.
 
         `weights` is kept: a process that is started again is sent what it then gives.
@@ -193,8 +173,7 @@ class VllmEngine:
     def close(self) -> None:
         self._kept.close()
 
-    def wait(self) -> None:
-        """Return once the engine is ready. Raises UserError (exit code 3) where it cannot be."""
+    def wait_until_ready(self) -> None:
         self._kept.ask(lambda: None)
 
     # -- its process ---------------------------------------------------------------------------
@@ -208,14 +187,15 @@ class VllmEngine:
         """How often its process was started again."""
         return self._kept.restarts
 
-    def _adapter(self, student: bool) -> tuple[str, int] | None:
+    def _adapter(self, role: Role) -> tuple[str, int] | None:
+        """The name and the slot of the role's adapter; None where it runs the base."""
         if self._policy is None or not self.options.adapter:
             return None
-        role = STUDENT if student else self._policy.teacher
-        if role not in SLOTS:
+        weights = self._policy.weights_of(role)
+        if weights not in SLOTS:
             return None
         assert self._version is not None, "an adapter before the first sync"
-        return f"{NAMES[role]}-v{self._version}", SLOTS[role]
+        return f"{NAMES[weights]}-v{self._version}", SLOTS[weights]
 
     def _send(self) -> None:
         """The current weights, where the process has other ones."""
@@ -230,12 +210,12 @@ class VllmEngine:
 
     def _send_adapters(self) -> None:
         assert self._policy is not None
-        for role in dict.fromkeys(self._serves if self.options.adapter else ()):
-            if role in SLOTS:
-                entries = self._outbox.pack(self._policy.adapter(role))
+        for weights in dict.fromkeys(map(self._policy.weights_of, self._roles)):
+            if self.options.adapter and weights in SLOTS:
+                entries = self._outbox.pack(self._policy.adapter(weights))
                 self.bytes_synced += self._process.command(
                     "load_adapter",
-                    slot=SLOTS[role],
+                    slot=SLOTS[weights],
                     config=self.options.adapter,
                     handle=self._outbox.handle(),
                     entries=entries,

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from minidistill.types import SamplingParams
+
 Send = Callable[[int], None]
 Attend = Callable[[], None]
 
@@ -44,22 +46,20 @@ class Server:
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
-        max_tokens: int,
-        temperature: float,
+        params: SamplingParams,
         eos_ids: list[int],
         adapter: tuple[str, int] | None,
-        top_k: int = 0,
     ) -> list[tuple[Any, ...]]:
         """Of each completion: token ids, log-probs, stop ("eos" or "length"), likeliest ids, and
         from which token on which version of the weights sampled."""
-        from vllm import SamplingParams
+        import vllm
 
-        params = [
-            SamplingParams(
-                temperature=temperature,
-                max_tokens=max_tokens,
+        vllm_params = [
+            vllm.SamplingParams(
+                temperature=params.temperature,
+                max_tokens=params.max_tokens,
                 seed=seed,
-                logprobs=top_k,  # and the sampled token's own
+                logprobs=params.top_ids,  # and the sampled token's own
                 flat_logprobs=True,
                 stop_token_ids=eos_ids,
                 ignore_eos=True,  # its own idea of it: the caller's alone counts
@@ -68,7 +68,7 @@ class Server:
             for seed in seeds
         ]
         found = []
-        for output in self._run(prompts, params, adapter, self.progress):
+        for output in self._run(prompts, vllm_params, adapter, self.progress):
             sample = output.outputs[0]
             stop = "length" if sample.finish_reason == "length" else "eos"
             # a row for each token: the sampled one, then the k likeliest
@@ -77,7 +77,7 @@ class Server:
             ids = np.array(sample.logprobs.token_ids).reshape(-1, width)[:, 1:]
             versions = tuple(self._versions.pop(output.request_id))
             found.append(
-                (tuple(sample.token_ids), logprobs, stop, ids if top_k else None, versions)
+                (tuple(sample.token_ids), logprobs, stop, ids if params.top_ids else None, versions)
             )
         return found
 
@@ -120,13 +120,13 @@ class Server:
         return [found[i] for i in range(len(prompts))]
 
     def _scoring(self, prompt: Sequence[int], ids: Any, skip: bool) -> Any:
-        from vllm import SamplingParams
+        import vllm
 
         if ids is None:
             how: dict[str, Any] = {"prompt_logprobs": 0, "flat_logprobs": True}
         else:
             how = {"prompt_logprob_start": len(prompt) - 1, "prompt_logprob_token_ids": ids}
-        return SamplingParams(
+        return vllm.SamplingParams(
             temperature=0, max_tokens=1, detokenize=False, skip_reading_prefix_cache=skip, **how
         )
 

@@ -79,7 +79,7 @@ def shard(policy: Policy) -> None:
     mesh = init_device_mesh(policy.device.type, (policy.world.size,))
     own = {p for n, p in policy.model.named_parameters() if policy.lora and ".lora_" in n}
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for causal in (policy.student, *policy.others.values()):
+    for causal in (policy.student, *policy.reference_models.values()):
         trunk = Trunk(causal)
         settings: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "ignored_params": own}
         for layer in _layers(causal.base_model):
