@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from minidistill.config.schema import Config, ParallelConfig
 from minidistill.config.schema_tree import Path
+from minidistill.estimators import ESTIMATORS, TeacherNeeds
 
 
 class Problem(NamedTuple):
@@ -175,6 +176,7 @@ def _servers(config: Config) -> Iterator[Problem]:
             yield Problem(f"{key} is for an engine of this run, {url} for servers", fix, (url, key))
     full, teacher = config.trainer.model.lora is False, config.orchestrator.teacher_model
     shared = config.teacher_inference.share
+    estimator = ESTIMATORS.get(config.trainer.loss.estimator)  # None is "auto"
     if students in given:
         if config.inference.engine == "embedded":
             yield Problem(
@@ -191,7 +193,8 @@ def _servers(config: Config) -> Iterator[Problem]:
             )
         other = config.teacher_inference.model.name not in (None, config.model.name)
         apart = other or shared is False or config.teacher_gpu_ids is not None
-        if apart and teachers not in given and config.trainer.loss.estimator != "full":
+        in_trainer = estimator is not None and estimator.needs is TeacherNeeds.ALL_LOGITS
+        if apart and teachers not in given and not in_trainer:
             yield Problem(
                 f"{students} serve the student, and the teacher is asked to be in an engine apart",
                 f"give it servers of its own with {teachers}",
@@ -199,10 +202,10 @@ def _servers(config: Config) -> Iterator[Problem]:
             )
     if teachers not in given:
         return
-    loss, temperature = config.trainer.loss, config.orchestrator.sampling.temperature
-    if loss.estimator in ("full", "top_k"):
+    temperature = config.orchestrator.sampling.temperature
+    if estimator is not None and estimator.needs is not TeacherNeeds.SAMPLED_LOGPROBS:
         yield Problem(
-            f'trainer.loss.estimator = "{loss.estimator}" needs more of the teacher than '
+            f'trainer.loss.estimator = "{estimator}" needs more of the teacher than '
             f"{teachers} give: log-probs of the sampled tokens",
             f'set trainer.loss.estimator = "sampled", or leave {teachers} out',
             ("trainer.loss.estimator", teachers),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import Field
@@ -20,6 +20,12 @@ from minidistill.config.base import (
     Weight,
 )
 from minidistill.config.orchestrator import OrchestratorConfig
+from minidistill.estimators import ESTIMATORS
+
+if TYPE_CHECKING:
+    EstimatorName = str
+else:
+    EstimatorName = Literal["auto", *ESTIMATORS]
 
 
 class ModelConfig(Table):
@@ -130,7 +136,7 @@ class LossConfig(Table):
     """Weight of the teacher's log-probability (distillation)."""
     student_tau: Weight = 0.5
     """Weight of the student's log-probability (entropy bonus)."""
-    estimator: Literal["auto", "sampled", "full", "top_k"] = "auto"
+    estimator: EstimatorName = "auto"
     """How the log-probability terms become a gradient: from the sampled token, the full
     distribution, or the top k and a bucket for the rest. `auto` is `full` where the teacher runs
     in the trainer, else `sampled`."""

@@ -18,7 +18,7 @@ from minidistill.engines.server.probe import check_same_model, server_command
 from minidistill.engines.student_teacher import StudentTeacherEngine
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.engines.vllm.options import build_options, wants_vllm
-from minidistill.engines.vllm.restart import Warn
+from minidistill.estimators import TeacherNeeds
 from minidistill.placement.gpus import Partition, engine_share
 from minidistill.placement.teacher import Teaching, decide
 from minidistill.trainer.forward import PrefixCache
@@ -84,7 +84,6 @@ def start_engines(
     teaching: Teaching,
     models: tuple[Any, Any],
     longest: int,
-    warn: Warn,
     folder: Path = Path("sync"),
 ) -> Started:
     """Start vLLM's processes where the run uses vLLM; they load while the caller does. Servers are
@@ -102,7 +101,7 @@ def start_engines(
         where = f"{'teacher_inference' if teacher else 'inference'}.server_urls"
         command = server_command(config, model, needs, teacher=teacher)
         engines = [
-            ServerEngine(url, where, command, needs, folder, config.inference.max_restarts, warn)
+            ServerEngine(url, where, command, needs, folder, config.inference.max_restarts)
             for url in urls
         ]
         return engines[0] if len(engines) == 1 else Replicas(engines)
@@ -122,7 +121,7 @@ def start_engines(
                     config, device, models[teacher], longest, teacher=teacher, gpus=place,
                     share=shares[teacher], sleeps=bool({*place} & {*parts.trainer}),
                 )  # fmt: skip
-                engines.append(VllmEngine(options, config.inference.max_restarts, warn))
+                engines.append(VllmEngine(options, config.inference.max_restarts))
             if device.type == "cuda":  # vLLM measures free memory, which what comes next changes
                 for engine in engines:
                     engine.wait_until_ready()
@@ -140,7 +139,7 @@ def start_engines(
         in_engine = teaching.scorer == "engine"
         if (
             in_engine
-            and teaching.estimator == "top_k"
+            and teaching.estimator.needs is TeacherNeeds.LOGPROBS_AT_IDS
             and not (started.student and started.student.capabilities.scores_ids)
         ):
             started.teaching = decide(config, vllm=True, token_ids=False)

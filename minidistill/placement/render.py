@@ -31,7 +31,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "teacher_inference": {"tp": parts.teacher_tp, "dp": parts.teacher_dp},
         "trainer": {"ranks": parts.ranks, "sharded": plan.sharded},
         "sleeps": parts.sleeps,
-        "estimator": plan.teaching.estimator,
+        "estimator": plan.teaching.estimator.name,
         "scorer": plan.teaching.scorer,
         "teacher": plan.teacher,
         "model": {"name": plan.config.model.name, "parameters": plan.shape.parameters},

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minidistill.config import Config
-
-Estimator = Literal["full", "sampled", "top_k"]
+from minidistill.estimators import ESTIMATORS, FULL, SAMPLED, Estimator, TeacherNeeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ def decide(config: Config, vllm: bool, token_ids: bool) -> Teaching:
     estimator that the engine cannot serve.
     """
     loss, teacher = config.trainer.loss, config.orchestrator.teacher_model
-    asked = loss.estimator
+    chosen = ESTIMATORS.get(loss.estimator)  # None is "auto"
     other, full_weights = config.separate_teacher, config.trainer.model.lora is False
     frozen = teacher.update == "frozen"
     apart = config.teacher_gpu_ids is not None and (
@@ -40,21 +39,22 @@ def decide(config: Config, vllm: bool, token_ids: bool) -> Teaching:
     wanted = apart or other is not None or config.teacher_inference.share is False or served
 
     def in_trainer(reason: str) -> Teaching:
-        return Teaching("trainer", "full" if asked == "auto" else asked, False, reason)
+        return Teaching("trainer", chosen or FULL, False, reason)
 
     if not vllm and not served:
         return in_trainer("the embedded engine is the trainer's own model")
-    if asked == "full":
-        return in_trainer("`full` needs all of the teacher's logits")
-    if asked == "auto" and not wanted:
+    if chosen is not None and chosen.reason_for_trainer is not None:
+        return in_trainer(chosen.reason_for_trainer)
+    if chosen is None and not wanted:
         return in_trainer("its logits give the exact gradient")
     if config.orchestrator.sampling.temperature != 1:
         return in_trainer("vLLM scores given tokens at temperature 1 alone")
-    if asked == "top_k" and (not token_ids or config.inference.server_urls):
+    at_ids = chosen is not None and chosen.needs is TeacherNeeds.LOGPROBS_AT_IDS
+    if at_ids and (not token_ids or config.inference.server_urls):
         return in_trainer("this vLLM gives no log-probs at chosen ids (it needs its V2 runner)")
     if teacher.update == "ema" and full_weights:
         return in_trainer("the moving average of all weights is there")
-    estimator: Estimator = "sampled" if asked == "auto" else asked
+    estimator = chosen or SAMPLED
     own = wanted or (full_weights and frozen)
     if served:
         return Teaching("engine", estimator, True, "it has a server of its own")

@@ -78,8 +78,9 @@ class Collector:
     @property
     def _top_ids(self) -> int:
         """How many of the sampler's likeliest ids the teacher's engine is going to score."""
-        in_engine = self.teaching.scorer == "engine" and self.teaching.estimator == "top_k"
-        return self.config.trainer.loss.top_k if in_engine else 0
+        if self.teaching.scorer != "engine":
+            return 0
+        return self.teaching.estimator.top_ids(self.config.trainer.loss.top_k)
 
     def _reward(self, rollouts: Sequence[Rollout], metrics: Metrics) -> list[Rollout]:
         """The rollouts with their rewards, without those whose environment failed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from minidistill.config import Config
-from minidistill.placement.teacher import Estimator
+from minidistill.estimators import Estimator
 from minidistill.trainer.distributed.fsdp import shard, shards
 from minidistill.trainer.distributed.rank_group import World
 from minidistill.trainer.forward import PrefixCache

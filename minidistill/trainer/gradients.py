@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidistill.config import Config
-from minidistill.placement.teacher import Estimator
+from minidistill.estimators import Estimator, TeacherInputs
 from minidistill.trainer.batching import collate, share_out, split_by_tokens
 from minidistill.trainer.distributed import fsdp as sharding
 from minidistill.trainer.forward import KeysValues, PrefixCache, hidden_states
 from minidistill.trainer.guards import out_of_memory, too_large
-from minidistill.trainer.objective import Figures, engine_scores, per_rollout
+from minidistill.trainer.objective import Figures, loss_settings, per_rollout
 from minidistill.trainer.policy import Policy
 from minidistill.types import Advance, Role, Rollout
-from minidistill_kernels import DistillOutput, linear_distill
+from minidistill_kernels import DistillOutput
 
-SAMPLED_KL_CLIP = 5.0  # nats; the default of `loss.kl_clip` with one-sample estimates
 Context = tuple[tuple[int, ...], KeysValues | None]
 """What all of a step's teacher prompts begin with, and its keys and values."""
 
@@ -52,10 +51,7 @@ class Gradients:
         self.policy, self.config, self.prefixes = policy, config, prefixes
         self.world, self.estimator, self.warn = policy.world, estimator, warn
         self.budget = config.trainer.micro_batch_tokens
-        clip = config.trainer.loss.kl_clip
-        if clip == "auto":
-            clip = SAMPLED_KL_CLIP if estimator == "sampled" else "off"
-        self.kl_clip = None if clip == "off" else clip
+        self.loss = loss_settings(config, estimator)
 
     def compute(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> Figures:
         """The figures of this rank's rollouts. `advance` is told of their tokens.
@@ -172,7 +168,7 @@ class Gradients:
     # -- a micro-batch -------------------------------------------------------------------------
 
     def _objective(self, rollouts: Sequence[Rollout], context: Context) -> DistillOutput:
-        policy, loss = self.policy, self.config.trainer.loss
+        policy = self.policy
         completions = [r.completion.token_ids for r in rollouts]
         student = collate(
             [r.prompt.student_ids for r in rollouts],
@@ -185,23 +181,14 @@ class Gradients:
         sizes = torch.tensor([len(c) for c in completions])
         advantage_N = torch.tensor([r.advantage for r in rollouts]).repeat_interleave(sizes)
         sampler_N = torch.tensor([p for r in rollouts for p in r.completion.logprobs])
-        return linear_distill(
+        return self.estimator.loss(
             student_NH,
             policy.head_VH,
             student.targets_N,
-            **teacher,
+            teacher,
             advantage_N=advantage_N.to(policy.device),
             sampler_logp_N=sampler_N.to(policy.device),
-            estimator=self.estimator,
-            top_k=min(loss.top_k, len(policy.head_VH)),
-            adv_tau=loss.adv_tau,
-            teacher_tau=loss.teacher_tau,
-            student_tau=loss.student_tau,
-            temperature=self.config.orchestrator.sampling.temperature,
-            ratio_clip_high=loss.ratio_clip_high,
-            token_mask_low=loss.token_mask_low,
-            token_mask_high=loss.token_mask_high,
-            kl_clip=self.kl_clip,
+            settings=self.loss,
         )
 
     @torch.no_grad()
@@ -225,12 +212,13 @@ class Gradients:
         rollouts: Sequence[Rollout],
         completions: Sequence[tuple[int, ...]],
         context: Context,
-    ) -> dict[str, Any]:
+    ) -> TeacherInputs:
         """The teacher's part of the objective: what an engine scored, or a pass of its own."""
         policy = self.policy
         scores = [r.teacher for r in rollouts if r.teacher is not None]
         if scores:
-            return engine_scores(scores, rollouts, self.estimator, policy.device)
+            sampled = [r.completion for r in rollouts]
+            return self.estimator.engine_scores(scores, sampled, policy.device)
         prefix, states = context
         tokens = collate(
             [r.prompt.teacher_ids for r in rollouts],

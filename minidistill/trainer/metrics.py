@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minidistill.config.schema import LossConfig
+from minidistill.estimators import Estimator, LossSettings
 from minidistill.types import Metrics, Rollout
 from minidistill_kernels import DistillOutput
 
@@ -20,8 +20,8 @@ POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 def summarize(
     rollouts: Sequence[Rollout],
     outputs: Sequence[Sequence[Tensor]],
-    loss: LossConfig,
-    estimator: str,
+    estimator: Estimator,
+    settings: LossSettings,
 ) -> Metrics:
     """Means over the step's completion tokens, in float64, under the documented names.
 
@@ -34,19 +34,15 @@ def summarize(
     assert out.teacher_entropy is not None
     sizes = torch.tensor([len(o[0]) for o in outputs])
     advantage_N = torch.tensor([r.advantage for r in rollouts]).double().repeat_interleave(sizes)
-    kept_N = (~out.masked).double()
-    rho_N = out.ratio.clamp(max=loss.ratio_clip_high)
-    policy_N = -rho_N * loss.adv_tau * advantage_N * out.logp * kept_N
-    terms_N = loss.teacher_tau * out.teacher_logp - loss.student_tau * out.logp
-    total = float(out.loss.mean())
-    policy = total if estimator == "sampled" else float(policy_N.mean())
+    terms_N = settings.teacher_tau * out.teacher_logp - settings.student_tau * out.logp
+    policy, kl = estimator.split(out, advantage_N, settings)
     mass = float(out.ratio.mean())
     metrics: Metrics = {
         "teacher_kl": float(out.kl.mean()),
-        "combined_advantage": float((loss.adv_tau * advantage_N + terms_N).mean()),
-        "loss/total": total,
+        "combined_advantage": float((settings.adv_tau * advantage_N + terms_N).mean()),
+        "loss/total": float(out.loss.mean()),
         "loss/policy": policy,
-        "loss/kl": float(-terms_N.mean()) if estimator == "sampled" else total - policy,
+        "loss/kl": kl,
         "entropy/student": float(out.entropy.mean()),
         "kl/sampler_mismatch": float((out.ratio - 1 - out.ratio.log()).mean()),
         "kl/p99": float(out.kl.quantile(0.99)) if out.kl.numel() < 1 << 24 else float(out.kl.max()),

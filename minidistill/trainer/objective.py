@@ -1,40 +1,38 @@
-"""Per-token figures in and out of the objective: an engine's scores, and what a step records."""
+"""The objective's settings, and its per-token figures by rollout."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from minidistill.placement.teacher import Estimator
-from minidistill.types import Rollout, TeacherScores
+from minidistill.config import Config
+from minidistill.estimators import Estimator, LossSettings
 from minidistill_kernels import DistillOutput
 
 Figures = dict[int, list[Tensor]]
 """By rollout, each a list of tensors in the order of `DistillOutput`."""
 
 
-def engine_scores(
-    scores: Sequence[TeacherScores],
-    rollouts: Sequence[Rollout],
-    estimator: Estimator,
-    device: torch.device,
-) -> dict[str, Any]:
-    """An engine's scores as arguments of the objective."""
-    logp_N = torch.tensor([p for s in scores for p in s.logprobs], device=device)
-    if estimator == "sampled":
-        return {"teacher_logp_N": logp_N}
-    ids_NK = np.concatenate([r.completion.top_ids for r in rollouts])
-    top_NK = np.concatenate([s.top for s in scores])
-    return {
-        "teacher_logp_N": logp_N,
-        "topk_ids_NK": torch.as_tensor(ids_NK, dtype=torch.int64, device=device),
-        "teacher_topk_logp_NK": torch.as_tensor(top_NK, dtype=torch.float32, device=device),
-    }
+def loss_settings(config: Config, estimator: Estimator) -> LossSettings:
+    """The configured numbers of the objective, `auto` resolved."""
+    loss = config.trainer.loss
+    if loss.kl_clip == "auto":
+        kl_clip = estimator.default_kl_clip
+    else:
+        kl_clip = None if loss.kl_clip == "off" else loss.kl_clip
+    return LossSettings(
+        adv_tau=loss.adv_tau,
+        teacher_tau=loss.teacher_tau,
+        student_tau=loss.student_tau,
+        temperature=config.orchestrator.sampling.temperature,
+        top_k=loss.top_k,
+        ratio_clip_high=loss.ratio_clip_high,
+        token_mask_low=loss.token_mask_low,
+        token_mask_high=loss.token_mask_high,
+        kl_clip=kl_clip,
+    )
 
 
 def per_rollout(output: DistillOutput, sizes: list[int]) -> list[list[Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minidistill.config import Config
-from minidistill.placement.teacher import Estimator
+from minidistill.estimators import Estimator
 from minidistill.trainer.distributed.fsdp import is_divided, whole
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.gradients import Gradients
@@ -74,7 +74,7 @@ class Trainer:
         metrics: Metrics = {}
         refused = None
         if outputs:
-            metrics = summarize(rollouts, outputs, self.config.trainer.loss, self.estimator)
+            metrics = summarize(rollouts, outputs, self.estimator, self.gradients.loss)
             metrics |= {"optim/lr": rate, "optim/grad_norm": norm}
             refused = refusal(metrics, step, self.max_mismatch)
         if self.world.tell(refused is not None):

@@ -119,7 +119,7 @@ def test_the_configurations_fit_the_machines_they_are_for(
 def test_the_reference_machine_has_a_teacher_engine() -> None:
     found = planned(LARGE, 4, 80)
     assert found.partition.teacher == (1,)
-    assert found.teaching.estimator == "sampled"
+    assert found.teaching.estimator.name == "sampled"
     assert found.teacher == "in an engine of its own"
 
 

@@ -51,7 +51,7 @@ def test_with_vllm(
     why: str,
 ) -> None:
     found = decide(configure(*flags).config, vllm=True, token_ids=False)
-    assert (found.scorer, found.estimator, found.needs_own_engine) == (scorer, chosen, own)
+    assert (found.scorer, found.estimator.name, found.needs_own_engine) == (scorer, chosen, own)
     assert why in found.reason
 
 
@@ -59,7 +59,7 @@ def test_top_k_needs_an_engine_that_scores_any_ids(configure: Callable[..., Any]
     config = configure(*estimator("top_k")).config
     assert decide(config, vllm=True, token_ids=True).scorer == "engine"
     found = decide(config, vllm=True, token_ids=False)
-    assert (found.scorer, found.estimator) == ("trainer", "top_k")
+    assert (found.scorer, found.estimator.name) == ("trainer", "top_k")
     assert "V2" in found.reason
 
 
@@ -67,7 +67,7 @@ def test_top_k_needs_an_engine_that_scores_any_ids(configure: Callable[..., Any]
 def test_the_embedded_engine_is_the_trainer(configure: Callable[..., Any], name: str) -> None:
     found = decide(configure(*estimator(name)).config, vllm=False, token_ids=False)
     assert found.scorer == "trainer"
-    assert found.estimator == ("full" if name == "auto" else name)
+    assert found.estimator.name == ("full" if name == "auto" else name)
 
 
 def test_a_teacher_of_another_model_does_not_follow_the_student(

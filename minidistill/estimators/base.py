@@ -1,0 +1,152 @@
+"""What an estimator is: how the log-prob terms of the objective become a loss.
+
+The configuration imports this package for the estimators' names, so torch and the kernels are
+imported inside the methods.
+
+Shapes: `_N` completion tokens, `_K` ids scored at each token, `_H` hidden, `_V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, TypedDict
+
+from minidistill.types import Completion, TeacherScores
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from minidistill_kernels import DistillOutput
+
+
+class TeacherNeeds(Enum):
+    """What an estimator needs of the teacher at each completion token."""
+
+    ALL_LOGITS = "all logits"
+    """Only a teacher in the trainer gives them."""
+    SAMPLED_LOGPROBS = "the log-prob of the sampled token"
+    LOGPROBS_AT_IDS = "log-probs at chosen ids"
+
+
+class TeacherInputs(TypedDict, total=False):
+    """The teacher's arguments of `minidistill_kernels.linear_distill`."""
+
+    h_t_NH: Tensor
+    """The hidden states of a teacher in the trainer. The rest comes from an engine."""
+    teacher_weight: Tensor | None
+    """(V, H), the teacher's own head, if it is not the student's."""
+    teacher_logp_N: Tensor
+    topk_ids_NK: Tensor
+    teacher_topk_logp_NK: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LossSettings:
+    """The numbers in the objective, as `trainer.loss` documents them."""
+
+    adv_tau: float
+    teacher_tau: float
+    student_tau: float
+    temperature: float
+    """The sampling temperature, at which all log-probs are taken."""
+    top_k: int
+    ratio_clip_high: float
+    token_mask_low: float
+    token_mask_high: float
+    kl_clip: float | None
+    """None is no clip."""
+
+
+class Estimator(ABC):
+    """One way to turn the objective into a loss for each token.
+
+    To add one, write a subclass in a file of its own and list it in
+    `minidistill/estimators/__init__.py`.
+    """
+
+    name: str
+    """As in `trainer.loss.estimator`."""
+    needs: TeacherNeeds
+    default_kl_clip: float | None = None
+    """What `trainer.loss.kl_clip = "auto"` means, in nats. None is no clip."""
+    kernel_mode: str
+    """The `estimator` argument of the kernel."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def reason_for_trainer(self) -> str | None:
+        """Why the teacher must run in the trainer; None if an engine can serve it."""
+        if self.needs is TeacherNeeds.ALL_LOGITS:
+            return f"`{self.name}` needs all of the teacher's logits"
+        return None
+
+    def top_ids(self, top_k: int) -> int:
+        """How many of the sampler's likeliest ids a teacher's engine must score at each token."""
+        return 0
+
+    def engine_scores(
+        self,
+        scores: Sequence[TeacherScores],
+        completions: Sequence[Completion],
+        device: torch.device,
+    ) -> TeacherInputs:
+        """An engine's scores of a micro-batch as the kernel's inputs.
+
+        Raises ValueError for an estimator that no engine can serve.
+        """
+        raise ValueError(f"{self.name} needs {self.needs.value}, which no engine gives")
+
+    def loss(
+        self,
+        hidden_NH: Tensor,
+        head_VH: Tensor,
+        targets_N: Tensor,
+        teacher: TeacherInputs,
+        *,
+        advantage_N: Tensor,
+        sampler_logp_N: Tensor,
+        settings: LossSettings,
+    ) -> DistillOutput:
+        """The loss of each sampled token and the figures behind it.
+
+        `hidden_NH` and `head_VH` are the student's, `targets_N` the sampled tokens.
+        """
+        from minidistill_kernels import linear_distill
+
+        return linear_distill(
+            hidden_NH,
+            head_VH,
+            targets_N,
+            **teacher,
+            advantage_N=advantage_N,
+            sampler_logp_N=sampler_logp_N,
+            estimator=self.kernel_mode,
+            top_k=min(settings.top_k, len(head_VH)),
+            adv_tau=settings.adv_tau,
+            teacher_tau=settings.teacher_tau,
+            student_tau=settings.student_tau,
+            temperature=settings.temperature,
+            ratio_clip_high=settings.ratio_clip_high,
+            token_mask_low=settings.token_mask_low,
+            token_mask_high=settings.token_mask_high,
+            kl_clip=settings.kl_clip,
+        )
+
+    def split(
+        self, output: DistillOutput, advantage_N: Tensor, settings: LossSettings
+    ) -> tuple[float, float]:
+        """The metrics `loss/policy` and `loss/kl` of a whole step, from float64 columns.
+
+        By default the reward's term, and what the loss has beside it.
+        """
+        kept_N = (~output.masked).double()
+        rho_N = output.ratio.clamp(max=settings.ratio_clip_high)
+        policy_N = -rho_N * settings.adv_tau * advantage_N * output.logp * kept_N
+        policy = float(policy_N.mean())
+        return policy, float(output.loss.mean()) - policy
