@@ -1,45 +1,49 @@
-"""Plain lines for logs and pipes: no escape codes, one line a step."""
+"""Plain lines for logs and pipes: no escape codes, one line per step."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from minidistill.reporting import formatting as figures
-from minidistill.reporting.terminal.base import Advance, Header, Sample
+from minidistill.reporting import formatting
+from minidistill.reporting.formatting import clean, duration, number, signed
+from minidistill.reporting.terminal.base import Header, Sample
 from minidistill.reporting.terminal.rows import effort, env_rows, scoreboard_rows
-from minidistill.types import Metrics
+from minidistill.types import Advance, Metrics
 
 HEARTBEAT_SECONDS = 30.0
-"""A phase that takes longer says how far it is, so that a log does not look dead."""
+"""A phase that takes longer reports its progress this often, so that a log does not look dead."""
 
 
 class PlainDisplay:
-    """Writes whole lines and flushes each."""
+    """Writes whole lines and flushes after each call."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._pace = figures.Pace(max_steps=0)
+        # Warnings come from several threads. Reentrant: a signal handler may write a note.
+        self._lock = threading.RLock()
+        self._pace = formatting.Pace(max_steps=0)
 
     def open(self, header: Header) -> None:
-        self._pace = figures.Pace(header.max_steps)
-        self._write(figures.clean(header.title))
-        self._table([(name, value) for name, value in header.rows])
+        self._pace = formatting.Pace(header.max_steps)
+        lines = [header.title, *_table(header.rows)]
         if header.first_step > 1:
-            self._write(f"  resumed at step {header.first_step}")
+            lines.append(f"  resumed at step {header.first_step}")
+        self._write(*lines)
 
     @contextmanager
     def phase(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        done, said = 0, time.monotonic()
+        completed, last_report = 0, time.monotonic()
 
         def advance(count: int) -> None:
-            nonlocal done, said
-            done += count
-            if time.monotonic() - said >= HEARTBEAT_SECONDS:
-                said = time.monotonic()
-                self._write(f"  {figures.clean(name)} {done}/{total} {figures.clean(unit)}")
+            nonlocal completed, last_report
+            completed += count
+            if time.monotonic() - last_report >= HEARTBEAT_SECONDS:
+                last_report = time.monotonic()
+                self._write(f"  {name} {completed}/{total} {unit}")
 
         yield advance
 
@@ -49,61 +53,60 @@ class PlainDisplay:
         loss = "loss/total" if "loss/total" in metrics else "loss/policy"
         for name, key in (("kl", "teacher_kl"), ("reward", "reward/mean"), ("loss", loss)):
             if key in metrics:
-                parts.append(f"{name} {figures.number(metrics[key])}")
-        rate = figures.tokens_per_second(metrics)
+                parts.append(f"{name} {number(metrics[key])}")
+        rate = formatting.tokens_per_second(metrics)
         if rate is not None:
-            parts.append(f"{figures.number(rate)} tok/s")
-        parts.append(f"eta {figures.duration(self._pace.eta(step))}")
+            parts.append(f"{number(rate)} tok/s")
+        parts.append(f"eta {duration(self._pace.eta(step))}")
         self._write("  ".join(parts))
 
     def evaluation(self, step: int, metrics: Metrics) -> None:
-        for env, values in figures.evaluations(metrics).items():
-            shown = [f"{who} {figures.number(value)}" for who, value in values.items()]
-            self._write("  ".join([f"evaluation at step {step}", env, *shown]))
+        for env, scores in formatting.evaluations(metrics).items():
+            figures = [f"{name} {number(value)}" for name, value in scores.items()]
+            self._write("  ".join([f"evaluation at step {step}", env, *figures]))
         self._pace.mark()
 
     def baseline(self, metrics: Metrics) -> None:
         rows = [("baseline", "student", "teacher", "difference")]
-        for env, values in figures.evaluations(metrics).items():
-            rows.append(
-                (
-                    env,
-                    figures.number(values.get("baseline_student")),
-                    figures.number(values.get("baseline_teacher")),
-                    figures.signed(values.get("baseline_diff")),
-                )
-            )
-        self._table(rows)
+        for env, scores in formatting.evaluations(metrics).items():
+            student, teacher = scores.get("baseline_student"), scores.get("baseline_teacher")
+            difference = signed(scores.get("baseline_diff"))
+            rows.append((env, number(student), number(teacher), difference))
+        self._write(*_table(rows))
         self._pace.mark()
 
     def scoreboard(self, board: Mapping[str, Any]) -> None:
-        self._write(f"scoreboard  {figures.clean(board.get('env') or '')}".rstrip())
-        self._table(scoreboard_rows(board))
+        lines = [f"scoreboard  {board.get('env') or ''}".rstrip()]
+        lines += _table(scoreboard_rows(board))
         if rows := env_rows(board):
-            self._table([("environment", "before", "after", "teacher", "gap closed"), *rows])
+            lines += _table([("environment", "before", "after", "teacher", "gap closed"), *rows])
         if text := effort(board):
-            self._write(f"  {text}")
+            lines.append(f"  {text}")
+        self._write(*lines)
 
     def note(self, text: str, warning: bool = False) -> None:
-        self._write(f"{'warning: ' if warning else ''}{figures.clean(text)}")
+        self._write(f"{'warning: ' if warning else ''}{text}")
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """There is nothing to release."""
 
-    def _table(self, rows: Sequence[Sequence[str]]) -> None:
-        cleaned = [[figures.clean(cell) for cell in row] for row in rows]
-        if not cleaned:
-            return
-        widths = [max(map(len, column)) for column in zip(*cleaned, strict=True)]
-        for row in cleaned:
-            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-            self._write(f"  {'  '.join(cells)}".rstrip())
-
-    def _write(self, line: str) -> None:
-        """Every line goes through here, and so does every environment's name."""
-        line = figures.clean(line)
+    def _write(self, *lines: str) -> None:
+        """All output goes through here, so that names from files and models are cleaned."""
+        text = "".join(clean(line) + "\n" for line in lines)
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        # A log in an old encoding gets a ? for an arrow, not an exception in the middle of a run.
-        line = line.encode(encoding, "replace").decode(encoding)
-        self._stream.write(line + "\n")
-        self._stream.flush()
+        # In an old encoding an arrow becomes a ?, which is better than an exception amid a run.
+        text = text.encode(encoding, "replace").decode(encoding)
+        with self._lock:
+            self._stream.write(text)
+            self._stream.flush()
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Indented lines with aligned columns."""
+    cleaned = [[clean(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cleaned, strict=True)]
+    lines = []
+    for row in cleaned:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    return lines

@@ -1,0 +1,147 @@
+"""Warnings and notes: where records of each level go, and that nothing stays attached."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from minidistill import logs
+from minidistill.reporting.terminal.plain import PlainDisplay
+
+logger = logging.getLogger("minidistill.some.module")
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
+
+
+def emit() -> None:
+    logger.warning("%d of %d GPUs", 1, 2)
+    logger.info("resuming")
+    logger.debug("started")
+
+
+def test_the_terminal_shows_notes_and_warnings() -> None:
+    shown: list[tuple[str, bool]] = []
+    with logs.to_terminal(lambda text, warning: shown.append((text, warning))):
+        emit()
+    assert shown == [("1 of 2 GPUs", True), ("resuming", False)]
+
+
+def test_the_file_has_every_record(tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    path.write_text("before\n")
+    with logs.to_file(path):
+        emit()
+    first, *lines = path.read_text().splitlines()
+    assert first == "before"
+    patterns = ("warning: 1 of 2 GPUs", "resuming", "started")
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.fullmatch(STAMP + pattern, line)
+
+
+def test_records_from_before_the_directory_exists_are_written_later(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "run.log"
+    shown: list[str] = []
+    with logs.to_terminal(lambda text, warning: shown.append(text)), logs.to_file(path):
+        logger.warning("early")
+        assert shown == ["early"]
+        path.parent.mkdir()
+        logger.warning("late")
+    texts = [line.split("  ")[1] for line in path.read_text().splitlines()]
+    assert texts == ["warning: early", "warning: late"]
+
+
+def test_a_failed_write_fails_nothing(tmp_path: Path) -> None:
+    for path in (Path("/dev/full"), tmp_path, tmp_path / "absent" / "run.log"):
+        with logs.to_file(path):
+            emit()
+
+
+def test_text_that_is_no_unicode_is_written(tmp_path: Path) -> None:
+    with logs.to_file(tmp_path / "run.log"):
+        logger.warning("a → \udc80")
+    assert "a → \\udc80" in (tmp_path / "run.log").read_text(encoding="utf-8")
+
+
+def test_a_traceback_is_for_the_file(tmp_path: Path) -> None:
+    shown: list[str] = []
+    path = tmp_path / "run.log"
+    with logs.to_terminal(lambda text, warning: shown.append(text)), logs.to_file(path):
+        try:
+            raise RuntimeError("boom")
+        except RuntimeError as error:
+            logger.debug("the run failed", exc_info=error)
+    assert shown == []
+    first, *rest = path.read_text().splitlines()
+    assert first.endswith("  the run failed")
+    assert rest[0] == "Traceback (most recent call last):"
+    assert rest[-1] == "RuntimeError: boom"
+
+
+def test_a_list_has_warnings_once() -> None:
+    with logs.to_list() as warnings:
+        emit()
+        assert warnings.drain() == ["1 of 2 GPUs"]
+        assert warnings.drain() == []
+        logger.warning("again")
+        assert warnings.drain() == ["again"]
+
+
+def test_nothing_stays_attached(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shown: list[str] = []
+    try:
+        with logs.to_terminal(lambda text, warning: shown.append(text)):
+            with logs.to_file(tmp_path / "run.log"), logs.to_list():
+                pass
+            emit()
+            assert caplog.messages == []  # not shown a second time by handlers of others
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert len(shown) == 2
+    emit()
+    assert len(shown) == 2
+    assert not (tmp_path / "run.log").exists()
+    assert caplog.messages == ["1 of 2 GPUs"]
+
+
+def test_an_error_of_the_display_is_raised() -> None:
+    """A reader of standard output that has gone ends the run, as with any other line."""
+
+    def broken(text: str, warning: bool) -> None:
+        raise BrokenPipeError
+
+    with logs.to_terminal(broken), pytest.raises(BrokenPipeError):
+        logger.warning("unread")
+
+
+def test_lines_of_several_threads_stay_whole(tmp_path: Path) -> None:
+    with open(tmp_path / "out", "w") as stream:
+        display = PlainDisplay(stream)
+
+        def warn(letter: str) -> None:
+            for _ in range(200):
+                logger.warning(letter * 50)
+
+        with logs.to_terminal(display.note):
+            threads = [threading.Thread(target=warn, args=(letter,)) for letter in "abcd"]
+            for thread in threads:
+                thread.start()
+            for _ in range(200):
+                display.scoreboard({"verdict": "v", "student": 1.0})
+            for thread in threads:
+                thread.join()
+    text = (tmp_path / "out").read_text()
+    warnings = re.findall(r"^warning: (.)\1{49}$", text, re.M)
+    assert {letter: warnings.count(letter) for letter in "abcd"} == dict.fromkeys("abcd", 200)
+    # no warning between the lines of a table
+    assert text.count("  gap closed     –\n  verdict        v\n  student after  1\n") == 200
+
+
+def test_no_torch_is_needed() -> None:
+    code = "import sys, minidistill.logs; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
