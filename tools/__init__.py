@@ -1,0 +1,1 @@
+"""Scripts for developers of minidistill. They are not part of the package."""
