@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 PATIENCE = 5.0  # seconds for a process that closed its connection to end
 
 
-class Child:
+class Subprocess:
     """`python -m module`, the leader of a process group.
 
     So Ctrl-C in a terminal does not reach it before the step at hand is kept, and `close` ends
@@ -39,7 +39,7 @@ class Child:
             env={**os.environ, **(environment or {})},
         )
 
-    def obituary(self) -> tuple[int | None, str]:
+    def exit_report(self) -> tuple[int | None, str]:
         """Its exit code, None where it lives, and how it ended, with the last it wrote."""
         try:
             code = self.popen.wait(timeout=PATIENCE)

@@ -107,5 +107,9 @@ class Engine(ABC):
     def sleep(self) -> None:  # noqa: B027 - optional
         """Free the memory that the trainer needs; the next call takes it back."""
 
+    def peak_memory(self) -> int | None:
+        """The most bytes that any process of the engine has held so far; None if unknown."""
+        return None
+
     def close(self) -> None:  # noqa: B027 - optional
         """Free everything. Calls in flight in other threads fail."""

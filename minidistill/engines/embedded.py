@@ -37,6 +37,7 @@ class EmbeddedEngine(Engine):
 
     def __init__(self, policy: Policy, prefixes: PrefixCache) -> None:
         self.policy, self.prefixes = policy, prefixes
+        self._peak_memory: int | None = None
 
     @property
     def location(self) -> str:
@@ -57,12 +58,18 @@ class EmbeddedEngine(Engine):
         if params.top_ids:
             raise ValueError("the embedded engine returns no likeliest ids")
         done: dict[int, Completion] = {}
+        on_gpu = self.policy.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.policy.device)
         with self.policy.whole(role), self.policy.running_as(role), self.policy.inference():
             # equal prompts side by side, to be prefilled once
             order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_ids)
             for rows in self._batches(requests, order, params.max_tokens):
                 completions = self._decode([requests[i] for i in rows], params, role, advance)
                 done.update(zip(rows, completions, strict=True))
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated(self.policy.device)
+            self._peak_memory = max(peak, self._peak_memory or 0)
         return [done[i] for i in range(len(requests))]
 
     def _batches(
@@ -102,15 +109,15 @@ class EmbeddedEngine(Engine):
                 tokens[row].append(token)
                 logprobs[row].append(logp)
                 ended[row] = token in self.policy.eos_ids
-            going = [i for i, row in enumerate(rows) if not ended[row]]
+            unfinished = [i for i, row in enumerate(rows) if not ended[row]]
             last = step + 1 == max_tokens
             if advance is not None:
-                advance(len(rows) - (0 if last else len(going)))
-            if not going or last:
+                advance(len(rows) - (0 if last else len(unfinished)))
+            if not unfinished or last:
                 break
-            if len(going) < len(rows):
-                keep = torch.tensor(going, device=device)
-                rows = [rows[i] for i in going]
+            if len(unfinished) < len(rows):
+                keep = torch.tensor(unfinished, device=device)
+                rows = [rows[i] for i in unfinished]
                 cache.batch_select_indices(keep)
                 mask_BL, draws_BL, chosen_B = mask_BL[keep], draws_BL[keep], chosen_B[keep]
             mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], dim=1)
@@ -121,7 +128,7 @@ class EmbeddedEngine(Engine):
         ]
 
     def _prefill(self, requests: Sequence[Request], role: Role) -> tuple[Any, Tensor, Tensor]:
-        """Cache, mask and last hidden state of every request, each distinct prompt read once."""
+        """Cache, mask and last hidden state of every request; equal prompts are prefilled once."""
         device = self.policy.device
         same = groupby(request.prompt_ids for request in requests)
         distinct = [(prompt, len(list(copies))) for prompt, copies in same]
@@ -132,9 +139,9 @@ class EmbeddedEngine(Engine):
         mask_BL = torch.zeros(len(prompts), len(prefix) + width, dtype=torch.int64)
         mask_BL[:, : len(prefix)] = 1
         for row, prompt in enumerate(prompts):  # padded on the left: all end in the same column
-            own = len(prompt) - len(prefix)
-            ids_BL[row, width - own :] = torch.tensor(prompt[len(prefix) :])
-            mask_BL[row, len(prefix) + width - own :] = 1
+            length = len(prompt) - len(prefix)
+            ids_BL[row, width - length :] = torch.tensor(prompt[len(prefix) :])
+            mask_BL[row, len(prefix) + width - length :] = 1
         mask_BL = mask_BL.to(device)
         cache = seeded_cache(self.policy, self.prefixes.states(prefix, role), len(prompts))
         hidden_BH = self._forward(ids_BL.to(device), mask_BL, cache)
@@ -185,16 +192,20 @@ class EmbeddedEngine(Engine):
     def sync(self, version: int) -> None:
         """Does nothing: the engine runs the trainer's own tensors."""
 
+    def peak_memory(self) -> int | None:
+        """On a GPU the peak while sampling; None on a CPU, where it is the trainer's process."""
+        return self._peak_memory
+
 
 def sample(logits_BV: Tensor, temperature: float, draws_B: Tensor) -> tuple[Tensor, Tensor]:
     """Token ids by inverse transform of uniform draws in [0, 1), and their log-probs, fp32.
 
-    Raises UserError (exit code 4) for logits that are no numbers.
+    Raises UserError (exit code 4) for logits that are not finite.
     """
     logits_BV = logits_BV.float()
     if not torch.isfinite(logits_BV.amax(dim=-1)).all():
         raise UserError(
-            "the model's logits are no numbers",
+            "the model's logits are not finite",
             where="sampling",
             fix="lower trainer.optim.lr and start again, or resume an earlier checkpoint",
             exit_code=EXIT_HEALTH,
@@ -205,7 +216,7 @@ def sample(logits_BV: Tensor, temperature: float, draws_B: Tensor) -> tuple[Tens
     else:
         logp_BV = torch.log_softmax(logits_BV / temperature, dim=-1)
         mass_BV = logp_BV.exp().double().cumsum(dim=-1)
-        # `right` skips tokens of no mass; a point rounded up to the total would fall off the end
+        # `right` skips tokens of zero mass; clamping keeps a rounded-up point inside the range
         total_B1 = mass_BV[:, -1:]
         below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
         points_B1 = torch.minimum(draws_B[:, None] * total_B1, below_B1).contiguous()

@@ -101,6 +101,9 @@ class Replicas(Engine):
     def sleep(self) -> None:
         self._on_each(lambda engine: engine.sleep())
 
+    def peak_memory(self) -> int | None:
+        return max((p for e in self.engines if (p := e.peak_memory()) is not None), default=None)
+
     def close(self) -> None:
         for engine in self.engines:
             engine.close()

@@ -77,6 +77,10 @@ class StudentTeacherEngine(Engine):
         self.student.sleep()
         self.teacher.sleep()
 
+    def peak_memory(self) -> int | None:
+        peaks = self.student.peak_memory(), self.teacher.peak_memory()
+        return max((peak for peak in peaks if peak is not None), default=None)
+
     def close(self) -> None:
         self.student.close()
         self.teacher.close()

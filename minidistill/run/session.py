@@ -89,7 +89,7 @@ class Session:
             torch.cuda.set_device(device)  # where kernels are launched
         # first of all: engines' processes start while this one loads the model
         started = start_engines(
-            config, device, parts, self.plan.teaching, models, self.limit, self.warn,
+            config, device, parts, self.plan.teaching, models, self.limit,
             self.dir.path / "sync",
         )  # fmt: skip
         self.ranks = Ranks(devices)

@@ -1,8 +1,8 @@
-"""The adapters of one run on one server: every version has a name, and stays while it is asked for.
+"""The adapters of one run on one server: each version has a name and stays while it is in use.
 
-vLLM's prefix cache is keyed by an adapter's name and path, so that no version reads another's keys
-and values. It may read an adapter's files again at any time, for it keeps only as many in memory as
-it has slots: files go last.
+vLLM's prefix cache is keyed by an adapter's name and path, so no version reads another's keys and
+values. vLLM keeps only as many adapters in memory as it has slots, and may read one's files again
+at any time, so the files are deleted last.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Adapter:
     weights: Weights
     version: int
     path: Path
-    asked: int = 0
+    requests: int = 0
     """Requests in flight that name it."""
 
     @property
@@ -39,14 +39,14 @@ class Adapter:
 
 
 class Adapters:
-    """Which versions there are. Two threads may use them: one that samples, one that syncs."""
+    """The versions that exist. Thread-safe: one thread samples, another syncs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._mark = uuid.uuid4().hex[:8]  # runs that share a server have names of their own
+        self._mark = uuid.uuid4().hex[:8]  # runs that share a server use different names
         self._lock = threading.Lock()
         self._current: dict[Weights, Adapter] = {}
-        self._former: list[Adapter] = []
+        self._old: list[Adapter] = []
 
     @property
     def current(self) -> list[Adapter]:
@@ -54,7 +54,7 @@ class Adapters:
 
     @property
     def all(self) -> list[Adapter]:
-        return [*self._current.values(), *self._former]
+        return [*self._current.values(), *self._old]
 
     def name(self, *parts: object) -> str:
         return "-".join(map(str, ("minidistill", self._mark, *parts)))
@@ -74,35 +74,35 @@ class Adapters:
     def switch(self, adapter: Adapter) -> None:
         """From now on requests for these weights name this version."""
         with self._lock:
-            former = self._current.get(adapter.weights)
-            self._former += [former] if former else []
+            old = self._current.get(adapter.weights)
+            self._old += [old] if old else []
             self._current[adapter.weights] = adapter
 
     @contextmanager
-    def asking(self, weights: Weights) -> Iterator[Adapter | None]:
+    def using(self, weights: Weights) -> Iterator[Adapter | None]:
         """The current adapter for one request, which keeps it alive; None for the base."""
         with self._lock:
             adapter = self._current.get(weights)
             if adapter is not None:
-                adapter.asked += 1
+                adapter.requests += 1
         try:
             yield adapter
         finally:
             if adapter is not None:
                 with self._lock:
-                    adapter.asked -= 1
+                    adapter.requests -= 1
 
     def take_idle(self) -> list[Adapter]:
-        """Former versions that nothing asks for any more; they are forgotten here."""
+        """Old versions that no request uses any more; they leave this list."""
         with self._lock:
-            idle = [adapter for adapter in self._former if not adapter.asked]
-            self._former = [adapter for adapter in self._former if adapter.asked]
+            idle = [adapter for adapter in self._old if not adapter.requests]
+            self._old = [adapter for adapter in self._old if adapter.requests]
         return idle
 
     def delete(self) -> None:
-        """All of them, from the disk."""
+        """Delete all versions from the disk."""
         self._current.clear()
-        self._former.clear()
+        self._old.clear()
         for path in self.folder.glob(self.name("*")):
             shutil.rmtree(path, ignore_errors=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):

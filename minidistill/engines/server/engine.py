@@ -1,13 +1,14 @@
-"""Sampling and scoring on a vLLM server that somebody else has started, here or elsewhere.
+"""Sampling and scoring on an external vLLM server, on this machine or another.
 
-Completions go over the OpenAI API, token ids in and token ids out. Adapters go through a folder
-that the server can read. Each version has a name of its own there: requests in flight finish under
-the one that they named, and which version sampled a completion is known.
+Completions use the OpenAI API, token ids in and token ids out. Adapters go through a folder that
+the server can read. Each version has its own name, so requests in flight finish with the version
+that they named, and it is known which version sampled a completion.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import threading
 import time
@@ -21,13 +22,13 @@ import httpx
 
 from minidistill.engines.base import Engine, Ids
 from minidistill.engines.server.adapters import Adapter, Adapters
-from minidistill.engines.server.http import KEY, GoneError, Post, at_once, message, request
+from minidistill.engines.server.http import KEY, GoneError, Post, message, request, send_all
 from minidistill.engines.vllm.engine import NAMES, SEED_BITS
-from minidistill.engines.vllm.restart import Warn
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Answer = tuple[dict[str, Any], int | None]
 
@@ -35,8 +36,8 @@ Answer = tuple[dict[str, Any], int | None]
 class ServerEngine(Engine):
     """One running vLLM server. Two threads may call: one that samples, one that syncs.
 
-    Where it goes away it is waited for, `patience` seconds at most and at most `max_restarts` times
-    in a run; it is then sent the current adapters, and asked again what it had not answered.
+    If the server goes away, the engine waits for it, up to `patience` seconds and `max_restarts`
+    times a run. It then sends the current adapters and repeats the unanswered requests.
     """
 
     name = "vLLM server"
@@ -47,22 +48,21 @@ class ServerEngine(Engine):
         url: str,
         where: str,
         command: str,
-        needs: int,
+        min_length: int,
         folder: Path,
         max_restarts: int,
-        warn: Warn,
     ) -> None:
-        """`where` is the setting that names the `url`, `command` starts a server that fits,
-        `needs` is how many tokens it must take, `folder` where adapters are left for it."""
+        """`where` is the setting that names the `url`, and `command` starts a suitable server.
+        Its sequences must be allowed `min_length` tokens. Adapters are written to `folder`."""
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.where, self.command, self.needs = where, command, needs
-        self.max_restarts, self.warn = max_restarts, warn
+        self.where, self.command, self.min_length = where, command, min_length
+        self.max_restarts = max_restarts
         self.restarts = self._returns = 0
         self._model = ""
         self._policy: Policy | None = None
         self._adapter_weights: tuple[Weights, ...] = ()
         self._adapters = Adapters(folder)
-        self._life = threading.RLock()  # loading adapters, waiting for the server, closing
+        self._lock = threading.RLock()  # loading adapters, waiting for the server, closing
         self._closed = threading.Event()
 
     @property
@@ -80,7 +80,7 @@ class ServerEngine(Engine):
 
     def wait_until_ready(self) -> None:
         try:
-            self._look()
+            self._check_server()
             if self._adapter_weights:
                 self._check_takes_adapters()
         except GoneError as error:
@@ -102,13 +102,16 @@ class ServerEngine(Engine):
         common = {
             "max_tokens": params.max_tokens,
             "temperature": params.temperature,
-            # whatever the server or the model's files have for defaults
-            "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+            # overriding the defaults of the server and of the model's files
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
             "logprobs": 0,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             "stop_token_ids": sorted(self._policy.eos_ids),
-        }  # fmt: skip
+        }
         bodies = [common | {"prompt": r.prompt_ids, "seed": r.seed & SEED_BITS} for r in requests]
         return [
             Completion(
@@ -129,32 +132,32 @@ class ServerEngine(Engine):
     ) -> list[list[float]]:
         if temperature != 1:
             raise ValueError("vLLM scores given tokens at temperature 1 only")
-        # a server leaves out the prefix cache for these, so that every row is valid
+        # a server skips its prefix cache for these requests, so every row is valid
         common = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         bodies = [common | {"prompt": [*p, *c]} for p, c in zip(prompts, completions, strict=True)]
-        found = []
+        scores = []
         answers = self._complete(bodies, role)
         for completion, (choice, _) in zip(completions, answers, strict=True):
             pairs = zip(choice["prompt_logprobs"][-len(completion) :], completion, strict=True)
-            found.append([row[str(token)]["logprob"] for row, token in pairs])
-        return found
+            scores.append([row[str(token)]["logprob"] for row, token in pairs])
+        return scores
 
     def sync(self, version: int) -> None:
-        """See `Engine.sync`: adapters through the folder. A `version` is sent once."""
+        """Send the adapters through the folder. Each version is sent once."""
         assert self._policy is not None
         for weights in self._adapter_weights:
-            with self._life:
-                if self._closed.is_set():  # by another thread: leave nothing behind
+            with self._lock:
+                if self._closed.is_set():  # closed by another thread: leave nothing behind
                     return
                 adapter = self._adapters.write(self._policy, weights, version)
-                self._kept(partial(self._load, adapter))
+                self._retrying(partial(self._load, adapter))
                 self._adapters.switch(adapter)
         self._unload_idle()
 
     def close(self) -> None:
-        """Give up what is in flight; take this run's adapters from the server and the disk."""
+        """Cancel requests in flight. Remove this run's adapters from the server and the disk."""
         self._closed.set()
-        with self._life:
+        with self._lock:
             for adapter in self._adapters.all:
                 self._unload(adapter)
             self._adapters.delete()
@@ -164,16 +167,16 @@ class ServerEngine(Engine):
     def _load(self, adapter: Adapter) -> None:
         body = {"lora_name": adapter.name, "lora_path": str(adapter.path)}
         answer = self._request("POST", "/v1/load_lora_adapter", body)
-        # it may have heard an earlier try whose answer was lost
+        # an earlier attempt may have arrived although its answer was lost
         if answer.status_code != HTTPStatus.OK and "already been loaded" not in message(answer):
             raise self._refusal(
-                f"did not take the adapter in {adapter.path}: {message(answer)}",
+                f"did not load the adapter in {adapter.path}: {message(answer)}",
                 "let it read that folder (the same machine, or a shared file system), and start it "
                 f"with\n{self.command}",
             )
 
     def _unload(self, adapter: Adapter) -> None:
-        with contextlib.suppress(GoneError):  # it has gone, and they with it
+        with contextlib.suppress(GoneError):  # the server is gone, and its adapters with it
             self._request("POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
 
     def _unload_idle(self) -> None:
@@ -182,80 +185,80 @@ class ServerEngine(Engine):
             shutil.rmtree(adapter.path, ignore_errors=True)
 
     def _check_takes_adapters(self) -> None:
-        """An adapter that is not there must be what it complains of."""
+        """Ask it to load an adapter that does not exist: that must be its only complaint."""
         name = self._adapters.name("probe")
         body = {"lora_name": name, "lora_path": f"/nowhere/{name}"}
         answer = self._request("POST", "/v1/load_lora_adapter", body)
         if answer.status_code == HTTPStatus.NOT_FOUND and name in message(answer):
             return
-        why = f"takes no adapters at run time: {message(answer)}"
+        why = f"does not load adapters at run time: {message(answer)}"
         raise self._refusal(why, f"start it with\n{self.command}")
 
     # -- the server ----------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        """Which model it serves, and how long its sequences may be."""
+    def _check_server(self) -> None:
+        """Read which model it serves, and check how long its sequences may be."""
         cards = self._checked(self._request("GET", "/v1/models")).json()["data"]
         card = next((c for c in cards if not c.get("parent")), None)
         if card is None:
             raise self._refusal("serves no model", f"start it with\n{self.command}")
         self._model = card["id"]
-        length = card.get("max_model_len") or self.needs
-        if length < self.needs:
-            why = f"takes {length} tokens, the run needs {self.needs}"
+        length = card.get("max_model_len") or self.min_length
+        if length < self.min_length:
+            why = f"allows {length} tokens, the run needs {self.min_length}"
             raise self._refusal(why, f"start it with\n{self.command}")
 
     def _complete(
         self, bodies: Sequence[dict[str, Any]], role: Role, advance: Advance | None = None
     ) -> list[Answer]:
-        """The requests' choices, each with its adapter's version; all are in flight at once."""
+        """Each request's choice and the version of its adapter. All are in flight at once."""
         assert self._policy is not None
         weights = self._policy.weights_of(role)
-        found: dict[int, Answer] = {}
+        answers: dict[int, Answer] = {}
         fixed = {"add_special_tokens": False, "skip_special_tokens": False}
 
-        async def one(post: Post, index: int) -> None:
-            with self._adapters.asking(weights) as adapter:  # the latest, as it is sent
+        async def complete(post: Post, index: int) -> None:
+            with self._adapters.using(weights) as adapter:  # the latest when it is sent
                 name = adapter.name if adapter else self._model
                 answer = await post("/v1/completions", fixed | bodies[index] | {"model": name})
                 if adapter and answer.status_code == HTTPStatus.NOT_FOUND:
-                    raise GoneError(f"it was started again: {message(answer)}")
+                    raise GoneError(f"it was restarted: {message(answer)}")
                 choice = self._checked(answer).json()["choices"][0]
-                found[index] = choice, adapter.version if adapter else None
+                answers[index] = choice, adapter.version if adapter else None
             if advance is not None:
                 advance(1)
 
-        def ask() -> None:
-            left = [i for i in range(len(bodies)) if i not in found]
-            at_once(self.url, one, left, self._closed.is_set)
+        def send() -> None:
+            left = [i for i in range(len(bodies)) if i not in answers]
+            send_all(self.url, complete, left, self._closed.is_set)
 
-        self._kept(ask)
+        self._retrying(send)
         self._unload_idle()
-        return [found[i] for i in range(len(bodies))]
+        return [answers[i] for i in range(len(bodies))]
 
-    def _kept(self, act: Callable[[], T]) -> T:
-        """What `act` returns, done again after the server was away."""
+    def _retrying(self, call: Callable[[], T]) -> T:
+        """The result of `call`, retried after the server was away."""
         while True:
             seen = self._returns
             try:
-                return act()
+                return call()
             except GoneError as error:
-                with self._life:
-                    if seen == self._returns:  # else another thread has seen to it
-                        self._wait_again(error)
+                with self._lock:
+                    if seen == self._returns:  # else another thread has waited for it
+                        self._wait_for_server(error)
 
-    def _wait_again(self, error: GoneError) -> None:
+    def _wait_for_server(self, error: GoneError) -> None:
         if self.restarts >= self.max_restarts or self._closed.is_set():
-            again = f" (it was waited for {self.restarts} times)" if self.restarts else ""
-            raise self._lost(f"{error}{again}") from error
+            times = f" (waited for it {self.restarts} times)" if self.restarts else ""
+            raise self._lost(f"{error}{times}") from error
         self.restarts += 1
-        self.warn(f"the {self.description} is away ({error}): waiting for it")
+        logger.warning(f"the {self.description} is away ({error}): waiting for it")
         end, pause = time.monotonic() + self.patience, 0.5
         while True:
             closed = self._closed.wait(pause)
             pause = min(2 * pause, 10.0)
             try:
-                self._look()
+                self._check_server()
                 for adapter in self._adapters.current:
                     self._load(adapter)
                 self._returns += 1
@@ -265,7 +268,7 @@ class ServerEngine(Engine):
                     raise self._lost(str(still)) from still
 
     def _lost(self, why: str) -> UserError:
-        fix = "see that server's log, start it again; --resume goes on from the last checkpoint"
+        fix = "see the server's log and restart it; --resume continues from the last checkpoint"
         return self._refusal(f"has gone away: {why}", fix)
 
     def _refusal(self, what: str, fix: str) -> UserError:

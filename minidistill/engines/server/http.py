@@ -1,4 +1,4 @@
-"""The requests that a vLLM server is sent."""
+"""HTTP requests to a vLLM server."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import httpx
 
 KEY = "VLLM_API_KEY"
 CONNECT_SECONDS = 10.0
-ANSWER_SECONDS = 120.0  # for what is no completion
-CLOSED_SECONDS = 0.2  # how often requests in flight look whether they are still wanted
+ANSWER_SECONDS = 120.0  # for anything but a completion
+CLOSED_SECONDS = 0.2  # how often to check whether the engine was closed
 IN_FLIGHT = 512  # requests at a time; the server schedules them
 _LIMITS = httpx.Limits(max_connections=IN_FLIGHT, max_keepalive_connections=IN_FLIGHT)
 _WATCHED = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
@@ -26,8 +26,8 @@ class GoneError(Exception):
 
 
 def request(url: str, method: str, path: str, body: Any = None) -> httpx.Response:
-    """The answer to one request that takes no long time. Raises GoneError."""
-    # proxies of the environment are not asked: the server is the user's own
+    """The answer to one short request. Raises GoneError."""
+    # an explicit transport ignores proxies of the environment: the server is the user's own
     transport = httpx.HTTPTransport(socket_options=_keep_alive())
     try:
         with httpx.Client(transport=transport, **_options(url, ANSWER_SECONDS)) as client:
@@ -36,16 +36,16 @@ def request(url: str, method: str, path: str, body: Any = None) -> httpx.Respons
         raise GoneError(_reason(error)) from error
 
 
-def at_once(
+def send_all(
     url: str,
     act: Callable[[Post, int], Coroutine[Any, Any, None]],
     indices: Sequence[int],
     closed: Callable[[], bool],
 ) -> None:
-    """`act` for all indices together: it is given a function that posts a body to a path.
+    """Run `act` for all indices concurrently. It gets a function that posts a body to a path.
 
-    Raises GoneError, also where the engine is `closed` meanwhile, and what `act` raises; what is
-    still in flight is then given up, which a server notices.
+    Raises GoneError, also if the engine is `closed` meanwhile, and what `act` raises. Requests in
+    flight are then cancelled, which the server notices.
     """
 
     async def run() -> None:
@@ -59,11 +59,11 @@ def at_once(
                 except httpx.TransportError as error:
                     raise GoneError(_reason(error)) from error
 
-            async def one(index: int) -> None:
+            async def run_one(index: int) -> None:
                 async with room:
                     await act(post, index)
 
-            tasks = {asyncio.create_task(one(index)) for index in indices}
+            tasks = {asyncio.create_task(run_one(index)) for index in indices}
             left = tasks
             try:
                 while left:
@@ -83,7 +83,7 @@ def at_once(
 
 
 def message(answer: httpx.Response) -> str:
-    """What a server says went wrong, in one line."""
+    """A server's error message in one line."""
     try:
         found = answer.json()
         text = found["error"]["message"] if "error" in found else found["detail"]
@@ -94,7 +94,7 @@ def message(answer: httpx.Response) -> str:
 
 
 def _options(url: str, seconds: float | None) -> dict[str, Any]:
-    """Connecting is bounded in time; a completion (None) may take as long as it does."""
+    """`seconds` bounds the time to an answer; None (for completions) bounds connecting only."""
     secret = os.environ.get(KEY)
     return {
         "base_url": url,
@@ -104,7 +104,7 @@ def _options(url: str, seconds: float | None) -> dict[str, Any]:
 
 
 def _keep_alive() -> Sequence[tuple[int, int, int]]:
-    """Have a machine noticed that vanishes without a word while it is waited for."""
+    """TCP keep-alive: notice a machine that vanishes while the driver waits for it."""
     known = {n: v for n, v in _WATCHED.items() if hasattr(socket, n)}
     watched = [(socket.IPPROTO_TCP, getattr(socket, n), v) for n, v in known.items()]
     return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *watched]

@@ -1,4 +1,4 @@
-"""What a server must be started with, and whether it serves the trainer's model."""
+"""How a server must be started, and whether it serves the trainer's model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
 def server_command(config: Config, model: Any, longest: int, *, teacher: bool) -> str:
-    """The command line that starts a fitting server. `model` is its model's configuration."""
+    """The command line that starts a suitable server. `model` is its model's configuration."""
     name = (config.separate_teacher if teacher else None) or config.model.name
     adapters = adapter_options(config, model, teacher=teacher)
     words = ["VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"] if adapters else []
@@ -28,9 +28,9 @@ def server_command(config: Config, model: Any, longest: int, *, teacher: bool) -
     words += ["--logprobs-mode processed_logprobs"]
     if adapters:
         words += ["--enable-lora", f"--max-lora-rank {adapters['max_lora_rank']}"]
-        # one step ahead, requests in flight finish under the version before
-        ahead = config.schedule == "async"
-        words += [f"--max-loras {adapters['max_loras'] + ahead}"]
+        # with async, requests in flight finish with the previous version
+        is_async = config.schedule == "async"
+        words += [f"--max-loras {adapters['max_loras'] + is_async}"]
         words += ["--lora-target-modules", *adapters["lora_target_modules"]]
     return " ".join(words)
 
@@ -38,10 +38,10 @@ def server_command(config: Config, model: Any, longest: int, *, teacher: bool) -
 def check_same_model(
     engine: ServerEngine, policy: Policy, trainer: Engine, temperature: float | None
 ) -> None:
-    """Compare log-probs with the `trainer`'s, before anything is trained.
+    """Compare the server's log-probs with the `trainer`'s before training.
 
-    Raises UserError (exit code 3) for a server with another model, or one whose sampled log-probs
-    are not those of the distribution at this `temperature` (None: nothing will be sampled).
+    Raises UserError (exit code 3) if the server has another model, or if its sampled log-probs are
+    not those of the distribution at this `temperature` (None: nothing will be sampled).
     """
     size = policy.head_VH.shape[0]
     first = [(7919 * (i + 1)) % min(size, len(policy.tokenizer)) for i in range(2 * TOKENS)]
@@ -49,16 +49,16 @@ def check_same_model(
     tolerance = TOLERANCE[policy.dtype]
 
     def truth(completion: tuple[int, ...], temperature: float) -> list[float]:
-        # nothing is trained yet: the student's weights are the base's
+        # before training the student's weights are the base's
         return trainer.score([prompt], [completion], Role.STUDENT, temperature)[0]
 
-    (found,) = engine.score([prompt], [given], Role.TEACHER)
-    off = _mean_difference(found, truth(given, 1.0))
-    if not off <= tolerance:
+    (scored,) = engine.score([prompt], [given], Role.TEACHER)
+    difference = _mean_difference(scored, truth(given, 1.0))
+    if not difference <= tolerance:
         raise UserError(
             f"the {engine.description} serves another model: log-probs of {len(given)} tokens "
-            f"differ from the trainer's by {off:.3g} nats on average (at most {tolerance:g} is due "
-            "to rounding)",
+            f"differ from the trainer's by {difference:.3g} nats on average (rounding explains at "
+            f"most {tolerance:g})",
             where=engine.where,
             fix=f"start it with\n{engine.command}",
             exit_code=EXIT_ENVIRONMENT,
@@ -68,11 +68,13 @@ def check_same_model(
     (sampled,) = engine.generate(
         [Request(prompt, 0)], SamplingParams(TOKENS, temperature), Role.TEACHER
     )
-    off = _mean_difference(list(sampled.logprobs), truth(sampled.token_ids, temperature or 1.0))
-    if not off <= tolerance:
+    difference = _mean_difference(
+        list(sampled.logprobs), truth(sampled.token_ids, temperature or 1.0)
+    )
+    if not difference <= tolerance:
         raise UserError(
-            f"the {engine.description} reports log-probs that are not of what it samples from at "
-            f"temperature {temperature:g}: they differ by {off:.3g} nats on average",
+            f"the {engine.description} reports log-probs of another distribution than it samples "
+            f"from at temperature {temperature:g}: they differ by {difference:.3g} nats on average",
             where=engine.where,
             fix="start it with --logprobs-mode processed_logprobs:\n" + engine.command,
             exit_code=EXIT_ENVIRONMENT,

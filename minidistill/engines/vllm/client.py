@@ -1,34 +1,39 @@
-"""An engine in a process of its own: started, spoken to, and never left behind."""
+"""The driver's side of vLLM's process: starting it, calling it, restarting it when it dies."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
-from minidistill.subprocesses import Child
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
+from minidistill.subprocesses import Subprocess
 from minidistill.types import Advance
 
+logger = logging.getLogger(__name__)
 MODULE = "minidistill.engines.vllm.worker"
+T = TypeVar("T")
 
 
 class EngineDied(Exception):
-    """The engine's process has ended; the text says how."""
+    """The engine's process has ended. The message says how."""
 
 
 class EngineFailed(Exception):
-    """The engine's process lives and reports an error."""
+    """The engine's process is alive and reports an error."""
 
 
-class EngineProcess(Child):
-    """The child and two sockets to it: for calls, and for commands in the middle of a call.
+class EngineProcess(Subprocess):
+    """The subprocess and two sockets to it: one for calls, one for commands during a call.
 
-    Should this process die without closing, the child sees its end of a pipe close and ends its
-    group itself.
+    Should the driver die without closing it, the subprocess sees the end of a pipe and kills its
+    own process group.
     """
 
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
@@ -41,19 +46,43 @@ class EngineProcess(Child):
             for end in theirs:
                 end.close()
             os.close(watched)
-        self.connection, self._commands = (Connection(end.detach()) for end in ours)
-        # handles of shared memory are fetched under this key
+        self._calls, self._commands = (Connection(end.detach()) for end in ours)
+        # shared memory handles are exchanged under this key
         key = bytes(multiprocessing.current_process().authkey)
-        with contextlib.suppress(OSError):  # its death is met at the first call
-            self.connection.send((key, dict(options)))
+        with contextlib.suppress(OSError):  # if it is dead already, the first call reports it
+            self._calls.send((key, dict(options)))
 
-    def receive(self, advance: Advance | None = None, on: Connection | None = None) -> Any:
-        """The answer to what was sent last. Raises EngineDied or EngineFailed."""
+    def wait_until_started(self) -> None:
+        """Wait for the engine to be built. Raises EngineDied or EngineFailed."""
+        self._receive(self._calls, None)
+
+    def call(self, method: str, advance: Advance | None = None, **arguments: Any) -> Any:
+        """Call a method of `EngineWorker` and return its result. One call at a time."""
+        return self._request(self._calls, method, arguments, advance)
+
+    def command(self, method: str, **arguments: Any) -> Any:
+        """The same between two steps of a call that another thread is waiting for."""
+        return self._request(self._commands, method, arguments, None)
+
+    def _request(
+        self,
+        connection: Connection,
+        method: str,
+        arguments: dict[str, Any],
+        advance: Advance | None,
+    ) -> Any:
+        try:
+            connection.send((method, arguments))
+        except OSError as error:
+            raise EngineDied(self.exit_report()[1]) from error
+        return self._receive(connection, advance)
+
+    def _receive(self, connection: Connection, advance: Advance | None) -> Any:
         while True:
             try:
-                kind, value = (on or self.connection).recv()
+                kind, value = connection.recv()
             except (EOFError, OSError) as error:
-                raise EngineDied(self.obituary()[1]) from error
+                raise EngineDied(self.exit_report()[1]) from error
             if kind == "progress":
                 if advance is not None:
                     advance(value)
@@ -62,27 +91,74 @@ class EngineProcess(Child):
             else:
                 return value
 
-    def call(self, method: str, advance: Advance | None = None, **arguments: Any) -> Any:
-        """Have the engine do something and return its answer. One call at a time."""
-        return self._ask(self.connection, method, arguments, advance)
-
-    def command(self, method: str, **arguments: Any) -> Any:
-        """The same, done between two steps of a call that another thread is waiting for."""
-        return self._ask(self._commands, method, arguments, None)
-
-    def _ask(
-        self, on: Connection, method: str, arguments: dict[str, Any], advance: Advance | None
-    ) -> Any:
-        try:
-            on.send((method, arguments))
-        except OSError as error:
-            raise EngineDied(self.obituary()[1]) from error
-        return self.receive(advance, on)
-
     def close(self, patience: float = 0.0) -> None:
         super().close(patience)
-        self.connection.close()
+        self._calls.close()
         self._commands.close()
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
+
+
+class RestartingProcess:
+    """Restarts a dead process and retries the call, up to `max_restarts` times a run.
+
+    The process is started at once and waited for at the first call. `on_start` sends a new process
+    the current weights. Two threads may call: one that samples, one that sends commands meanwhile.
+    """
+
+    def __init__(
+        self, start: Callable[[], EngineProcess], on_start: Callable[[], None], max_restarts: int
+    ) -> None:
+        self._start, self._on_start = start, on_start
+        self.max_restarts = max_restarts
+        self.restarts = 0
+        self.ready = self._closed = False
+        self._lock = threading.RLock()  # held while starting or restarting
+        self.process = start()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """The result of `function`, which calls `process`; retried after a restart.
+
+        Raises UserError if the process cannot be restarted, or reports an error.
+        """
+        while True:
+            process = self.process
+            try:
+                with self._lock:
+                    if not self.ready:
+                        self.process.wait_until_started()
+                        self.ready = True
+                        self._on_start()
+                return function()
+            except EngineFailed as error:
+                raise UserError(
+                    f"vLLM: {str(error).strip().splitlines()[0]}",
+                    where="inference.engine",
+                    fix='see the message; inference.engine = "embedded" does without vLLM',
+                    exit_code=EXIT_FAILED if self.ready else EXIT_ENVIRONMENT,
+                ) from error
+            except EngineDied as death:
+                with self._lock:
+                    if self.process is process:  # else another thread has restarted it
+                        self._restart(death)
+
+    def _restart(self, death: EngineDied) -> None:
+        self.process.close()
+        if self._closed or self.restarts >= self.max_restarts:
+            times = f" and was restarted {self.restarts} times" if self.restarts else ""
+            raise UserError(
+                f"vLLM's process died{times}: {death}",
+                where="inference.max_restarts",
+                fix="check whether memory ran out; --resume continues from the last checkpoint",
+                exit_code=EXIT_ENVIRONMENT,
+            ) from death
+        self.restarts += 1
+        logger.warning(f"vLLM's process died ({death}): restarted with the current weights")
+        self.ready = False
+        self.process = self._start()
+
+    def close(self) -> None:
+        """End the process for good."""
+        self._closed = True
+        self.process.close()

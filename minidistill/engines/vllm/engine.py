@@ -1,8 +1,8 @@
-"""Sampling and scoring in vLLM, in a process that holds one base for both roles.
+"""Sampling and scoring in vLLM, in a process that holds one base model for both roles.
 
-The driver imports no vLLM. Rows of the student name the adapter, rows of the frozen teacher name
+The driver imports no vLLM. The student's rows name the adapter, the frozen teacher's rows name
 none, in one engine and one batch. Every version of an adapter has a new name, because vLLM's prefix
-cache is keyed by it: the base's cached context stays, a former version's is never read.
+cache is keyed by it: the base's cached context stays valid, an old version's cache is never read.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from minidistill.engines.base import Engine, EngineCapabilities, Ids
-from minidistill.engines.vllm.client import EngineProcess
+from minidistill.engines.vllm.client import EngineProcess, RestartingProcess
 from minidistill.engines.vllm.options import Options
-from minidistill.engines.vllm.restart import KeptAlive, Warn
-from minidistill.engines.vllm.weights_send import CHUNK_BYTES, Outbox, chunked
+from minidistill.engines.vllm.weights_send import CHUNK_BYTES, SendBuffer, chunked
 from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
@@ -32,13 +31,13 @@ NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 class VllmEngine(Engine):
-    """One vLLM engine. Its process is started at once and waited for at the first call.
+    """One vLLM engine. Its process starts at once and is waited for at the first call.
 
-    A process that dies is started again, with the weights of the current version, at most
-    `max_restarts` times in a run; what it was asked for is asked again.
+    A dead process restarts with the current weights and the call is retried, up to `max_restarts`
+    times a run.
     """
 
-    def __init__(self, options: Options, max_restarts: int, warn: Warn) -> None:
+    def __init__(self, options: Options, max_restarts: int) -> None:
         self.options = options
         self.name = f"vLLM {options.vllm_version}"
         self.bytes_synced = 0
@@ -53,7 +52,7 @@ class VllmEngine(Engine):
             self._asleep = False
             return EngineProcess(options.arguments, options.environment)
 
-        self._kept = KeptAlive(start, self._send, max_restarts, warn)
+        self._restarting = RestartingProcess(start, self._send, max_restarts)
 
     @property
     def location(self) -> str:
@@ -64,12 +63,25 @@ class VllmEngine(Engine):
     def capabilities(self) -> EngineCapabilities:
         return EngineCapabilities(scores_ids=self._call("scores_ids"))
 
+    @property
+    def process(self) -> EngineProcess:
+        """The engine's current process."""
+        return self._restarting.process
+
+    @property
+    def restarts(self) -> int:
+        """How often the process was restarted."""
+        return self._restarting.restarts
+
     def attach(self, policy: Policy, roles: Sequence[Role]) -> None:
         self._policy, self._roles = policy, tuple(roles)
         gpus, workers = self.options.gpu_ids, self.options.workers
-        self._outbox = Outbox(policy.dtype, policy.device, gpus, workers)
+        self._buffer = SendBuffer(policy.dtype, policy.device, gpus, workers)
 
-    # -- the engine ----------------------------------------------------------------------------
+    def wait_until_ready(self) -> None:
+        self._restarting.call(lambda: None)
+
+    # -- sampling and scoring ------------------------------------------------------------------
 
     def generate(
         self,
@@ -90,7 +102,7 @@ class VllmEngine(Engine):
         completions = [Completion(*fields) for fields in sampled]
         if not all(math.isfinite(p) for c in completions for p in c.logprobs):
             raise UserError(
-                "the model's logits are no numbers",
+                "the model's logits are not finite",
                 where="sampling",
                 fix="lower trainer.optim.lr and start again, or resume an earlier checkpoint",
                 exit_code=EXIT_HEALTH,
@@ -144,49 +156,6 @@ class VllmEngine(Engine):
             ids=ids,
         )
 
-    def sync(self, version: int) -> None:
-        """See `Engine.sync`: adapters' tensors or the whole model's, in memory."""
-        assert self._policy is not None
-        if not self._policy.lora and Role.STUDENT in self._roles:
-            if version > 0:  # before the first step they are what vLLM has loaded
-                self.sync_weights(version, self._policy.weights)
-            return
-        self._version = version
-        if self._kept.ready:
-            self._kept.ask(self._send)
-
-    def sync_weights(self, version: int, weights: Callable[[], NamedTensors]) -> None:
-        """Take over a whole model's weights, under Hugging Face's names, in bounded chunks.
-
-        `weights` is kept: a process that is started again is sent what it then gives.
-        """
-        self._version, self._weights = version, weights
-        if self._kept.ready:
-            self._kept.ask(self._send)
-
-    def sleep(self) -> None:
-        """On a GPU shared with the trainer, leave it the memory; the next call takes it back."""
-        if self.options.sleeps and self._kept.ready and not self._asleep:
-            self._call("sleep")
-            self._asleep = True
-
-    def close(self) -> None:
-        self._kept.close()
-
-    def wait_until_ready(self) -> None:
-        self._kept.ask(lambda: None)
-
-    # -- its process ---------------------------------------------------------------------------
-
-    @property
-    def _process(self) -> EngineProcess:
-        return self._kept.process
-
-    @property
-    def restarts(self) -> int:
-        """How often its process was started again."""
-        return self._kept.restarts
-
     def _adapter(self, role: Role) -> tuple[str, int] | None:
         """The name and the slot of the role's adapter; None where it runs the base."""
         if self._policy is None or not self.options.adapter:
@@ -197,8 +166,30 @@ class VllmEngine(Engine):
         assert self._version is not None, "an adapter before the first sync"
         return f"{NAMES[weights]}-v{self._version}", SLOTS[weights]
 
+    # -- weights -------------------------------------------------------------------------------
+
+    def sync(self, version: int) -> None:
+        """Send the adapters' tensors or the whole model's, in memory."""
+        assert self._policy is not None
+        if not self._policy.lora and Role.STUDENT in self._roles:
+            if version > 0:  # before the first step vLLM's own copy is current
+                self.sync_weights(version, self._policy.weights)
+            return
+        self._version = version
+        if self._restarting.ready:
+            self._restarting.call(self._send)
+
+    def sync_weights(self, version: int, weights: Callable[[], NamedTensors]) -> None:
+        """Take over a whole model's weights, under Hugging Face's names, in bounded chunks.
+
+        `weights` is kept and called again for a restarted process.
+        """
+        self._version, self._weights = version, weights
+        if self._restarting.ready:
+            self._restarting.call(self._send)
+
     def _send(self) -> None:
-        """The current weights, where the process has other ones."""
+        """Send the current weights to the process."""
         if self._version is None or self._policy is None:
             return
         self._wake()
@@ -212,52 +203,66 @@ class VllmEngine(Engine):
         assert self._policy is not None
         for weights in dict.fromkeys(map(self._policy.weights_of, self._roles)):
             if self.options.adapter and weights in SLOTS:
-                entries = self._outbox.pack(self._policy.adapter(weights))
-                self.bytes_synced += self._process.command(
+                entries = self._buffer.pack(self._policy.adapter(weights))
+                self.bytes_synced += self.process.command(
                     "load_adapter",
                     slot=SLOTS[weights],
                     config=self.options.adapter,
-                    handle=self._outbox.handle(),
+                    handle=self._buffer.handle(),
                     entries=entries,
                     version=self._version,
                 )
 
     def _send_weights(self) -> None:
         assert self._weights is not None
-        self._process.command("start_update")
-        batches = chunked(self._weights(), self._outbox.dtype.itemsize, self.chunk_bytes)
-        batch, first = next(batches, None), True
-        while batch is not None:
-            entries, handle = self._outbox.pack(batch), self._outbox.handle()
-            # made as they are sent: weights that are divided among ranks are whole only here
-            batch = next(batches, None)
-            only, first = first and batch is None, False
-            self._process.command("update_weights", handle=handle, entries=entries, only=only)
-            self.bytes_synced += sum(e.count for e in entries) * self._outbox.dtype.itemsize
-        self._process.command("finish_update", version=self._version)  # which drops the adapters
+        self.process.command("start_update")
+        chunks = chunked(self._weights(), self._buffer.dtype.itemsize, self.chunk_bytes)
+        chunk, first = next(chunks, None), True
+        while chunk is not None:
+            entries, handle = self._buffer.pack(chunk), self._buffer.handle()
+            # fetched only now: weights sharded over ranks are unsharded one chunk at a time
+            chunk = next(chunks, None)
+            only, first = first and chunk is None, False
+            self.process.command("update_weights", handle=handle, entries=entries, only=only)
+            self.bytes_synced += sum(e.count for e in entries) * self._buffer.dtype.itemsize
+        self.process.command("finish_update", version=self._version)  # drops the adapters
         self._send_adapters()
 
-    def _call(self, method: str, advance: Advance | None = None, **arguments: Any) -> Any:
-        told = 0
+    # -- its process ---------------------------------------------------------------------------
 
-        def ask() -> Any:
-            done = 0
+    def sleep(self) -> None:
+        """On a GPU shared with the trainer, free its memory. The next call wakes it."""
+        if self.options.sleeps and self._restarting.ready and not self._asleep:
+            self._call("sleep")
+            self._asleep = True
+
+    def peak_memory(self) -> int | None:
+        return self._restarting.call(lambda: self.process.command("peak_memory"))
+
+    def close(self) -> None:
+        self._restarting.close()
+
+    def _call(self, method: str, advance: Advance | None = None, **arguments: Any) -> Any:
+        reported = 0
+
+        def call() -> Any:
+            finished = 0
 
             def progress(count: int) -> None:
-                # after a restart, what was finished before is finished again
-                nonlocal done, told
-                done += count
-                if advance is not None and done > told:
-                    advance(done - told)
-                    told = done
+                # a retried call finishes again what it had finished before the restart
+                nonlocal finished, reported
+                finished += count
+                if advance is not None and finished > reported:
+                    advance(finished - reported)
+                    reported = finished
 
             self._wake()
-            return self._process.call(method, progress, **arguments)
+            return self.process.call(method, progress, **arguments)
 
-        return self._kept.ask(ask)
+        return self._restarting.call(call)
 
     def _wake(self) -> None:
         if self._asleep:
-            torch.cuda.empty_cache()  # of this process, for the engine to take
-            self._process.call("wake")
+            torch.cuda.empty_cache()  # this process's cached memory goes to the engine
+            self.process.call("wake")
             self._asleep = False

@@ -1,11 +1,12 @@
-"""The receiving side of a weight sync, in the engine's process: vLLM imports it by name.
+"""The receiving side of a weight sync, in vLLM's process. vLLM imports it by name.
 
-`Receiver` is vLLM's worker extension (its methods become the worker's) and takes adapters.
-`HandleEngine` is a backend of vLLM's native weight-transfer API and takes full weights.
+`Receiver` is vLLM's worker extension (its methods become the worker's) and receives adapters.
+`HandleEngine` is a backend of vLLM's native weight-transfer API and receives full weights.
 """
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +28,14 @@ from vllm.model_executor.model_loader.reload import (
 
 import minidistill.engines.vllm.cpu_lora  # noqa: F401 - replaces what vLLM does on a CPU
 from minidistill.engines.vllm.cpu_repack import Repacker
-from minidistill.engines.vllm.weights_send import Entry, opened, views
+from minidistill.engines.vllm.weights_send import Entry, open_buffer, views
 
 BACKEND = "minidistill"
 Handle = dict[str, bytes]
 
 
 def _rank() -> int:
-    """This worker's number in its engine."""
+    """This worker's index in its engine."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
@@ -43,7 +44,7 @@ def _workers() -> int:
 
 
 class Receiver:
-    """Methods that vLLM's worker gains."""
+    """Methods added to vLLM's worker."""
 
     device: torch.device
     model_runner: Any
@@ -52,12 +53,12 @@ class Receiver:
     def minidistill_load_adapter(
         self, slot: int, config: dict[str, Any], handle: Handle, entries: Sequence[Entry]
     ) -> int:
-        """Put an adapter in place of the one in `slot`; returns the bytes read.
+        """Replace the adapter in `slot`; returns the bytes read.
 
-        vLLM's own way in reads a folder; this is what it does after reading, step by step.
+        vLLM's own API reads a folder. This repeats what it does after reading.
         """
         # a copy: activating scales lora_b in place, and the sender writes the buffer again
-        buffer = opened(handle, self.device, _rank()).to(self.device, copy=True)
+        buffer = open_buffer(handle, self.device, _rank()).to(self.device, copy=True)
         manager = self.model_runner.lora_manager
         adapters = manager._adapter_manager
         helper = PEFTHelper.from_dict(config)
@@ -78,17 +79,23 @@ class Receiver:
             adapters.activate_adapter(slot)
         return sum(e.count for e in entries) * buffer.element_size()
 
+    def minidistill_peak_memory(self) -> int:
+        """The most bytes this process has held: GPU memory, or resident memory on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
 
 @dataclass
 class HandleInit(WeightTransferInitInfo):
-    """Nothing has to be agreed on beforehand."""
+    """Empty: no setup is needed before the first transfer."""
 
 
 @dataclass
 class HandleUpdate(WeightTransferUpdateInfo):
     """One chunk: a buffer's handle and what it holds.
 
-    `only` says that it is the whole model, so that the buffer stays as it is until the end.
+    `only` says that the chunk is the whole model, so the buffer is not overwritten before the end.
     """
 
     handle: Handle
@@ -97,7 +104,7 @@ class HandleUpdate(WeightTransferUpdateInfo):
 
 
 class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
-    """Full weights through the handles of `minidistill.engines.vllm.weights_send`."""
+    """Full weights through the handles of `weights_send`."""
 
     init_info_cls = HandleInit
     update_info_cls = HandleUpdate
@@ -114,10 +121,10 @@ class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
             initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: HandleUpdate) -> None:
-        # vLLM's reload puts layers together once all their tensors are there, which may be chunks
-        # later: copied, unless no other chunk is going to be written over this one
+        # vLLM's reload assembles a layer once all its tensors have arrived, which may be chunks
+        # later: copy, unless no other chunk will overwrite this one
         kept = self._repacker is None and not update_info.only
-        shared = opened(update_info.handle, self.device, _rank())
+        shared = open_buffer(update_info.handle, self.device, _rank())
         buffer = shared.to(self.device, copy=kept)
         load: Any = self.model.load_weights
         load(iter(views(buffer, update_info.entries).items()))
@@ -129,12 +136,12 @@ class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
         finalize_layerwise_reload(self.model, self.model_config)
         head = getattr(self.model, "lm_head", None)
         if self.device.type == "cpu" and head is not None:
-            # tied to the embedding, the head is no layer of its own to the reload, and its packed
-            # copy would stay the old one
+            # the reload skips a head that is tied to the embedding, so its packed copy would stay
+            # the old one
             head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Does nothing: no resources are held."""
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

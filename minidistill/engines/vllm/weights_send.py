@@ -1,9 +1,10 @@
-"""Tensors for other processes of this machine: one flat buffer, handles to it, its contents.
+"""Weights for vLLM's process: one flat buffer, handles to it, and a description of its contents.
 
-A handle is torch's own for sharing between processes: a file descriptor of shared memory on a CPU
-(fetched once, from this process, under multiprocessing's authentication key), a CUDA IPC handle on
-a GPU. That one opens on the buffer's own GPU, so for workers on other GPUs the buffer is staged
-there first. Unpickling runs code, so handles only travel to processes that this one started.
+A handle is torch's own for sharing memory between processes. On a CPU it is a file descriptor of
+shared memory, fetched once from this process under multiprocessing's authentication key. On a GPU
+it is a CUDA IPC handle, which opens on the buffer's own GPU only, so for workers on other GPUs the
+buffer is first staged there. Unpickling runs code, so handles are only sent to processes that this
+one started.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
-CHUNK_BYTES = 1 << 30  # of a full-weight sync: what the trainer sets aside for it
+CHUNK_BYTES = 1 << 30  # of a full-weight sync: the size of the trainer's buffer for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,11 @@ class Entry:
         return count
 
 
-class Outbox:
-    """A buffer of one dtype on the trainer's device, filled anew for every version.
+class SendBuffer:
+    """A buffer of one dtype on the trainer's device, refilled for every version.
 
-    `gpus` are those of the workers that read it; on a CPU there are `workers` of them. What was
-    sent may be overwritten by the next `pack`, so a receiver copies before it answers.
+    `gpus` are those of the workers that read it; on a CPU there are `workers` of them. The next
+    `pack` overwrites the buffer, so a receiver copies from it before it answers.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Outbox:
 
     @torch.no_grad()
     def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> list[Entry]:
-        """Copy the tensors in, cast to the buffer's dtype, and to where they are read."""
+        """Copy the tensors into the buffer, cast to its dtype, and to the GPUs that read it."""
         entries, end = [], 0
         for name, tensor in tensors:
             entries.append(Entry(name, tuple(tensor.shape), end))
@@ -78,7 +79,7 @@ class Outbox:
         return entries
 
     def handle(self) -> dict[str, bytes]:
-        """A handle for each worker, each for one opening, by the worker's address."""
+        """A handle for each worker, by the worker's address. Each can be opened once."""
         if self.device.type == "cpu":
             return {str(n): bytes(ForkingPickler.dumps(self._buffer)) for n in range(self.workers)}
         buffers = [self._staged.get(place, self._buffer) for place in self.places]
@@ -90,19 +91,19 @@ class Outbox:
 
 
 def _gpu(device: torch.device) -> str:
-    """A GPU's name in every process, whatever number it has there."""
+    """A GPU's identifier in every process, whatever its index there."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def opened(handle: dict[str, bytes], device: torch.device, rank: int = 0) -> Tensor:
-    """The buffer behind a worker's handle, flat, shared with the sender: clone what is to be kept.
+def open_buffer(handle: dict[str, bytes], device: torch.device, rank: int = 0) -> Tensor:
+    """The flat buffer behind a worker's handle, shared with the sender: copy what is to be kept.
 
-    `device` is the worker's, `rank` its number among the workers of its engine.
+    `device` is the worker's, `rank` its index among the workers of its engine.
     """
     if device.type == "cpu":
         return ForkingPickler.loads(handle[str(rank)])
     arguments = list(pickle.loads(handle[_gpu(device)]))
-    arguments[6] = device.index  # the GPU's number in the sender's process
+    arguments[6] = device.index  # the GPU's index in the sender's process
     return rebuild_cuda_tensor(*arguments)
 
 
@@ -114,7 +115,7 @@ def views(buffer: Tensor, entries: Iterable[Entry]) -> dict[str, Tensor]:
 def chunked(
     tensors: Iterable[tuple[str, Tensor]], itemsize: int, limit: int = CHUNK_BYTES
 ) -> Iterator[list[tuple[str, Tensor]]]:
-    """The tensors in order, in runs of at most `limit` bytes (a larger one alone)."""
+    """The tensors in order, in chunks of at most `limit` bytes (a larger tensor alone)."""
     batch: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors:

@@ -1,7 +1,7 @@
-"""vLLM in a process of its own, started by `EngineProcess` with three file descriptors.
+"""vLLM's process, started by `EngineProcess` with three file descriptors.
 
 It answers calls over one socket, one at a time, and commands over another, between two steps of a
-call, until the driver kills it or is gone.
+call, until the driver kills it or exits.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ from typing import Any
 
 import numpy as np
 
-from minidistill.types import SamplingParams
-
-Send = Callable[[int], None]
-Attend = Callable[[], None]
+from minidistill.types import Advance, SamplingParams
 
 
-class Server:
-    """A vLLM engine and the calls it answers."""
+class EngineWorker:
+    """A vLLM engine and the methods that the driver calls.
 
-    def __init__(self, options: dict[str, Any], progress: Send, attend: Attend) -> None:
+    `progress` reports finished completions. `serve_commands` is called between two engine steps.
+    """
+
+    def __init__(
+        self, options: dict[str, Any], progress: Advance, serve_commands: Callable[[], None]
+    ) -> None:
         from vllm import LLM
 
         import minidistill.engines.vllm.weights_receive  # noqa: F401 - registers the weight-transfer backend
 
         self.llm = LLM(**options)
         self.engine: Any = self.llm.llm_engine
-        self.progress, self.attend = progress, attend
-        self.broken = False  # an error in the middle of a step leaves no state to go on from
-        self.updating = False  # between the first and the last chunk of weights nothing can run
+        self.progress, self.serve_commands = progress, serve_commands
+        self.broken = False  # an error in the middle of a step leaves the engine unusable
+        self.updating = False  # nothing can run between the first and the last chunk of weights
         self.version = 0
         self._versions: dict[str, list[tuple[int, int]]] = {}
         self._ids = count()
@@ -50,8 +52,7 @@ class Server:
         eos_ids: list[int],
         adapter: tuple[str, int] | None,
     ) -> list[tuple[Any, ...]]:
-        """Of each completion: token ids, log-probs, stop ("eos" or "length"), likeliest ids, and
-        from which token on which version of the weights sampled."""
+        """The fields of a `Completion` for each prompt."""
         import vllm
 
         vllm_params = [
@@ -62,12 +63,12 @@ class Server:
                 logprobs=params.top_ids,  # and the sampled token's own
                 flat_logprobs=True,
                 stop_token_ids=eos_ids,
-                ignore_eos=True,  # its own idea of it: the caller's alone counts
+                ignore_eos=True,  # the caller's eos ids decide, not vLLM's
                 detokenize=False,
             )
             for seed in seeds
         ]
-        found = []
+        completions: list[tuple[Any, ...]] = []
         for output in self._run(prompts, vllm_params, adapter, self.progress):
             sample = output.outputs[0]
             stop = "length" if sample.finish_reason == "length" else "eos"
@@ -76,13 +77,13 @@ class Server:
             logprobs = tuple(sample.logprobs.logprobs[::width])
             ids = np.array(sample.logprobs.token_ids).reshape(-1, width)[:, 1:]
             versions = tuple(self._versions.pop(output.request_id))
-            found.append(
+            completions.append(
                 (tuple(sample.token_ids), logprobs, stop, ids if params.top_ids else None, versions)
             )
-        return found
+        return completions
 
     def scores_ids(self) -> bool:
-        """Whether any ids can be scored at each position: the V2 runner's call."""
+        """Whether any ids can be scored at each position, which only vLLM's V2 runner does."""
         return bool(getattr(self.engine.vllm_config, "use_v2_model_runner", False))
 
     def score(
@@ -94,40 +95,47 @@ class Server:
     ) -> list[Any]:
         """Log-probs at temperature 1 of the completions' tokens, (tokens, 1), or of `ids` there.
 
-        Reads the prefix cache. vLLM returns no valid rows for cached positions, so where the cache
-        reaches into the completion the sequence is scored again without it.
+        Reads the prefix cache. vLLM returns no valid rows for cached positions, so a sequence whose
+        completion is partly cached is scored again without the cache.
         """
-        if ids is None and self.scores_ids():  # which computes no other rows than asked for
+        if ids is None and self.scores_ids():  # computes only the rows that are needed
             ids = [np.array(completion)[:, None] for completion in completions]
-        found: dict[int, Any] = {}
-        for skip in (False, True):
-            rows = [i for i in range(len(prompts)) if i not in found]
+        scored: dict[int, Any] = {}
+        for skip_cache in (False, True):
+            rows = [i for i in range(len(prompts)) if i not in scored]
             outputs = self._run(
                 [[*prompts[i], *completions[i]] for i in rows],
-                [self._scoring(prompts[i], None if ids is None else ids[i], skip) for i in rows],
+                [
+                    self._scoring_params(prompts[i], None if ids is None else ids[i], skip_cache)
+                    for i in rows
+                ],
                 [adapters[i] for i in rows],
             )
             for row, output in zip(rows, outputs, strict=True):
                 if ids is not None:
                     if output.prompt_token_id_logprobs is not None:
-                        found[row] = np.asarray(output.prompt_token_id_logprobs, np.float32)
-                elif skip or (output.num_cached_tokens or 0) < len(prompts[row]):
+                        scored[row] = np.asarray(output.prompt_token_id_logprobs, np.float32)
+                elif skip_cache or (output.num_cached_tokens or 0) < len(prompts[row]):
                     last = output.prompt_logprobs.logprobs[-len(completions[row]) :]
-                    found[row] = np.array(last)[:, None]
-        missing = len(prompts) - len(found)
+                    scored[row] = np.array(last)[:, None]
+        missing = len(prompts) - len(scored)
         if missing:
             raise RuntimeError(f"vLLM gave no log-probs for {missing} of {len(prompts)} sequences")
-        return [found[i] for i in range(len(prompts))]
+        return [scored[i] for i in range(len(prompts))]
 
-    def _scoring(self, prompt: Sequence[int], ids: Any, skip: bool) -> Any:
+    def _scoring_params(self, prompt: Sequence[int], ids: Any, skip_cache: bool) -> Any:
         import vllm
 
         if ids is None:
-            how: dict[str, Any] = {"prompt_logprobs": 0, "flat_logprobs": True}
+            wanted: dict[str, Any] = {"prompt_logprobs": 0, "flat_logprobs": True}
         else:
-            how = {"prompt_logprob_start": len(prompt) - 1, "prompt_logprob_token_ids": ids}
+            wanted = {"prompt_logprob_start": len(prompt) - 1, "prompt_logprob_token_ids": ids}
         return vllm.SamplingParams(
-            temperature=0, max_tokens=1, detokenize=False, skip_reading_prefix_cache=skip, **how
+            temperature=0,
+            max_tokens=1,
+            detokenize=False,
+            skip_reading_prefix_cache=skip_cache,
+            **wanted,
         )
 
     def _run(
@@ -135,21 +143,21 @@ class Server:
         prompts: Sequence[Sequence[int]],
         params: Sequence[Any],
         adapter: Any,
-        progress: Send | None = None,
+        progress: Advance | None = None,
     ) -> list[Any]:
-        """The finished output of each prompt. `adapter` is one for all, or a list."""
+        """The finished output of each prompt. `adapter` is one for all prompts, or a list."""
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
         adapters = adapter if isinstance(adapter, list) else [adapter] * len(prompts)
         ids: list[str] = []
-        for prompt, own, lora in zip(prompts, params, adapters, strict=True):
-            own.output_kind = RequestOutputKind.FINAL_ONLY
+        for prompt, request_params, lora in zip(prompts, params, adapters, strict=True):
+            request_params.output_kind = RequestOutputKind.FINAL_ONLY
             id, tokens = f"{next(self._ids)}", {"prompt_token_ids": list(prompt)}
-            # the path is part of the prefix cache's key and leads nowhere: the adapter is loaded
+            # the path is part of the prefix cache's key; nothing is at it, the adapter is loaded
             request = lora and LoRARequest(lora[0], lora[1], lora_path=lora[0])
             try:
-                self.engine.add_request(id, tokens, own, lora_request=request)
+                self.engine.add_request(id, tokens, request_params, lora_request=request)
             except Exception:
                 self.engine.abort_request(ids)
                 raise
@@ -158,7 +166,7 @@ class Server:
                 self._versions[id] = [(0, self.version)]
         outputs: dict[str, Any] = {}
         while self.engine.has_unfinished_requests():
-            self.attend()
+            self.serve_commands()
             try:
                 done = [output for output in self.engine.step() if output.finished]
             except Exception:
@@ -174,11 +182,11 @@ class Server:
     ) -> int:
         """Replace the adapter in a slot; returns the bytes read.
 
-        Completions at hand go on with it, after keys and values of the one before.
+        Running completions continue with it, on keys and values of the version before.
         """
         arguments = (slot, config, handle, entries)
         size = self.llm.collective_rpc("minidistill_load_adapter", args=arguments)[0]
-        self._now(version)
+        self._switch_to(version)
         return size
 
     def start_update(self) -> None:
@@ -191,15 +199,15 @@ class Server:
         self.llm.update_weights({"update_info": update})
 
     def finish_update(self, version: int) -> None:
-        """Make the new weights current. Keys and values of the old ones are dropped, those of
-        completions at hand are computed again."""
+        """Make the new weights current. Cached keys and values are dropped, those of running
+        completions are computed again."""
         self.llm.finish_weight_update()
         self.llm.reset_prefix_cache(reset_running_requests=True)
         self.updating = False
-        self._now(version)
+        self._switch_to(version)
 
-    def _now(self, version: int) -> None:
-        """Note where completions at hand change from one version to the next."""
+    def _switch_to(self, version: int) -> None:
+        """Record at which token running completions switch to the new version."""
         self.version = version
         for state in self.engine.output_processor.request_states.values():
             versions = self._versions.get(state.external_req_id)
@@ -207,66 +215,70 @@ class Server:
                 versions.append((len(state.detokenizer.output_token_ids), version))
 
     def load_adapter_file(self, slot: int, path: str) -> None:
-        """An adapter from a folder, in place: what the benchmark compares `load_adapter` with."""
+        """Load an adapter from a folder. The benchmark compares `load_adapter` with this."""
         from vllm.lora.request import LoRARequest
 
         self.engine.add_lora(LoRARequest("file", slot, lora_path=path, load_inplace=True))
 
     def reload(self, path: str) -> None:
-        """Weights from a folder, in place: what the benchmark compares `update_weights` with."""
+        """Load weights from a folder. The benchmark compares `update_weights` with this."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         self.llm.reset_prefix_cache()
 
     def sleep(self) -> None:
-        """Weights to host memory, keys and values dropped. GPUs only."""
+        """Move the weights to host memory and drop the cache. GPUs only."""
         self.llm.sleep(level=1)
 
     def wake(self) -> None:
         self.llm.wake_up()
 
+    def peak_memory(self) -> int:
+        """The most bytes that any of the engine's processes has held so far."""
+        return max(self.llm.collective_rpc("minidistill_peak_memory"))
 
-def _end_with(lifeline: int) -> None:
-    """End this process group when the other end of the pipe closes: the driver is gone."""
+
+def _die_with_driver(lifeline: int) -> None:
+    """Kill this process group when the other end of the pipe closes: the driver has exited."""
     os.read(lifeline, 1)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def main(calls: int, commands: int, lifeline: int) -> None:
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    connection, side = Connection(calls), Connection(commands)
-    key, options = connection.recv()
+    threading.Thread(target=_die_with_driver, args=(lifeline,), daemon=True).start()
+    calls_in, commands_in = Connection(calls), Connection(commands)
+    key, options = calls_in.recv()
     current_process().authkey = key
-    server: Server | None = None
+    worker: EngineWorker | None = None
 
-    def progress(done: int) -> None:
-        connection.send(("progress", done))
+    def progress(count: int) -> None:
+        calls_in.send(("progress", count))
 
-    def attend() -> None:
-        while server is not None and (server.updating or side.poll()):
-            serve(side)
+    def serve_commands() -> None:
+        while worker is not None and (worker.updating or commands_in.poll()):
+            serve(commands_in)
 
-    def serve(on: Connection) -> None:
-        method, arguments = on.recv()
-        answer(on, lambda: getattr(server, method)(**arguments))
+    def serve(connection: Connection) -> None:
+        method, arguments = connection.recv()
+        reply(connection, lambda: getattr(worker, method)(**arguments))
 
-    def answer(on: Connection, act: Callable[[], Any]) -> None:
+    def reply(connection: Connection, call: Callable[[], Any]) -> None:
         try:
-            found = act()
+            result = call()
         except Exception as error:
             traceback.print_exc()
-            on.send(("failed", f"{type(error).__name__}: {error}"))
-            if server is None or server.broken:
+            connection.send(("failed", f"{type(error).__name__}: {error}"))
+            if worker is None or worker.broken:
                 sys.exit(1)
         else:
-            on.send(("done", found))
+            connection.send(("done", result))
 
-    def begin() -> None:
-        nonlocal server
-        server = Server(options, progress, attend)
+    def start() -> None:
+        nonlocal worker
+        worker = EngineWorker(options, progress, serve_commands)
 
-    answer(connection, begin)
+    reply(calls_in, start)
     while True:
-        for ready in wait([connection, side]):
+        for ready in wait([calls_in, commands_in]):
             serve(ready)  # type: ignore[arg-type]
 
 
