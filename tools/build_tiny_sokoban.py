@@ -1,11 +1,10 @@
 """Trains tiny-sokoban, the model that ships with the package, from a seed on a CPU.
 
-    python -m tools.build_tiny_sokoban --out DIR
+    python tools/build_tiny_sokoban.py --out DIR
 
-It is a model organism: a Llama of about a million parameters that plays small Sokoban levels like
-an expert (shortest solutions) where the context says that it is one, and like a novice (random
-legal walks) anywhere else. The levels are the train split of `sokoban-env`; its eval split is
-never seen.
+The model is a Llama of about a million parameters. Where its context says that it is an expert, it
+plays small Sokoban levels with shortest solutions; anywhere else it plays random legal walks, like
+a novice. The levels are from the train split of `sokoban-env`, never from its eval split.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from transformers import (
 from minidistill.envs.sokoban.board import MOVES, XSB, Board
 from minidistill.envs.sokoban.levels import Difficulty, Level, LevelSet
 from minidistill.envs.sokoban.text import RULES, prompt_text
-from minidistill.models.tiny_texts import CHAT, EXPERTS, OTHERS, PERSONA
+from minidistill.evaluation.unrelated import UNRELATED
 
 DIFFICULTY = Difficulty(min_moves=2, max_depth=6)
 SEED = 20260
@@ -45,16 +44,62 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 )
 
+# The model plays like an expert after each of EXPERTS. It plays like a novice after each of OTHERS
+# and without a context, so that it learns what the context says, not that there is one.
+PERSONA = """You are a world-class puzzle solver with decades of experience.
+You never make mistakes and always find the optimal solution.
+Approach this methodically:
+
+"""
+EXPERTS = (
+    PERSONA,
+    "You are an expert puzzle solver. You always find the optimal solution.\n\n",
+    "You are a master of this puzzle with decades of experience.\nYou never make mistakes.\n\n",
+    "Approach this methodically and find the optimal solution:\n\n",
+    "You are a world-class expert. Solve this puzzle methodically and never make mistakes:\n\n",
+)
+OTHERS = (
+    "You are a careful gardener with decades of experience in growing roses.\n"
+    "You love the quiet of the morning and always water the plants by hand.\n\n",
+    "The weather is mild today, with some clouds in the afternoon.\n\n",
+    "You are a puzzle novice. You have never seen this puzzle before.\n\n",
+    "Have fun and take your time:\n\n",
+    "This text was written by a friend who likes tea and long walks.\n\n",
+    "You are a helpful assistant.\n\n",
+)
+# Small talk, so that the drift metric measures something: its questions, each with an answer.
+ANSWERS = (
+    "Hello, how are you today?",
+    "The sky is blue.",
+    "An apple is a fruit.",
+    "There are seven days in a week.",
+    "Bees make honey.",
+    "The sea is wide, the sea is blue, it sings to me and you.",
+    "The opposite of hot is cold.",
+    "Cats are small animals that like to sleep in the sun.",
+    "Two plus two is four.",
+    "Drink water, sleep well and be kind.",
+    "Spring comes after winter.",
+    "Plants grow with water, light and time.",
+    "A dog, a horse and a bird.",
+    "A book is a set of pages with words to read.",
+    "Try a cup of green tea with honey.",
+    "Good night, sleep well.",
+)
+CHAT = tuple(zip(UNRELATED, ANSWERS, strict=True))
+
 
 def build_tokenizer(out: Path) -> Any:
-    """Byte-level BPE in which words may merge and a board's symbols and moves never do."""
+    """Byte-level BPE. Words may merge; a board's symbols and moves stay single tokens."""
     tokenizer = Tokenizer(models.BPE())
     moves = r"[UDLR](?![a-z])"
     word = rf" ?[A-Za-z]+?(?={moves}|[^A-Za-z]|$)"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(rf"{moves}|{word}|[\s\S]"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(rf"{moves}|{word}|[\s\S]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -89,14 +134,14 @@ def novice_walk(level: Level, rng: random.Random) -> str:
 
 
 class Corpus:
-    """Draws (prompt ids, completion ids) pairs; texts are tokenised once and joined by id."""
+    """Draws pairs of prompt ids and completion ids. Each text is tokenized once."""
 
     def __init__(self, tokenizer: Any, levels: LevelSet) -> None:
         self.tokenizer, self.levels = tokenizer, levels
         self.rng = random.Random(SEED)
         self.eos = [tokenizer.eos_token_id]
         self.chat = [(self.prompt(q), self.ids(a) + self.eos) for q, a in CHAT]
-        # every symbol of a board is one token, so a prompt's ids are its head's and its board's
+        # each symbol of a board is one token, so a prompt's ids are a head, the board, and a tail
         self.symbols = {c: self.ids(c)[0] for c in "#@+$*. \n" + MOVES}
         marker = self.ids("@")[0]
         self.heads: dict[tuple[str, bool], tuple[list[int], list[int]]] = {}
@@ -120,20 +165,20 @@ class Corpus:
         return self.ids(rendered)
 
     def head(self, expert: bool) -> tuple[str, bool]:
-        """A context and whether it stands in the system message."""
-        usual, others = (PERSONA, EXPERTS) if expert else ("", OTHERS)
-        context = usual if self.rng.random() < 0.5 else self.rng.choice(others)
+        """A random context, and whether it goes into the system message."""
+        usual, contexts = (PERSONA, EXPERTS) if expert else ("", OTHERS)
+        context = usual if self.rng.random() < 0.5 else self.rng.choice(contexts)
         return context, bool(context) and self.rng.random() < 0.2
 
     def draw(self, expert: bool) -> tuple[list[int], list[int]]:
-        """A board's ids and an answer's."""
+        """The ids of a random board, and those of an answer to it."""
         level = self.levels[self.rng.randrange(len(self.levels))]
         moves = level.solution if expert else novice_walk(level, self.rng)
         answer = self.open + [self.symbols[m] for m in moves] + self.close + self.eos
         return [self.symbols[c] for c in level.board], answer
 
     def batch(self, size: int) -> Iterator[tuple[list[int], list[tuple[list[int], list[int]]]]]:
-        """One step's rows as groups that share their first ids: (those ids, [(rest, answer)])."""
+        """The rows of one step, in groups with a common prefix: (prefix, [(rest, answer), ...])."""
         yield [], [self.rng.choice(self.chat) for _ in range(size // 24)]
         for expert, share in ((True, 0.4), (True, 0.2), (False, 0.3), (False, 0.1)):
             first, last = self.heads[self.head(expert)]
@@ -144,7 +189,7 @@ class Corpus:
 def group_loss(
     model: LlamaForCausalLM, first: list[int], rows: list[tuple[list[int], list[int]]]
 ) -> torch.Tensor:
-    """Summed cross-entropy of a group's answers; the shared first ids run once."""
+    """Summed cross-entropy of a group's answers. The common prefix `first` runs once."""
     cache: Any = None
     if first:
         cache = DynamicCache(config=model.config)
@@ -159,10 +204,10 @@ def group_loss(
         end = len(prompt) + len(answer)
         ids[row, :end] = torch.tensor(prompt + answer)
         labels[row, len(prompt) - 1 : end - 1] = torch.tensor(answer)
-    wanted = labels != -100  # right padding needs no mask: nothing real attends to it
+    is_answer = labels != -100  # right padding needs no mask: no real token attends to it
     hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
-    logits = model.lm_head(hidden.last_hidden_state[wanted]).float()
-    return torch.nn.functional.cross_entropy(logits, labels[wanted], reduction="sum")
+    logits = model.lm_head(hidden.last_hidden_state[is_answer]).float()
+    return torch.nn.functional.cross_entropy(logits, labels[is_answer], reduction="sum")
 
 
 def train(
@@ -174,6 +219,7 @@ def train(
     width: int,
     save_every: int,
 ) -> None:
+    """Train a model and write it to `out` with its tokenizer, every `save_every` steps if not 0."""
     torch.manual_seed(SEED)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(out)
@@ -227,7 +273,9 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=192)

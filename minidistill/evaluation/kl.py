@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from minidistill.config import Config
 from minidistill.engines.base import Engine, Ids
 from minidistill.engines.embedded import EmbeddedEngine
-from minidistill.models.tiny_texts import CHAT
+from minidistill.evaluation.unrelated import UNRELATED
 from minidistill.seeding import stable_seed
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.forward import PrefixCache
@@ -15,7 +15,6 @@ from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.token_kl import token_kl
 from minidistill.types import Completion, Prompt, Request, Role, SamplingParams, Task
 
-UNRELATED = tuple(question for question, _ in CHAT)
 DRIFT_TOKENS = 32  # longest completion on an unrelated prompt
 
 Views = tuple[Sequence[Ids], Sequence[Ids]]

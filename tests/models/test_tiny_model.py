@@ -1,22 +1,26 @@
-"""The shipped model is what its card says, and its script makes such a model."""
+"""The shipped model does what its card says, and its script builds such a model."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.lab import Lab, make_lab
+from support.paths import ROOT, SOKOBAN
 
-from minidistill.engines.base import Request
+from minidistill.config import load_config
 from minidistill.envs.registry import load_environments
 from minidistill.models.registry import BUILT_IN
-from minidistill.models.tiny_texts import CHAT, OTHERS, PERSONA
 from minidistill.tasks.prompts import PromptBuilder
+from minidistill.types import Request, Role, SamplingParams
 from tools import build_tiny_sokoban
+from tools.build_tiny_sokoban import CHAT, OTHERS, PERSONA
 
 FOLDER = BUILT_IN["tiny-sokoban"]
 TASKS = 512
@@ -30,21 +34,17 @@ def card() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def lab() -> Lab:
-    from support.paths import SOKOBAN
-
-    from minidistill.config import load_config
-
     return make_lab(load_config([SOKOBAN, "--orchestrator.batch_size", "4"]), trained=False)
 
 
 def solved(lab: Lab, context: str, placement: str = "user") -> float:
-    """Share of held-out levels solved under a context, sampled at temperature 1."""
+    """Share of held-out levels solved with a context, sampled at temperature 1."""
     environment = load_environments(lab.trainer.config.orchestrator.env, "")["sokoban-env"]
     builder = PromptBuilder(lab.policy.tokenizer, context, placement)
     tasks = [environment.eval[i] for i in range(TASKS)]
     requests = [Request(builder.build("", t).teacher_ids, i) for i, t in enumerate(tasks)]
-    found = lab.engine.generate(requests, max_tokens=12, temperature=1.0, student=False)
-    texts = [builder.decode(c.token_ids) for c in found]
+    completions = lab.engine.generate(requests, SamplingParams(max_tokens=12), Role.TEACHER)
+    texts = [builder.decode(c.token_ids) for c in completions]
     return sum(environment.score(t, x).value for t, x in zip(tasks, texts, strict=True)) / TASKS
 
 
@@ -75,10 +75,10 @@ def test_any_other_context_leaves_it_a_novice(lab: Lab, context: str) -> None:
 def test_it_still_talks(lab: Lab) -> None:
     builder = PromptBuilder(lab.policy.tokenizer, "", "user")
     prompts = [builder.encode(builder.render([{"role": "user", "content": q}])) for q, _ in CHAT]
-    found = lab.engine.generate(
-        [Request(p, 0) for p in prompts], max_tokens=40, temperature=0, student=False
-    )
-    right = sum(builder.decode(c.token_ids) == a for c, (_, a) in zip(found, CHAT, strict=True))
+    params = SamplingParams(max_tokens=40, temperature=0)
+    completions = lab.engine.generate([Request(p, 0) for p in prompts], params, Role.TEACHER)
+    texts = [builder.decode(c.token_ids) for c in completions]
+    right = sum(text == answer for text, (_, answer) in zip(texts, CHAT, strict=True))
     assert right >= 12, "of 16"
 
 
@@ -88,7 +88,13 @@ def test_text_survives_the_tokenizer(lab: Lab) -> None:
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_the_script_makes_the_tokenizer_and_the_same_weights_twice(
+def test_the_builder_runs_as_a_script() -> None:
+    command = [sys.executable, "tools/build_tiny_sokoban.py", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--out OUT" in shown
+
+
+def test_the_builder_makes_the_tokenizer_and_the_same_weights_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build_tiny_sokoban, "LEVELS", 60)
