@@ -1,10 +1,9 @@
-"""Rollouts on disk: a line of JSON each, and their tokens' figures in a safetensors file."""
+"""Rollouts on disk: one line of JSON each, with per-token values in a safetensors file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,16 @@ SCHEMA_VERSION = 1
 
 
 class TokenTexts:
-    """Token ids as text, one by one; each id is decoded once."""
+    """The text of single token ids; each id is decoded once."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    @cached_property
-    def _known(self) -> dict[int, str]:
-        return {}
+        self._tokenizer = tokenizer
+        self._decoded: dict[int, str] = {}
 
     def __call__(self, ids: Sequence[int]) -> list[str]:
-        for id in set(ids) - self._known.keys():
-            self._known[id] = self.tokenizer.decode([id])
-        return [self._known[id] for id in ids]
+        for id in set(ids) - self._decoded.keys():
+            self._decoded[id] = self._tokenizer.decode([id])
+        return [self._decoded[id] for id in ids]
 
 
 def write_rollouts(
@@ -43,10 +39,12 @@ def write_rollouts(
 ) -> None:
     """Write `step_000012.jsonl` and `step_000012.safetensors`.
 
-    The latter holds flat tensors (N,) of all completions in a row: token_ids (int64), and
-    student_logprobs, teacher_logprobs, sampler_logprobs, kl (fp32, nats), versions (int32: the
-    number of updates that the weights had seen that sampled it); rollout r owns
-    `offsets[r]:offsets[r + 1]`.
+    The safetensors file holds flat tensors (N,) with all completions concatenated; those of
+    rollout r are at `offsets[r]:offsets[r + 1]`.
+
+    - token_ids: int64
+    - student_logprobs, teacher_logprobs, sampler_logprobs, kl: fp32, nats
+    - versions: int32, the version of the weights that sampled the token (updates so far)
     """
     lines = [
         json.dumps(_line(step, r, s, texts), ensure_ascii=False) + "\n"

@@ -16,12 +16,12 @@ import pytest
 from minidistill.config import Config
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.reporting.monitors import open_monitors
-from minidistill.reporting.monitors.background import Background
+from minidistill.reporting.monitors.background import BackgroundMonitor
 from minidistill.reporting.monitors.weights_and_biases import run_id
 
 
 class Recorder:
-    """A monitor that keeps what it is given; `act` runs at every record."""
+    """A monitor that keeps its records; `act` runs at every record."""
 
     def __init__(self, act: Callable[[int], object] = lambda step: None) -> None:
         self.act = act
@@ -38,7 +38,7 @@ class Recorder:
 
 @pytest.fixture
 def release() -> Iterator[threading.Event]:
-    """What hangs in a test waits for this, so that no thread outlives the test for long."""
+    """Threads that hang in a test wait for this, so that none outlives the test for long."""
     event = threading.Event()
     yield event
     event.set()
@@ -62,16 +62,16 @@ def raises(step: int) -> None:
 
 def test_no_table_no_monitor(tmp_path: Path) -> None:
     before = threading.active_count()
-    monitor = open_monitors(config(), tmp_path, pytest.fail)
+    monitor = open_monitors(config(), tmp_path)
     monitor.log(1, {"teacher_kl": 1.0})
     monitor.close(None)
     assert threading.active_count() == before
     assert list(tmp_path.iterdir()) == []
 
 
-def test_records_arrive_in_order_and_the_summary_last() -> None:
-    recorder, warnings = Recorder(), list[str]()
-    monitor = Background("test", lambda: recorder, warnings.append)
+def test_records_arrive_in_order_and_the_summary_last(caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder()
+    monitor = BackgroundMonitor("test", lambda: recorder)
     metrics = {"teacher_kl": 1.0}
     monitor.log(1, metrics)
     metrics["teacher_kl"] = 9.0  # the run's own dictionary may change later
@@ -80,38 +80,38 @@ def test_records_arrive_in_order_and_the_summary_last() -> None:
     monitor.close(None)
     assert recorder.records == [(1, {"teacher_kl": 1.0}), (2, {"reward/mean": 0.5})]
     assert recorder.summary == {"gap_closed": 0.9}
-    assert warnings == []
+    assert caplog.messages == []
 
 
-def test_one_that_raises_warns_once_and_goes_on() -> None:
-    recorder, warnings = Recorder(lambda step: raises(step) if step < 3 else None), list[str]()
-    monitor = Background("test", lambda: recorder, warnings.append)
+def test_one_that_raises_warns_once_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder(lambda step: raises(step) if step < 3 else None)
+    monitor = BackgroundMonitor("test", lambda: recorder)
     for step in range(1, 5):
         monitor.log(step, {})
     monitor.close(None)
     assert [step for step, _ in recorder.records] == [3, 4]
     assert monitor.dropped == 2
-    failed = [w for w in warnings if "OSError" in w]
+    failed = [w for w in caplog.messages if "OSError" in w]
     assert len(failed) == 1
     assert "\x1b" not in failed[0]
 
 
-def test_one_that_cannot_start_is_off_and_says_why() -> None:
-    warnings = list[str]()
-
+def test_one_that_cannot_start_is_off_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
     def connect() -> Recorder:
         raise PermissionError("no API key")
 
-    monitor = Background("test", connect, warnings.append)
+    monitor = BackgroundMonitor("test", connect)
     for step in range(5000):
         monitor.log(step, {})
     monitor.close(None)
-    assert [w for w in warnings if "no API key" in w] == warnings[:1]
+    assert [w for w in caplog.messages if "no API key" in w] == caplog.messages[:1]
 
 
-def test_one_that_hangs_delays_neither_log_nor_close(release: threading.Event) -> None:
-    recorder, warnings = Recorder(lambda step: release.wait(30)), list[str]()
-    monitor = Background("t", lambda: recorder, warnings.append, capacity=4, close_seconds=0.2)
+def test_one_that_hangs_delays_neither_log_nor_close(
+    release: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder(lambda step: release.wait(30))
+    monitor = BackgroundMonitor("t", lambda: recorder, capacity=4, close_seconds=0.2)
     began = time.monotonic()
     for step in range(50):
         monitor.log(step, {})
@@ -119,50 +119,62 @@ def test_one_that_hangs_delays_neither_log_nor_close(release: threading.Event) -
     monitor.close({"gap_closed": 1.0})
     assert time.monotonic() - began < 1.0
     assert monitor.dropped >= 45
-    assert len([w for w in warnings if "does not keep up" in w]) == 1
-    assert any(f"{monitor.dropped} records" in w for w in warnings)
-    assert any("not waited for" in w for w in warnings)
+    assert len([w for w in caplog.messages if "does not keep up" in w]) == 1
+    assert any(f"{monitor.dropped} records" in w for w in caplog.messages)
+    assert any("was abandoned" in w for w in caplog.messages)
 
 
-def test_a_start_that_hangs_delays_nothing(release: threading.Event) -> None:
+def test_a_start_that_hangs_delays_nothing(
+    release: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
     def connect() -> Recorder:
         release.wait(30)
         return Recorder()
 
-    warnings = list[str]()
     began = time.monotonic()
-    monitor = Background("test", connect, warnings.append, close_seconds=0.2)
+    monitor = BackgroundMonitor("test", connect, close_seconds=0.2)
     monitor.log(1, {})
     assert time.monotonic() - began < 0.2
     monitor.close(None)
     assert time.monotonic() - began < 1.0
-    assert any("not waited for" in w for w in warnings)
+    assert any("was abandoned" in w for w in caplog.messages)
 
 
-def test_warnings_come_from_the_thread_of_the_run() -> None:
-    threads = list[threading.Thread]()
-    monitor = Background(
-        "test", lambda: Recorder(raises), lambda _: threads.append(threading.current_thread())
-    )
+def test_one_that_was_abandoned_is_not_heard_of_again(
+    release: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail_late(step: int) -> None:
+        release.wait(30)
+        raises(step)
+
+    recorder = Recorder(fail_late)
+    monitor = BackgroundMonitor("late", lambda: recorder, close_seconds=0.1)
     monitor.log(1, {})
     monitor.close(None)
-    assert set(threads) == {threading.current_thread()}
+    [warning] = caplog.messages
+    assert "was abandoned" in warning
+    release.set()
+    for thread in threading.enumerate():
+        if thread.name == "monitor late":
+            thread.join(30)
+    assert monitor.dropped == 1
+    assert caplog.messages == [warning]
 
 
-@pytest.mark.parametrize("how", ["absent", "only a folder of that name"])
+@pytest.mark.parametrize("missing", ["absent", "only a folder of that name"])
 def test_a_missing_package_is_an_error_of_the_environment(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "wandb"]:
         monkeypatch.delitem(sys.modules, name)
-    if how == "absent":
+    if missing == "absent":
         monkeypatch.setitem(sys.modules, "wandb", None)
     else:
         (tmp_path / "wandb").mkdir()
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
         sys.path_importer_cache.clear()
     with pytest.raises(UserError) as caught:
-        open_monitors(config(offline=True), tmp_path, pytest.fail)
+        open_monitors(config(offline=True), tmp_path)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     assert "pip install 'minidistill[wandb]'" in caught.value.fix
 
@@ -200,20 +212,21 @@ def items(entries: Any) -> dict[str, Any]:
     return {e.key or "/".join(e.nested_key): json.loads(e.value_json) for e in entries}
 
 
-def test_the_real_package_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_package_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     run_dir = tmp_path / "a run"
     run_dir.mkdir()
-    warnings = list[str]()
     for first in (1, 3):  # the second time is a resumed run
-        monitor = open_monitors(config(offline=True, tags=["a"]), run_dir, warnings.append)
+        monitor = open_monitors(config(offline=True, tags=["a"]), run_dir)
         for step in (first, first + 1):
             monitor.log(step, {"teacher_kl": 1.0 / step, "combined_advantage": -0.5})
             monitor.log(step, {"eval/sokoban-env/student/avg": 0.1 * step})
         monitor.close({"gap_closed": 0.9, "verdict": "closed", "drift_kl": None})
         time.sleep(1.0)  # the package names an offline file by the second
-    assert warnings == []
+    assert caplog.messages == []
     files = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
     kept = (run_dir / "wandb_id").read_text().strip()
     assert files

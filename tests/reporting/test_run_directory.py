@@ -20,7 +20,7 @@ from minidistill.config import LoadedConfig, load_config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.files import write_atomic
 from minidistill.reporting.rollout_log import TokenTexts, write_rollouts
-from minidistill.reporting.run_directory import RunDir, choose_path
+from minidistill.reporting.run_directory import RunDirectory, choose_path
 from minidistill.types import Completion, Prompt, Reward, Rollout, Task, TokenStats
 
 CONFIG = """\
@@ -87,7 +87,7 @@ def test_a_directory_is_used_once(load: Callable[..., LoadedConfig], tmp_path: P
     assert "--resume" not in error.fix
     (tmp_path / "out/deep/config.resolved.json").write_text("{}")
     error = refusal(loaded)
-    assert "holds a run already" in error.what
+    assert "already holds a run" in error.what
     assert "--resume" in error.fix
     assert error.where == "--output_dir"
     assert choose_path(loaded, resume=True) == Path("out/deep")
@@ -113,19 +113,19 @@ def test_a_place_that_cannot_be_made(
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
     loaded = load("--output_dir", place)
     with pytest.raises(UserError) as caught:
-        RunDir(choose_path(loaded, resume=False)).create(loaded, {})
+        RunDirectory(choose_path(loaded, resume=False)).create(loaded, {})
     assert caught.value.exit_code in (EXIT_USAGE, EXIT_ENVIRONMENT)
     assert place in caught.value.what
 
 
 @pytest.fixture
-def run(load: Callable[..., LoadedConfig]) -> RunDir:
-    run = RunDir(Path("runs/a"))
+def run(load: Callable[..., LoadedConfig]) -> RunDirectory:
+    run = RunDirectory(Path("runs/a"))
     run.create(load(), {"device": "cpu"})
     return run
 
 
-def test_what_a_run_is_made_of(run: RunDir, load: Callable[..., LoadedConfig]) -> None:
+def test_what_a_run_is_made_of(run: RunDirectory, load: Callable[..., LoadedConfig]) -> None:
     again = load_config([str(run.path / "config.toml")])
     assert again.config == load().config
     assert run.read("config.resolved.json") == load().resolved()
@@ -138,20 +138,20 @@ def test_what_a_run_is_made_of(run: RunDir, load: Callable[..., LoadedConfig]) -
 
 
 def test_a_run_goes_on_under_its_own_settings(
-    run: RunDir, load: Callable[..., LoadedConfig]
+    run: RunDirectory, load: Callable[..., LoadedConfig]
 ) -> None:
-    run.check_same(load())
-    run.check_same(load("--output_dir", "elsewhere", "--wandb.project", "p"))
+    run.check_same_config(load())
+    run.check_same_config(load("--output_dir", "elsewhere", "--wandb.project", "p"))
     with pytest.raises(UserError) as caught:
-        run.check_same(load("--seed", "7", "--trainer.loss.adv_tau", "0"))
+        run.check_same_config(load("--seed", "7", "--trainer.loss.adv_tau", "0"))
     assert "seed (was 0, now 7)" in caught.value.what
     assert "trainer.loss.adv_tau (was 0.5, now 0" in caught.value.what
     assert caught.value.where == "--seed"
     with pytest.raises(UserError, match=r"teacher_model\.context"):
-        run.check_same(load("--orchestrator.teacher_model.context", "other"))
+        run.check_same_config(load("--orchestrator.teacher_model.context", "other"))
 
 
-def test_metrics_are_appended(run: RunDir) -> None:
+def test_metrics_are_appended(run: RunDirectory) -> None:
     run.truncate(0)  # before the first record
     assert run.lines() == 0
     for step in range(1, 6):
@@ -166,7 +166,7 @@ def test_metrics_are_appended(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 2, 3, 9])
-def test_truncate_keeps_whole_records(run: RunDir, keep: int) -> None:
+def test_truncate_keeps_whole_records(run: RunDirectory, keep: int) -> None:
     for step in (1, 2, 3):
         run.log(step, {"loss": float(step)})
     with open(run.metrics_path, "a") as file:
@@ -179,7 +179,7 @@ def test_truncate_keeps_whole_records(run: RunDir, keep: int) -> None:
     assert run.column("loss") == [*(1.0, 2.0, 3.0)[:keep], 7.0]
 
 
-def test_a_full_disk(run: RunDir) -> None:
+def test_a_full_disk(run: RunDirectory) -> None:
     run.metrics_path.symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"metrics\.jsonl: No space left") as caught:
         run.log(1, {"loss": 1.0})
@@ -196,7 +196,7 @@ def test_a_full_disk(run: RunDir) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from minidistill.reporting.run_directory import write_atomic
+from minidistill.files import write_atomic
 while True:
     for letter in "ab":
         write_atomic(Path(sys.argv[1]), letter * 4_000_000)
@@ -218,7 +218,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_later_rollouts_are_cleared(run: RunDir) -> None:
+def test_later_rollouts_are_cleared(run: RunDirectory) -> None:
     folder = run.path / "rollouts"
     for name in ("step_000002", "step_000003", "step_1000000"):
         for suffix in (".jsonl", ".safetensors", ".jsonl.tmp"):

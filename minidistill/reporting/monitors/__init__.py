@@ -1,11 +1,12 @@
-"""Where metrics go beside `metrics.jsonl`. What is heavy is imported where it is used."""
+"""Monitors receive metrics besides `metrics.jsonl`. Their packages are imported when needed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from minidistill.reporting.monitors.base import Monitor
 from minidistill.types import Metrics
 
 if TYPE_CHECKING:
@@ -14,18 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["Monitor", "check_monitors", "open_monitors"]
 
 
-class Monitor(Protocol):
-    """Takes metrics under the names given. Never raises and never waits, `close` apart."""
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Metrics of a step; several calls for one step add up."""
-
-    def close(self, summary: Mapping[str, Any] | None) -> None:
-        """The end, with the final scoreboard where there is one. Waits a few seconds at most."""
-
-
 class _Monitors:
-    """All of the monitors that are on, none included."""
+    """All monitors that are on; there may be none."""
 
     def __init__(self, monitors: Sequence[Monitor]) -> None:
         self._monitors = tuple(monitors)
@@ -40,23 +31,24 @@ class _Monitors:
 
 
 def check_monitors(config: Config) -> None:
-    """Raise UserError (exit code 3) where a package that `config` asks for is missing."""
+    """Raise UserError (exit code 3) if a package that `config` needs is missing."""
     if config.wandb is not None:
-        from minidistill.reporting.monitors.weights_and_biases import require
+        from minidistill.reporting.monitors.weights_and_biases import require_package
 
-        require()
+        require_package()
 
 
-def open_monitors(config: Config, run_dir: Path, warn: Callable[[str], None]) -> Monitor:
-    """The monitors that `config` asks for. `warn` is called from the thread that calls `log`.
+def open_monitors(config: Config, run_dir: Path) -> Monitor:
+    """The monitors that `config` asks for.
 
-    Raises as `check_monitors` does; all else that goes wrong with a monitor is a warning.
+    Raises as `check_monitors` does; every other failure of a monitor is a warning. The result's
+    `log` never waits, and its `close` waits a few seconds at most.
     """
     check_monitors(config)
     monitors: list[Monitor] = []
     if config.wandb is not None:
-        from minidistill.reporting.monitors.background import Background
+        from minidistill.reporting.monitors.background import BackgroundMonitor
         from minidistill.reporting.monitors.weights_and_biases import Wandb
 
-        monitors.append(Background("W&B", lambda: Wandb(config, run_dir), warn))
+        monitors.append(BackgroundMonitor("W&B", lambda: Wandb(config, run_dir)))
     return _Monitors(monitors)

@@ -2,59 +2,58 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from minidistill.errors import printable
-from minidistill.reporting.monitors import Monitor
+from minidistill.reporting.monitors.base import Monitor
 from minidistill.types import Metrics
 
+logger = logging.getLogger(__name__)
+
 CAPACITY = 1000
-"""Records that wait while the monitor is busy; what comes on top is dropped and counted."""
+"""Records that may wait while the monitor is busy; more are dropped and counted."""
 CLOSE_SECONDS = 10.0
-"""The longest that `close` waits for the monitor to take what is left."""
+"""How long `close` waits for the monitor to process the remaining records."""
 
 
-class Background:
-    """Hands metrics to a monitor in a daemon thread, which also opens it.
+class BackgroundMonitor:
+    """Opens a monitor in a daemon thread and passes metrics to it there.
 
-    A warning is kept until the run's own thread calls `log` or `close`: a display need not be
-    safe to call from elsewhere. Of each kind there is one.
+    Each kind of failure is logged once, as a warning.
     """
 
     def __init__(
         self,
         name: str,
         connect: Callable[[], Monitor],
-        warn: Callable[[str], None],
         capacity: int = CAPACITY,
         close_seconds: float = CLOSE_SECONDS,
     ) -> None:
         self.dropped = 0
-        self._name, self._connect, self._warn = name, connect, warn
+        self._name, self._connect = name, connect
         self._close_seconds = close_seconds
-        # Room for one more than the records: the end must fit into a queue that is full.
+        # The queue has room for one more entry, so that the end fits in when it is full.
         self._capacity = capacity
         self._queue: queue.Queue[tuple[int, Metrics] | None] = queue.Queue(capacity + 1)
         self._summary: Mapping[str, Any] | None = None
-        self._warnings: deque[str] = deque()
         self._warned: set[str] = set()
         self._closed = False
-        self._dead = threading.Event()
+        self._failed = threading.Event()
+        self._abandoned = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"monitor {name}", daemon=True)
         self._thread.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        self._pass_on_warnings()
-        if self._closed or self._dead.is_set():
+        if self._closed or self._failed.is_set():
             return
         if self._queue.qsize() >= self._capacity:
             self.dropped += 1
-            self._complain("slow", "does not keep up: records are dropped")
+            self._warn("slow", "does not keep up: records are dropped")
             return
         self._queue.put_nowait((step, dict(metrics)))
 
@@ -62,45 +61,44 @@ class Background:
         if self._closed:
             return
         self._closed, self._summary = True, summary
-        began = time.monotonic()
+        start = time.monotonic()
         self._queue.put_nowait(None)
         self._thread.join(self._close_seconds)
         if self._thread.is_alive():
-            waited = time.monotonic() - began
-            self._complain("close", f"was not done {waited:.0f} s after the end: not waited for")
+            self._abandoned.set()
+            seconds = time.monotonic() - start
+            self._warn("close", f"was still busy {seconds:.0f} s after the end and was abandoned")
         if self.dropped:
-            self._complain("dropped", f"{self.dropped} records were dropped")
-        self._pass_on_warnings()
+            self._warn("dropped", f"{self.dropped} records were dropped")
 
     def _work(self) -> None:
         try:
             monitor = self._connect()
         except Exception as error:
-            self._dead.set()
-            self._complain("connect", f"is off: {_reason(error)}")
+            self._failed.set()
+            self._warn_of_error("connect", "is off", error)
             return
         while (record := self._queue.get()) is not None:
             try:
                 monitor.log(*record)
             except Exception as error:
-                # Counted with the dropped ones; the next record may get through again.
+                # The next record may get through again.
                 self.dropped += 1
-                self._complain("log", f"failed: {_reason(error)}")
+                self._warn_of_error("log", "failed", error)
         try:
             monitor.close(self._summary)
         except Exception as error:
-            self._complain("end", f"failed at the end: {_reason(error)}")
+            self._warn_of_error("end", "failed at the end", error)
 
-    def _complain(self, kind: str, text: str) -> None:
+    def _warn_of_error(self, kind: str, what: str, error: Exception) -> None:
+        # An abandoned monitor may fail when the run and its display are long gone.
+        if self._abandoned.is_set():
+            return
+        first_line = next(iter(printable(str(error)).strip().splitlines()), "")
+        reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+        self._warn(kind, f"{what}: {reason}")
+
+    def _warn(self, kind: str, text: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            self._warnings.append(f"{self._name} {text}; the run and metrics.jsonl are unaffected")
-
-    def _pass_on_warnings(self) -> None:
-        while self._warnings:
-            self._warn(self._warnings.popleft())
-
-
-def _reason(error: Exception) -> str:
-    lines = printable(str(error)).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+            logger.warning(f"{self._name} {text}; the run and metrics.jsonl are unaffected")

@@ -1,4 +1,4 @@
-"""Weights & Biases, behind its table in the configuration. The package is imported lazily."""
+"""Weights & Biases, for a configuration with a `[wandb]` table. The package is optional."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.types import Metrics
 
 INIT_SECONDS = 60.0
-"""How long the package tries to reach its server; in its own thread, so no step waits for it."""
+"""How long the package tries to reach its server, in its own thread: no step waits for it."""
 
 FINISH_SECONDS = 8.0
-"""How long uploads may take at the end; what is left is on disk for `wandb sync`. Less than
-`background.CLOSE_SECONDS`, so that the run hears of it."""
+"""How long uploads may take at the end; the rest stays on disk for `wandb sync`. It is less than
+`background.CLOSE_SECONDS`, so that the run can still report the failure."""
 
 
-def require() -> None:
-    """Raise UserError unless the package is there.
+def require_package() -> None:
+    """Raise UserError (exit code 3) unless the package is installed.
 
-    A folder named `wandb` (every run of the package leaves one) passes for a package without
-    an origin; it is not one.
+    Python takes any folder named `wandb` for a package, and every run of the package leaves one.
+    Such a folder has no origin.
     """
     spec = importlib.util.find_spec("wandb")
     if spec is None or spec.origin is None:
@@ -49,10 +49,10 @@ class Wandb:
         assert table is not None
         if not table.offline and os.environ.get("WANDB_MODE", "online") in ("online", "shared"):
             _require_credentials(wandb)
-        # Its capture of the console would fight with the live display.
+        # The package's capture of the console would interfere with the live display.
         options: dict[str, Any] = {"console": "off", "silent": True, "init_timeout": INIT_SECONDS}
-        if "finish_timeout" in wandb.Settings.model_fields:  # not in older packages
-            # Without it the package's own exit hook would hold the process until all is uploaded.
+        if "finish_timeout" in wandb.Settings.model_fields:  # missing from older versions
+            # Without it the package's exit hook blocks the process until all is uploaded.
             options |= {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
         self._run = wandb.init(
             project=table.project,
@@ -77,32 +77,32 @@ class Wandb:
 
 
 def run_id(run_dir: Path) -> str:
-    """The id kept in `run_dir`, so that a resumed run continues its curves; made where missing."""
+    """The id stored in `run_dir`, created if missing. A resumed run continues its curves."""
     path = run_dir / "wandb_id"
     if path.exists():
-        kept = path.read_text(encoding="utf-8", errors="replace").strip()
-        if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", kept):
-            return kept
-    made = secrets.token_hex(4)
+        stored = path.read_text(encoding="utf-8", errors="replace").strip()
+        if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", stored):
+            return stored
+    created = secrets.token_hex(4)
     run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(made + "\n", encoding="utf-8")
-    return made
+    path.write_text(created + "\n", encoding="utf-8")
+    return created
 
 
 def _require_credentials(wandb: Any) -> None:
-    """Raise unless the package is signed in: it would ask on the terminal, amid the display."""
+    """Raise unless the package has an API key: it would ask for one amid the display."""
     if "prompt" in inspect.signature(wandb.login).parameters:
-        found = wandb.login(prompt=False)
-    else:  # an older package
-        found = wandb.api.api_key
-    if not found:
+        has_key = wandb.login(prompt=False)
+    else:  # an older version
+        has_key = wandb.api.api_key
+    if not has_key:
         raise PermissionError(
             "no API key: run `wandb login` or set WANDB_API_KEY, or wandb.offline = true"
         )
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Nested figures under names with slashes, like the metrics'; what is None is left out."""
+    """Nested values under names with slashes, as the metrics have; None is left out."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}/{key}")
