@@ -1,4 +1,4 @@
-"""The one exception meant for users, and the exit codes of the command line."""
+"""The exception for errors that users can fix, and the exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -7,35 +7,38 @@ from collections.abc import Sequence
 
 EXIT_OK = 0
 EXIT_FAILED = 1
-"""The run itself failed."""
+"""The run failed."""
 EXIT_USAGE = 2
 """The command line or the configuration is wrong."""
 EXIT_ENVIRONMENT = 3
-"""A device, memory or a package is missing."""
+"""A device or a package is missing, or there is not enough memory."""
 EXIT_HEALTH = 4
 """A health check stopped the run."""
 EXIT_INTERRUPTED = 130
-"""Ctrl-C, as shells count it."""
+"""Interrupted by Ctrl-C: 128 + SIGINT, as in shells."""
 
-# Marks that reorder what is shown after them: text could pretend to be other text.
-_REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Unicode marks that reorder the text after them, so that it displays as different text.
+_BIDIRECTIONAL = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
 
 
 def printable(text: str) -> str:
-    """`text` without what could drive or deceive a terminal; newlines and tabs stay."""
+    """`text` without control characters and direction marks; newlines and tabs stay."""
     return "".join(
         char
         for char in text
         if char in "\n\t"
-        or (unicodedata.category(char) not in ("Cc", "Cs") and char not in _REORDERING)
+        or (unicodedata.category(char) not in ("Cc", "Cs") and char not in _BIDIRECTIONAL)
     )
 
 
 class UserError(Exception):
-    """Something the user can put right.
+    """An error that the user can fix.
 
-    `what` is wrong, `where` it was written (file:line and key for a configuration), how to `fix`
-    it, and the code the process exits with. The command line prints the three, no traceback.
+    `what` says what is wrong, `where` names the place (file:line and key of a configuration), and
+    `fix` says how to fix it. The command line prints these three without a traceback, and exits
+    with `exit_code`.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class UserError(Exception):
 
     @property
     def problems(self) -> Sequence[UserError]:
-        """The problems to show one by one: this one, unless several were collected."""
+        """The errors to print: this one, or the collected ones of a `UserErrors`."""
         return (self,)
 
     def __str__(self) -> str:
@@ -59,17 +62,17 @@ class UserError(Exception):
 
 
 class UserErrors(UserError):
-    """Several problems found in one go, so that they need not be met one run at a time."""
+    """Several errors reported together. The first `limit` are printed, the rest are counted."""
 
-    def __init__(self, problems: Sequence[UserError], shown: int = 4) -> None:
+    def __init__(self, problems: Sequence[UserError], limit: int = 4) -> None:
         first = problems[0]
         super().__init__(first.what, first.where, first.fix, first.exit_code)
-        self._problems = tuple(problems[:shown])
-        self.hidden = max(0, len(problems) - shown)
+        self._problems = tuple(problems[:limit])
+        self.hidden = max(0, len(problems) - limit)
 
     @property
     def problems(self) -> Sequence[UserError]:
-        """The problems shown; `hidden` counts the rest."""
+        """The errors to print; `hidden` counts the rest."""
         return self._problems
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""A process of this program: it is watched, its last words are kept, and nothing of it stays."""
+"""A supervised subprocess: output captured, process group killed on close."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
-PATIENCE = 5.0  # seconds for a process that closed its connection to end
+EXIT_TIMEOUT = 5.0  # seconds that a process gets to exit after it closed its connection
 
 
 class Subprocess:
-    """`python -m module`, the leader of a process group.
+    """`python -m module` as the leader of its own process group.
 
-    So Ctrl-C in a terminal does not reach it before the step at hand is kept, and `close` ends
-    whatever it has started too.
+    Ctrl-C in a terminal is therefore not delivered to it, so a step can finish first. Killing it
+    also kills the processes that it started.
     """
 
     def __init__(
@@ -27,38 +27,45 @@ class Subprocess:
         descriptors: Sequence[int],
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`descriptors` stay open in it, under their numbers; `environment` is added to ours."""
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+        """Start the process.
+
+        It inherits the file `descriptors` under the same numbers, and this process's environment
+        variables, updated with `environment`.
+        """
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         self.popen = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
-            stdout=self._log,
+            stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={**os.environ, **(environment or {})},
         )
 
     def exit_report(self) -> tuple[int | None, str]:
-        """Its exit code, None where it lives, and how it ended, with the last it wrote."""
+        """The exit code and a description with the last line of output.
+
+        The code is None if the process is still running, negative if a signal ended it.
+        """
         try:
-            code = self.popen.wait(timeout=PATIENCE)
+            code = self.popen.wait(timeout=EXIT_TIMEOUT)
         except subprocess.TimeoutExpired:
             return None, "it closed its connection"
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return code, f"{how}; its last words: {lines[-1].strip()[:300]}" if lines else how
+        cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self._output.seek(0)
+        lines = self._output.read().decode(errors="replace").strip().splitlines()
+        return code, f"{cause}; last output: {lines[-1].strip()[:300]}" if lines else cause
 
     def kill(self) -> None:
-        """End it and all that it started."""
+        """Kill the process and every process in its group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
 
     def close(self, patience: float = 0.0) -> None:
-        """The same after `patience` seconds, and forget it."""
+        """Wait up to `patience` seconds for the process to exit, then kill its group."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(patience)
         self.kill()
         self.popen.wait()
-        self._log.close()
+        self._output.close()

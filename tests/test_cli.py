@@ -192,7 +192,7 @@ def test_report_prints_the_path(
 
 
 def test_collected_errors_show_the_first_few() -> None:
-    error = UserErrors([UserError(f"problem {i}") for i in range(6)], shown=2)
+    error = UserErrors([UserError(f"problem {i}") for i in range(6)], limit=2)
     assert str(error) == "problem 0\nproblem 1\n(and 4 more)"
     assert error.exit_code == 2
 

@@ -1,4 +1,4 @@
-"""Tokenizers and configurations of models, from a folder, the hub or the package."""
+"""Loading tokenizers and model configurations from a folder, the hub or the package."""
 
 from __future__ import annotations
 
@@ -10,29 +10,50 @@ from typing import Any
 
 from minidistill.config import Config
 from minidistill.errors import UserError
-from minidistill.models.registry import KNOWN, resolve
+from minidistill.models.registry import SHIPPED_CONFIGS, resolve
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The model's tokenizer. Raises UserError where there is none to load."""
-    with readable_errors(config.model.name):
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(
-            resolve(config.model.name), **hub_arguments(config, config.model.name)
-        )
+    """The tokenizer of the student's model. Raises UserError if it cannot be loaded."""
+    return _load_tokenizer(config, config.model.name, "model.name")
 
 
-def load_model_config(config: Config, name: str | None = None) -> Any:
-    """The configuration of the student's model, or of `name`, without weights."""
+def load_model_config(config: Config, name: str | None = None, *, shipped: bool = False) -> Any:
+    """The configuration of the model `name`, by default the student's, without weights.
+
+    `shipped` is for planning without a hub: where the package ships the configuration of `name`,
+    use this machine's cached copy, or else the shipped one. Raises UserError if there is none.
+    """
     name = name or config.model.name
     with readable_errors(name):
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(resolve(name), **hub_arguments(config, name))
+        arguments = hub_arguments(config, name)
+        if not shipped or name not in SHIPPED_CONFIGS:
+            return AutoConfig.from_pretrained(resolve(name), **arguments)
+        try:
+            return AutoConfig.from_pretrained(name, local_files_only=True, **arguments)
+        except OSError:
+            fields = json.loads(SHIPPED_CONFIGS[name].read_text())
+            return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def check_same_tokens(config: Config, tokenizer: Any) -> None:
+    """Raise UserError if a separate teacher model has another vocabulary than the student."""
+    name = config.separate_teacher
+    if name is None:
+        return
+    teacher_tokenizer = _load_tokenizer(config, name, "teacher_inference.model.name")
+    if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{name} and {config.model.name} have different vocabularies",
+            where="teacher_inference.model.name",
+            fix="use a teacher with the student's tokenizer: it scores the student's own tokens",
+        )
 
 
 def hub_arguments(config: Config, name: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a model; `model.revision` is the student's alone."""
     revision = config.model.revision if name == config.model.name else None
     return {
         "revision": revision or "main",
@@ -42,7 +63,8 @@ def hub_arguments(config: Config, name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def readable_errors(name: str, key: str = "model.name") -> Iterator[None]:
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
+    """Turn errors of loading the model `name`, set by the configuration's `key`, to UserError."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
@@ -54,38 +76,8 @@ def readable_errors(name: str, key: str = "model.name") -> Iterator[None]:
         ) from error
 
 
-def check_same_tokens(config: Config, tokenizer: Any) -> None:
-    """Raise UserError where the teacher is another model that reads other tokens."""
-    name = config.separate_teacher
-    if name is None:
-        return
-    with readable_errors(name, "teacher_inference.model.name"):
+def _load_tokenizer(config: Config, name: str, key: str) -> Any:
+    with readable_errors(name, key):
         from transformers import AutoTokenizer
 
-        theirs = AutoTokenizer.from_pretrained(resolve(name), **hub_arguments(config, name))
-    if theirs.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"{name} has another vocabulary than {config.model.name}",
-            where="teacher_inference.model.name",
-            fix="take a teacher with the student's tokenizer: it scores the student's own tokens",
-        )
-
-
-def find_model_config(config: Config, name: str | None = None) -> Any:
-    """The configuration of `name`, by default the student's model, without its weights.
-
-    Looked for on this machine, then among those that ship with the package, then on the hub.
-    Raises UserError where it is nowhere.
-    """
-    name = name or config.model.name
-    model = config.model.model_copy(update={"name": name})
-    if name not in KNOWN:
-        return load_model_config(config.model_copy(update={"model": model}))
-    from transformers import AutoConfig
-
-    try:
-        revision = config.model.revision or "main"
-        return AutoConfig.from_pretrained(name, revision=revision, local_files_only=True)
-    except OSError:
-        facts = json.loads(KNOWN[name].read_text())
-        return AutoConfig.for_model(facts.pop("model_type"), **facts)
+        return AutoTokenizer.from_pretrained(resolve(name), **hub_arguments(config, name))

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from minidistill.config import load_config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError
-from minidistill.models.hub import find_model_config
+from minidistill.models.hub import load_model_config
 from minidistill.placement.devices import check_settings, rank_devices
 from minidistill.placement.planner import GIB, plan
 from minidistill.placement.render import as_json, show
@@ -34,10 +34,10 @@ def run_plan(args: list[str]) -> int:
     other = config.separate_teacher
     found = plan(
         config,
-        find_model_config(config),
+        load_model_config(config, shipped=True),
         gpus,
         size,
-        teacher_config=find_model_config(config, other) if other else None,
+        teacher_config=load_model_config(config, other, shipped=True) if other else None,
     )
     # what a run there would refuse
     check_settings(loaded, found)

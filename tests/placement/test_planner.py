@@ -9,7 +9,7 @@ from support.paths import ROOT
 
 from minidistill.config import load_config
 from minidistill.errors import UserError
-from minidistill.models.hub import find_model_config
+from minidistill.models.hub import load_model_config
 from minidistill.placement.memory import ENGINE_TOKENS
 from minidistill.placement.model_shape import read_shape
 from minidistill.placement.planner import Plan, plan
@@ -30,14 +30,14 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 def planned(file: str, gpus: int, gib: float, flags: str = "") -> Plan:
     config = load_config([file, *flags.split()]).config
-    return plan(config, find_model_config(config), gpus, int(gib * GIB))
+    return plan(config, load_model_config(config, shipped=True), gpus, int(gib * GIB))
 
 
 # -- counting ----------------------------------------------------------------------------------
 
 
 def test_the_count_of_qwen3_4b_by_hand() -> None:
-    shape = read_shape(find_model_config(load_config([LARGE]).config))
+    shape = read_shape(load_model_config(load_config([LARGE]).config, shipped=True))
     embedding = 151936 * 2560
     attention = 2560 * (4096 + 2 * 1024) + 4096 * 2560 + 2 * 128
     layer = attention + 3 * 2560 * 9728 + 2 * 2560
@@ -52,7 +52,7 @@ def test_the_count_of_qwen3_4b_by_hand() -> None:
 
 
 def test_the_count_of_qwen3_06b() -> None:
-    shape = read_shape(find_model_config(load_config([SMALL]).config))
+    shape = read_shape(load_model_config(load_config([SMALL]).config, shipped=True))
     layer = 1024 * (2048 + 2 * 1024) + 2048 * 1024 + 2 * 128 + 3 * 1024 * 3072 + 2 * 1024
     assert shape.parameters == 151936 * 1024 + 28 * layer + 1024 == 596_049_920
 
@@ -89,7 +89,7 @@ def test_other_architectures_are_counted_as_they_are_built(
 def test_a_model_that_is_nowhere_is_refused() -> None:
     config = load_config([LARGE, "--model.name", "no/such-model"]).config
     with pytest.raises(UserError, match="cannot load the model 'no/such-model'"):
-        find_model_config(config)
+        load_model_config(config, shipped=True)
 
 
 # -- what fits ---------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_a_killed_process_ends_the_run_and_leaves_none(
 @pytest.mark.parametrize(
     ("fault", "code", "words"),
     [
-        ("error", EXIT_FAILED, "exit code 1; its last words: ValueError: no such layer"),
+        ("error", EXIT_FAILED, "exit code 1; last output: ValueError: no such layer"),
         ("memory", EXIT_ENVIRONMENT, "one sequence of"),
     ],
 )

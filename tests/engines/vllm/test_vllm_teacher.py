@@ -161,7 +161,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(other: Path) -> None:
     tokenizer = load_tokenizer(config)
     check_same_tokens(config, tokenizer)
     tokenizer.add_tokens(["<another>"])
-    with pytest.raises(UserError, match="another vocabulary"):
+    with pytest.raises(UserError, match="have different vocabularies"):
         check_same_tokens(config, tokenizer)
 
 
