@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ESTIMATORS = ("full", "sampled", "top_k")
 PADDING_ID = -100
 
 
@@ -139,3 +140,46 @@ def usable_rows(ids: Tensor, vocab: int, valid: Tensor | None) -> Tensor | None:
         bad = int(ids[keep & ~in_range][0])
         raise ValueError(f"ids: {bad} is outside the vocabulary of {vocab} (padding is -100)")
     return None if every else keep
+
+
+def teacher_inputs(
+    estimator: str, h_t: Tensor | None, logp: Tensor | None, ids: Tensor | None, top: Tensor | None
+) -> None:
+    """The teacher comes one way, and one that the estimator can use."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
+    if (ids is None) != (top is None):
+        missing = "topk_ids_NK" if ids is None else "teacher_topk_logp_NK"
+        raise ValueError(f"{missing}: topk_ids_NK and teacher_topk_logp_NK come together")
+    if h_t is not None and (logp is not None or ids is not None):
+        extra = "teacher_logp_N" if logp is not None else "topk_ids_NK"
+        raise ValueError(f"{extra}: given as well as h_t_NH; the teacher is scored one way")
+    if ids is not None and estimator != "top_k":
+        raise ValueError(f"topk_ids_NK: not used by estimator {estimator!r}")
+    if estimator == "full" and h_t is None:
+        raise ValueError("h_t_NH: estimator 'full' needs the teacher's hidden states")
+    if estimator == "sampled" and h_t is None and logp is None:
+        raise ValueError("teacher_logp_N: estimator 'sampled' needs it, or h_t_NH")
+    if estimator == "top_k" and h_t is None and ids is None:
+        raise ValueError("topk_ids_NK: estimator 'top_k' needs it, or h_t_NH")
+
+
+def top_k_inputs(ids: Tensor, logp: Tensor, rows: int, device: torch.device) -> None:
+    if ids.dim() != 2 or ids.shape[0] != rows or ids.shape[1] == 0:
+        raise ValueError(f"topk_ids_NK: shape {tuple(ids.shape)}, expected ({rows}, K)")
+    same_shape("teacher_topk_logp_NK", logp, "topk_ids_NK", ids)
+    per_entry("topk_ids_NK", ids, device, "ids")
+    per_entry("teacher_topk_logp_NK", logp, device, "float")
+
+
+def objective_numbers(
+    top_k: int, temperature: float, high: float, low: float, mask_high: float, clip: float | None
+) -> None:
+    if top_k < 1:
+        raise ValueError(f"top_k: {top_k}, expected at least 1")
+    positive("temperature", temperature)
+    positive("ratio_clip_high", high)
+    if not 0 <= low <= mask_high:
+        raise ValueError(f"token_mask_low: {low}, expected within [0, token_mask_high={mask_high}]")
+    if clip is not None:
+        positive("kl_clip", clip)

@@ -1,46 +1,42 @@
-"""The trainer's call: the whole objective of a token in one pass over the head."""
+"""The trainer's call: the whole objective of each token, from hidden states and the LM head.
+
+Tokens are processed in chunks: a product with the head into a bounded buffer, a row kernel for the
+statistics, coefficients per token, the logit gradient in place, and a product for d_hidden. A
+per-row upstream gradient commutes with that last product, so d_hidden is computed in the forward
+pass and only scaled in the backward pass. The gradient of a trained head sums over rows, so there
+the upstream gradient must be the same for all of them, as it is after a sum or a mean.
+
+If student and teacher share the head, their logits' difference is computed from the difference of
+the hidden states. Subtracting two sets of bf16 logits instead loses most of a small KL.
+
+Legend: _N tokens, _C tokens of a chunk, _H hidden, _V vocabulary, _K ids a token.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minidistill_kernels import checks
-from minidistill_kernels.linear_op import linear_op
+from minidistill_kernels import backend, checks, gemm
+from minidistill_kernels.objective import DistillOutput, Objective, Terms, TokenData, token_terms
+from minidistill_kernels.top_k import pick
 
-ESTIMATORS = ("full", "sampled", "top_k")
-
-
-class DistillOutput(NamedTuple):
-    """Per-token results, each (N,) and fp32 unless said otherwise; only `loss` has a gradient.
-
-    Everything is 0 (False) on rows that are padding or not valid.
-    """
-
-    loss: Tensor
-    """The loss term; reduce it yourself."""
-    logp: Tensor
-    """log pi(y)"""
-    teacher_logp: Tensor
-    """log q(y). Scored by an engine's top k without `teacher_logp_N`: log q(y) where y is among
-    them, else the mass of the rest, an upper bound."""
-    kl: Tensor
-    """KL(pi || q): exact with `h_t_NH`, over k ids and the rest with an engine's top k,
-    log pi(y) - log q(y) with an engine's log q(y)."""
-    entropy: Tensor
-    """Entropy of the student, nats."""
-    teacher_entropy: Tensor | None
-    """Entropy of the teacher, nats; None without `h_t_NH`."""
-    ratio: Tensor
-    """rho = pi(y) / mu(y), before truncation; 1 without `sampler_logp_N`."""
-    masked: Tensor
-    """bool: rho outside [token_mask_low, token_mask_high]; the token's loss is 0."""
-    ratio_clipped: Tensor
-    """bool: rho above `ratio_clip_high`."""
-    kl_clipped: Tensor
-    """bool: the distillation term was bounded by `kl_clip`."""
+# Bytes of one fp32 logit buffer of a chunk; two exist where there is a teacher.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+# The numbers of an Objective, in the order in which the op takes them.
+SETTINGS = (
+    "adv_tau",
+    "teacher_tau",
+    "student_tau",
+    "temperature",
+    "ratio_clip_high",
+    "token_mask_low",
+    "token_mask_high",
+)
+METRICS = Terms._fields[1:7]
+FLAGS = Terms._fields[7:]
 
 
 def linear_distill(
@@ -118,10 +114,12 @@ def linear_distill(
             checks.per_token(name, x, n, device, "float")
     if valid is not None:
         checks.per_token("valid", valid, n, device, "bool")
-    _check_teacher(estimator, h_t_NH, teacher_logp_N, topk_ids_NK, teacher_topk_logp_NK)
+    checks.teacher_inputs(estimator, h_t_NH, teacher_logp_N, topk_ids_NK, teacher_topk_logp_NK)
     if topk_ids_NK is not None and teacher_topk_logp_NK is not None:
-        _check_top_k(topk_ids_NK, teacher_topk_logp_NK, n, device)
-    _check_numbers(top_k, temperature, ratio_clip_high, token_mask_low, token_mask_high, kl_clip)
+        checks.top_k_inputs(topk_ids_NK, teacher_topk_logp_NK, n, device)
+    checks.objective_numbers(
+        top_k, temperature, ratio_clip_high, token_mask_low, token_mask_high, kl_clip
+    )
     for name, tau in (("adv_tau", adv_tau), ("teacher_tau", teacher_tau)):
         checks.finite(name, tau)
     checks.finite("student_tau", student_tau)
@@ -160,44 +158,186 @@ def linear_distill(
     )
 
 
-def _check_teacher(
-    estimator: str, h_t: Tensor | None, logp: Tensor | None, ids: Tensor | None, top: Tensor | None
-) -> None:
-    """The teacher comes one way, and one that the estimator can use."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
-    if (ids is None) != (top is None):
-        missing = "topk_ids_NK" if ids is None else "teacher_topk_logp_NK"
-        raise ValueError(f"{missing}: topk_ids_NK and teacher_topk_logp_NK come together")
-    if h_t is not None and (logp is not None or ids is not None):
-        extra = "teacher_logp_N" if logp is not None else "topk_ids_NK"
-        raise ValueError(f"{extra}: given as well as h_t_NH; the teacher is scored one way")
-    if ids is not None and estimator != "top_k":
-        raise ValueError(f"topk_ids_NK: not used by estimator {estimator!r}")
-    if estimator == "full" and h_t is None:
-        raise ValueError("h_t_NH: estimator 'full' needs the teacher's hidden states")
-    if estimator == "sampled" and h_t is None and logp is None:
-        raise ValueError("teacher_logp_N: estimator 'sampled' needs it, or h_t_NH")
-    if estimator == "top_k" and h_t is None and ids is None:
-        raise ValueError("topk_ids_NK: estimator 'top_k' needs it, or h_t_NH")
+def chunk_tokens(tokens: int, vocab: int, chunk: int, device: torch.device) -> int:
+    """Tokens a chunk: as asked, or what fits CHUNK_BYTES in multiples of 64."""
+    if chunk == 0:
+        chunk = max(64, CHUNK_BYTES.get(device.type, 64 << 20) // (4 * vocab) // 64 * 64)
+    return min(tokens, chunk)
 
 
-def _check_top_k(ids: Tensor, logp: Tensor, rows: int, device: torch.device) -> None:
-    if ids.dim() != 2 or ids.shape[0] != rows or ids.shape[1] == 0:
-        raise ValueError(f"topk_ids_NK: shape {tuple(ids.shape)}, expected ({rows}, K)")
-    checks.same_shape("teacher_topk_logp_NK", logp, "topk_ids_NK", ids)
-    checks.per_entry("topk_ids_NK", ids, device, "ids")
-    checks.per_entry("teacher_topk_logp_NK", logp, device, "float")
+def compute(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    teacher_NH: Tensor | None,
+    teacher_weight_VH: Tensor | None,
+    data: TokenData,
+    topk_ids_NK: Tensor | None,
+    valid_N: Tensor | None,
+    obj: Objective,
+    chunk: int,
+    need_grad: bool,
+    train_head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms as (len(Terms), N) fp32, d loss / d hidden, (N, H) or (0, H), and d sum(loss) / d head,
+    (V, H) fp32 or (0, H)."""
+    tokens, vocab = hidden_NH.shape[0], weight_VH.shape[0]
+    keep_N = checks.usable_rows(data.ids, vocab, valid_N)
+    rows = None if keep_N is None else keep_N.nonzero()[:, 0]
+    out = hidden_NH.new_zeros(len(Terms._fields), tokens, dtype=torch.float32)
+    # fp16 cannot hold small unscaled gradients
+    dtype = torch.float32 if hidden_NH.dtype == torch.float16 else hidden_NH.dtype
+    shape = (tokens if need_grad else 0, hidden_NH.shape[1])
+    d_hidden = hidden_NH.new_zeros(shape, dtype=dtype)
+    shape = (vocab if train_head else 0, hidden_NH.shape[1])
+    d_weight = hidden_NH.new_zeros(shape, dtype=torch.float32)
+    count = tokens if rows is None else len(rows)
+    if count == 0:
+        return out, d_hidden, d_weight
+    size = chunk_tokens(count, vocab, chunk, hidden_NH.device)
+    pair = teacher_weight_VH is not None
+    s_CV, x_CV = _buffers(size, vocab, hidden_NH, teacher_NH is not None, pair)
+    for i in range(0, count, size):
+        at = slice(i, min(i + size, count)) if rows is None else rows[i : i + size]
+        h_CH = hidden_NH[at]
+        s, x = s_CV[: len(h_CH)], None if x_CV is None else x_CV[: len(h_CH)]
+        gemm.project(s, h_CH, weight_VH)
+        if teacher_NH is not None and x is not None:
+            if teacher_weight_VH is not None:
+                gemm.project(x, teacher_NH[at], teacher_weight_VH)
+            else:
+                difference_CH = h_CH.float() - teacher_NH[at].float()
+                if h_CH.is_cuda:
+                    difference_CH = difference_CH.to(h_CH.dtype)
+                gemm.project(x, difference_CH, weight_VH)
+        topk = None if topk_ids_NK is None else topk_ids_NK[at]
+        terms, d_CV = _chunk(s, x, data.take(at), topk, obj, pair, need_grad, weight_VH.dtype)
+        out[:, at] = torch.stack(terms)
+        if d_CV is not None:
+            d_hidden[at] = gemm.pull_back(d_CV, weight_VH).to(dtype)
+            if train_head:
+                gemm.add_outer(d_weight, d_CV, h_CH)
+    return out, d_hidden, d_weight
 
 
-def _check_numbers(
-    top_k: int, temperature: float, high: float, low: float, mask_high: float, clip: float | None
-) -> None:
-    if top_k < 1:
-        raise ValueError(f"top_k: {top_k}, expected at least 1")
-    checks.positive("temperature", temperature)
-    checks.positive("ratio_clip_high", high)
-    if not 0 <= low <= mask_high:
-        raise ValueError(f"token_mask_low: {low}, expected within [0, token_mask_high={mask_high}]")
-    if clip is not None:
-        checks.positive("kl_clip", clip)
+def _narrow(x: Tensor) -> bool:
+    """Whether deltas and logit gradients are held in a half-precision input's dtype."""
+    return x.is_cuda and backend.backend_for(x.device) == "triton"
+
+
+def _buffers(
+    size: int, vocab: int, like: Tensor, teacher: bool, pair: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Logits in fp32. A difference may be bf16 on CUDA: its error is relative to itself."""
+    dtype = like.dtype if _narrow(like) and not pair else torch.float32
+    s_CV = like.new_empty(size, vocab, dtype=torch.float32)
+    return s_CV, like.new_empty(size, vocab, dtype=dtype) if teacher else None
+
+
+def _chunk(
+    s_CV: Tensor,
+    x_CV: Tensor | None,
+    data: TokenData,
+    topk_ids_CK: Tensor | None,
+    obj: Objective,
+    pair: bool,
+    need_grad: bool,
+    grad_dtype: torch.dtype,
+) -> tuple[Terms, Tensor | None]:
+    """Terms of a chunk, and its logit gradient in one of the buffers or a new one."""
+    kernels = backend.row_kernels(s_CV.device)
+    ids_C = data.ids.to(torch.int64)
+    inv_t = 1.0 / obj.temperature
+    picked = pick(s_CV, x_CV, topk_ids_CK, obj, pair) if obj.mode == "top_k" else None
+    how: dict[str, Any] = {"pair": pair, "inv_temperature": inv_t, "mix": obj.mix}
+    with_b = need_grad and obj.mode == "full"
+    row = kernels.stats(s_CV, x_CV, ids_C, need_grad=with_b, **how)
+    terms, grad = token_terms(obj, row, data, picked, x_CV is not None)
+    if not need_grad:
+        return terms, None
+    grad = grad.times(inv_t)
+    # The gradient takes a buffer that is no longer needed; in the head's dtype for the product.
+    out_CV = s_CV
+    if _narrow(s_CV) and grad_dtype != torch.float32:
+        free = x_CV is not None and x_CV.dtype == grad_dtype
+        out_CV = x_CV if free and x_CV is not None else torch.empty_like(s_CV, dtype=grad_dtype)
+    x_used_CV = x_CV if with_b else None
+    kernels.dlogits(
+        s_CV, x_used_CV, out_CV, ids_C, row,
+        base_C=grad.base, scale_C=grad.scale, target_C=grad.target, **how,
+    )  # fmt: skip
+    if picked is not None and grad.sparse is not None:
+        out_CV.scatter_add_(1, picked.ids, grad.sparse.to(out_CV.dtype))
+    return terms, out_CV
+
+
+@torch.library.custom_op("minidistill_kernels::linear", mutates_args=())
+def linear_op(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    teacher: Tensor | None,
+    teacher_weight: Tensor | None,
+    advantage: Tensor | None,
+    sampler_logp: Tensor | None,
+    teacher_logp: Tensor | None,
+    topk_ids: Tensor | None,
+    topk_teacher_logp: Tensor | None,
+    valid: Tensor | None,
+    mode: str,
+    top_k: int,
+    settings: list[float],
+    kl_clip: float | None,
+    chunk: int,
+    need_grad: bool,
+    train_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss (N,), metrics (6, N), flags (3, N) bool, and the gradients that `compute` returns)."""
+    data = TokenData(ids, advantage, sampler_logp, teacher_logp, topk_teacher_logp)
+    if topk_ids is not None and bool(((topk_ids < 0) | (topk_ids >= weight.shape[0])).any()):
+        raise ValueError(f"topk_ids_NK: an id is outside the vocabulary of {weight.shape[0]}")
+    numbers = dict(zip(SETTINGS, settings, strict=True))
+    obj = Objective(mode, top_k, kl_clip=kl_clip, **numbers)
+    out, d_hidden, d_weight = compute(
+        hidden, weight, teacher, teacher_weight, data, topk_ids, valid, obj, chunk, need_grad,
+        train_head,
+    )  # fmt: skip
+    metrics = out[1 : 1 + len(METRICS)].clone()
+    return out[0].clone(), metrics, out[1 + len(METRICS) :] > 0, d_hidden, d_weight
+
+
+@linear_op.register_fake
+def _fake(hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    need_grad, train_head = [*args, *kwargs.values()][-2:]
+    tokens, width = hidden.shape
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    return (
+        hidden.new_empty(tokens, dtype=torch.float32),
+        hidden.new_empty(len(METRICS), tokens, dtype=torch.float32),
+        hidden.new_empty(len(FLAGS), tokens, dtype=torch.bool),
+        hidden.new_empty(tokens if need_grad else 0, width, dtype=dtype),
+        hidden.new_empty(weight.shape[0] if train_head else 0, width, dtype=torch.float32),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, metrics, flags, d_hidden, d_weight = output
+    ctx.mark_non_differentiable(metrics, flags, d_hidden, d_weight)
+    ctx.save_for_backward(d_hidden, d_weight)
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.others = len(inputs) - 2
+
+
+def _backward(ctx: Any, d_loss: Tensor, *unused: Any) -> tuple[Any, ...]:
+    d_hidden, d_weight = ctx.saved_tensors
+    head = None
+    if len(d_weight):
+        if not bool((d_loss == d_loss[0]).all()):
+            raise RuntimeError(
+                "a trained head needs one upstream gradient for all tokens: reduce the loss by a "
+                "sum or a mean, and leave tokens out with `valid`"
+            )
+        head = (d_weight * d_loss[0]).to(ctx.dtypes[1])
+    return (d_hidden * d_loss[:, None]).to(ctx.dtypes[0]), head, *[None] * ctx.others
+
+
+linear_op.register_autograd(_backward, setup_context=_setup)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minidistill_kernels import backend, checks
-from minidistill_kernels.linear_op import METRICS, linear_op
+from minidistill_kernels.distill import METRICS, linear_op
 
 # Rows of Objective that do not apply outside the trainer's objective: no mask, no truncation.
 _OPEN = (2.0, 0.0, float("inf"))

@@ -87,6 +87,36 @@ class Gradient(NamedTuple):
         return Gradient(self.base * factor, scale, target, sparse)
 
 
+class DistillOutput(NamedTuple):
+    """Per-token results, each (N,) and fp32 unless said otherwise; only `loss` has a gradient.
+
+    Everything is 0 (False) on rows that are padding or not valid.
+    """
+
+    loss: Tensor
+    """The loss term; reduce it yourself."""
+    logp: Tensor
+    """log pi(y)"""
+    teacher_logp: Tensor
+    """log q(y). Scored by an engine's top k without `teacher_logp_N`: log q(y) where y is among
+    them, else the mass of the rest, an upper bound."""
+    kl: Tensor
+    """KL(pi || q): exact with `h_t_NH`, over k ids and the rest with an engine's top k,
+    log pi(y) - log q(y) with an engine's log q(y)."""
+    entropy: Tensor
+    """Entropy of the student, nats."""
+    teacher_entropy: Tensor | None
+    """Entropy of the teacher, nats; None without `h_t_NH`."""
+    ratio: Tensor
+    """rho = pi(y) / mu(y), before truncation; 1 without `sampler_logp_N`."""
+    masked: Tensor
+    """bool: rho outside [token_mask_low, token_mask_high]; the token's loss is 0."""
+    ratio_clipped: Tensor
+    """bool: rho above `ratio_clip_high`."""
+    kl_clipped: Tensor
+    """bool: the distillation term was bounded by `kl_clip`."""
+
+
 class Terms(NamedTuple):
     """The outputs for each token, (C,) fp32; flags are 0 or 1."""
 

@@ -16,7 +16,7 @@ from minidistill.engines.vllm.options import RANKS, SEQUENCES, cpu_cache
 from minidistill.engines.vllm.weights_send import CHUNK_BYTES as SYNC_BYTES
 from minidistill.placement.model_shape import Shape
 from minidistill.placement.teacher import Teaching
-from minidistill_kernels.linear_op import chunk_tokens
+from minidistill_kernels.distill import chunk_tokens
 
 Parts = dict[str, int]
 # Of a process on a GPU: CUDA's context, its libraries' workspaces. An assumption, not measured.

@@ -6,7 +6,7 @@ import torch
 from support.ops_cases import INTERPRETED, both, furthest, relative, same_outputs, states
 
 from minidistill_kernels import linear_distill, reference
-from minidistill_kernels.linear_op import linear_op
+from minidistill_kernels.distill import linear_op
 
 TAUS = {"adv_tau": 0.5, "teacher_tau": 1.0, "student_tau": 0.5}
 

@@ -13,7 +13,7 @@ from minidistill_kernels import (
     reverse_kl,
     selective_logprob,
 )
-from minidistill_kernels.linear_op import linear_op
+from minidistill_kernels.distill import linear_op
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,7 +5,7 @@ import torch
 from support.ops_cases import INTERPRETED, relative, states
 
 from minidistill_kernels import linear_distill, reference
-from minidistill_kernels.linear_op import linear_op
+from minidistill_kernels.distill import linear_op
 
 
 def gradients(case, *, own_head, dtype=torch.float32, valid=None, **options):
