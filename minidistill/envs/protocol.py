@@ -1,4 +1,8 @@
-"""What an environment is: tasks in two splits, and a score for a completion."""
+"""The interface of an environment: tasks in two splits, and a score for each completion.
+
+`minidistill/envs/example.py` is a complete environment in 20 lines, with the configuration that
+uses it. An environment need not live in this package: `id` takes any `module:function`.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,24 @@ from minidistill.types import Reward, Task
 
 
 class Environment(Protocol):
-    """Tasks and scoring.
+    """Tasks and their scoring.
 
-    `train` and `eval` are sequences of tasks; generating them lazily is welcome. A task's id is
-    unique within the environment. `score` may raise: that drops the one rollout. An environment
-    that sets `has_rewards = False` has no scores to speak of: none is trained on or shown.
+    An environment without a meaningful score sets `has_rewards = False`; its scores are then
+    neither trained on nor reported.
     """
 
-    train: Sequence[Task]
-    eval: Sequence[Task]
+    @property
+    def train(self) -> Sequence[Task]:
+        """Tasks to train on. The sequence may build them lazily; ids are unique."""
 
-    def score(self, task: Task, completion: str) -> Reward: ...
+    @property
+    def eval(self) -> Sequence[Task]:
+        """Held-out tasks, with ids that no training task has."""
+
+    def score(self, task: Task, completion: str) -> Reward:
+        """Score a completion. An exception drops this rollout from the step."""
 
 
 def has_rewards(environment: Environment) -> bool:
-    """Whether its scores mean anything: not where it says `has_rewards = False`."""
+    """Whether the environment's scores are meaningful, which is the default."""
     return bool(getattr(environment, "has_rewards", True))

@@ -21,11 +21,8 @@ BUILT_IN = {
 }
 
 
-Factory = Callable[..., "Environment"]
-
-
 def load_environments(configs: Iterable[EnvConfig], where: str) -> dict[str, Environment]:
-    """Environments by name, in the configuration's order."""
+    """The configured environments by name, in the configuration's order."""
     return {
         config.name: load_environment(config.id, config.args, f"{where}.{index}")
         for index, config in enumerate(configs)
@@ -33,58 +30,63 @@ def load_environments(configs: Iterable[EnvConfig], where: str) -> dict[str, Env
 
 
 def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "") -> Environment:
-    """Build an environment by a built-in id, an entry point's name, or a `module:function` path.
+    """Build the environment `id`: a built-in name, an entry point's name, or `module:function`.
 
-    Raises UserError for an unknown id, a path that does not import, or arguments it refuses.
+    Raises UserError, with `where` as its place, if there is no such environment, if it cannot be
+    imported, or if it does not take `args`.
     """
+    args = args or {}
     installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if id in BUILT_IN:
         factory = import_function(BUILT_IN[id], where)
     elif id in installed:
-        factory = _load(id, installed[id].load, where)
+        factory = _load_function(id, installed[id].load, where)
     elif ":" in id:
         factory = import_function(id, where)
     else:
-        known = ", ".join(sorted({*BUILT_IN, *installed}))
+        names = ", ".join(sorted({*BUILT_IN, *installed}))
         raise UserError(
             f"unknown environment {id!r}",
             where=where,
-            fix=f"use one of {known}, install a package with an entry point in the group "
+            fix=f"use one of {names}, install a package with an entry point in the group "
             f"{ENTRY_POINTS!r}, or write module:function",
         )
+    signature = inspect.signature(factory)
     try:
-        inspect.signature(factory).bind(**(args or {}))
+        signature.bind(**args)
     except TypeError as error:
         raise UserError(
             f"environment {id!r} does not take these args: {error}",
             where=where,
-            fix=f"its arguments are {inspect.signature(factory)}",
+            fix=f"its arguments are {signature}",
         ) from None
-    return factory(**(args or {}))
+    environment: Environment = factory(**args)
+    return environment
 
 
-def import_function(path: str, where: str, what: str = "environment") -> Callable[..., Any]:
-    """What `module:function` names, looked for in the current directory too.
+def import_function(path: str, where: str, kind: str = "environment") -> Callable[..., Any]:
+    """Import `module:function`. Modules in the current directory are found too.
 
-    Raises UserError, which calls it `what`, where it is none.
+    Raises UserError if that fails; its message calls the function a `kind`.
     """
     module, _, name = path.partition(":")
-    if (here := os.getcwd()) not in sys.path:  # as of a console script
-        sys.path.append(here)
-    return _load(path, lambda: getattr(import_module(module), name), where, what)
+    # a console script has its own folder on the path instead
+    if (current := os.getcwd()) not in sys.path:
+        sys.path.append(current)
+    return _load_function(path, lambda: getattr(import_module(module), name), where, kind)
 
 
-def _load(
-    path: str, load: Callable[[], Any], where: str, what: str = "environment"
+def _load_function(
+    path: str, load: Callable[[], Any], where: str, kind: str = "environment"
 ) -> Callable[..., Any]:
     try:
-        found = load()
-        if not callable(found):
-            raise TypeError(f"{found!r} is no function")
+        function = load()
+        if not callable(function):
+            raise TypeError(f"{function!r} is not callable")
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"cannot load the {what} {path!r}: {error}",
+            f"cannot load the {kind} {path!r}: {error}",
             where=where,
             fix="name an importable module and a function in it, as module:function",
         ) from error
-    return found
+    return function

@@ -1,4 +1,4 @@
-"""A file of prompts: its splits, its rewards, and what is said of one that cannot be used."""
+"""A file of prompts: its splits, its rewards, and the errors for what cannot be used."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(lines: list[Any], name: str = "prompts.jsonl") -> None:
-    """A file of these lines; what is no text yet is written as JSON."""
+    """Write a file of these lines; those that are not text are written as JSON."""
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     Path(name).write_text("\n".join(texts) + "\n", encoding="utf-8")
 
@@ -51,11 +51,11 @@ def load(lines: list[Any] | None = None, **args: Any) -> JsonlEnv:
     return env
 
 
-def prompts(count: int, **more: Any) -> list[dict[str, Any]]:
-    return [{"prompt": f"question {i}", **more} for i in range(count)]
+def prompts(count: int, **keys: Any) -> list[dict[str, Any]]:
+    return [{"prompt": f"question {i}", **keys} for i in range(count)]
 
 
-def shown(tasks: Any) -> set[str]:
+def last_messages(tasks: Any) -> set[str]:
     return {task.messages[-1]["content"] for task in tasks}
 
 
@@ -88,7 +88,9 @@ def test_a_line_becomes_a_task() -> None:
 def test_how_many_are_held_out(count: int, asked: int | None, held_out: int) -> None:
     env = load(prompts(count), num_eval_examples=asked)
     assert (len(env.train), len(env.eval)) == (count - held_out, held_out)
-    assert shown(env.train) | shown(env.eval) == {f"question {i}" for i in range(count)}
+    assert last_messages(env.train) | last_messages(env.eval) == {
+        f"question {i}" for i in range(count)
+    }
 
 
 def test_the_seed_decides_the_split_and_the_order_does_not() -> None:
@@ -97,15 +99,15 @@ def test_the_seed_decides_the_split_and_the_order_does_not() -> None:
     again = load(num_eval_examples=10)
     assert (again.train, again.eval) == (first.train, first.eval)
     for end in (lines[:10], lines[-10:]):
-        assert shown(first.eval) != {line["prompt"] for line in end}
+        assert last_messages(first.eval) != {line["prompt"] for line in end}
     shuffled = random.Random(0).sample(lines, len(lines))
-    assert shown(load(shuffled, num_eval_examples=10).eval) == shown(first.eval)
-    assert shown(load(num_eval_examples=10, seed=1).eval) != shown(first.eval)
+    assert last_messages(load(shuffled, num_eval_examples=10).eval) == last_messages(first.eval)
+    assert last_messages(load(num_eval_examples=10, seed=1).eval) != last_messages(first.eval)
     cut = load(num_eval_examples=10, num_train_examples=5)
     assert cut.eval == load(num_eval_examples=10).eval
     assert len(cut.train) == 5
-    assert shown(cut.train) < shown(first.train)
-    assert shown(load(num_train_examples=5, seed=1).train) != shown(cut.train)
+    assert last_messages(cut.train) < last_messages(first.train)
+    assert last_messages(load(num_train_examples=5, seed=1).train) != last_messages(cut.train)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -115,19 +117,19 @@ def test_equal_messages_stay_on_one_side(seed: int) -> None:
     env = load(lines, num_eval_examples=5, seed=seed)
     assert len(env.eval) in (4, 5)  # groups of three and of two do not always add up to five
     assert len(env.train) + len(env.eval) == 15
-    assert not shown(env.train) & shown(env.eval)
+    assert not last_messages(env.train) & last_messages(env.eval)
 
 
 def test_where_every_prompt_is_there_more_often_than_asked() -> None:
     env = load([*prompts(3), *prompts(3)], num_eval_examples=1)
     assert (len(env.train), len(env.eval)) == (4, 2)
-    assert not shown(env.train) & shown(env.eval)
+    assert not last_messages(env.train) & last_messages(env.eval)
 
 
 def test_a_file_of_held_out_prompts() -> None:
     write([{"prompt": "b"}, {"prompt": "c", "id": "own"}, {"prompt": "c"}], "held.jsonl")
     env = load(prompts(3), eval_path="held.jsonl")
-    assert shown(env.train) == {"question 0", "question 1", "question 2"}
+    assert last_messages(env.train) == {"question 0", "question 1", "question 2"}
     assert sorted(task.id for task in env.eval) == ["eval/1", "eval/3", "own"]
     assert len(load(eval_path="held.jsonl", num_eval_examples=2).eval) == 2
 
@@ -200,12 +202,12 @@ LINES: dict[str, tuple[Any, str]] = {
     "empty content": (chat({**USER, "content": ""}), "`messages[0].content` is empty"),
     "content in parts": (chat({**USER, "content": [1]}), "`messages[0].content` is [1], not text"),
     "an answer last": (
-        chat(USER, {"role": "assistant", "content": "y"}), "does not end with a user's message",
+        chat(USER, {"role": "assistant", "content": "y"}), "does not end with a user message",
     ),
     "a number as answer": ({"prompt": "b", "answer": 12}, "`answer` is 12, not text"),
     "an empty answer": ({"prompt": "b", "answer": ""}, "`answer` is empty"),
     "an id of another type": ({"prompt": "b", "id": True}, "`id` is true, not text"),
-    "a second id": ({"prompt": "b", "id": "1"}, "the id '1' is that of prompts.jsonl:1 too"),
+    "a second id": ({"prompt": "b", "id": "1"}, "the id '1' is already used at prompts.jsonl:1"),
 }  # fmt: skip
 
 
@@ -276,6 +278,6 @@ def test_a_reward_that_cannot_be_given() -> None:
     assert refusal([GOOD], reward="exact", eval_path="held.jsonl").where == "held.jsonl:1"
     error = refusal([GOOD, {"prompt": "b", "answer": "a(b"}], reward="regex")
     assert error.where == "prompts.jsonl:2"
-    assert "'a(b' is no regular expression: missing )" in error.what
+    assert "'a(b' is not a valid regular expression: missing )" in error.what
     for path in ("own_rewards:absent", "no_such_module:f", "own_rewards:NUMBER", "own_rewards:"):
         assert f"cannot load the reward {path!r}" in refusal(prompts(2), reward=path).what

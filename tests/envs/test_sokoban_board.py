@@ -1,16 +1,14 @@
-"""Boards and solver against a second Sokoban, played on the characters of the board's text."""
+"""Boards and solver against an independent Sokoban that plays on the text of a board."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.sokoban import STEPS, brute_force, replay, shove, symmetric
 
-from minidistill.envs.sokoban import solver
-from minidistill.envs.sokoban.board import MOVES, RG, XSB, Board
+from minidistill.envs.sokoban.board import RG, XSB, Board
 from minidistill.envs.sokoban.levels import Difficulty, LevelSet
-from minidistill.envs.sokoban.solver import UNREACHABLE, push_distances, solve
+from minidistill.envs.sokoban.solver import UNREACHABLE, a_star, push_distances, solve
 
-STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
-LEAVE = {"@": " ", "+": ".", "$": " ", "*": "."}
 EMOJI = dict(zip(XSB, "🧱🙂😎📦🎁🎯⬜", strict=True))
 FEW = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -21,66 +19,6 @@ FOUR_BOXES = """\
 #  $ #
 #.$ .#
 ######"""
-
-
-def shove(text: str, move: str) -> str | None:
-    """The board's text after a move, None where it cannot be made."""
-    grid = [list(row) for row in text.split("\n")]
-    y, x = next((y, x) for y, row in enumerate(grid) for x, c in enumerate(row) if c in "@+")
-    dy, dx = STEPS[move]
-    ahead = grid[y + dy][x + dx]
-    if ahead == "#":
-        return None
-    if ahead in "$*":
-        beyond = grid[y + 2 * dy][x + 2 * dx]
-        if beyond not in " .":
-            return None
-        grid[y + 2 * dy][x + 2 * dx] = "*" if beyond == "." else "$"
-    grid[y + dy][x + dx] = "+" if ahead in ".*" else "@"
-    grid[y][x] = LEAVE[grid[y][x]]
-    return "\n".join(map("".join, grid))
-
-
-def replay(text: str, moves: str) -> list[str]:
-    """Every board on the way; fails at an illegal move."""
-    boards = [text]
-    for move in moves:
-        after = shove(boards[-1], move)
-        assert after is not None
-        boards.append(after)
-    return boards
-
-
-def brute_force(text: str) -> str | None:
-    """Of the shortest solutions the first in the order U, D, L, R."""
-    if "$" not in text:
-        return ""
-    layer: dict[str, tuple[int, ...]] = {text: ()}
-    seen = {text}
-    while layer:
-        following: dict[str, tuple[int, ...]] = {}
-        for board, path in layer.items():
-            for index, move in enumerate(MOVES):
-                after = shove(board, move)
-                if after is not None and after not in seen:
-                    longer = (*path, index)
-                    following[after] = min(following.get(after, longer), longer)
-        if done := [path for board, path in following.items() if "$" not in board]:
-            return "".join(MOVES[i] for i in min(done))
-        seen |= following.keys()
-        layer = following
-    return None
-
-
-def symmetric(text: str) -> set[str]:
-    """A board's text turned and mirrored in all eight ways."""
-    rows = text.split("\n")
-    forms = set()
-    for flipped in (rows, rows[::-1]):
-        for mirrored in (flipped, [row[::-1] for row in flipped]):
-            forms.add("\n".join(mirrored))
-            forms.add("\n".join("".join(column) for column in zip(*mirrored, strict=True)))
-    return forms
 
 
 @st.composite
@@ -201,14 +139,14 @@ def test_solutions_are_the_first_of_the_shortest(text: str) -> None:
 def test_a_star_is_as_short(text: str) -> None:
     board, expected = Board.parse(text), brute_force(text)
     distance = push_distances(board)
-    found = solver._a_star(board, distance, 10**6, 10**6)
+    found = a_star(board, distance, 10**6, 10**6)
     if expected is None or found is None:
         assert found is expected
         return
     assert len(found) == len(expected)
     assert "$" not in replay(text, found)[-1]
     if found:
-        assert solver._a_star(board, distance, len(found) - 1, 10**6) is None
+        assert a_star(board, distance, len(found) - 1, 10**6) is None
 
 
 def test_ties_go_to_the_first_move() -> None:
@@ -220,7 +158,7 @@ def test_a_star_is_as_short_on_levels_of_many_moves() -> None:
     levels = LevelSet(Difficulty(6, 7, 6, 7, 2, 3, min_moves=12), 0, "train", 25)
     for level in (levels[i] for i in range(25)):
         board = Board.parse(level.board)
-        found = solver._a_star(board, push_distances(board), 10**6, 10**6)
+        found = a_star(board, push_distances(board), 10**6, 10**6)
         assert found is not None
         assert len(found) == len(level.solution)
         assert "$" not in replay(level.board, found)[-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_sokoban_board import brute_force, replay, symmetric
+from support.sokoban import brute_force, replay, symmetric
 
 from minidistill.envs.sokoban import levels as module
 from minidistill.envs.sokoban.levels import Difficulty, Level, LevelSet
@@ -173,7 +173,7 @@ def test_more_levels_than_there_are(difficulty: Difficulty) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that every generation is slow enough for; the one file in it."""
+    """The path of the one cache file; every generation counts as slow enough to be cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(module, "SLOW_SECONDS", 0.0)
     path = LevelSet(SMALL, 0, "train", 1).cache_path
@@ -205,7 +205,7 @@ def test_fast_levels_are_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def changed(**values: object) -> bytes:
-    """A kept file whose second level was tampered with."""
+    """A cache file whose second level was changed."""
     lines = [{"board": v.board, "solution": v.solution, "key": v.key} for v in take(3)]
     lines[1] |= values  # type: ignore[arg-type]
     return "\n".join(map(json.dumps, lines)).encode()

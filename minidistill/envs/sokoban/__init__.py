@@ -1,4 +1,4 @@
-"""Sokoban: generator, solver, parser and rewards."""
+"""Sokoban: level generator, solver, prompts, and scoring of answers."""
 
 from minidistill.envs.sokoban.env import SokobanEnv, load
 

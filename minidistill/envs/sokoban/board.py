@@ -1,8 +1,8 @@
 """Sokoban boards: symbols, moves, symmetry.
 
-A board is its rows in XSB notation: `#` wall, `@` player, `+` player on goal, `$` box, `*` box on
-goal, `.` goal, space floor. Cells are numbered row by row; sets of cells are bit masks, so a state
-of the game is two integers.
+As text, a board is its rows in XSB notation: `#` wall, `@` player, `+` player on goal, `$` box, `*`
+box on goal, `.` goal, space floor. In memory, cells are numbered row by row and a set of cells is a
+bit mask, so a state of the game is two integers: the boxes and the player's cell.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ RG = dict(zip(KINDS, "+*%@$X-", strict=True))
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """The fixed part of a level (walls, goals) and its starting state.
-
-    `walls`, `goals`, `boxes` are bit masks over the `width * height` cells; `player` is a cell.
-    """
+    """A state of a level. `walls`, `goals` and `boxes` are bit masks over the `width * height`
+    cells; `player` is a cell."""
 
     width: int
     height: int
@@ -36,7 +34,7 @@ class Board:
 
     @classmethod
     def parse(cls, text: str) -> Board:
-        """Read XSB rows. Raises ValueError unless they hold one player and a goal for each box."""
+        """Parse XSB rows. Raises ValueError unless there are one player and a goal for each box."""
         rows = text.strip("\n").split("\n")
         width = max(map(len, rows))
         walls = goals = boxes = 0
@@ -58,7 +56,7 @@ class Board:
         return cls(width, len(rows), walls, goals, boxes, players[0])
 
     def kind(self, cell: int) -> str:
-        """The name of what stands on a cell, a key of `XSB`."""
+        """What is on a cell: one of `KINDS`."""
         bit = 1 << cell
         on_goal = "_on_goal" if self.goals & bit else ""
         if self.walls & bit:
@@ -70,7 +68,7 @@ class Board:
         return "goal" if on_goal else "floor"
 
     def render(self, symbols: dict[str, str] = XSB, separator: str = "") -> str:
-        """The board as text, a line a row."""
+        """The board as text, one line per row."""
         chars = [symbols[self.kind(c)] for c in range(self.width * self.height)]
         rows = (chars[i : i + self.width] for i in range(0, len(chars), self.width))
         return "\n".join(separator.join(row) for row in rows)
@@ -80,7 +78,7 @@ class Board:
         return self.boxes == self.goals
 
     def step(self, move: str) -> Board | None:
-        """The board after one of "UDLR", or None where a wall or a blocked box is in the way."""
+        """The board after one of "UDLR", or None if a wall or a blocked box is in the way."""
         offset = self.offsets[MOVES.index(move)]
         target = self.player + offset
         bit = 1 << target
@@ -95,7 +93,7 @@ class Board:
         return Board(self.width, self.height, self.walls, self.goals, boxes, target)
 
     def key(self) -> int:
-        """A 64-bit hash that a level shares with its rotations and mirror images."""
+        """A 64-bit hash, equal for rotations and mirror images of a board."""
         rows = self.render().split("\n")
         forms = []
         for _ in range(4):

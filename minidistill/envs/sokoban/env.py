@@ -1,4 +1,4 @@
-"""`sokoban-env`: seeded levels, prompts and rewards."""
+"""The environment `sokoban-env`: its arguments, tasks and rewards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = {"solved": 1.0, "boxes_on_goal": 0.0, "format": 0.0, "length_vs_optima
 
 @dataclass(frozen=True, slots=True)
 class Tasks(Sequence[Task]):
-    """A split's levels as tasks, built when asked for."""
+    """The tasks of a split, built from its levels on access."""
 
     env: SokobanEnv
     split: str
@@ -42,7 +42,7 @@ class Tasks(Sequence[Task]):
 
 
 class SokobanEnv:
-    """Single-turn Sokoban: the prompt shows a level, the answer is the whole move list."""
+    """Single-turn Sokoban: the prompt shows a level, and the answer is the whole list of moves."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class SokobanEnv:
         return ({"role": "user", "content": content},)
 
     def score(self, task: Task, completion: str) -> Reward:
-        """Play the answer. An illegal move is counted and does nothing; the last state decides."""
+        """Play the answer and score the final board. Illegal moves are counted but not made."""
         level: Level = task.answer
         board = Board.parse(level.board)
         moves = parse_moves(completion, self.tagged)
@@ -77,7 +77,7 @@ class SokobanEnv:
             illegal += after is None
             board = after or board
         on_goal = (board.boxes & board.goals).bit_count() / board.goals.bit_count()
-        # 1 for a shortest solution, less the longer it is, 0 where the level is not solved
+        # 1 for a shortest solution, less for a longer one, 0 if the level is not solved
         shortness = len(level.solution) / len(moves) if moves and board.solved else 0.0
         parts = {
             "solved": float(moves is not None and board.solved),
@@ -95,7 +95,7 @@ class SokobanEnv:
 
 
 def _deadlocked(board: Board) -> bool:
-    """Whether some box stands where no goal can be reached any more."""
+    """Whether a box is on a cell from which it can reach no goal."""
     distance = push_distances(board)
     return any(board.boxes >> c & 1 and d >= UNREACHABLE for c, d in enumerate(distance))
 
@@ -121,11 +121,13 @@ def load(
     answer: Literal["tag", "bare"] = "tag",
     weights: dict[str, float] | None = None,
 ) -> SokobanEnv:
-    """Sizes count the outer walls; `max_depth` and `max_moves` bound the shortest solution.
+    """An environment of generated levels.
 
-    `symbols`: "xsb", "rg" (cells separated by spaces) or a table with the keys wall, player,
-    player_on_goal, box, box_on_goal, goal, floor. `weights` of the reward's parts: solved,
-    boxes_on_goal, format, length_vs_optimal. Raises UserError for values it cannot use.
+    Sizes include the outer walls. `max_depth` and `max_moves` bound the shortest solution.
+    `symbols` is "xsb", "rg" (cells separated by spaces), or a table with the keys wall, player,
+    player_on_goal, box, box_on_goal, goal, floor. `weights` has the weight of each part of the
+    reward: solved, boxes_on_goal, format, length_vs_optimal. Raises UserError for values it cannot
+    use.
     """
     _require(rules in ("prompt", "omit"), "rules", rules, 'use "prompt" or "omit"')
     _require(answer in ("tag", "bare"), "answer", answer, 'use "tag" or "bare"')
@@ -136,40 +138,50 @@ def load(
         _require(isinstance(count, int) and count > 0, name, count, "use a whole number above 0")
     _require(isinstance(seed, int), "seed", seed, "use a whole number")
     difficulty = Difficulty(
-        min_w, max_w, min_h, max_h, min_boxes, max_boxes, max_depth,
-        min_moves, max_moves, min_pushes, max_pushes, min_boxes_off_goal,
-    )  # fmt: skip
+        min_w=min_w,
+        max_w=max_w,
+        min_h=min_h,
+        max_h=max_h,
+        min_boxes=min_boxes,
+        max_boxes=max_boxes,
+        max_depth=max_depth,
+        min_moves=min_moves,
+        max_moves=max_moves,
+        min_pushes=min_pushes,
+        max_pushes=max_pushes,
+        min_boxes_off_goal=min_boxes_off_goal,
+    )
     return SokobanEnv(
         difficulty,
         num_train_examples,
         num_eval_examples,
         seed,
-        _symbols(symbols),
-        " " if symbols == "rg" else "",
-        rules == "prompt",
-        answer == "tag",
-        _weights(weights),
+        symbols=_symbol_table(symbols),
+        separator=" " if symbols == "rg" else "",
+        rules=rules == "prompt",
+        tagged=answer == "tag",
+        weights=_reward_weights(weights),
     )
 
 
-def _symbols(given: object) -> dict[str, str]:
-    table = {"xsb": XSB, "rg": RG}.get(given) if isinstance(given, str) else given
-    fix = f'use "xsb", "rg" or a table of {", ".join(KINDS)}, none the beginning of another'
+def _symbol_table(symbols: object) -> dict[str, str]:
+    table = {"xsb": XSB, "rg": RG}.get(symbols) if isinstance(symbols, str) else symbols
+    fix = f'use "xsb", "rg" or a table of {", ".join(KINDS)}; no symbol may begin another'
     if not isinstance(table, dict) or set(table) != set(KINDS):
-        raise _refusal("symbols", given, fix)
+        raise _refusal("symbols", symbols, fix)
     chars = list(table.values())
-    _require(all(isinstance(c, str) and "\n" not in c for c in chars), "symbols", given, fix)
-    _require(not any(a.startswith(b) for a, b in permutations(chars, 2)), "symbols", given, fix)
+    _require(all(isinstance(c, str) and "\n" not in c for c in chars), "symbols", symbols, fix)
+    _require(not any(a.startswith(b) for a, b in permutations(chars, 2)), "symbols", symbols, fix)
     return {kind: table[kind] for kind in KINDS}
 
 
-def _weights(given: object) -> dict[str, float]:
-    table = {} if given is None else given
+def _reward_weights(weights: object) -> dict[str, float]:
+    table = {} if weights is None else weights
     fix = f"use a table of numbers; the parts are {', '.join(WEIGHTS)}"
     if not isinstance(table, dict) or not set(table) <= set(WEIGHTS):
-        raise _refusal("weights", given, fix)
+        raise _refusal("weights", weights, fix)
     numbers = all(isinstance(w, int | float) and math.isfinite(w) for w in table.values())
-    _require(numbers, "weights", given, fix)
+    _require(numbers, "weights", weights, fix)
     return {**WEIGHTS, **table}
 
 

@@ -1,7 +1,8 @@
 """Seeded levels of bounded difficulty, in two splits that never share a level.
 
-A level's split is read off its symmetry-free hash, so that no train level equals an eval level
-(turned or mirrored) whatever the seeds and counts. Each split is also free of duplicates.
+The split of a level is a function of its hash, which is the same for its rotations and mirror
+images. So no train level equals an eval level, even rotated or mirrored, whatever the seeds and
+counts. Within a split there are no duplicates either.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from minidistill.envs.sokoban.solver import UNREACHABLE, push_distances, solve
 from minidistill.errors import UserError
 
 EVAL_SHARE = 4  # one hash in four belongs to the eval split
-ATTEMPTS = 20_000  # rejected rooms before the settings are called impossible
-SEARCH_STATES = 100_000  # a room that takes a longer search is passed over
-SLOW_SECONDS = 2.0  # generation that took longer than this is kept on disk
+ATTEMPTS = 20_000  # random rooms to try for one level before giving up
+SEARCH_STATES = 100_000  # a room whose solution needs a longer search is rejected
+SLOW_SECONDS = 2.0  # levels that took longer than this to generate are cached on disk
 
 
 def _refusal(what: str, fix: str) -> UserError:
@@ -32,7 +33,7 @@ def _refusal(what: str, fix: str) -> UserError:
 
 @dataclass(frozen=True, slots=True)
 class Difficulty:
-    """Bounds of a level. Sizes count the outer walls; `max_depth` caps the solution's moves."""
+    """Bounds of a level. Sizes include the outer walls; `max_depth` caps the solution's moves."""
 
     min_w: int = 6
     max_w: int = 6
@@ -66,7 +67,7 @@ class Difficulty:
                 "and at most 4096 cells",
                 "raise min_w, min_h or min_boxes, or lower max_w or max_h",
             )
-        # an empty answer would solve a level with no box to move
+        # with no box off its goal, an empty answer would solve the level
         if not 1 <= self.min_boxes_off_goal <= self.max_boxes:
             raise _refusal(
                 f"min_boxes_off_goal = {self.min_boxes_off_goal} cannot be met",
@@ -88,9 +89,9 @@ class Level:
 
 
 def generate(difficulty: Difficulty, seed: int, split: str, index: int, taken: set[int]) -> Level:
-    """The level of one (seed, split, index), unlike all in `taken`.
+    """The level of (seed, split, index). Its key is not in `taken`.
 
-    Raises UserError when the difficulty leaves no level to find.
+    Raises UserError if no level within the difficulty is found.
     """
     rng = random.Random(f"{seed}/{split}/{index}")
     for _ in range(ATTEMPTS):
@@ -110,7 +111,7 @@ def generate(difficulty: Difficulty, seed: int, split: str, index: int, taken: s
 
 
 def _room(difficulty: Difficulty, rng: random.Random) -> Board | None:
-    """A connected room with boxes, goals and a player; None where they do not fit."""
+    """A random connected room with boxes, goals and a player; None if they do not fit."""
     width = rng.randint(difficulty.min_w, difficulty.max_w)
     height = rng.randint(difficulty.min_h, difficulty.max_h)
     count = rng.randint(difficulty.min_boxes, difficulty.max_boxes)
@@ -125,7 +126,7 @@ def _room(difficulty: Difficulty, rng: random.Random) -> Board | None:
     goals = rng.sample(cells, count)
     empty = Board(width, height, walls, sum(1 << c for c in goals), 0, cells[0])
     distance = push_distances(empty)
-    live = [c for c in cells if distance[c] < UNREACHABLE]
+    live = [c for c in cells if distance[c] < UNREACHABLE]  # a box can reach a goal from here
     if len(live) < count:
         return None
     boxes = rng.sample(live, count)
@@ -137,37 +138,37 @@ def _room(difficulty: Difficulty, rng: random.Random) -> Board | None:
 
 def _largest_component(floor: set[int], width: int) -> set[int]:
     best: set[int] = set()
-    left = set(floor)
-    while left:
-        stack = [left.pop()]
+    unvisited = set(floor)
+    while unvisited:
+        stack = [unvisited.pop()]
         component = set(stack)
         while stack:
             cell = stack.pop()
-            for near in (cell - width, cell + width, cell - 1, cell + 1):
-                if near in left:
-                    left.discard(near)
-                    component.add(near)
-                    stack.append(near)
-        # the smallest cell breaks ties: a set's own order must not decide what a seed means
+            for neighbor in (cell - width, cell + width, cell - 1, cell + 1):
+                if neighbor in unvisited:
+                    unvisited.discard(neighbor)
+                    component.add(neighbor)
+                    stack.append(neighbor)
+        # ties go to the smallest cell, so that the result does not depend on a set's order
         if (len(component), -min(component)) > (len(best), -min(best, default=0)):
             best = component
     return best
 
 
 def _fits(difficulty: Difficulty, board: Board, solution: str) -> bool:
-    pushes, most = 0, difficulty.max_pushes
+    pushes, max_pushes = 0, difficulty.max_pushes
     for move in solution:
         after = board.step(move)
         assert after is not None, "the solver made an illegal move"
         pushes += after.boxes != board.boxes
         board = after
     return len(solution) >= difficulty.min_moves and (
-        difficulty.min_pushes <= pushes <= (pushes if most is None else most)
+        difficulty.min_pushes <= pushes <= (pushes if max_pushes is None else max_pushes)
     )
 
 
 class LevelSet:
-    """A split's levels in order, generated when first asked for, kept on disk if that was slow."""
+    """The levels of a split, generated on first access and cached on disk if that was slow."""
 
     def __init__(self, difficulty: Difficulty, seed: int, split: str, count: int) -> None:
         self.difficulty, self.seed, self.split, self.count = difficulty, seed, split, count
@@ -184,12 +185,12 @@ class LevelSet:
         if not 0 <= index < self.count:
             raise IndexError(index)
         began = time.perf_counter()
-        known = len(self._levels)
+        before = len(self._levels)
         while len(self._levels) <= index:
             position = len(self._levels)
             self._add(generate(self.difficulty, self.seed, self.split, position, self._taken))
         self._seconds += time.perf_counter() - began
-        if self._seconds > SLOW_SECONDS and len(self._levels) > known:
+        if self._seconds > SLOW_SECONDS and len(self._levels) > before:
             self._write_cache()
             self._seconds = 0.0
         return self._levels[index]
@@ -208,13 +209,13 @@ class LevelSet:
         try:
             lines = self.cache_path.read_text().splitlines()[: self.count]
             levels = [Level(**json.loads(line)) for line in lines]
-            return levels if all(map(_sound, levels)) else []
+            return levels if all(map(_is_valid, levels)) else []
         except (OSError, ValueError, TypeError, AttributeError, RuntimeError):
-            return []  # no cache, or a damaged one: generate
+            return []  # no cache, or a damaged one: generate the levels
 
     def _write_cache(self) -> None:
         lines = "".join(json.dumps(dataclasses.asdict(v)) + "\n" for v in self._levels)
-        # a cache that cannot be written costs time, not the run
+        # without a cache the next run is slower, so a failed write is not an error
         with contextlib.suppress(OSError, RuntimeError):
             path = self.cache_path
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,8 +224,8 @@ class LevelSet:
                 os.replace(Path(aside) / path.name, path)
 
 
-def _sound(level: Level) -> bool:
-    """Whether a level read from disk is what was written: its hash is right, its answer solves."""
+def _is_valid(level: Level) -> bool:
+    """Whether a level read from disk is intact: its hash matches, and its solution solves it."""
     board = Board.parse(level.board)
     if board.key() != level.key:
         return False

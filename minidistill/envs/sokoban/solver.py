@@ -1,4 +1,4 @@
-"""Move-optimal Sokoban solutions: breadth-first up to three boxes, A* beyond."""
+"""Move-optimal Sokoban solutions: breadth-first search up to three boxes, A* for more."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ UNREACHABLE = 10**6
 
 
 def push_distances(board: Board) -> list[int]:
-    """For every cell the fewest pushes that bring a lone box from it to its nearest goal.
+    """For each cell, the fewest pushes from it to a goal for a lone box, wherever the player is.
 
-    Found by pulling a box backwards from the goals; `UNREACHABLE` marks the dead squares.
+    Computed by pulling a box away from the goals. Dead squares have `UNREACHABLE`.
     """
     distance = [UNREACHABLE] * (board.width * board.height)
     queue = deque(c for c in range(len(distance)) if board.goals >> c & 1)
@@ -25,7 +25,7 @@ def push_distances(board: Board) -> list[int]:
             source, player = cell + offset, cell + 2 * offset
             if board.walls >> source & 1 or distance[source] != UNREACHABLE:
                 continue
-            # `source` is no wall, so it lies inside the border and `player` is still a cell
+            # `source` is not a wall, so it is inside the border and `player` is on the board
             if not board.walls >> player & 1:
                 distance[source] = distance[cell] + 1
                 queue.append(source)
@@ -33,10 +33,10 @@ def push_distances(board: Board) -> list[int]:
 
 
 def solve(board: Board, max_moves: int = 10**6, max_states: int = 2_000_000) -> str | None:
-    """The shortest solution as a string over "UDLR", or None if there is none within the limits.
+    """A shortest solution as a string over "UDLR", or None if there is none within the limits.
 
-    Among the shortest ones of up to three boxes it is the first in the order U, D, L, R, so that a
-    level has one answer. `max_states` bounds the states looked at.
+    With up to three boxes it is the first of the shortest solutions in the order U, D, L, R, so a
+    level has one answer. `max_states` bounds the number of states that are searched.
     """
     if board.solved:
         return ""
@@ -45,29 +45,29 @@ def solve(board: Board, max_moves: int = 10**6, max_states: int = 2_000_000) -> 
     if sum(distance[c] for c in cells) >= UNREACHABLE:
         return None
     if len(cells) <= 3:
-        return _breadth_first(board, distance, max_moves, max_states)
-    return _a_star(board, distance, max_moves, max_states)
+        return breadth_first(board, distance, max_moves, max_states)
+    return a_star(board, distance, max_moves, max_states)
 
 
-def _neighbours(
+def _neighbors(
     board: Board, distance: list[int], player: int, boxes: int
 ) -> list[tuple[int, int, int, int]]:
-    """(move index, player, boxes, change of the boxes' distance) for each legal, live move."""
-    found = []
+    """(move, player, boxes, change of distance) of each legal move but pushes into dead squares."""
+    neighbors = []
     for index, offset in enumerate(board.offsets):
         target = player + offset
         bit = 1 << target
         if board.walls & bit:
             continue
         if not boxes & bit:
-            found.append((index, target, boxes, 0))
+            neighbors.append((index, target, boxes, 0))
             continue
         behind = target + offset
         if (board.walls | boxes) >> behind & 1 or distance[behind] >= UNREACHABLE:
             continue
         moved = boxes ^ (bit | 1 << behind)
-        found.append((index, target, moved, distance[behind] - distance[target]))
-    return found
+        neighbors.append((index, target, moved, distance[behind] - distance[target]))
+    return neighbors
 
 
 Parents = dict[tuple[int, int], tuple[tuple[int, int], int] | None]
@@ -81,31 +81,31 @@ def _path(parents: Parents, state: tuple[int, int]) -> str:
     return "".join(reversed(moves))
 
 
-def _breadth_first(
+def breadth_first(
     board: Board, distance: list[int], max_moves: int, max_states: int
 ) -> str | None:
     start = (board.player, board.boxes)
     parents: Parents = {start: None}
-    layer = [start]
+    frontier = [start]
     for _ in range(max_moves):
-        following = []
-        for state in layer:
-            for index, player, boxes, _ in _neighbours(board, distance, *state):
+        next_frontier = []
+        for state in frontier:
+            for index, player, boxes, _ in _neighbors(board, distance, *state):
                 reached = (player, boxes)
                 if reached in parents:
                     continue
                 parents[reached] = (state, index)
                 if boxes == board.goals:
                     return _path(parents, reached)
-                following.append(reached)
-        if not following or len(parents) > max_states:
+                next_frontier.append(reached)
+        if not next_frontier or len(parents) > max_states:
             return None
-        layer = following
+        frontier = next_frontier
     return None
 
 
-def _a_star(board: Board, distance: list[int], max_moves: int, max_states: int) -> str | None:
-    """A* on moves; the boxes' push distances never overestimate and change by one push at most."""
+def a_star(board: Board, distance: list[int], max_moves: int, max_states: int) -> str | None:
+    """A* on moves. The heuristic, the boxes' push distances, is admissible and consistent."""
     start = (board.player, board.boxes)
     estimate = sum(distance[c] for c in range(len(distance)) if board.boxes >> c & 1)
     parents: Parents = {start: None}
@@ -120,11 +120,11 @@ def _a_star(board: Board, distance: list[int], max_moves: int, max_states: int) 
         if state[1] == board.goals:
             return _path(parents, state)
         moves = cost[state] + 1
-        for index, player, boxes, change in _neighbours(board, distance, *state):
+        for index, player, boxes, change in _neighbors(board, distance, *state):
             reached = (player, boxes)
-            left = remaining + change
-            if moves + left <= max_moves and moves < cost.get(reached, UNREACHABLE):
+            estimate = remaining + change
+            if moves + estimate <= max_moves and moves < cost.get(reached, UNREACHABLE):
                 cost[reached] = moves
                 parents[reached] = (state, index)
-                heapq.heappush(heap, (moves + left, -moves, reached, left))
+                heapq.heappush(heap, (moves + estimate, -moves, reached, estimate))
     return None

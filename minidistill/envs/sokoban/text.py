@@ -1,4 +1,4 @@
-"""What a Sokoban prompt says, and how an answer is read."""
+"""The text of a Sokoban prompt, and the parsing of an answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOKEN = re.compile(
 
 
 def prompt_text(board: str, symbols: dict[str, str], rules: bool, tagged: bool) -> str:
-    """The user message for a rendered board."""
+    """The user message of a rendered board."""
     task = f"{TASK} {TAGGED if tagged else BARE}"
     if rules:
         legend = ", ".join(
@@ -35,17 +35,17 @@ def prompt_text(board: str, symbols: dict[str, str], rules: bool, tagged: bool) 
 
 
 def parse_moves(completion: str, tagged: bool) -> str | None:
-    """The moves of an answer over "UDLR", or None where there is no well-formed answer.
+    """The moves of an answer over "UDLR", or None if there is no well-formed answer.
 
-    The last `<answer>…</answer>` counts. Inside are letters in either case, or the words up, down,
-    left, right, with separators; anything else (prose) is no answer. Without tags the whole
-    completion is the answer, read by the same rule, and only if the prompt asked for that.
+    The answer is the last `<answer>…</answer>`, or the whole completion if `tagged` is off. It may
+    have the letters in either case, the words up, down, left, right, and separators. Anything else
+    makes it malformed.
     """
     if tagged:
-        found = _ANSWER.findall(completion)
-        if not found:
+        answers = _ANSWER.findall(completion)
+        if not answers:
             return None
-        text = found[-1]
+        text = answers[-1]
     else:
         text = completion
     moves: list[str] = []

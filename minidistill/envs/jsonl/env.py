@@ -1,0 +1,170 @@
+"""The environment of a file of prompts: its splits and its rewards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minidistill.envs.jsonl.lines import Line, is_int, read_lines, refusal
+from minidistill.envs.registry import import_function
+from minidistill.errors import UserError
+from minidistill.types import Reward, Task
+
+EVAL_SHARE = 10  # by default, one task in ten is held out
+
+ScoringFunction = Callable[[Line, str], Reward]
+
+
+@dataclass(frozen=True, slots=True)
+class JsonlEnv:
+    """Prompts in two splits. Without a scoring function, it has no rewards."""
+
+    train: Sequence[Line]
+    eval: Sequence[Line]
+    scoring: ScoringFunction | None
+
+    @property
+    def has_rewards(self) -> bool:
+        return self.scoring is not None
+
+    def score(self, task: Task, completion: str) -> Reward:
+        """The completion's reward, 0 without a scoring function."""
+        if self.scoring is None:
+            return Reward(0.0)
+        assert isinstance(task, Line)
+        return self.scoring(task, completion)
+
+
+def load(
+    path: str,
+    eval_path: str | None = None,
+    reward: str | None = None,
+    num_train_examples: int | None = None,
+    num_eval_examples: int | None = None,
+    seed: int = 0,
+) -> JsonlEnv:
+    """An environment from `path`, a file with one JSON object per line.
+
+    Held-out tasks come from `eval_path`, or else `num_eval_examples` of `path` are held out (by
+    default a tenth, at least one). Both numbers are upper bounds, and `seed` decides which tasks
+    are kept, whatever their order in the file. Tasks with the same messages stay in one split; if
+    every such group is too large, one whole group is held out. `reward` is "exact", "regex",
+    "module:function" or "none". Raises UserError for a file or an argument it cannot use.
+    """
+    counts = {"num_train_examples": num_train_examples, "num_eval_examples": num_eval_examples}
+    for name, count in counts.items():
+        if count is not None and (not is_int(count) or count < 1):
+            raise refusal(name, count, "use a whole number above 0")
+    if not is_int(seed):
+        raise refusal("seed", seed, "use a whole number")
+    places: dict[str, str] = {}
+    lines = read_lines("path", path, places)
+    eval_lines: list[Line] = []
+    if eval_path is not None:
+        eval_lines = read_lines("eval_path", eval_path, places, prefix="eval/")
+        _refuse_shared_prompts(lines, eval_lines)
+    scoring = _scoring_function(reward, [*lines, *eval_lines])
+    train, held_out = _shuffled(lines, seed), _shuffled(eval_lines, seed)[:num_eval_examples]
+    if eval_path is None:
+        train, held_out = _split(train, num_eval_examples, path)
+    return JsonlEnv(train[:num_train_examples], held_out, scoring)
+
+
+# -- splitting ---------------------------------------------------------------------------------
+
+
+def _shuffled(lines: Sequence[Line], seed: int) -> list[Line]:
+    """In an order that depends on the seed and the messages, not on the file."""
+    return sorted(
+        lines, key=lambda line: hashlib.blake2b(f"{seed}/{_prompt_key(line)}".encode()).digest()
+    )
+
+
+def _prompt_key(task: Line) -> str:
+    """Equal for tasks with the same messages."""
+    return json.dumps([[m["role"], m["content"]] for m in task.messages])
+
+
+def _split(lines: Sequence[Line], count: int | None, path: str) -> tuple[list[Line], list[Line]]:
+    """Training and held-out tasks. At most `count` are held out; groups of equal messages stay
+    together."""
+    limit = max(1, len(lines) // EVAL_SHARE) if count is None else count
+    groups: dict[str, list[Line]] = {}
+    for task in lines:
+        groups.setdefault(_prompt_key(task), []).append(task)
+    held_out: list[Line] = []
+    for group in groups.values():
+        if len(held_out) + len(group) <= limit:
+            held_out += group
+    # if every group is larger than the limit, hold out the smallest
+    held_out = held_out or min(groups.values(), key=len)
+    held_out_ids = {task.id for task in held_out}
+    train = [task for task in lines if task.id not in held_out_ids]
+    if not train:
+        raise UserError(
+            f"jsonl: holding out {len(held_out)} of {len(lines)} tasks ({len(groups)} different "
+            "prompts) leaves none to train on",
+            where=path,
+            fix="add prompts, lower num_eval_examples, or put held-out prompts into a file of "
+            "their own and set eval_path",
+        )
+    return train, held_out
+
+
+def _refuse_shared_prompts(train: Sequence[Line], held_out: Sequence[Line]) -> None:
+    train_places = {_prompt_key(task): task.place for task in reversed(train)}
+    for task in held_out:
+        if (place := train_places.get(_prompt_key(task))) is not None:
+            raise UserError(
+                f"jsonl: this held-out prompt is also a training prompt, at {place}",
+                where=task.place,
+                fix="remove one of the two lines",
+            )
+
+
+# -- rewards -----------------------------------------------------------------------------------
+
+
+def _scoring_function(reward: object, lines: Sequence[Line]) -> ScoringFunction | None:
+    if reward is None or reward == "none":
+        return None
+    if reward == "exact":
+        _require_answers(reward, lines)
+        return lambda task, text: Reward(float(text.strip() == task.answer.strip()))
+    if reward == "regex":
+        _require_answers(reward, lines)
+        patterns = {line.answer: _compile_answer(line) for line in lines}
+        return lambda task, text: Reward(float(bool(patterns[task.answer].search(text))))
+    if isinstance(reward, str) and ":" in reward:
+        function = import_function(reward, "args.reward", "reward")
+        return lambda task, text: _as_reward(function(task, text))
+    raise refusal("reward", reward, 'use "none", "exact", "regex" or "module:function"')
+
+
+def _require_answers(reward: object, lines: Sequence[Line]) -> None:
+    for line in lines:
+        if line.answer is None:
+            raise UserError(
+                f'jsonl: reward = "{reward}" needs an `answer`, and this line has none',
+                where=line.place,
+                fix="add an answer to every line, or remove `reward`",
+            )
+
+
+def _compile_answer(line: Line) -> re.Pattern[str]:
+    try:
+        return re.compile(line.answer)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(
+            f"jsonl: the answer {line.answer!r} is not a valid regular expression: {error}",
+            where=line.place,
+            fix='fix the pattern, or use reward = "exact"',
+        ) from None
+
+
+def _as_reward(value: Any) -> Reward:
+    return value if isinstance(value, Reward) else Reward(float(value))
