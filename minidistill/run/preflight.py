@@ -1,8 +1,9 @@
-"""Checks before the first step: the two views, the lengths, and the numerics they rest on."""
+"""Checks before the first step: the two views of the prompts, and the model's numerics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -20,14 +21,17 @@ from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.token_kl import token_kl
 from minidistill.types import Prompt, Role, Task
 
-# Float error of a KL or log-prob after two differently shaped passes, by dtype
+# Rounding error of a KL or log-prob between two passes of different shapes, by dtype
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
-Warn = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
-def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prompt]) -> list[str]:
-    """The views' own checks, no model needed. Returns warnings, raises UserError."""
+def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prompt]) -> None:
+    """Check both views of the prompts. Needs no model.
+
+    Raises UserError if the chat template does not show them as it must.
+    """
     first = prompts[0]
     ending = generation_prompt(builder, first.task)
     for view, text in (("student", first.student_text), ("teacher", first.teacher_text)):
@@ -44,52 +48,44 @@ def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prom
             where="model.name",
             fix="use a chat template that renders the same messages the same way",
         )
-    warnings = []
     if builder.context.strip() not in first.teacher_text:
-        warnings.append("the chat template does not show the context word for word")
-    if joint := builder.joint_warning(first):
-        warnings.append(joint)
+        logger.warning("the chat template does not show the context verbatim")
+    if warning := builder.boundary_warning(first):
+        logger.warning(warning)
     loss = config.trainer.loss
     if loss.teacher_tau != loss.student_tau and loss.student_tau > 0 and loss.teacher_tau > 0:
         power = loss.teacher_tau / loss.student_tau
         kind = "sharpened" if power > 1 else "flattened"
-        warnings.append(
+        logger.warning(
             f"teacher_tau and student_tau differ: the distillation term's fixed point is the "
             f"{kind} teacher q^{power:g}, not q"
         )
-    return warnings
 
 
 def generation_prompt(builder: PromptBuilder, task: Task) -> str:
-    """What the template writes to open the assistant's answer."""
+    """What the template writes to start the assistant's turn."""
     messages = [dict(m) for m in task.messages]
     closed = str(builder.tokenizer.apply_chat_template(messages, tokenize=False))
     return builder.render(messages).removeprefix(closed)
 
 
-def length_limit(config: Config, model_config: object) -> int:
-    """The most tokens a teacher's prompt and completion may have together."""
-    longest = getattr(model_config, "max_position_embeddings", None) or config.seq_len
-    return min(config.seq_len, longest)
-
-
 @torch.no_grad()
-def check_model(policy: Policy, prompts: Sequence[Prompt], warn: Warn) -> bool:
-    """Numeric checks before any training. Returns whether a shared prefix may be cached.
+def check_model(policy: Policy, prompts: Sequence[Prompt]) -> bool:
+    """Check the model's numerics before training. Returns whether prefixes may be cached.
 
-    Raises UserError (exit code 3) where hidden states times the head are not the model's logits,
-    or where student and teacher differ though they read the same and one is the other's start.
+    Raises UserError (exit code 3) if hidden states times the head are not the model's logits, or
+    if student and teacher differ on the same prompt although their weights are equal.
     """
     if len(policy.tokenizer) > policy.head_VH.shape[0]:
         raise UserError(
             f"the tokenizer has {len(policy.tokenizer)} tokens, the model "
-            f"{policy.head_VH.shape[0]}: they do not belong together",
+            f"{policy.head_VH.shape[0]}: they do not match",
             where="model.name",
             fix="use the tokenizer that the model was trained with",
         )
     tolerance = TOLERANCE[policy.dtype]
     some = list(prompts[:4])
-    completions = [p.student_ids[-6:] for p in some]  # any tokens do
+    completions = [p.student_ids[-6:] for p in some]  # any tokens will do
     tokens = collate([p.student_ids for p in some], completions, pad_id=policy.pad_id)
     tokens = tokens.to(policy.device)
     with policy.inference():
@@ -98,7 +94,7 @@ def check_model(policy: Policy, prompts: Sequence[Prompt], warn: Warn) -> bool:
         theirs = theirs[tokens.rows_N, tokens.columns_N].float().log_softmax(-1)
     if not torch.allclose(ours, theirs, atol=10 * tolerance, rtol=0):
         raise UserError(
-            "the model does something to its logits after the LM head (a scale or a soft cap)",
+            "the model changes its logits after the LM head (a scale or a soft cap)",
             where="model.name",
             fix="use a model whose logits are hidden states times the head",
             exit_code=EXIT_ENVIRONMENT,
@@ -106,8 +102,14 @@ def check_model(policy: Policy, prompts: Sequence[Prompt], warn: Warn) -> bool:
     views = [p.student_ids for p in some]
     roles = (Role.STUDENT, Role.TEACHER)
     if policy.holds(Role.TEACHER) and policy.teacher_weights is not Weights.OTHER:
-        kl = token_kl(policy, completions, prompts=(views, views), roles=roles,
-                      temperature=1.0, budget=1 << 16)  # fmt: skip
+        kl = token_kl(
+            policy,
+            completions,
+            prompts=(views, views),
+            roles=roles,
+            temperature=1.0,
+            budget=1 << 16,
+        )
     else:
         kl = torch.zeros(1)
     if float(kl.abs().max()) > tolerance:
@@ -117,17 +119,16 @@ def check_model(policy: Policy, prompts: Sequence[Prompt], warn: Warn) -> bool:
             fix='use model.dtype = "float32", or another attention implementation (model.attn)',
             exit_code=EXIT_ENVIRONMENT,
         )
-    return _prefix_works(policy, some, completions, tolerance, warn)
+    return _can_cache_prefix(policy, some, completions, tolerance)
 
 
-def _prefix_works(
+def _can_cache_prefix(
     policy: Policy,
     prompts: Sequence[Prompt],
     completions: Sequence[tuple[int, ...]],
     tolerance: float,
-    warn: Warn,
 ) -> bool:
-    """Whether reading the context's cached keys and values gives what reading it anew gives."""
+    """Whether a pass on the context's cached keys and values equals a pass on all tokens."""
     views = [p.teacher_ids for p in prompts]
     if len(set(views)) < 2 or not can_share_prefix(policy):
         return False
@@ -142,9 +143,12 @@ def _prefix_works(
             states = prefix_states(policy, shared) if shared else None
             hidden = hidden_states(policy, tokens, states)
             logp.append(policy.logits(hidden).float().log_softmax(-1))
-    # where a token's probability is nothing to either, its log-prob says nothing
+    # log-probs of tokens with negligible probability carry no information
     error = ((logp[0] - logp[1]).abs() * logp[0].exp()).max()
     if float(error) > tolerance:
-        warn("the context's cached keys and values do not reproduce the model: read anew each time")
+        logger.warning(
+            "the context's cached keys and values do not reproduce the model's log-probs: "
+            "the context is read again each time"
+        )
         return False
     return True

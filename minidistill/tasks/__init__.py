@@ -1,1 +1,1 @@
-"""Tasks: what is asked, in both views, and what a completion earns."""
+"""Tasks: drawing them, their prompts in both views, and the rewards of completions."""

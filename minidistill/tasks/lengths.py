@@ -1,4 +1,4 @@
-"""Whether context, prompt and completion fit into a sequence."""
+"""Check that context, prompt and completion fit into a sequence."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from minidistill.types import Prompt
 
 
 def check_lengths(config: Config, limit: int, prompts: Sequence[Prompt]) -> None:
-    """Raise UserError where a teacher's prompt and a completion exceed `limit` tokens together."""
+    """Raise UserError if a teacher's prompt and a completion can exceed `limit` tokens."""
     max_tokens = config.orchestrator.sampling.max_tokens
-    longest = max(prompts, key=lambda p: len(p.teacher_ids))
-    length = len(longest.teacher_ids) + max_tokens
+    longest = max(prompts, key=lambda prompt: len(prompt.teacher_ids))
+    prompt_length = len(longest.teacher_ids)
+    length = prompt_length + max_tokens
     if length > limit:
-        by = "seq_len" if limit == config.seq_len else "the model's longest sequence"
+        name = "seq_len" if limit == config.seq_len else "the model's longest sequence"
         raise UserError(
-            f"context and prompt ({len(longest.teacher_ids)} tokens, task {longest.task.id}) plus "
-            f"max_tokens ({max_tokens}) make {length} tokens, more than {by} ({limit})",
+            f"context and prompt ({prompt_length} tokens, task {longest.task.id}) plus max_tokens "
+            f"({max_tokens}) make {length} tokens, more than {name} ({limit})",
             where="seq_len, orchestrator.teacher_model.context, orchestrator.sampling.max_tokens",
             fix="shorten the context, lower max_tokens, or raise seq_len within the model's limit",
         )

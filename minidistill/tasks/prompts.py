@@ -1,7 +1,7 @@
-"""The two views of one prompt: the student's, and the teacher's with the context added.
+"""The two views of a prompt: the student's, and the teacher's with the context added.
 
-Both go through the tokenizer's own chat template and differ by the context alone. The completion
-is never tokenised again: its sampled ids are appended to either view.
+Both are rendered with the tokenizer's chat template and differ in the context alone. A completion
+is never tokenized again: its sampled ids are appended to either view.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from minidistill.types import Message, Prompt, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARK = "\u2063minidistill\u2063"  # stands in for a system message when a template is probed
+_MARK = "\u2063minidistill\u2063"  # a system message that no template contains, for probing
 
 
 class PromptBuilder:
     """Renders tasks for student and teacher.
 
-    `placement` "user" puts the context in front of the first user message's text, "system" at the
-    end of the system message, which is made where there is none (keeping the template's default).
+    `placement` "user" puts the context before the text of the first user message. "system" puts it
+    at the end of the system message; if there is none, one is added that begins with the template's
+    default system message.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: str, placement: str) -> None:
@@ -38,13 +39,13 @@ class PromptBuilder:
         self._default_system: str | None = None
 
     def build(self, env: str, task: Task, tools: Sequence[Any] | None = None) -> Prompt:
-        """Both views of a task. Raises UserError where the context has no place in its messages."""
+        """Both views of a task. Raises UserError if its messages have no place for the context."""
         student = self.render(task.messages, tools)
         teacher = self.render(self.with_context(task.messages), tools)
         return Prompt(env, task, student, teacher, self.encode(student), self.encode(teacher))
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
-        """The chat template's text, up to where the assistant's answer begins."""
+        """The chat template's text, up to the beginning of the assistant's answer."""
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -55,31 +56,31 @@ class PromptBuilder:
         except TemplateError as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise UserError(
-                f"the model's chat template refuses messages of the roles {roles}: {error}",
+                f"the model's chat template rejects messages with the roles {roles}: {error}",
                 where="model.name",
-                fix='use context_placement = "user", or an environment without such messages',
+                fix='use context_placement = "user", or an environment without these roles',
             ) from error
         return str(text)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a rendered text; the template wrote the special tokens already."""
+        """Token ids of a rendered text, which already has the template's special tokens."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """A completion's text, without the special tokens."""
+        """The text of a completion, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def with_context(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """The teacher's messages."""
+        """A copy of the messages with the context in its place."""
         out = [dict(message) for message in messages]
         if not self.context:
             return out
-        role = self.placement
-        index = next((i for i, message in enumerate(out) if message["role"] == role), None)
-        if role == "user":
+        indices = (i for i, message in enumerate(out) if message["role"] == self.placement)
+        index = next(indices, None)
+        if self.placement == "user":
             if index is None:
                 raise UserError(
-                    "a task has no user message to put the context in front of",
+                    "a task has no user message to put the context before",
                     where="orchestrator.teacher_model.context_placement",
                     fix='use context_placement = "system"',
                 )
@@ -92,7 +93,7 @@ class PromptBuilder:
 
     @property
     def default_system(self) -> str:
-        """The system message that the template adds by itself, "" for most templates."""
+        """The system message that the template adds if there is none; "" for most templates."""
         if self._default_system is None:
             self._default_system = self._probe_default_system()
         return self._default_system
@@ -101,8 +102,8 @@ class PromptBuilder:
         user = {"role": "user", "content": "x"}
         bare = self.render([user])
         marked = self.render([{"role": "system", "content": _MARK}, user])
-        before, found, after = marked.partition(_MARK)
-        if not found:
+        before, mark, after = marked.partition(_MARK)
+        if not mark:
             raise UserError(
                 "the model's chat template drops system messages",
                 where="orchestrator.teacher_model.context_placement",
@@ -112,22 +113,24 @@ class PromptBuilder:
             return bare[len(before) : len(bare) - len(after)]
         return ""
 
-    def joint_warning(self, prompt: Prompt) -> str | None:
-        """A warning where the context runs into the prompt's text without white space."""
+    def boundary_warning(self, prompt: Prompt) -> str | None:
+        """A warning if no white space separates the context from the text beside it, else None."""
         messages = prompt.task.messages
-        beside = next((m["content"] for m in messages if m["role"] == self.placement), None)
+        content = next((m["content"] for m in messages if m["role"] == self.placement), None)
         if self.placement == "user":
-            left, right = self.context, _edge(beside, 0)
+            left, right = self.context, _edge_text(content, 0)
+        elif content is None:
+            left, right = self.default_system, self.context
         else:
-            left, right = self.default_system if beside is None else _edge(beside, -1), self.context
-        joint = left[-1:] + right[:1]
-        if len(joint) < 2 or joint[0].isspace() or not joint[1].isalnum():
+            left, right = _edge_text(content, -1), self.context
+        boundary = left[-1:] + right[:1]
+        if len(boundary) < 2 or boundary[0].isspace() or not boundary[1].isalnum():
             return None
-        return f"the context runs into the text beside it ({joint!r}): put white space between them"
+        return f"no white space between the context and the text beside it ({boundary!r}): add some"
 
 
 def _join(first: Any, second: Any) -> Any:
-    """Two contents in a row, where one may be a list of typed parts."""
+    """Concatenate two contents, each a string or a list of typed parts."""
     if isinstance(first, str) and isinstance(second, str):
         return first + second
     return [*_parts(first), *_parts(second)]
@@ -137,7 +140,7 @@ def _parts(content: Any) -> list[Any]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
-def _edge(content: Any, end: int) -> str:
-    """The text at the beginning (0) or end (-1) of a content, "" where there is none."""
+def _edge_text(content: Any, index: int) -> str:
+    """The text of a content's first (0) or last (-1) part, "" if there is none."""
     parts = _parts(content or "")
-    return parts[end].get("text", "") if parts else ""
+    return parts[index].get("text", "") if parts else ""

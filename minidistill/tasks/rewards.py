@@ -1,4 +1,4 @@
-"""Which tasks a step trains on, and what their completions earned."""
+"""Rewards and advantages of rollouts."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from itertools import groupby
 import numpy as np
 
 from minidistill.config import Config
-from minidistill.engines.base import Advance
 from minidistill.envs import Environment, has_rewards
 from minidistill.errors import EXIT_HEALTH, UserError
-from minidistill.types import Reward, Rollout
+from minidistill.types import Advance, Reward, Rollout
 
 
 def check_rewards(
     config: Config, environments: Mapping[str, Environment], evaluated: bool = False
 ) -> None:
-    """Raise UserError where training (or, `evaluated`, the baseline) asks for a reward and an
-    environment has none: figures of nothing would look like figures."""
+    """Raise UserError if training needs a reward (or, with `evaluated`, the baseline does) and an
+    environment has none. Without this check, zeros would be reported as rewards."""
     orchestrator, adv_tau = config.orchestrator, config.trainer.loss.adv_tau
     if evaluated:
-        asked, by = orchestrator.teacher_model.eval_baseline, "eval_baseline = true"
+        needed, reason = orchestrator.teacher_model.eval_baseline, "eval_baseline = true"
         where, fix = "orchestrator.teacher_model.eval_baseline", "set eval_baseline = false"
     else:
-        asked = not orchestrator.buffer.skip_verification
-        by = f"training with adv_tau = {adv_tau:g} and skip_verification = false"
+        needed = not orchestrator.buffer.skip_verification
+        reason = f"training with adv_tau = {adv_tau:g} and skip_verification = false"
         where = "trainer.loss.adv_tau, orchestrator.buffer.skip_verification"
         fix = "set adv_tau = 0 and skip_verification = true"
-    without = [name for name, found in environments.items() if not has_rewards(found)]
-    if asked and without:
+    without = [name for name, env in environments.items() if not has_rewards(env)]
+    if needed and without:
         raise UserError(
-            f"the environment {without[0]!r} has no reward, and {by} asks for one",
+            f"the environment {without[0]!r} has no reward, and {reason} needs one",
             where=where,
             fix=f"{fix}, or use an environment with a reward",
         )
@@ -42,7 +41,7 @@ def check_rewards(
 def score(
     environments: Mapping[str, Environment], rollouts: Sequence[Rollout], advance: Advance
 ) -> tuple[list[Reward | None], list[str]]:
-    """Each rollout's reward, None where its environment raised, and what was raised."""
+    """The reward of each rollout, None if its environment raised, and the errors raised."""
     rewards: list[Reward | None] = []
     errors = []
     for rollout in rollouts:
@@ -51,10 +50,10 @@ def score(
             reward = environments[rollout.prompt.env].score(task, rollout.text)
             if not math.isfinite(reward.value):
                 raise ValueError(f"the reward is {reward.value}")
-            # numpy's and torch's scalars too become what JSON can hold
-            figures = {name: float(value) for name, value in reward.metrics.items()}
-            rewards.append(Reward(float(reward.value), figures))
-        except Exception as error:  # an environment is anybody's code
+            # scalars of numpy and torch become plain floats, which JSON can hold
+            metrics = {name: float(value) for name, value in reward.metrics.items()}
+            rewards.append(Reward(float(reward.value), metrics))
+        except Exception as error:  # an environment is third-party code
             rewards.append(None)
             errors.append(f"task {task.id}: {type(error).__name__}: {error}")
         advance(1)
@@ -62,26 +61,26 @@ def score(
 
 
 def check_errors(errors: Sequence[str], total: int, limit: float) -> None:
-    """Raise UserError (exit code 4) where more than `limit` of `total` rollouts failed, or all."""
+    """Raise UserError (exit code 4) if more than the share `limit` of rollouts failed, or all."""
     if errors and (len(errors) == total or len(errors) / total > limit):
         raise UserError(
             f"the environment failed on {len(errors)} of {total} rollouts, first: {errors[0]}",
             where="orchestrator.env",
-            fix="mend the environment, or raise orchestrator.max_env_error_frac; "
-            "--resume goes on from the last checkpoint",
+            fix="fix the environment, or raise orchestrator.max_env_error_frac; "
+            "--resume continues from the last checkpoint",
             exit_code=EXIT_HEALTH,
         )
 
 
 def with_advantages(rollouts: Sequence[Rollout], std_norm: bool) -> list[Rollout]:
-    """Each rollout's reward minus its prompt's mean reward; 0 in a group of one.
+    """The rollouts with their advantages: reward minus the mean reward of the group.
 
-    Rollouts of one prompt stand together. `std_norm` divides by the group's standard deviation
-    (population; groups of equal rewards stay 0).
+    A group is a run of consecutive rollouts of the same prompt; a group of one has advantage 0.
+    `std_norm` also divides by the group's population standard deviation, unless that is 0.
     """
     out = []
-    for _, same in groupby(rollouts, key=lambda r: id(r.prompt)):
-        group = list(same)
+    for _, rollouts_of_prompt in groupby(rollouts, key=lambda r: id(r.prompt)):
+        group = list(rollouts_of_prompt)
         rewards = np.array([r.reward.value if r.reward else 0.0 for r in group])
         advantages = rewards - rewards.mean()
         if std_norm and rewards.std() > 1e-8:

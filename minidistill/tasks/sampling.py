@@ -1,4 +1,4 @@
-"""Which tasks a step trains on."""
+"""Drawing the tasks of each step, and a fingerprint of all tasks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from minidistill.types import Prompt, Task
 
 
 class TaskSampler:
-    """Every training task once an epoch, in an order that the seed and the epoch decide.
+    """Draws each training task once an epoch, in a random order.
 
-    What a step gets depends on its number alone, so a resumed run sees what it would have seen.
+    The tasks of a step depend on the seed and the step's number alone, so a resumed run draws the
+    tasks that the uninterrupted run would have drawn.
     """
 
     def __init__(self, environments: Mapping[str, Environment], seed: int) -> None:
         self.environments, self.seed = environments, seed
-        self.starts = np.cumsum([0, *(len(e.train) for e in environments.values())])
+        sizes = [len(environment.train) for environment in environments.values()]
+        self.starts = np.cumsum([0, *sizes])  # of each environment in the tasks of all
         if not len(self):
             raise UserError(
                 "the environments have no training tasks",
@@ -35,17 +37,17 @@ class TaskSampler:
         return int(self.starts[-1])
 
     def draw(self, step: int, count: int) -> list[tuple[str, Task]]:
-        """The tasks of a step counted from 1, each with its environment's name."""
+        """The `count` tasks of a step, each with its environment's name. Steps count from 1."""
         names = list(self.environments)
         drawn = []
         for position in range((step - 1) * count, step * count):
-            index = self._index(position)
-            which = int(np.searchsorted(self.starts, index, side="right")) - 1
-            task = self.environments[names[which]].train[index - int(self.starts[which])]
-            drawn.append((names[which], task))
+            index = self._task_index(position)
+            env = int(np.searchsorted(self.starts, index, side="right")) - 1
+            task = self.environments[names[env]].train[index - int(self.starts[env])]
+            drawn.append((names[env], task))
         return drawn
 
-    def _index(self, position: int) -> int:
+    def _task_index(self, position: int) -> int:
         epoch, offset = divmod(position, len(self))
         if self._order[0] != epoch:
             rng = np.random.default_rng(stable_seed(self.seed, "epoch", epoch))
@@ -54,9 +56,9 @@ class TaskSampler:
 
 
 def fingerprint(environments: Mapping[str, Environment], prompts: Iterable[Prompt]) -> str:
-    """A hash of how many tasks there are, and of what `prompts` ask and are scored by."""
+    """A hash of the number of tasks, and of the ids, token ids and answers of `prompts`."""
     sizes = [[name, len(e.train), len(e.eval)] for name, e in environments.items()]
-    said = [[p.env, p.task.id, p.student_ids, p.teacher_ids, p.task.answer] for p in prompts]
-    # of an answer that is no plain data only its kind is sure to be the same in every process
-    text = json.dumps([sizes, said], skipkeys=True, default=lambda value: type(value).__name__)
+    contents = [[p.env, p.task.id, p.student_ids, p.teacher_ids, p.task.answer] for p in prompts]
+    # an answer that is not plain data counts by its type, which is the same in every process
+    text = json.dumps([sizes, contents], skipkeys=True, default=lambda value: type(value).__name__)
     return hashlib.sha256(text.encode()).hexdigest()

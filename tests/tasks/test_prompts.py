@@ -1,4 +1,4 @@
-"""The two views of a prompt, under chat templates of every kind that models come with."""
+"""The two views of a prompt, with the kinds of chat templates that models have."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def builder(template: str, placement: str, context: str = CONTEXT) -> PromptBuil
 def views(
     template: str, placement: str, *messages: Any, context: str = CONTEXT, tools: Any = None
 ) -> tuple[str, str]:
-    """Student's and teacher's text, after what holds for every prompt was checked."""
+    """The text of student and teacher, after checks that hold for every prompt."""
     made = builder(template, placement, context)
     before = repr(messages)
     prompt = made.build("env", Task("t", messages), tools)
@@ -186,7 +186,7 @@ def test_completions_are_decoded_without_special_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "placement", "context", "messages", "joint"),
+    ("template", "placement", "context", "messages", "boundary"),
     [
         ("chatml", "user", "Think.", (USER,), ".S"),
         ("chatml", "user", "Think", (SYSTEM, USER), "kS"),
@@ -206,10 +206,10 @@ def test_completions_are_decoded_without_special_tokens() -> None:
         ("dropping", "user", "", (USER,), None),
     ],
 )
-def test_joints(
-    template: str, placement: str, context: str, messages: Any, joint: str | None
+def test_a_context_that_runs_into_the_text_beside_it(
+    template: str, placement: str, context: str, messages: Any, boundary: str | None
 ) -> None:
     made = builder(template, placement, context)
-    warning = made.joint_warning(made.build("env", Task("t", messages)))
-    assert (warning is None) == (joint is None)
-    assert joint is None or repr(joint) in (warning or "")
+    warning = made.boundary_warning(made.build("env", Task("t", messages)))
+    assert (warning is None) == (boundary is None)
+    assert boundary is None or repr(boundary) in (warning or "")
