@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Message = Mapping[str, Any]
 Metrics = dict[str, float]
@@ -140,12 +143,29 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenStats:
-    """Per-token figures of one rollout after the loss, for the records and the terminal.
+class TokenFigures:
+    """Per-token results of one rollout's loss, for metrics, the records and the terminal.
 
-    Each has one value a completion token: log π(y), log q(y), KL(π‖q), all in nats.
+    Each is a CPU tensor with one value a completion token: fp32, log-probs and divergences in nats,
+    or bool. With `π` the student, `q` the teacher and `μ` the sampler:
     """
 
-    student: Sequence[float]
-    teacher: Sequence[float]
-    kl: Sequence[float]
+    loss: Tensor
+    logp: Tensor
+    """log π(y)"""
+    teacher_logp: Tensor
+    """log q(y)"""
+    kl: Tensor
+    """KL(π‖q), or its estimate log π(y) - log q(y) if an engine scored the sampled tokens only."""
+    entropy: Tensor
+    """Of the student."""
+    teacher_entropy: Tensor | None
+    """None if an engine scored the teacher."""
+    ratio: Tensor
+    """π(y) / μ(y), before truncation."""
+    masked: Tensor
+    """bool: the ratio left the token out of the loss."""
+    ratio_clipped: Tensor
+    """bool: the ratio was truncated."""
+    kl_clipped: Tensor
+    """bool: `kl_clip` bounded the distillation term."""

@@ -61,7 +61,7 @@ class EmbeddedEngine(Engine):
         on_gpu = self.policy.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.policy.device)
-        with self.policy.whole(role), self.policy.running_as(role), self.policy.inference():
+        with self.policy.unsharded(role), self.policy.running_as(role), self.policy.inference():
             # equal prompts side by side, to be prefilled once
             order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_ids)
             for rows in self._batches(requests, order, params.max_tokens):
@@ -172,7 +172,7 @@ class EmbeddedEngine(Engine):
         scores: dict[int, list[float]] = {}
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
         prefix = self.prefixes.common(prompts)
-        with self.policy.whole(role), self.policy.running_as(role), self.policy.inference():
+        with self.policy.unsharded(role), self.policy.running_as(role), self.policy.inference():
             states = self.prefixes.states(prefix, role)
             for rows in split_by_tokens(lengths, SCORING_TOKENS):
                 tokens = collate(

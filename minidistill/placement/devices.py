@@ -80,6 +80,12 @@ def _ranks(loaded: LoadedConfig, ids: Sequence[int]) -> int:
     return count
 
 
+def shards_weights(config: Config, ranks: int) -> bool:
+    """Whether the trainer's ranks shard the weights instead of holding all of them on each."""
+    shard = config.trainer.shard
+    return ranks > 1 and (config.trainer.model.lora is False if shard == "auto" else shard)
+
+
 def _given(loaded: LoadedConfig, prefixes: tuple[str, ...]) -> str:
     """Where settings under these keys were written, "" if none was."""
     found = {

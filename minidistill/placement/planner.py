@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minidistill.config import Config
-from minidistill.placement.devices import DTYPES
+from minidistill.placement.devices import DTYPES, shards_weights
 from minidistill.placement.flops import Work, work
 from minidistill.placement.gpus import Partition, check_schedule, engine_share, partition
 from minidistill.placement.memory import (
@@ -24,7 +24,6 @@ from minidistill.placement.memory import (
 )
 from minidistill.placement.model_shape import Shape, read_shape
 from minidistill.placement.teacher import Teaching, decide
-from minidistill.trainer.distributed.fsdp import shards
 
 FILL = 0.95  # of a GPU with a trainer: its allocator needs room to move
 GIB = 1 << 30
@@ -139,7 +138,7 @@ def lay_out(config: Config, shape: Shape, teacher: Shape, machine: Machine) -> P
     teaching = decide(config, vllm, token_ids=machine.gpus > 0)
     parts = partition(config, machine.gpus, teaching, shape.heads, vllm)
     check_schedule(config, vllm, parts.sleeps)
-    sharded = parts.ranks if shards(config, parts.ranks) else 1
+    sharded = parts.ranks if shards_weights(config, parts.ranks) else 1
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if machine.gpus else "float32"

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from minidistill.files import write_atomic
 from minidistill.reporting.run_directory import finite
-from minidistill.types import Rollout, TokenStats
+from minidistill.types import Rollout, TokenFigures
 
 SCHEMA_VERSION = 1
 
@@ -34,7 +34,7 @@ def write_rollouts(
     directory: Path,
     step: int,
     rollouts: Sequence[Rollout],
-    stats: Sequence[TokenStats],
+    figures: Sequence[TokenFigures],
     texts: TokenTexts,
 ) -> None:
     """Write `step_000012.jsonl` and `step_000012.safetensors`.
@@ -47,18 +47,18 @@ def write_rollouts(
     - versions: int32, the version of the weights that sampled the token (updates so far)
     """
     lines = [
-        json.dumps(_line(step, r, s, texts), ensure_ascii=False) + "\n"
-        for r, s in zip(rollouts, stats, strict=True)
+        json.dumps(_line(step, r, f, texts), ensure_ascii=False) + "\n"
+        for r, f in zip(rollouts, figures, strict=True)
     ]
     write_atomic(directory / f"step_{step:06d}.jsonl", "".join(lines))
     lengths = torch.tensor([0, *(len(r.completion.token_ids) for r in rollouts)])
     ids = [t for r in rollouts for t in r.completion.token_ids]
     tensors = {
         "token_ids": torch.tensor(ids, dtype=torch.int64),
-        "student_logprobs": torch.tensor([p for s in stats for p in s.student]),
-        "teacher_logprobs": torch.tensor([p for s in stats for p in s.teacher]),
+        "student_logprobs": _joined([f.logp for f in figures]),
+        "teacher_logprobs": _joined([f.teacher_logp for f in figures]),
         "sampler_logprobs": torch.tensor([p for r in rollouts for p in r.completion.logprobs]),
-        "kl": torch.tensor([k for s in stats for k in s.kl]),
+        "kl": _joined([f.kl for f in figures]),
         "versions": torch.tensor(
             [v for r in rollouts for v in r.completion.token_versions(r.policy_version)],
             dtype=torch.int32,
@@ -68,9 +68,14 @@ def write_rollouts(
     write_atomic(directory / f"step_{step:06d}.safetensors", save(tensors))
 
 
-def _line(step: int, rollout: Rollout, stats: TokenStats, texts: TokenTexts) -> dict[str, Any]:
+def _joined(columns: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All rollouts' values in a row, fp32; empty without rollouts."""
+    return torch.cat([torch.empty(0), *columns])
+
+
+def _line(step: int, rollout: Rollout, figures: TokenFigures, texts: TokenTexts) -> dict[str, Any]:
     prompt, completion, reward = rollout.prompt, rollout.completion, rollout.reward
-    gaps = [s - t for s, t in zip(stats.student, stats.teacher, strict=True)]
+    gaps = (figures.logp.double() - figures.teacher_logp.double()).tolist()
     return {
         "schema_version": SCHEMA_VERSION,
         "step": step,

@@ -57,10 +57,10 @@ def header(
 
 
 def _ranks(policy: Policy) -> tuple[tuple[str, str], ...]:
-    if policy.world.size == 1:
+    if policy.rank_group.size == 1:
         return ()
-    how = "weights divided" if policy.trunks else "weights replicated"
-    return (("trainer", f"{policy.world.size} ranks, {how}"),)
+    how = "weights divided" if policy.sharded else "weights replicated"
+    return (("trainer", f"{policy.rank_group.size} ranks, {how}"),)
 
 
 def _millions(count: int) -> str:

@@ -1,4 +1,4 @@
-"""From rollouts to micro-batches: padded or packed, within a budget of tokens.
+"""From rollouts to micro-batches: padded or packed, within a token budget.
 
 Shapes: `_B` sequences, `_L` length, `_N` completion tokens of a micro-batch.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 class Tokens:
     """Prompts with their completions, ready for a forward pass.
 
-    `ids_BL`, `positions_BL` int64; `mask_BL` int64, None where sequences are packed in one row and
-    told apart by their positions. `rows_N`, `columns_N` are where the hidden state that predicts
-    each completion token stands, `targets_N` that token, sequence by sequence.
+    `ids_BL` and `positions_BL` are int64. So is `mask_BL`, which is None if sequences are packed in
+    one row and separated by their positions. `rows_N` and `columns_N` locate the hidden state that
+    predicts each completion token, `targets_N` are those tokens, sequence by sequence.
     """
 
     ids_BL: Tensor
@@ -52,7 +52,7 @@ def collate(
     packed: bool = False,
     prefix: Sequence[int] = (),
 ) -> Tokens:
-    """Join each prompt with its completion. `prefix` must begin every prompt, shorter than any."""
+    """Join each prompt with its completion. Every prompt must begin with `prefix` and be longer."""
     prompts = [prompt[len(prefix) :] for prompt in prompts]
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     starts, columns, rows, targets = [], [], [], []
@@ -69,11 +69,11 @@ def collate(
     positions_BL = torch.zeros(shape, dtype=torch.int64)
     mask_BL = None if packed else torch.zeros(shape, dtype=torch.int64)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        place = (0 if packed else row, slice(starts[row], starts[row] + lengths[row]))
-        ids_BL[place] = torch.tensor([*prompt, *completion])
-        positions_BL[place] = torch.arange(len(prefix), len(prefix) + lengths[row])
+        region = (0 if packed else row, slice(starts[row], starts[row] + lengths[row]))
+        ids_BL[region] = torch.tensor([*prompt, *completion])
+        positions_BL[region] = torch.arange(len(prefix), len(prefix) + lengths[row])
         if mask_BL is not None:
-            mask_BL[place] = 1
+            mask_BL[region] = 1
     if prefix and mask_BL is not None:
         mask_BL = torch.cat([mask_BL.new_ones(len(lengths), len(prefix)), mask_BL], dim=1)
     return Tokens(
@@ -88,20 +88,20 @@ def collate(
 
 
 def split_by_tokens(lengths: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:
-    """Indices grouped so that a group's padded (or packed) tokens stay within `budget`.
+    """Indices in groups, each of which has at most `budget` padded (or packed) tokens.
 
-    Longest first, so that padding is small; a sequence over the budget stands alone. Every index
-    appears once.
+    Longest first, so that there is little padding. A sequence over the budget has its own group.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []
     total = 0
     for index in order:
         longest = lengths[groups[-1][0]] if groups else 0
-        grown = (
-            total + lengths[index] if packed else longest * (len(groups[-1]) + 1 if groups else 1)
-        )
-        if groups and grown <= budget:
+        if packed:
+            tokens = total + lengths[index]
+        else:
+            tokens = longest * (len(groups[-1]) + 1 if groups else 1)
+        if groups and tokens <= budget:
             groups[-1].append(index)
             total += lengths[index]
         else:
@@ -111,9 +111,9 @@ def split_by_tokens(lengths: Sequence[int], budget: int, packed: bool = False) -
 
 
 def share_out(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices for each rank, in order, so that their sums of lengths are about equal.
+    """Indices for each rank, in order, with about equal sums of lengths.
 
-    The longest first, each to the rank that has the least yet.
+    Longest first, each to the rank with the least so far.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
@@ -125,7 +125,7 @@ def share_out(lengths: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The ids that all sequences begin with, leaving each at least one id of its own."""
+    """The ids that all sequences begin with, leaving at least one id of each."""
     low, high = min(map(tuple, sequences)), max(map(tuple, sequences))
     limit = min(map(len, sequences)) - 1
     length = next((i for i in range(limit) if low[i] != high[i]), limit)

@@ -1,12 +1,16 @@
-"""Checkpoints: written aside, flushed, sealed with checksums, renamed; damaged ones passed over."""
+"""Checkpoints: written aside, flushed, sealed with checksums, then renamed.
+
+A damaged checkpoint is skipped. One in a format that this version cannot read stops the run,
+because an older one in its place would silently repeat steps.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +22,44 @@ from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.trainer import Trainer
 
 MANIFEST = "MANIFEST.json"
+FORMAT = 1
+"""Of `state.json` and `state.safetensors`. Checkpoints without a number, written before there was
+one, have the same contents."""
+
+logger = logging.getLogger(__name__)
 
 
 def save_model(policy: Policy, path: Path) -> Path:
-    """What was trained, for others to load: `path/adapter` as plain PEFT, or `path/model` whole, in
-    Hugging Face's layout with the tokenizer. Returns the folder."""
+    """Save what was trained for other programs to load. Returns the folder.
+
+    That is `path/adapter` as plain PEFT, or `path/model` with the tokenizer, as transformers saves.
+    """
     folder = path / ("adapter" if policy.lora else "model")
     with writing(folder):
         if policy.lora:
             policy.model.save_pretrained(str(folder), selected_adapters=[Weights.STUDENT.value])
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         else:
-            whole = {n: p.cpu() for n, p in policy.weights()} if policy.trunks else None
-            policy.model.save_pretrained(str(folder), state_dict=whole)
+            gathered = {n: p.cpu() for n, p in policy.weights()} if policy.sharded else None
+            policy.model.save_pretrained(str(folder), state_dict=gathered)
             policy.tokenizer.save_pretrained(str(folder))
     return folder
 
 
 def save(trainer: Trainer, root: Path, step: int, facts: dict[str, Any], keep: int) -> Path:
-    """Write `root/step_000040` and point `root/latest` at it; older ones beyond `keep` go."""
+    """Write `root/step_000040` and point `root/latest` at it. Keep the last `keep` checkpoints."""
     final = root / f"step_{step:06d}"
     aside = root / f".step_{step:06d}.tmp"
     with writing(final):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        if trainer.policy.lora:  # a whole model would be there twice
+        if trainer.policy.lora:  # a full model would be stored twice
             save_model(trainer.policy, aside)
-        # under names of ours: peft and transformers may save others than they have in memory
+        # under our own names: peft and transformers may save under others than they have in memory
         plain = {k: v.detach().contiguous() for k, v in trainer.state().items()}
         save_file(plain, aside / "state.safetensors")
-        write_atomic(aside / "state.json", json.dumps({"step": step, **facts}, indent=2) + "\n")
+        state = {"format": FORMAT, "step": step, **facts}
+        write_atomic(aside / "state.json", json.dumps(state, indent=2) + "\n")
         files = sorted(p for p in aside.rglob("*") if p.is_file())
         sums = {str(p.relative_to(aside)): _sha256(p) for p in files}
         for file in files:
@@ -62,20 +74,22 @@ def save(trainer: Trainer, root: Path, step: int, facts: dict[str, Any], keep: i
     return final
 
 
-def restore(trainer: Trainer, root: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """Load the newest whole checkpoint and return its facts; None where there is none at all.
+def restore(trainer: Trainer, root: Path) -> dict[str, Any] | None:
+    """Load the newest undamaged checkpoint and return its facts; None if there is no checkpoint.
 
-    Damaged ones are named through `warn`. Raises UserError (exit code 3) if all are damaged.
+    Logs a warning for each damaged one. Raises UserError (exit code 3) if all are damaged, or if a
+    newer one than the result has an unknown format.
     """
-    found = _steps(root)
-    for path in reversed(found):
+    paths = _steps(root)
+    for path in reversed(paths):
+        _check_format(path)
         problem = damage(path)
         if problem is not None:
-            warn(f"checkpoint {path.name} is damaged ({problem}): using the one before")
+            logger.warning(f"checkpoint {path.name} is damaged ({problem}): using the one before")
             continue
         trainer.load_state(load_file(path / "state.safetensors"))
         return json.loads((path / "state.json").read_text())
-    if found:
+    if paths:
         raise UserError(
             f"every checkpoint in {root} is damaged",
             where=str(root),
@@ -83,6 +97,25 @@ def restore(trainer: Trainer, root: Path, warn: Callable[[str], None]) -> dict[s
             exit_code=EXIT_ENVIRONMENT,
         )
     return None
+
+
+def _check_format(path: Path) -> None:
+    """Raise UserError for a checkpoint in a format that this version does not know.
+
+    Comes before the check for damage, since another format may have other files.
+    """
+    try:
+        number = json.loads((path / "state.json").read_text()).get("format", 0)
+    except (OSError, ValueError, AttributeError):
+        return  # damaged
+    if number not in range(FORMAT + 1):
+        raise UserError(
+            f"checkpoint {path.name} has format {number}; this version of minidistill reads "
+            f"formats up to {FORMAT}",
+            where=str(path / "state.json"),
+            fix="resume with the version of minidistill that wrote it, or a newer one",
+            exit_code=EXIT_ENVIRONMENT,
+        )
 
 
 def damage(path: Path) -> str | None:

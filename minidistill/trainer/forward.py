@@ -20,10 +20,10 @@ MIN_PREFIX = 8  # below this many shared tokens a prefix pass costs more than it
 
 
 class PrefixCache:
-    """Keys and values of what prompts begin with.
+    """Keys and values of the prefixes that prompts share.
 
-    The teacher's context is the same for every rollout and a frozen teacher's weights never change,
-    so its pass is made once a run. A few recent prefixes are kept.
+    The teacher's context is the same for every rollout, and a frozen teacher's weights never
+    change, so its context is read once a run. The most recent prefixes are kept.
     """
 
     def __init__(self, policy: Policy, shares: bool, size: int = 4) -> None:
@@ -32,12 +32,12 @@ class PrefixCache:
         self.computed = 0
 
     def common(self, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-        """What all prompts begin with, where it is worth a pass of its own."""
+        """The ids that all prompts begin with; () if they are not worth a pass of their own."""
         prefix = common_prefix(prompts) if self.shares and len(set(map(tuple, prompts))) > 1 else ()
         return prefix if len(prefix) >= MIN_PREFIX else ()
 
     def states(self, prefix: tuple[int, ...], role: Role) -> KeysValues | None:
-        """The prefix under a role, which must be the current one; None for no prefix."""
+        """Keys and values of the prefix under the current role, which is `role`; None for ()."""
         if not prefix:
             return None
         policy = self.policy
@@ -68,7 +68,7 @@ def new_cache(policy: Policy) -> Any:
 
 
 def can_share_prefix(policy: Policy) -> bool:
-    """Whether every layer's cache simply grows: no sliding window, no recurrent state."""
+    """Whether every layer's cache only grows: no sliding window, no recurrent state."""
     from transformers.cache_utils import DynamicLayer
 
     layers = new_cache(policy).layers

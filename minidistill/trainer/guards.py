@@ -1,4 +1,4 @@
-"""When a step must not be taken, and when memory is what failed."""
+"""Checks that stop a run: steps that must not be taken, and errors that mean OOM."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ MISMATCH = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 def mismatch_limit(config: Config, dtype: torch.dtype) -> float:
     """The highest `kl/sampler_mismatch` that a step may have; infinite for no limit.
 
-    By itself there is none where dropout, or rollouts of an update ago, explain any.
+    `auto` is no limit with dropout, or with rollouts one update old, which explain any mismatch.
     """
-    asked, lora = config.trainer.loss.max_sampler_mismatch, config.trainer.model.lora
-    if isinstance(asked, float):
-        return asked
+    limit, lora = config.trainer.loss.max_sampler_mismatch, config.trainer.model.lora
+    if isinstance(limit, float):
+        return limit
     explained = (lora and lora.dropout > 0) or config.schedule == "async"
-    return math.inf if asked == "off" or explained else MISMATCH[dtype]
+    return math.inf if limit == "off" or explained else MISMATCH[dtype]
 
 
 def refusal(metrics: Metrics, step: int, max_mismatch: float) -> UserError | None:
-    """Why a step must not be taken (exit code 4), None for one that may."""
+    """The error (exit code 4) of a step that must not be taken; None for any other."""
     total, norm = metrics["loss/total"], metrics["optim/grad_norm"]
     if not (math.isfinite(norm) and math.isfinite(total)):
         return UserError(
@@ -49,13 +49,13 @@ def refusal(metrics: Metrics, step: int, max_mismatch: float) -> UserError | Non
     return None
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU (where torch says it in words)."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed on a GPU or on the CPU, where only torch's message says so."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
 
 
 def too_large(what: str, fix: str) -> UserError:
-    """What to raise where a micro-batch can not be made smaller (exit code 3)."""
+    """The error (exit code 3) of a micro-batch that cannot be made smaller."""
     return UserError(what, "trainer.micro_batch_tokens", fix, EXIT_ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""Loading: tokenizer, configuration, and the policy with its teacher."""
+"""Loading the policy and its teacher."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from minidistill.trainer.policy import Policy, Weights, frozen_copy
 
 
 def load_policy(config: Config, tokenizer: Any, device: torch.device, teaching: Teaching) -> Policy:
-    """The model in its dtype on `device`, ready to be trained, and the teacher if it runs here.
+    """The model in its dtype on `device`, ready to be trained, with the teacher if it runs here.
 
-    Under LoRA the base is frozen, with a fresh adapter in fp32 (B = 0) whose start depends on
-    `config.seed` alone. Without, every weight is trained, and a frozen teacher is a second copy.
+    Under LoRA the base is frozen and gets a new adapter in fp32 (B = 0), whose initialization
+    depends on `config.seed` only. Otherwise every weight is trained, and a frozen teacher is a
+    second copy.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = config.trainer.model
@@ -40,7 +41,7 @@ def load_policy(config: Config, tokenizer: Any, device: torch.device, teaching: 
             reference_models[Weights.BASE] = frozen_copy(base)
     else:
         model = _with_adapter(config, settings.lora, base)
-    # dropout and checkpointing ask for training mode; without them one mode serves all
+    # dropout and checkpointing need training mode; without them evaluation mode serves all
     dropout = settings.lora is not False and settings.lora.dropout > 0
     model.train(dropout or settings.ac is not None)
     policy = Policy(model, tokenizer, _end_ids(base, tokenizer), device, teacher, reference_models)
@@ -79,7 +80,7 @@ def _load_weights(config: Config, name: str, device: torch.device) -> Any:
 
 
 def _load_other(config: Config, tokenizer: Any, base: Any, device: torch.device) -> Any:
-    """The teacher's own model, whose head must cover the student's vocabulary."""
+    """The teacher's own model. Raises UserError if its head has another vocabulary."""
     name = config.separate_teacher
     assert name is not None
     model = _load_weights(config, name, device).requires_grad_(False).eval()
@@ -88,8 +89,8 @@ def _load_other(config: Config, tokenizer: Any, base: Any, device: torch.device)
         raise UserError(
             f"the teacher's LM head has {rows} rows, the student's {needed}",
             where="teacher_inference.model.name",
-            fix='take trainer.loss.estimator = "sampled" with inference.engine = "vllm", which '
-            "compares sampled tokens alone",
+            fix='set trainer.loss.estimator = "sampled" with inference.engine = "vllm", which '
+            "compares the sampled tokens only",
         )
     return model
 
@@ -112,7 +113,7 @@ def _with_adapter(config: Config, lora: LoraConfig, base: Any) -> Any:
         )
     except ValueError as error:
         raise UserError(
-            f"no adapter can be put on this model: {str(error).splitlines()[0]}",
+            f"this model cannot have an adapter: {str(error).splitlines()[0]}",
             where="trainer.model.lora.target_modules",
             fix='use "all-linear" or names of linear layers that the model has',
         ) from error
@@ -133,11 +134,11 @@ def _end_ids(base: Any, tokenizer: Any) -> frozenset[int]:
     """Every id that ends a completion, from the generation config and the tokenizer."""
     configured = base.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    found = frozenset(id for id in [*ids, tokenizer.eos_token_id] if id is not None)
-    if not found:
+    eos_ids = frozenset(id for id in [*ids, tokenizer.eos_token_id] if id is not None)
+    if not eos_ids:
         raise UserError(
             "the model names no end-of-sequence token",
             where="model.name",
             fix="set eos_token_id in its generation_config.json",
         )
-    return found
+    return eos_ids

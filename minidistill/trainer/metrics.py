@@ -1,4 +1,4 @@
-"""A step's metrics from the objective's per-token figures.
+"""A step's metrics, from the objective's per-token figures.
 
 Shapes: `_N` completion tokens of the whole step.
 """
@@ -11,28 +11,26 @@ import torch
 from torch import Tensor
 
 from minidistill.estimators import Estimator, LossSettings
-from minidistill.types import Metrics, Rollout
-from minidistill_kernels import DistillOutput
+from minidistill.trainer.objective import concatenated
+from minidistill.types import Metrics, Rollout, TokenFigures
 
 POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
 def summarize(
     rollouts: Sequence[Rollout],
-    outputs: Sequence[Sequence[Tensor]],
+    figures: Sequence[TokenFigures],
     estimator: Estimator,
     settings: LossSettings,
 ) -> Metrics:
     """Means over the step's completion tokens, in float64, under the documented names.
 
-    `outputs` holds each rollout's columns of a `DistillOutput`. In `teacher_kl` lower is more
-    similar. With `sampled`, `teacher_kl` still is the full KL where the teacher is in the trainer;
-    where an engine scored it, it is the mean of log π(y) - log q(y), without `entropy/teacher`.
+    `figures` has those of each rollout. A lower `teacher_kl` is more similar. It is the full KL if
+    the teacher runs in the trainer, with `sampled` too. If an engine scored it, it is the mean of
+    log π(y) - log q(y), and there is no `entropy/teacher`.
     """
-    columns = [torch.cat([o[i] for o in outputs]) for i in range(len(DistillOutput._fields))]
-    out = DistillOutput(*(c if c.dtype == torch.bool else c.double() for c in columns))
-    assert out.teacher_entropy is not None
-    sizes = torch.tensor([len(o[0]) for o in outputs])
+    out = concatenated(figures)
+    sizes = torch.tensor([len(f.logp) for f in figures])
     advantage_N = torch.tensor([r.advantage for r in rollouts]).double().repeat_interleave(sizes)
     terms_N = settings.teacher_tau * out.teacher_logp - settings.student_tau * out.logp
     policy, kl = estimator.split(out, advantage_N, settings)
@@ -51,7 +49,7 @@ def summarize(
         "ratio/masked_frac": float(out.masked.double().mean()),
         "ratio/ess": mass**2 / float((out.ratio**2).mean()),
     }
-    if not out.teacher_entropy.isnan().all():
+    if out.teacher_entropy is not None:
         metrics["entropy/teacher"] = float(out.teacher_entropy.mean())
     return metrics | _by_position(out.kl, sizes) | _lengths(rollouts) | _rewards(rollouts)
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from minidistill.config import Config
 from minidistill.estimators import Estimator, LossSettings
+from minidistill.types import TokenFigures
 from minidistill_kernels import DistillOutput
-
-Figures = dict[int, list[Tensor]]
-"""By rollout, each a list of tensors in the order of `DistillOutput`."""
 
 
 def loss_settings(config: Config, estimator: Estimator) -> LossSettings:
@@ -35,8 +33,26 @@ def loss_settings(config: Config, estimator: Estimator) -> LossSettings:
     )
 
 
-def per_rollout(output: DistillOutput, sizes: list[int]) -> list[list[Tensor]]:
-    """A micro-batch's figures by rollout, each a list in the order of `DistillOutput`."""
-    # an engine tells no entropy
-    columns = [torch.full_like(output.logp, math.nan) if t is None else t.detach() for t in output]
-    return [list(parts) for parts in zip(*(t.cpu().split(sizes) for t in columns), strict=True)]
+def figures_by_rollout(output: DistillOutput, sizes: list[int]) -> list[TokenFigures]:
+    """A micro-batch's figures for each of its rollouts, which have `sizes` completion tokens."""
+    columns: dict[str, Any] = {
+        name: [None] * len(sizes) if column is None else column.detach().cpu().split(sizes)
+        for name, column in output._asdict().items()
+    }
+    return [
+        TokenFigures(**{name: parts[index] for name, parts in columns.items()})
+        for index in range(len(sizes))
+    ]
+
+
+def concatenated(figures: Sequence[TokenFigures]) -> DistillOutput:
+    """All rollouts' figures in a row: float64, and bool for flags."""
+
+    def column(name: str) -> Any:
+        parts = [getattr(f, name) for f in figures]
+        if any(part is None for part in parts):
+            return None
+        joined = torch.cat(parts)
+        return joined if joined.dtype == torch.bool else joined.double()
+
+    return DistillOutput(**{name: column(name) for name in DistillOutput._fields})

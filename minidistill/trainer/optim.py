@@ -1,4 +1,4 @@
-"""AdamW over the adapter, and learning rates as a function of the step alone."""
+"""AdamW over the trained parameters, and learning rates as a function of the step alone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from minidistill.config import Config
-from minidistill.trainer.distributed.fsdp import like, whole
+from minidistill.trainer.distributed.fsdp import sharded_like, unsharded
 from minidistill.trainer.policy import Policy
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """The rate of a step counted from 1: linear warm-up, then constant, linear or cosine decay."""
+    """The learning rate of a step, counted from 1: linear warm-up, then the configured decay."""
     optim, schedule = config.trainer.optim, config.trainer.scheduler
     if step <= schedule.warmup_steps:
         return optim.lr * step / schedule.warmup_steps
@@ -29,8 +29,8 @@ def learning_rate(config: Config, step: int) -> float:
 class Optimizer:
     """AdamW with a clipped global norm, whose state is plain tensors by parameter name.
 
-    A parameter in half precision is stepped through a copy in fp32, for an update smaller than
-    its last digit would otherwise be lost.
+    A parameter in half precision is updated through an fp32 copy. Otherwise updates smaller than
+    its last digit would be lost.
     """
 
     def __init__(self, policy: Policy, config: Config) -> None:
@@ -48,17 +48,17 @@ class Optimizer:
         )
 
     def clip(self) -> float:
-        """Clip the gradients; returns their norm before."""
+        """Clip the gradients. Returns their norm before clipping."""
         for name, parameter in self.named:
             if name in self.masters and parameter.grad is not None:
                 self.masters[name].grad = parameter.grad.float()
                 parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.stepped.values(), self.max_norm)
-        return float(whole(norm))
+        return float(unsharded(norm))
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Take a step with the gradients that `clip` left."""
+        """Update the parameters with the clipped gradients, then clear them."""
         self.adamw.param_groups[0]["lr"] = rate
         self.adamw.step()
         for name, parameter in self.named:
@@ -72,20 +72,20 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Moments, step counts and fp32 copies, named "exp_avg/<parameter>" and so on."""
-        found: dict[str, Tensor] = {f"master/{name}": p for name, p in self.masters.items()}
+        state: dict[str, Tensor] = {f"master/{name}": p for name, p in self.masters.items()}
         for name, parameter in self.stepped.items():
-            found |= {f"{key}/{name}": v for key, v in self.adamw.state[parameter].items()}
-        return found
+            state |= {f"{key}/{name}": v for key, v in self.adamw.state[parameter].items()}
+        return state
 
     @torch.no_grad()
     def load_state(self, state: Iterable[tuple[str, Tensor]]) -> None:
-        """Put back what `state` gave."""
+        """Restore what `state` returned."""
         for key, value in state:
             kind, _, name = key.partition("/")
             target = self.stepped[name]
             if kind == "master":
-                target.copy_(like(value, target))
+                target.copy_(sharded_like(value, target))
             elif kind == "step":
                 self.adamw.state[target][kind] = value.to("cpu")
             else:
-                self.adamw.state[target][kind] = like(value.to(target.device), target)
+                self.adamw.state[target][kind] = sharded_like(value.to(target.device), target)

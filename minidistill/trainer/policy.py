@@ -15,13 +15,13 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from minidistill.trainer.distributed import fsdp as sharding
-from minidistill.trainer.distributed.rank_group import World
+from minidistill.trainer.distributed.fsdp import ShardedModels, sharded_like, unsharded
+from minidistill.trainer.distributed.rank_group import RankGroup
 from minidistill.types import Role
 
 
@@ -52,12 +52,9 @@ class Policy:
     """Models beside `model`, by the weights they hold."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     """Held while the student's weights change, and while an engine is sent them."""
-    world: World = field(default_factory=World)
-    trunks: list[Any] = field(default_factory=list)
-    """The models as FSDP runs them, where the ranks divide the weights; else none."""
-    exchanges: sharding.Exchanges = field(default_factory=sharding.Exchanges)
-    divided: list[tuple[str, nn.Parameter]] = field(default_factory=list)
-    """The student's weights as this rank keeps them between passes, where they are divided."""
+    rank_group: RankGroup = field(default_factory=RankGroup)
+    sharded: ShardedModels | None = None
+    """The models as FSDP runs them, if the ranks shard the weights."""
     _current: Any = None
 
     @property
@@ -82,20 +79,25 @@ class Policy:
     def body(self) -> nn.Module:
         """The transformer without its LM head; returns the final (normed) hidden states.
 
-        Where weights are divided every rank must run it, unless they are gathered (`whole`).
+        With sharded weights every rank must run it, except within `unsharded`.
         """
-        trunk = next((t for t in self.trunks if t.causal is self.causal), None)
-        return trunk or self.causal.base_model
+        return self.sharded.headless(self.causal) if self.sharded else self.causal.base_model
 
     @property
     def head_VH(self) -> Tensor:
-        """The LM head's weight. Frozen under LoRA. Divided weights are whole after a pass alone."""
+        """The LM head's weight, frozen under LoRA. A sharded one is a full tensor after a pass."""
         return self.causal.get_output_embeddings().weight
 
     @property
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The trained parameters by name, in a fixed order."""
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    @property
+    def adapter_parameters(self) -> set[nn.Parameter]:
+        """All adapters' parameters, trained or not. Empty with full fine-tuning."""
+        named = self.model.named_parameters()
+        return {p for n, p in named if self.lora and ".lora_" in n}
 
     @property
     def pad_id(self) -> int:
@@ -143,36 +145,34 @@ class Policy:
             self.model.train()
 
     @contextlib.contextmanager
-    def whole(self, *roles: Role) -> Iterator[None]:
-        """Gather divided weights of these roles here, so that their passes need no other rank."""
-        if not self.trunks:
+    def unsharded(self, *roles: Role) -> Iterator[None]:
+        """Unshard the weights of these roles, so that their passes need no other rank."""
+        if self.sharded is None:
             yield
             return
-        with self.world.together("policy.gather", roles):
-            self.gather(roles)
+        with self.rank_group.run_on_all_ranks(Unshard(roles)):
+            self.unshard(roles)
         try:
             yield
         finally:
-            if not self.world.broken:
-                with self.world.together("policy.release"):
-                    self.release()
+            if not self.rank_group.broken:
+                with self.rank_group.run_on_all_ranks(Reshard()):
+                    self.reshard()
 
-    def gather(self, roles: Sequence[Role]) -> None:
-        """What `whole` does on every rank."""
-        weights = [self.weights_of(role) for role in roles]
-        models = [self.reference_models.get(w, self.student) for w in weights]
-        for trunk in self.trunks:
-            if any(trunk.causal is model for model in models):
-                sharding.gather(trunk)
+    def unshard(self, roles: Sequence[Role]) -> None:
+        """Keep the weights of these roles in full on this rank. A collective."""
+        if self.sharded is not None:
+            weights = [self.weights_of(role) for role in roles]
+            self.sharded.unshard([self.reference_models.get(w, self.student) for w in weights])
 
-    def release(self) -> None:
-        """Keep nothing whole that can be gathered again."""
-        for trunk in self.trunks:
-            sharding.release(trunk)
+    def reshard(self) -> None:
+        """Keep a shard of every weight on this rank again, if weights are sharded."""
+        if self.sharded is not None:
+            self.sharded.reshard()
 
     @contextlib.contextmanager
     def running_as(self, role: Role) -> Iterator[None]:
-        """Run passes with a role's weights. Raises KeyError for weights that are not here."""
+        """Run passes with a role's weights. Raises KeyError if this process does not hold them."""
         weights = self.weights_of(role)
         if weights in self.reference_models:
             before, self._current = self._current, self.reference_models[weights]
@@ -228,36 +228,72 @@ class Policy:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """All of the student's weights under Hugging Face's names; tied ones come once.
 
-        Divided ones are made whole one at a time, each by all ranks.
+        Sharded ones are gathered one at a time, with all ranks.
         """
-        if not self.trunks:
+        if self.sharded is None:
             yield from self.student.named_parameters()
-        for index, (name, _) in enumerate(self.divided):
-            with self.world.together("policy.weight", index):
-                value = self.weight(index)
+            return
+        for index, (name, _) in enumerate(self.sharded.weights):
+            with self.rank_group.run_on_all_ranks(GatherWeight(index)):
+                value = self.gather_weight(index)
             yield name, value
 
     @torch.no_grad()
-    def weight(self, index: int) -> Tensor:
-        """One of the divided weights, whole."""
-        return sharding.whole(self.divided[index][1])
+    def gather_weight(self, index: int) -> Tensor:
+        """One of the student's sharded weights in full. A collective."""
+        assert self.sharded is not None
+        return unsharded(self.sharded.weights[index][1])
 
     def state(self) -> dict[str, Tensor]:
         """What training changes, for a checkpoint: "student/<name>", "ema/<name>"."""
-        found: dict[str, Tensor] = {f"student/{n}": p for n, p in self.parameters}
+        state: dict[str, Tensor] = {f"student/{n}": p for n, p in self.parameters}
         if self.teacher_weights is Weights.EMA and self._holds(Weights.EMA):
             average = self._ema()
-            found |= {f"ema/{n}": average[n] for n, _ in self.parameters}
-        return found
+            state |= {f"ema/{n}": average[n] for n, _ in self.parameters}
+        return state
 
     @torch.no_grad()
     def load_state(self, state: Iterable[tuple[str, Tensor]]) -> None:
-        """Put back what `state` gave."""
-        here = self.state()
+        """Restore what `state` returned."""
+        current = self.state()
         for name, value in state:
-            here[name].copy_(sharding.like(value, here[name]))
+            current[name].copy_(sharded_like(value, current[name]))
+
+
+class HoldsPolicy(Protocol):
+    """A rank's trainer, as far as the commands below use it."""
+
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Unshard:
+    """Command: keep the weights of these roles in full on every rank."""
+
+    roles: tuple[Role, ...]
+
+    def run(self, trainer: HoldsPolicy) -> None:
+        trainer.policy.unshard(self.roles)
+
+
+@dataclass(frozen=True, slots=True)
+class Reshard:
+    """Command: keep a shard of every weight on each rank again."""
+
+    def run(self, trainer: HoldsPolicy) -> None:
+        trainer.policy.reshard()
+
+
+@dataclass(frozen=True, slots=True)
+class GatherWeight:
+    """Command: take part in gathering one of the student's weights."""
+
+    index: int
+
+    def run(self, trainer: HoldsPolicy) -> None:
+        trainer.policy.gather_weight(self.index)
 
 
 def frozen_copy(model: Any) -> Any:
-    """The model again, in memory of its own, not to be trained."""
+    """A copy of the model in memory of its own, which is not trained."""
     return copy.deepcopy(model).requires_grad_(False).eval()

@@ -33,8 +33,8 @@ def token_kl(
         max(len(first), len(second)) + len(completion)
         for first, second, completion in zip(*prompts, completions, strict=True)
     ]
-    found: dict[int, Tensor] = {}
-    with policy.whole(*roles), policy.inference():
+    by_completion: dict[int, Tensor] = {}
+    with policy.unsharded(*roles), policy.inference():
         for rows in split_by_tokens(longest, budget):
             hidden, heads = [], []
             batch = [completions[i] for i in rows]
@@ -43,9 +43,10 @@ def token_kl(
                 with policy.running_as(role):
                     hidden.append(hidden_states(policy, tokens))
                     heads.append(policy.head_VH)
-            own = None if heads[1] is heads[0] else heads[1]
+            second_head_VH = None if heads[1] is heads[0] else heads[1]
             kl_N = linear_reverse_kl(
-                hidden[0], hidden[1], heads[0].detach(), own, temperature=temperature
+                hidden[0], hidden[1], heads[0].detach(), second_head_VH, temperature=temperature
             )
-            found.update(zip(rows, kl_N.cpu().split([len(c) for c in batch]), strict=True))
-    return torch.cat([found[i] for i in range(len(completions))])
+            parts = kl_N.cpu().split([len(c) for c in batch])
+            by_completion.update(zip(rows, parts, strict=True))
+    return torch.cat([by_completion[i] for i in range(len(completions))])

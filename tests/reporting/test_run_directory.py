@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from minidistill.config import LoadedConfig, load_config
@@ -21,7 +22,7 @@ from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.files import write_atomic
 from minidistill.reporting.rollout_log import TokenTexts, write_rollouts
 from minidistill.reporting.run_directory import RunDirectory, choose_path
-from minidistill.types import Completion, Prompt, Reward, Rollout, Task, TokenStats
+from minidistill.types import Completion, Prompt, Reward, Rollout, Task, TokenFigures
 
 CONFIG = """\
 [orchestrator.teacher_model]
@@ -245,23 +246,34 @@ def refuse(constant: str) -> Any:
     raise AssertionError(f"{constant} is not JSON")
 
 
-def sample(index: int, ids: tuple[int, ...], reward: Reward | None) -> tuple[Rollout, TokenStats]:
+def sample(index: int, ids: tuple[int, ...], reward: Reward | None) -> tuple[Rollout, TokenFigures]:
     prompt = Prompt("sokoban", Task("t", ({"role": "user", "content": "x"},)), "s", "t", (1,), (2,))
     logprobs = tuple(-0.5 * i for i in range(len(ids)))
     text = "a\u2028b\x85c\n" + "".join(map(chr, ids))
     completion = Completion(ids, logprobs, "length" if index else "eos")
     rollout = Rollout(prompt, index, completion, text, reward, advantage=0.25, policy_version=11)
-    stats = TokenStats([-1.0 - i for i in ids], [-1.5 for _ in ids], [0.125 * i for i in ids])
-    return rollout, stats
+    zeros = torch.zeros(len(ids))
+    return rollout, TokenFigures(
+        loss=zeros,
+        logp=torch.tensor([-1.0 - i for i in ids]),
+        teacher_logp=torch.tensor([-1.5 for _ in ids]),
+        kl=torch.tensor([0.125 * i for i in ids]),
+        entropy=zeros,
+        teacher_entropy=None,
+        ratio=zeros + 1,
+        masked=zeros.bool(),
+        ratio_clipped=zeros.bool(),
+        kl_clipped=zeros.bool(),
+    )
 
 
 def test_records_can_be_read_back(tmp_path: Path) -> None:
     ids = [(65, 66, 65), (67,), (70, 2_000, 0x1F9F1, 65)]
     rewards = [Reward(1.0, {"solved": 1.0, "odd": float("nan")}), None, Reward(0.0)]
     made = [sample(i, *pair) for i, pair in enumerate(zip(ids, rewards, strict=True))]
-    rollouts, stats = zip(*made, strict=True)
+    rollouts, per_rollout = zip(*made, strict=True)
     letters = Letters()
-    write_rollouts(tmp_path, 12, rollouts, stats, TokenTexts(letters))
+    write_rollouts(tmp_path, 12, rollouts, per_rollout, TokenTexts(letters))
     assert sorted(letters.asked) == sorted({i for row in ids for i in row})
 
     lines = (tmp_path / "step_000012.jsonl").read_text(encoding="utf-8").split("\n")
@@ -281,13 +293,13 @@ def test_records_can_be_read_back(tmp_path: Path) -> None:
 
     figures = load_file(tmp_path / "step_000012.safetensors")
     assert figures["offsets"].tolist() == [0, 3, 4, 8]
-    for r, (rollout, stat) in enumerate(made):
+    for r, (rollout, tokens) in enumerate(made):
         own = slice(*figures["offsets"][r : r + 2])
         assert figures["token_ids"][own].tolist() == list(rollout.completion.token_ids)
         assert figures["sampler_logprobs"][own].tolist() == list(rollout.completion.logprobs)
-        assert figures["student_logprobs"][own].tolist() == stat.student
-        assert figures["teacher_logprobs"][own].tolist() == stat.teacher
-        assert figures["kl"][own].tolist() == stat.kl
+        assert figures["student_logprobs"][own].tolist() == tokens.logp.tolist()
+        assert figures["teacher_logprobs"][own].tolist() == tokens.teacher_logp.tolist()
+        assert figures["kl"][own].tolist() == tokens.kl.tolist()
     assert figures["token_ids"].dtype == np.int64
     assert figures["kl"].dtype == np.float32
 

@@ -6,27 +6,29 @@ import os
 import sys
 from typing import Any
 
-from minidistill.trainer.distributed import worker as rank
+import minidistill_kernels
+from minidistill.trainer.distributed import worker
 from minidistill.trainer.gradients import Gradients
 
-compute, objective = Gradients.compute, Gradients._objective
-at = 0
+compute, distill = Gradients.compute, minidistill_kernels.linear_distill
+current_step = 0
 
 
 def counting(self: Any, rollouts: Any, step: int, *rest: Any) -> Any:
-    global at
-    at = step
+    global current_step
+    current_step = step
     return compute(self, rollouts, step, *rest)
 
 
-def failing(self: Any, *arguments: Any) -> Any:
-    if at == 2:
+def failing(*arguments: Any, **named: Any) -> Any:
+    if current_step == 2:
         raise {
             "error": ValueError("no such layer"),
             "memory": MemoryError("the machine is full"),
         }[os.environ["FAULT"]]
-    return objective(self, *arguments)
+    return distill(*arguments, **named)
 
 
-Gradients.compute, Gradients._objective = counting, failing  # type: ignore[method-assign]
-rank.main(sys.argv[1:])
+Gradients.compute = counting  # type: ignore[method-assign]
+minidistill_kernels.linear_distill = failing
+worker.main(sys.argv[1:])

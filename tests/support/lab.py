@@ -29,7 +29,6 @@ class Lab:
     engine: EmbeddedEngine
     builder: PromptBuilder
     rollouts: list[Rollout]
-    warnings: list[str]
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The step's gradient by parameter, without taking the step."""
@@ -48,7 +47,7 @@ class Lab:
 
 
 def make_lab(loaded: LoadedConfig, *, shares: bool | None = None, trained: bool = True) -> Lab:
-    """A lab whose adapter is not at its start (unless `trained` is off): B is random, not 0."""
+    """A lab whose adapter has left its initialization, unless `trained` is off: B is random."""
     config = loaded.config
     tokenizer = load_tokenizer(config)
     teaching = decide(config, vllm=False, token_ids=False)
@@ -61,12 +60,11 @@ def make_lab(loaded: LoadedConfig, *, shares: bool | None = None, trained: bool 
                 parameter.data.add_((0.03 if policy.lora else 0.003) * noise)
     share = can_share_prefix(policy) if shares is None else shares
     prefixes = PrefixCache(policy, share)
-    warnings: list[str] = []
-    trainer = Trainer(policy, config, prefixes, teaching.estimator, warnings.append)
+    trainer = Trainer(policy, config, teaching.estimator, prefixes)
     engine = EmbeddedEngine(policy, prefixes)
     teacher = config.orchestrator.teacher_model
     builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
-    return Lab(policy, trainer, engine, builder, sample(loaded, engine, builder), warnings)
+    return Lab(policy, trainer, engine, builder, sample(loaded, engine, builder))
 
 
 def sample(loaded: LoadedConfig, engine: Any, builder: PromptBuilder) -> list[Rollout]:

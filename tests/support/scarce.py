@@ -12,33 +12,34 @@ from typing import Any
 
 import torch
 
+import minidistill_kernels
 from minidistill.trainer import gradients
-from minidistill.trainer.distributed import fsdp as sharding
-from minidistill.trainer.distributed import worker as rank
+from minidistill.trainer.distributed import worker
+from minidistill.trainer.distributed.fsdp import decoder_layers
 
 ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
 def limit(place: str, size: int) -> Callable[[], None]:
-    """Passes of more than so many tokens fail from here on, at `place`. Returns its undoing."""
-    states, distill = gradients.hidden_states, gradients.linear_distill
-    much = False
+    """Make passes of more than `size` tokens fail at `place`. Returns a function that undoes it."""
+    states, distill = gradients.hidden_states, minidistill_kernels.linear_distill
+    too_large = False
 
     def fail(*anything: Any) -> None:
         raise torch.OutOfMemoryError(ERROR)
 
-    def later(module: Any, inputs: Any, output: Any) -> None:
+    def fail_in_backward(module: Any, inputs: Any, output: Any) -> None:
         output.register_hook(fail)
 
     def limited(policy: Any, tokens: Any, *context: Any) -> torch.Tensor:
-        nonlocal much
-        much = tokens.ids_BL.numel() > size
+        nonlocal too_large
+        too_large = tokens.ids_BL.numel() > size
         student = torch.is_grad_enabled()
-        layer = sharding._layers(policy.causal.base_model)[1]
-        if much and place == ("forward" if student else "teacher"):
+        layer = decoder_layers(policy.causal)[1]
+        if too_large and place == ("forward" if student else "teacher"):
             handle = layer.register_forward_pre_hook(fail)
-        elif much and student and place == "backward":
-            handle = layer.register_forward_hook(later)
+        elif too_large and student and place == "backward":
+            handle = layer.register_forward_hook(fail_in_backward)
         else:
             return states(policy, tokens, *context)
         try:
@@ -47,14 +48,14 @@ def limit(place: str, size: int) -> Callable[[], None]:
             handle.remove()
 
     def limited_loss(*arguments: Any, **named: Any) -> Any:
-        if much and place == "loss":
+        if too_large and place == "loss":
             fail()
         return distill(*arguments, **named)
 
     def undo() -> None:
-        gradients.hidden_states, gradients.linear_distill = states, distill
+        gradients.hidden_states, minidistill_kernels.linear_distill = states, distill
 
-    gradients.hidden_states, gradients.linear_distill = limited, limited_loss
+    gradients.hidden_states, minidistill_kernels.linear_distill = limited, limited_loss
     return undo
 
 
@@ -62,4 +63,4 @@ if __name__ == "__main__":
     number, place, size = os.environ["SCARCE"].split(":")
     if sys.argv[1] == number:
         limit(place, int(size))
-    rank.main(sys.argv[1:])
+    worker.main(sys.argv[1:])

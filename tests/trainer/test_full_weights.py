@@ -15,7 +15,8 @@ from support.runs import board, records, run
 from minidistill.errors import EXIT_OK
 from minidistill.trainer import checkpoint
 from minidistill.trainer.optim import Optimizer
-from minidistill.trainer.policy import BASE, EMA
+from minidistill.trainer.policy import Weights
+from minidistill.types import Role
 
 FULL = (
     "--no-trainer.model.lora", "--trainer.optim.lr", "5e-4",
@@ -38,8 +39,8 @@ def test_the_gradient_of_every_weight(configure: Configure, estimator: str, upda
     lab = make_lab(configure(*FULL, *flags, "--trainer.loss.kl_clip", "off"))
     policy = lab.policy
     model = policy.model
-    teacher_model = policy.others[BASE] if update == "frozen" else model
-    assert (BASE in policy.others) == (update == "frozen")
+    teacher_model = policy.reference_models[Weights.BASE] if update == "frozen" else model
+    assert (Weights.BASE in policy.reference_models) == (update == "frozen")
     total, loss = sum(len(r.completion.token_ids) for r in lab.rollouts), torch.zeros(())
     for rollout in lab.rollouts:
         completion = list(rollout.completion.token_ids)
@@ -70,13 +71,15 @@ def test_the_gradient_of_every_weight(configure: Configure, estimator: str, upda
 
 def test_the_frozen_teacher_stays_the_base(configure: Configure) -> None:
     lab = make_lab(configure(*FULL), trained=False)
-    teacher = {n: p.clone() for n, p in lab.policy.others[BASE].named_parameters()}
+    teacher = {
+        n: p.clone() for n, p in lab.policy.reference_models[Weights.BASE].named_parameters()
+    }
     start = {n: p.clone() for n, p in lab.policy.parameters}
     assert all(torch.equal(teacher[n], p) for n, p in start.items())
     for step in (1, 2):
         take_step(lab, step)
     assert lab.trainer.gradients.prefixes.computed == 1, "the context is read once a run"
-    after = dict(lab.policy.others[BASE].named_parameters())
+    after = dict(lab.policy.reference_models[Weights.BASE].named_parameters())
     assert all(torch.equal(after[n], p) for n, p in teacher.items())
     assert all(not torch.equal(p, start[n]) for n, p in lab.policy.parameters)
 
@@ -84,13 +87,13 @@ def test_the_frozen_teacher_stays_the_base(configure: Configure) -> None:
 def test_an_averaged_teacher(configure: Configure) -> None:
     flags = (UPDATE, "ema", "--orchestrator.teacher_model.ema_decay", "0.75")
     lab = make_lab(configure(*FULL, *flags), trained=False)
-    average = dict(lab.policy.others[EMA].named_parameters())
+    average = dict(lab.policy.reference_models[Weights.EMA].named_parameters())
     before = {n: p.clone() for n, p in average.items()}
     take_step(lab)
     for name, parameter in lab.policy.parameters:
         torch.testing.assert_close(average[name], 0.75 * before[name] + 0.25 * parameter)
         assert not average[name].requires_grad
-    assert not lab.policy.holds(BASE)
+    assert not lab.policy.holds(Role.BASE)
 
 
 def test_the_saved_model_is_plain_transformers(configure: Configure, tmp_path: Path) -> None:
@@ -161,10 +164,10 @@ def test_a_teacher_of_another_model_in_the_trainer(configure: Configure, tmp_pat
     other.save_pretrained(tmp_path)
     lab = make_lab(configure(*FULL[3:], "--teacher_inference.model.name", str(tmp_path)))
     assert lab.policy.lora
-    assert lab.policy.holds(BASE)
+    assert lab.policy.holds(Role.BASE)
     prompts = [r.prompt.teacher_ids for r in lab.rollouts]
     completions = [r.completion.token_ids for r in lab.rollouts]
-    scores = lab.engine.score(prompts, completions, temperature=1.0, student=False)
+    scores = lab.engine.score(prompts, completions, Role.TEACHER)
     logp = []
     for prompt, completion, found in zip(prompts, completions, scores, strict=True):
         with torch.no_grad():
@@ -173,7 +176,7 @@ def test_a_teacher_of_another_model_in_the_trainer(configure: Configure, tmp_pat
         expected = rows.gather(1, torch.tensor(completion)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-4)
         logp.append(expected)
-    stats = lab.trainer.step(lab.rollouts, 1, lambda count: None).tokens
+    tokens = lab.trainer.step(lab.rollouts, 1, lambda count: None).tokens
     torch.testing.assert_close(
-        torch.tensor([x for s in stats for x in s.teacher]), torch.cat(logp), rtol=0, atol=1e-4
+        torch.cat([t.teacher_logp for t in tokens]), torch.cat(logp), rtol=0, atol=1e-4
     )

@@ -1,4 +1,4 @@
-"""Memory that runs out in a micro-batch: the step is done again in smaller ones."""
+"""OOM in a micro-batch: the step starts again with smaller ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def limit_memory(
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_the_step_is_repeated_with_the_same_result(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, kind: str
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
 ) -> None:
     flags = (*SMALL, "--trainer.micro_batch_tokens", "600")
     plain, lab = (make_lab(configure(*flags)) for _ in range(2))
@@ -58,24 +61,24 @@ def test_the_step_is_repeated_with_the_same_result(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
     assert sum(told) == sum(len(r.completion.token_ids) for r in lab.rollouts)
     assert lab.trainer.gradients.budget < 600
-    assert f"trainer.micro_batch_tokens is {lab.trainer.gradients.budget}" in lab.warnings[-1]
-    kept, warned = lab.trainer.gradients.budget, len(lab.warnings)
+    assert f"trainer.micro_batch_tokens is {lab.trainer.gradients.budget}" in caplog.messages[-1]
+    kept, warned = lab.trainer.gradients.budget, len(caplog.messages)
     lab.trainer.max_mismatch = float("inf")
     lab.trainer.step(lab.rollouts, 2, lambda count: None)
-    assert (lab.trainer.gradients.budget, len(lab.warnings)) == (kept, warned), (
+    assert (lab.trainer.gradients.budget, len(caplog.messages)) == (kept, warned), (
         "the new size is kept"
     )
 
 
 def test_a_budget_far_above_the_step_is_cut_to_it(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     lab = make_lab(configure(*SMALL, "--trainer.micro_batch_tokens", "1000000"))
     limit_memory(monkeypatch, 8, ERRORS["CUDA"], passes=1)
     lab.trainer.step(lab.rollouts, 1, lambda count: None)
     lab.trainer.max_mismatch = float("inf")
     lab.trainer.step(lab.rollouts, 2, lambda count: None)
-    assert len(lab.warnings) == 1
+    assert len(caplog.messages) == 1
 
 
 def test_one_sequence_that_does_not_fit_ends_the_run(
@@ -90,9 +93,11 @@ def test_one_sequence_that_does_not_fit_ends_the_run(
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, lab.policy.parameters, strict=True))
 
 
-def test_other_errors_are_not_taken_for_it(configure: Configure, monkeypatch: Any) -> None:
+def test_other_errors_are_not_taken_for_it(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     lab = make_lab(configure(*SMALL))
     limit_memory(monkeypatch, 0, lambda: RuntimeError("a shape does not fit"), passes=0)
     with pytest.raises(RuntimeError, match="shape"):
         lab.trainer.step(lab.rollouts, 1, lambda count: None)
-    assert not lab.warnings
+    assert not caplog.messages

@@ -1,4 +1,4 @@
-"""The trainer over several processes: the same results as alone, and no hang when one falls."""
+"""The trainer with several ranks: the same results as with one, and no hang when one fails."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from minidistill.placement.teacher import decide
 from minidistill.trainer import checkpoint
 from minidistill.trainer.batching import share_out
 from minidistill.trainer.build import build_trainer
-from minidistill.trainer.distributed.launcher import Ranks
-from minidistill.trainer.policy import BASE, STUDENT
+from minidistill.trainer.distributed.launcher import RankLauncher
 from minidistill.trainer.token_kl import token_kl
+from minidistill.types import Role
 
 TWO = ("--trainer.world_size", "2")
 FULL = ("--no-trainer.model.lora", "--trainer.optim.lr", "5e-4")
@@ -49,26 +49,25 @@ Configure = Callable[..., Any]
 @contextmanager
 def team(loaded: Any, rollouts: Any = None) -> Iterator[Lab]:
     """A lab whose trainer has the other ranks of the configuration."""
-    group = Ranks(rank_devices(loaded, ()))
+    launcher = RankLauncher(rank_devices(loaded, ()))
     try:
-        group.start(loaded.config, decide(loaded.config, vllm=False, token_ids=False))
+        launcher.start(loaded.config, decide(loaded.config, vllm=False, token_ids=False))
         lab = make_lab(loaded, trained=False)
         lab.trainer = build_trainer(
-            lab.policy, loaded.config, lab.trainer.estimator, lab.warnings.append, group.world,
-            lab.engine.prefixes,
-        )  # fmt: skip
+            lab.policy, loaded.config, lab.trainer.estimator, launcher.group, lab.engine.prefixes
+        )
         lab.rollouts = rollouts or lab.rollouts
         yield lab
     finally:
-        group.close()
+        launcher.close()
 
 
 def steps(lab: Lab, count: int, first: int = 1) -> list[dict[str, float]]:
-    found = []
+    records = []
     for step in range(first, first + count):
         metrics = lab.trainer.step(lab.rollouts, step, lambda n: None).metrics
-        found.append({k: v for k, v in metrics.items() if not k.startswith(("time/", "perf/"))})
-    return found
+        records.append({k: v for k, v in metrics.items() if not k.startswith(("time/", "perf/"))})
+    return records
 
 
 def assert_close(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
@@ -102,13 +101,13 @@ def test_two_ranks_train_as_one(configure: Configure, flags: tuple[str, ...]) ->
     """Figures of each rollout, metrics, weights, moments and the average."""
     alone = make_lab(configure(*SMALL, *flags), trained=False)
     with team(configure(*SMALL, *flags, *TWO), alone.rollouts) as lab:
-        whole = flags == () or "--no-trainer.shard" in flags
-        assert bool(lab.policy.trunks) != whole
+        replicated = flags == () or "--no-trainer.shard" in flags
+        assert (lab.policy.sharded is None) == replicated
         told: list[int] = []
         tokens = lab.trainer.step(lab.rollouts, 1, told.append).tokens
         reference = alone.trainer.step(alone.rollouts, 1, lambda n: None).tokens
         for ours, theirs in zip(tokens, reference, strict=True):
-            assert ours.kl == pytest.approx(theirs.kl, rel=1e-4, abs=1e-5)
+            torch.testing.assert_close(ours.kl, theirs.kl, rtol=1e-4, atol=1e-5)
         assert sum(told) == sum(len(r.completion.token_ids) for r in lab.rollouts)
         assert_close(steps(lab, 2, 2), steps(alone, 2, 2))
         state, same = lab.trainer.state(), alone.trainer.state()
@@ -133,7 +132,7 @@ def test_twenty_steps_on_the_same_micro_batches(
     alone = make_lab(configure(*pair, *flags), trained=False)
     with team(configure(*pair, *flags, *TWO), alone.rollouts) as lab:
         found, expected = steps(lab, 20), steps(alone, 20)
-        assert bool(lab.policy.trunks) == (flags == FULL)
+        assert (lab.policy.sharded is not None) == (flags == FULL)
         if flags != FULL:
             assert found == expected
         for ours, theirs in zip(found, expected, strict=True):
@@ -155,13 +154,18 @@ def test_divided_weights_are_gathered_for_the_driver(configure: Configure, tmp_p
             completions = [r.completion.token_ids for r in one.rollouts]
             views = (prompts, [r.prompt.teacher_ids for r in one.rollouts])
             kl = token_kl(
-                one.policy, completions, prompts=views, roles=(STUDENT, BASE), temperature=1.0,
+                one.policy,
+                completions,
+                prompts=views,
+                roles=(Role.STUDENT, Role.BASE),
+                temperature=1.0,
                 budget=4096,
-            )  # fmt: skip
+            )
             scores = [
-                torch.tensor([x for row in found for x in row])
-                for role in (True, False)
-                for found in [one.engine.score(prompts, completions, temperature=1.0, student=role)]
+                torch.tensor(
+                    [x for row in one.engine.score(prompts, completions, role) for x in row]
+                )
+                for role in (Role.STUDENT, Role.TEACHER)
             ]
             folder = checkpoint.save_model(one.policy, tmp_path / str(len(seen)))
             weights = {n: w.clone() for n, w in one.policy.weights()}

@@ -1,4 +1,4 @@
-"""Ranks that are killed or fail: one error, no hang, and no process left behind."""
+"""Ranks that are killed or fail: one error, no hang, and no process left over."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.paths import ROOT
 from support.runs import run, start
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_INTERRUPTED
-from minidistill.trainer.distributed import launcher as ranks
+from minidistill.trainer.distributed import launcher
 
 TWO = ("--trainer.world_size", "2")
 BRIEF = (
@@ -26,8 +26,9 @@ BRIEF = (
 
 
 def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(p) for p in found if b"trainer.rank" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    module = launcher.MODULE.encode()
+    return [int(p) for p in pids if module in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def gone(pid: int) -> bool:
@@ -81,7 +82,7 @@ def test_a_killed_process_ends_the_run_and_leaves_none(
 def test_an_error_in_a_rank_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, fault: str, code: int, words: str
 ) -> None:
-    monkeypatch.setattr(ranks, "MODULE", "support.broken_rank")
+    monkeypatch.setattr(launcher, "MODULE", "support.broken_rank")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), *sys.path]))
     monkeypatch.setenv("FAULT", fault)
     assert run(tmp_path / "run", *TWO, *BRIEF, "--trainer.micro_batch_tokens", "9") == code

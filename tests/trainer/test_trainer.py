@@ -15,7 +15,8 @@ from support.objective_reference import objective
 from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.trainer import checkpoint
 from minidistill.trainer.optim import learning_rate
-from minidistill.trainer.policy import EMA, STUDENT
+from minidistill.trainer.policy import Weights
+from minidistill.types import Role
 
 SMALL = ("--orchestrator.batch_size", "12", "--orchestrator.env.0.args.num_train_examples", "8")
 # The same rollouts trained on again, which the guard would take for an engine's old weights
@@ -140,11 +141,11 @@ def test_metrics_have_the_documented_signs_and_values(configure: Configure) -> N
     lab = make_lab(configure(*SMALL))
     result = lab.trainer.step(lab.rollouts, 1, lambda count: None)
     metrics = result.metrics
-    kl = [k for stats in result.tokens for k in stats.kl]
+    kl = [k for tokens in result.tokens for k in tokens.kl.tolist()]
     gaps = [
         0.5 * r.advantage + 0.5 * t - 0.5 * s
-        for r, stats in zip(lab.rollouts, result.tokens, strict=True)
-        for s, t in zip(stats.student, stats.teacher, strict=True)
+        for r, tokens in zip(lab.rollouts, result.tokens, strict=True)
+        for s, t in zip(tokens.logp.tolist(), tokens.teacher_logp.tolist(), strict=True)
     ]
     assert metrics["teacher_kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-6)
     assert min(kl) > -1e-6
@@ -200,7 +201,7 @@ def test_the_saved_adapter_is_plain_peft(configure: Configure, tmp_path: Path) -
     theirs = PeftModel.from_pretrained(base, str(folder)).eval()
     prompts = [r.prompt.student_ids for r in lab.rollouts]
     completions = [r.completion.token_ids for r in lab.rollouts]
-    ours = lab.engine.score(prompts, completions, temperature=1.0, student=True)
+    ours = lab.engine.score(prompts, completions, Role.STUDENT)
     for prompt, completion, logprobs in zip(prompts, completions, ours, strict=True):
         with torch.no_grad():
             ids = torch.tensor([[*prompt, *completion]])
@@ -212,11 +213,12 @@ def test_the_saved_adapter_is_plain_peft(configure: Configure, tmp_path: Path) -
 def test_live_and_averaged_teachers(configure: Configure) -> None:
     """live: the student's own weights; ema: weights that follow it by the decay."""
     live = make_lab(configure(*SMALL, *STALE, "--orchestrator.teacher_model.update", "live"))
-    assert live.policy.teacher == STUDENT
+    assert live.policy.teacher_weights is Weights.STUDENT
     flags = ("--orchestrator.teacher_model.update", "ema", "--orchestrator.teacher_model.ema_decay")
     lab = make_lab(configure(*SMALL, *STALE, *flags, "0.75"))
     named = dict(lab.policy.model.named_parameters())
-    pairs = [(p, named[n.replace(f".{STUDENT}.", f".{EMA}.")]) for n, p in lab.policy.parameters]
+    student, ema = f".{Weights.STUDENT.value}.", f".{Weights.EMA.value}."
+    pairs = [(p, named[n.replace(student, ema)]) for n, p in lab.policy.parameters]
     before = [(average.clone(), student.clone()) for student, average in pairs]
     lab.trainer.step(lab.rollouts, 1, lambda count: None)
     moved = False

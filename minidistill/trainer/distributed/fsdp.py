@@ -1,13 +1,13 @@
-"""FSDP2: each rank keeps a part of every weight, and a layer is whole only while it runs.
+"""FSDP2: each rank keeps a shard of every weight, and a layer is unsharded only while it runs.
 
-Under LoRA the frozen base is divided and the adapter, which is small, stays on every rank.
+Under LoRA the frozen base is sharded and the adapter, which is small, stays on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,47 +16,51 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from minidistill.config import Config
 
-if TYPE_CHECKING:
-    from minidistill.trainer.policy import Policy
+class CollectiveCounter:
+    """Counts the collectives of a pass, so that a rank can repeat the pass after an error.
 
-
-class Exchanges:
-    """Counts what the ranks gather and reduce in a pass.
-
-    One that ran out of memory in the middle of it, while the others wait for its part of the rest,
-    makes the pass again with less: what took place already is then left out.
+    A rank that runs out of memory in the middle of a pass leaves the others waiting for its part in
+    the rest. It makes the pass again with a smaller batch and skips the collectives that took place
+    already.
     """
 
     def __init__(self) -> None:
-        self.made = self.skipped = 0
+        self.started = 0
+        self.to_skip = 0
 
-    def due(self) -> bool:
-        """Whether the next one is to take place."""
-        self.made += 1
-        return self.made > self.skipped
+    def start(self) -> bool:
+        """Count a collective. Returns whether it takes place."""
+        self.started += 1
+        return self.started > self.to_skip
+
+    def reset(self, to_skip: int = 0) -> None:
+        """Begin a pass that skips its first `to_skip` collectives."""
+        self.started, self.to_skip = 0, to_skip
 
 
-class Exchange:
+class CountedCollective:
     """An all-gather or a reduce-scatter as FSDP calls it, counted."""
 
-    def __init__(self, exchanges: Exchanges, exchange: Callable[..., Any]) -> None:
-        self.exchanges, self.exchange = exchanges, exchange
+    def __init__(self, counter: CollectiveCounter, collective: Callable[..., Any]) -> None:
+        self.counter, self.collective = counter, collective
 
     def allocate(self, size: Sequence[int], *, dtype: Any, device: Any) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **how: Any) -> Any:
-        if self.exchanges.due():
-            return self.exchange(output_tensor, input_tensor, **how)
-        output_tensor.zero_()  # nothing of this pass is used
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **options: Any) -> Any:
+        if self.counter.start():
+            return self.collective(output_tensor, input_tensor, **options)
+        output_tensor.zero_()  # the results of this pass are not used
         return None
 
 
-class Trunk(nn.Module):
-    """A model run up to its head. FSDP's outermost module: it holds the head's weight too, tied or
-    not, which stays whole from the forward pass on, for the objective takes it as a tensor."""
+class HeadlessModel(nn.Module):
+    """A model run up to its head, as FSDP's outermost module.
+
+    It holds the head's weight too, tied or not, which stays unsharded from the forward pass on,
+    because the objective takes it as a tensor.
+    """
 
     def __init__(self, causal: Any) -> None:
         super().__init__()
@@ -68,87 +72,110 @@ class Trunk(nn.Module):
         return self.causal.base_model(**inputs)
 
 
-def shards(config: Config, size: int) -> bool:
-    """Whether `size` ranks divide the weights among them."""
-    asked = config.trainer.shard
-    return size > 1 and (config.trainer.model.lora is False if asked == "auto" else asked)
+class ShardedModels:
+    """Models whose weights are sharded over the ranks. Every pass is collective, unless the weights
+    are unsharded for longer (`unshard`)."""
+
+    def __init__(
+        self,
+        models: Sequence[Any],
+        replicated: set[nn.Parameter],
+        device: torch.device,
+        ranks: int,
+    ) -> None:
+        """Shard `models`, each of which every rank holds in full; the first is the student's.
+
+        `replicated` parameters stay as they are.
+        """
+        self._counter = CollectiveCounter()
+        mesh = init_device_mesh(device.type, (ranks,))
+        # `Any`: fully_shard adds FSDPModule's methods
+        self._headless: list[Any] = [
+            _shard(model, replicated, mesh, self._counter) for model in models
+        ]
+        self.weights: list[tuple[str, nn.Parameter]] = list(models[0].named_parameters())
+        """The student's weights as this rank keeps them between passes."""
+
+    def headless(self, causal: Any) -> nn.Module:
+        """One of the models, up to its head."""
+        return next(headless for headless in self._headless if headless.causal is causal)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for headless in self._headless:
+            yield from headless.parameters()
+
+    def unshard(self, models: Sequence[Any]) -> None:
+        """Keep every weight of these models on every rank, until `reshard`."""
+        for headless in self._headless:
+            if any(headless.causal is model for model in models):
+                headless.set_reshard_after_forward(False)
+                for module in _fsdp_modules(headless):
+                    module.unshard()
+
+    def reshard(self) -> None:
+        """Keep a shard of every weight on each rank again."""
+        for headless in self._headless:
+            headless.set_reshard_after_forward(True)
+            headless.set_reshard_after_forward(False, recurse=False)
+            for module in _fsdp_modules(headless):
+                module.reshard()
+
+    def begin_pass(self) -> None:
+        """Start a pass on every rank, from shards."""
+        self.reshard()
+        self._counter.reset()
+
+    def repeat_pass(self) -> None:
+        """Start again the pass that failed on this rank. The other ranks see the rest of it."""
+        for headless in self._headless:
+            if headless.has_run:
+                headless.reset_iter_state()
+        started = self._counter.started
+        self.begin_pass()
+        self._counter.reset(to_skip=started)
 
 
-def shard(policy: Policy) -> None:
-    """Divide the policy's models, each of which is whole on every rank before."""
-    mesh = init_device_mesh(policy.device.type, (policy.world.size,))
-    own = {p for n, p in policy.model.named_parameters() if policy.lora and ".lora_" in n}
+def _shard(
+    model: Any, replicated: set[nn.Parameter], mesh: Any, counter: CollectiveCounter
+) -> HeadlessModel:
+    headless = HeadlessModel(model)
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for causal in (policy.student, *policy.reference_models.values()):
-        trunk = Trunk(causal)
-        settings: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "ignored_params": own}
-        for layer in _layers(causal.base_model):
-            fully_shard(layer, reshard_after_forward=True, **settings)
-        fully_shard(trunk, reshard_after_forward=False, **settings)
-        for module in _divided(trunk):
-            # a sum, which the loss's normaliser already makes a mean; gloo knows no other
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
-            counted = partial(Exchange, policy.exchanges)
-            module.set_custom_all_gather(counted(dist.all_gather_single))
-            module.set_custom_reduce_scatter(counted(dist.reduce_scatter_single))
-        policy.trunks.append(trunk)
-    policy.divided = list(policy.student.named_parameters())
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "ignored_params": replicated}
+    for layer in decoder_layers(model):
+        fully_shard(layer, reshard_after_forward=True, **options)
+    fully_shard(headless, reshard_after_forward=False, **options)
+    counted = partial(CountedCollective, counter)
+    for module in _fsdp_modules(headless):
+        # a sum, which the loss's normalizer already makes a mean; gloo has no other
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+        module.set_custom_all_gather(counted(dist.all_gather_single))
+        module.set_custom_reduce_scatter(counted(dist.reduce_scatter_single))
+    return headless
 
 
-def _layers(body: Any) -> list[nn.Module]:
+def decoder_layers(causal: Any) -> list[nn.Module]:
     """The decoder layers: the longest list of modules."""
-    lists = [m for m in body.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=lambda found: len(found), default=[]))
+    lists = [m for m in causal.base_model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=lambda modules: len(modules), default=[]))
 
 
-def _divided(trunk: nn.Module) -> list[Any]:
-    return [m for m in trunk.modules() if isinstance(m, FSDPModule)]
+def _fsdp_modules(headless: nn.Module) -> list[Any]:
+    return [m for m in headless.modules() if isinstance(m, FSDPModule)]
 
 
-def gather(trunk: Any) -> None:
-    """Make every weight whole on every rank, until `release`: passes then need no other rank."""
-    trunk.set_reshard_after_forward(False)
-    for module in _divided(trunk):
-        module.unshard()
-
-
-def release(trunk: Any) -> None:
-    """Back to a part of every weight on each rank."""
-    trunk.set_reshard_after_forward(True)
-    trunk.set_reshard_after_forward(False, recurse=False)
-    for module in _divided(trunk):
-        module.reshard()
-
-
-def begin_pass(policy: Policy) -> None:
-    """Every rank is at the same place, with its part of every weight."""
-    policy.release()
-    policy.exchanges.made = policy.exchanges.skipped = 0
-
-
-def repeat_pass(policy: Policy) -> None:
-    """The pass at hand failed here: to the other ranks the one that is made next is its rest."""
-    for trunk in policy.trunks:
-        if trunk.has_run:
-            trunk.reset_iter_state()
-    begun = policy.exchanges.made
-    begin_pass(policy)
-    policy.exchanges.skipped = begun
-
-
-def is_divided(tensor: Tensor) -> bool:
-    """Whether this rank has a part of the tensor only; FSDP then sums its gradient."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank has only a shard of the tensor; FSDP then sums its gradient."""
     return isinstance(tensor, DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor; all ranks must ask for it."""
+def unsharded(tensor: Tensor) -> Tensor:
+    """The full tensor. A collective for a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(value: Tensor, target: Tensor) -> Tensor:
-    """A tensor that every rank has, divided as `target` is."""
+def sharded_like(value: Tensor, target: Tensor) -> Tensor:
+    """A tensor that every rank has in full, sharded as `target` is."""
     if not isinstance(target, DTensor):
         return value
     value = value.to(target.device)

@@ -1,4 +1,4 @@
-"""The driver's side of a trainer of several ranks: it starts them, watches them, ends them."""
+"""The driver's side of a trainer with several ranks: start, watch and end the other processes."""
 
 from __future__ import annotations
 
@@ -16,89 +16,92 @@ import torch
 from minidistill.config import Config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.placement.teacher import Teaching
-from minidistill.subprocesses import Child
-from minidistill.trainer.distributed.rank_group import World, launched
+from minidistill.subprocesses import Subprocess
+from minidistill.trainer.distributed.rank_group import RankGroup, launched_by_torchrun
 
 MODULE = "minidistill.trainer.distributed.worker"
-FAREWELL = 5.0  # seconds that a rank gets to end by itself
+EXIT_SECONDS = 5.0  # a rank gets to end by itself
 
 
-class Ranks:
-    """The trainer's ranks, of which this process is the first; alone, `world` is all there is.
+class RankLauncher:
+    """Starts and ends the trainer's other ranks. This process is rank 0 of `group`.
 
-    Should this process die without closing, a rank sees its end of a socket close and ends its
-    group itself.
+    If this process dies without closing, the other ranks see their end of a socket close and kill
+    their process groups themselves.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        """`devices` has one for each rank, where torchrun has not started them: see `start`."""
-        found = launched()
+        """`devices` has one for each rank, unless torchrun started the ranks: see `start`."""
         self.devices = devices
-        self.world = World(*(found or (0, len(devices))))
-        self._children: list[_Rank] = []
+        self.group = RankGroup(*(launched_by_torchrun() or (0, len(devices))))
+        self._processes: list[RankProcess] = []
         self._folder: Path | None = None
-        self._ended, self._closing = threading.Event(), False
-        self._first: _Rank | None = None  # of those that ended
+        self._closing = False
+        self._rank_ended = threading.Event()
+        self._first_to_end: RankProcess | None = None
 
     def start(self, config: Config, teaching: Teaching) -> None:
         """Start the other ranks, which load the model while the caller does.
 
-        Raises UserError where one of them cannot be started.
+        Raises UserError for a rank that cannot be started.
         """
-        if self.world.size == 1:
+        if self.group.size == 1:
             return
         store = None
-        if launched() is None:
+        if launched_by_torchrun() is None:
             self._folder = Path(tempfile.mkdtemp(prefix="minidistill-"))
             store = self._folder / "store"
-            for rank in range(1, self.world.size):
-                child = _Rank(rank, self.world.size, self.devices[rank], store)
-                self._children.append(child)
-            for child in self._children:
-                if not child.link.recv(1):
-                    raise child.fallen()
-            self.world.fallen = self._fallen
+            self._start_processes(store)
+            self.group.failed_rank_error = self._failed_rank_error
             threading.Thread(target=self._watch, daemon=True).start()
         else:
-            self.world.fallen = _someone_fell
-        self.world.join(self.devices[0], store)
-        self.world.tell((config, teaching))
+            self.group.failed_rank_error = _torchrun_error
+        self.group.join(self.devices[0], store)
+        self.group.broadcast_object((config, teaching))
 
     def close(self) -> None:
-        """End the other ranks: at once after an error, else as they end themselves."""
+        """End the other ranks: immediately after an error, otherwise when they have finished."""
         self._closing = True
         with contextlib.suppress(Exception):
-            self.world.dismiss()
-        for child in self._children:
-            child.close(0 if self.world.broken else FAREWELL)
-        self._children = []
-        self.world.leave()
+            self.group.dismiss()
+        for process in self._processes:
+            process.close(0 if self.group.broken else EXIT_SECONDS)
+        self._processes = []
+        self.group.leave()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _start_processes(self, store: Path) -> None:
+        size = self.group.size
+        for rank in range(1, size):
+            self._processes.append(RankProcess(rank, size, self.devices[rank], store))
+        for process in self._processes:
+            if not process.link.recv(1):
+                raise process.error()
+
     def _watch(self) -> None:
-        """Once a rank has ended, end the others: what waits for any of them then fails."""
-        links = {child.link: child for child in self._children}
-        ready, _, _ = select.select(list(links), [], [])
+        """Once a rank has ended, end the others, so that every collective in progress fails."""
+        by_link = {process.link: process for process in self._processes}
+        readable, _, _ = select.select(list(by_link), [], [])
         if self._closing:
             return
-        self._first = links[ready[0]]
-        self._ended.set()
-        for child in links.values():
-            if child is not self._first:
-                child.kill()
+        self._first_to_end = by_link[readable[0]]
+        self._rank_ended.set()
+        for process in by_link.values():
+            if process is not self._first_to_end:
+                process.kill()
         if self.devices[0].type == "cuda":
-            self.world.abort()
+            self.group.abort()
 
-    def _fallen(self, seconds: float) -> UserError | None:
-        if not self._ended.wait(seconds):
+    def _failed_rank_error(self, seconds: float) -> UserError | None:
+        if not self._rank_ended.wait(seconds):
             return None
-        assert self._first is not None
-        return self._first.fallen()
+        assert self._first_to_end is not None
+        return self._first_to_end.error()
 
 
-def _someone_fell(seconds: float) -> UserError | None:
-    """torchrun watches the ranks: it says which one ended, and ends the others."""
+def _torchrun_error(seconds: float) -> UserError | None:
+    """torchrun watches the ranks: it reports which one ended, and ends the others."""
     if seconds == 0:
         return None
     return UserError(
@@ -109,24 +112,24 @@ def _someone_fell(seconds: float) -> UserError | None:
     )
 
 
-class _Rank(Child):
-    """A rank's process and the socket that tells each of the other's end."""
+class RankProcess(Subprocess):
+    """A rank's process, and a socket that tells each side when the other has ended."""
 
     def __init__(self, rank: int, size: int, device: torch.device, store: Path) -> None:
         self.rank = rank
-        self.link, theirs = socket.socketpair()
-        number = theirs.fileno()
-        with theirs:
-            arguments = map(str, (rank, size, device, store, number))
-            super().__init__(MODULE, [*arguments], [number])
+        self.link, remote_end = socket.socketpair()
+        descriptor = remote_end.fileno()
+        with remote_end:
+            arguments = map(str, (rank, size, device, store, descriptor))
+            super().__init__(MODULE, [*arguments], [descriptor])
 
-    def fallen(self) -> UserError:
-        """What to raise now that it has ended."""
-        code, how = self.obituary()
+    def error(self) -> UserError:
+        """The error to raise now that it has ended."""
+        code, report = self.exit_report()
         memory = code == EXIT_ENVIRONMENT
         advice = "lower trainer.micro_batch_tokens; " if memory else ""
         return UserError(
-            f"rank {self.rank} of the trainer ended: {how}",
+            f"rank {self.rank} of the trainer ended: {report}",
             where="training",
             fix=f"{advice}--resume goes on from the last checkpoint",
             exit_code=EXIT_ENVIRONMENT if memory else EXIT_FAILED,

@@ -1,7 +1,7 @@
-"""The trainer's ranks as one group: who this one is, and what they tell each other.
+"""The trainer's processes as one group: which rank this one is, and its collectives.
 
-The driver is rank 0. What several ranks must do together, they do by calling the same method: the
-driver says which (`World.together`), the others wait for it (`World.next`).
+Rank 0 is the driver. For what several ranks must do together the driver sends a command
+(`run_on_all_ranks`), which the other ranks wait for (`next_command`) and run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,33 +24,40 @@ STEP_TIMEOUT = timedelta(minutes=30)  # how much longer one rank may compute tha
 IDLE_TIMEOUT = timedelta(days=30)  # ranks wait as long as the driver samples and evaluates
 JOIN_TIMEOUT = timedelta(minutes=5)
 BUCKET_BYTES = 256 << 20  # of gradients summed at a time
-GRACE = 5.0  # seconds between a rank's connection and its process ending
+EXIT_SECONDS = 5.0  # between the loss of a rank's connection and the end of its process
 
 
-def launched() -> tuple[int, int] | None:
-    """This process's rank and the number of ranks, where torchrun started several of them."""
+class Command(Protocol):
+    """What the driver asks of the other ranks. It is pickled."""
+
+    def run(self, trainer: Any) -> object:
+        """Run it with a rank's trainer."""
+
+
+def launched_by_torchrun() -> tuple[int, int] | None:
+    """This process's rank and the number of ranks, if torchrun started several of them."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not all(os.environ.get(name) for name in names) or os.environ["WORLD_SIZE"] == "1":
         return None
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-class World:
-    """Rank `rank` of `size`. A rank alone needs no process group and waits for nobody."""
+class RankGroup:
+    """Rank `rank` of `size`. A single rank needs no process group: its collectives are local."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self.fallen: Callable[[float], UserError | None] = lambda seconds: None
-        """The driver's: what to raise where a rank has ended, or does within some seconds."""
-        self.notes: list[str] = []
-        """What this rank would warn of, for the driver to say."""
+        self.failed_rank_error: Callable[[float], UserError | None] = lambda seconds: None
+        """On the driver: the error to raise if a rank has ended, or ends within some seconds."""
+        self.drain_warnings: Callable[[], list[str]] = list
+        """On the other ranks: the warnings since the last call, for the driver to log."""
         self.broken = False
-        """An error left the ranks in different places, so that nothing can be asked of them."""
+        """An error left the ranks at different places, so no further command can be sent."""
         self._lock, self._depth, self._threads = threading.RLock(), 0, 0
-        self._commands: Any = None
+        self._object_group: Any = None
 
     def join(self, device: torch.device, store: Path | None) -> None:
-        """Meet the other ranks: through a file on one machine, else as torchrun says.
+        """Meet the other ranks: through a file on one machine, or as torchrun says.
 
         On a GPU tensors go over nccl; objects always go over gloo.
         """
@@ -58,45 +65,45 @@ class World:
         with contextlib.ExitStack() as stack:
             arguments: dict[str, Any] = {"init_method": "env://"}
             if store is not None:
-                stack.enter_context(_loopback())
-                file = dist.FileStore(str(store), self.size)
-                file.set_timeout(JOIN_TIMEOUT)
-                arguments = {"store": file}
+                stack.enter_context(_over_loopback())
+                file_store = dist.FileStore(str(store), self.size)
+                file_store.set_timeout(JOIN_TIMEOUT)
+                arguments = {"store": file_store}
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             dist.init_process_group(
                 backend, rank=self.rank, world_size=self.size, timeout=STEP_TIMEOUT, **arguments
             )
-            self._commands = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+            self._object_group = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
         if device.type == "cpu" and store is not None:  # the ranks share the machine's cores
             self._threads = torch.get_num_threads()
             torch.set_num_threads(max(1, self._threads // self.size))
 
     def leave(self) -> None:
-        """Part from the others, without waiting for those that are gone."""
-        if self._commands is None:
+        """Leave the group without waiting for ranks that have ended."""
+        if self._object_group is None:
             return
         if self.broken and torch.cuda.is_available():
             self.abort()
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
-        self._commands = None
+        self._object_group = None
         if self._threads:
             torch.set_num_threads(self._threads)
 
     def abort(self) -> None:
-        """End what waits on a GPU for a rank that is gone: unlike gloo, nccl does not notice."""
+        """Fail the collectives that wait for a lost rank: unlike gloo, nccl does not notice."""
         with contextlib.suppress(Exception):
             dist.distributed_c10d._abort_process_group()
 
-    # -- the same method on every rank ---------------------------------------------------------
+    # -- commands ------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def together(self, name: str, *arguments: Any) -> Iterator[None]:
-        """On the driver: the other ranks call the trainer's `name` with these arguments meanwhile.
+    def run_on_all_ranks(self, command: Command) -> Iterator[None]:
+        """On the driver: the other ranks run `command` while the body runs here.
 
-        `name` may be dotted. Within one such call another is part of it. On the other ranks, and
-        alone, nothing. Raises UserError for a rank that has ended.
+        A command sent within the body is part of this one and is not sent. On the other ranks, and
+        with a single rank, only the body runs. Raises UserError for a rank that has ended.
         """
         if self.size == 1 or self.rank > 0:
             yield
@@ -105,70 +112,73 @@ class World:
             self._depth += 1
             try:
                 if self._depth == 1:
-                    self._raise_fallen(0)
-                    self.tell((name, arguments))
+                    self._raise_failed_rank_error(0)
+                    self.broadcast_object(command)
                 yield
             except BaseException as error:
                 self.broken = True
                 if isinstance(error, Exception) and not isinstance(error, UserError):
-                    self._raise_fallen(GRACE if isinstance(error, RuntimeError) else 0, error)
+                    seconds = EXIT_SECONDS if isinstance(error, RuntimeError) else 0
+                    self._raise_failed_rank_error(seconds, error)
                 raise
             finally:
                 self._depth -= 1
 
-    def next(self) -> tuple[str, tuple[Any, ...]] | None:
-        """On the other ranks: what to call next; None at the end."""
-        found: tuple[str, tuple[Any, ...]] | None = self.tell(None)
-        return found
+    def next_command(self) -> Command | None:
+        """On the other ranks: the driver's next command; None at the end."""
+        command: Command | None = self.broadcast_object(None)
+        return command
 
     def dismiss(self) -> None:
         """On the driver: let the other ranks end."""
         if not self.broken:
-            self.tell(None)
+            self.broadcast_object(None)
 
-    def _raise_fallen(self, seconds: float, cause: Exception | None = None) -> None:
-        found = self.fallen(seconds)
-        if found is not None:
+    def _raise_failed_rank_error(self, seconds: float, cause: Exception | None = None) -> None:
+        error = self.failed_rank_error(seconds)
+        if error is not None:
             self.broken = True
-            raise found from cause
+            raise error from cause
 
-    # -- within such a method ------------------------------------------------------------------
+    # -- collectives, called by every rank -----------------------------------------------------
 
-    def tell(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The driver's value, on every rank."""
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._commands)
+        dist.broadcast_object_list(box, src=0, group=self._object_group)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
-        """On the driver every rank's value, in the order of ranks; elsewhere nothing."""
+    def gather_object(self, value: Any) -> list[Any]:
+        """On the driver every rank's value, in the order of ranks; an empty list elsewhere."""
         if self.size == 1:
             return [value]
-        found = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, found, dst=0, group=self._commands)
-        return found or []
+        values = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self._object_group)
+        return values or []
 
-    def share(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
-        found = [value] * self.size
+        values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(found, value, group=self._commands)
-        return found
+            dist.all_gather_object(values, value, group=self._object_group)
+        return values
 
-    def spread(self, value: Tensor, device: torch.device) -> Tensor:
-        """The driver's tensor on every rank's device; the others give one of its shape."""
+    def broadcast(self, value: Tensor, device: torch.device) -> Tensor:
+        """The driver's tensor on every rank's device; other ranks pass one of its shape."""
         if self.size == 1:
             return value
-        mine = self.rank == 0
-        here = value.to(device).contiguous() if mine else torch.empty_like(value, device=device)
-        dist.broadcast(here, src=0)
-        return here
+        if self.rank == 0:
+            tensor = value.to(device).contiguous()
+        else:
+            tensor = torch.empty_like(value, device=device)
+        dist.broadcast(tensor, src=0)
+        return tensor
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Replace each gradient by its sum over the ranks, in fp32; none counts as 0."""
+        """Replace each gradient by its sum over the ranks, in fp32. A missing one counts as 0."""
         if self.size == 1:
             return
         bucket: list[Tensor] = []
@@ -179,13 +189,13 @@ class World:
             bucket.append(parameter.grad)
             size += 4 * parameter.numel()
             if size >= BUCKET_BYTES:
-                _sum(bucket)
+                _all_reduce(bucket)
                 bucket, size = [], 0
         if bucket:
-            _sum(bucket)
+            _all_reduce(bucket)
 
 
-def _sum(tensors: Sequence[Tensor]) -> None:
+def _all_reduce(tensors: Sequence[Tensor]) -> None:
     flat = torch.cat([t.reshape(-1).float() for t in tensors])
     dist.all_reduce(flat)
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
@@ -193,8 +203,8 @@ def _sum(tensors: Sequence[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _loopback() -> Iterator[None]:
-    """Ranks of one machine speak over its loopback: no other machine can reach them."""
+def _over_loopback() -> Iterator[None]:
+    """Let gloo listen on the loopback interface only, so that no other machine can connect."""
     before = os.environ.get("GLOO_SOCKET_IFNAME")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
