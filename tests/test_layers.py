@@ -1,86 +1,129 @@
-"""Who may import whom, read from the source."""
+"""Which module imports which, read from the source: lazy and TYPE_CHECKING imports included."""
 
 from __future__ import annotations
 
 import ast
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minidistill"
-# From the bottom up: a module imports from its own layer and those below.
-LAYERS = [
-    {"types", "errors", "config", "models", "child"},
-    {"envs", "prompts", "scoreboard", "rundir", "ui"},
-    {"devices", "roles", "partition", "plan", "engines", "trainer", "weights"},
-    {"data", "monitors", "report", "records", "preflight"},
-    {"header", "evaluate", "collect", "ahead", "session", "outcome", "loop"},
-    {"cli", "__main__"},
-]
+# A module imports from its own folder and from what stands before it.
+ORDER = (
+    "errors",
+    "types",
+    "seeding",
+    "files",
+    "logs",
+    "subprocesses",
+    "estimators",
+    "config",
+    "models",
+    "envs",
+    "tasks",
+    "reporting",
+    "placement",
+    "trainer",
+    "engines",
+    "rollouts",
+    "evaluation",
+    "run",
+    "cli",
+    "__main__",
+)
+LOOSE_MODULES = 8  # at the top of the package, beside __init__ and __main__
 HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "wandb"}
-LIGHT = {"types", "errors", "config", "envs", "prompts", "scoreboard", "ui", "report"}
-# A program of its own, run by hand
-BUILDER = PACKAGE / "models" / "build_tiny_sokoban.py"
+# These may be imported without torch, and import only each other.
+LIGHT = {"errors", "types", "seeding", "files", "logs", "estimators", "config", "envs", "reporting"}
+# except for what writes tensors to disk
+TENSOR_FILES = {"minidistill.reporting.rollout_log"}
 
 
-def modules() -> list[Path]:
-    return sorted(p for p in PACKAGE.rglob("*.py") if p != BUILDER)
-
-
-def part(path: Path) -> str:
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0].removesuffix(".py")
-
-
-def level(name: str) -> int:
-    found = [i for i, layer in enumerate(LAYERS) if name in layer]
-    assert len(found) == 1, f"{name} stands in no layer: say in which"
-    return found[0]
-
-
-def imports(path: Path, top_level: bool) -> set[str]:
-    """Dotted names that a module imports, everywhere or only when it is itself imported."""
-    tree = ast.parse(path.read_text())
-    nodes: list[ast.AST] = []
-    for node in ast.iter_child_nodes(tree) if top_level else ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        nodes.append(node)
-    names = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+@cache
+def modules() -> dict[str, Path]:
+    """The package's modules by their dotted names."""
+    names = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return names
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_layers(path: Path) -> None:
-    if path == PACKAGE / "__init__.py":
+def imports(path: Path, *, at_import: bool = False) -> set[str]:
+    """Dotted names that a file imports: anywhere, or only when it is itself imported."""
+    tree = ast.parse(path.read_text())
+    names = set()
+    for node in ast.iter_child_nodes(tree) if at_import else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides where it leads"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                names.add(submodule if submodule in modules() else str(node.module))
+    return names
+
+
+def edges(name: str) -> set[str]:
+    return {other for other in imports(modules()[name]) if other in modules()} - {name}
+
+
+def folder(module: str) -> str:
+    """The folder or the loose module at the top of the package that a module belongs to."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def assert_acyclic(graph: dict[str, set[str]]) -> None:
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        raise AssertionError(f"a circle of imports: {' -> '.join(error.args[1])}") from None
+
+
+def test_no_circle_between_files() -> None:
+    assert len(modules()) > 80
+    assert_acyclic({name: edges(name) for name in modules()})
+
+
+def test_no_circle_between_folders() -> None:
+    graph: dict[str, set[str]] = {}
+    for name in modules():
+        others = {folder(other) for other in edges(name)} - {folder(name), ""}
+        graph.setdefault(folder(name), set()).update(others)
+    assert_acyclic(graph)
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_lead_down(name: str) -> None:
+    if not folder(name):
         return
-    for name in imports(path, top_level=True):
-        pieces = name.split(".")
-        if pieces[0] != "minidistill" or len(pieces) < 2 or pieces[1] == "__version__":
-            continue
-        assert level(pieces[1]) <= level(part(path)), f"{path.name} imports {name} from above"
-        if part(path) in LIGHT:
-            assert pieces[1] in LIGHT | {"models"}, f"{path.name} is light, {name} is not"
-    if part(path) in LIGHT:
-        heavy = {name.split(".")[0] for name in imports(path, top_level=True)} & HEAVY
-        assert not heavy, f"{path.name} imports {heavy} at once"
+    assert folder(name) in ORDER, f"say in ORDER where {folder(name)} stands"
+    for other in edges(name):
+        if folder(other):
+            down = ORDER.index(folder(other)) <= ORDER.index(folder(name))
+            assert down, f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", sorted(n for n in modules() if folder(n) in LIGHT))
+def test_light_modules_import_nothing_heavy(name: str) -> None:
+    names = imports(modules()[name], at_import=True)
+    assert {folder(other) for other in names if other in modules()} <= LIGHT | {""}
+    if name not in TENSOR_FILES:
+        assert not {other.split(".")[0] for other in names} & HEAVY
 
 
 def test_the_kernels_know_nothing_of_minidistill() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
-        assert not {n for n in imports(path, False) if n.split(".")[0] == "minidistill"}, path
+        assert not {n for n in imports(path) if n.split(".")[0] == "minidistill"}, path
 
 
-def test_house_limits() -> None:
-    files = [p for p in ROOT.rglob("*.py") if not {".venv", "build", "runs"} & set(p.parts)]
-    assert len(files) > 50
-    for path in files:
-        lines = path.read_text().splitlines()
-        assert len(lines) <= 300, f"{path.relative_to(ROOT)} has {len(lines)} lines"
+def test_the_top_of_the_package_is_small() -> None:
+    loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert len(loose) <= LOOSE_MODULES, f"{len(loose)} modules: {sorted(loose)}"
+
+
+def test_kernels_is_a_folder_and_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow Hugging Face's kernels"
