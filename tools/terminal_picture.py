@@ -1,6 +1,8 @@
-"""Draws the README's picture of the terminal from a finished run: `docs/picture.py RUN OUT.svg`.
+"""Draws the README's picture of the terminal from a finished run.
 
-It shows what the live display showed at one step of that run, and the scoreboard at its end.
+    python tools/terminal_picture.py runs/sokoban docs/terminal.svg
+
+The picture shows the live display at one step of that run, and the scoreboard at its end.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from minidistill.reporting.terminal import Header, Sample
-from minidistill.reporting.terminal.board import render_baseline, render_scoreboard
-from minidistill.reporting.terminal.frame import Frame
-from minidistill.reporting.terminal.live import render_header
+from minidistill.reporting.terminal.panels import render_baseline, render_header, render_scoreboard
+from minidistill.reporting.terminal.region import LiveRegion
 
-STEP_SHOWN = 0.28  # of the run: where the KL falls
+PROGRESS = 0.28
+"""The share of the steps that is done in the picture: the KL is falling there."""
 
 
 def draw(run: Path, out: Path) -> None:
@@ -30,30 +32,33 @@ def draw(run: Path, out: Path) -> None:
     console = Console(record=True, width=92, height=60, file=io.StringIO(), force_terminal=True)
     console.print(render_header(header))
     console.print(render_baseline(records[0]))
-    now = [time.monotonic()]
-    time.monotonic = lambda: now[0]  # the frame's clock runs as the run's did
-    frame = Frame()
-    frame.open(header)
-    steps = [record for record in records if "teacher_kl" in record]
-    for record in steps[: int(len(steps) * STEP_SHOWN)]:
-        number = record.pop("step")
-        for name, unit in (("sample", "rollouts"), ("score", "rollouts"), ("train", "tokens")):
-            seconds = record.get(f"time/{name}", 0.0)
-            rollouts = len((run / "rollouts" / f"step_{number:06d}.jsonl").read_text().splitlines())
-            tokens = round(seconds * record["perf/train_tokens_per_second"])
-            total = rollouts if unit == "rollouts" else tokens
-            phase = frame.begin(name, total, unit)
-            now[0] += seconds
-            phase.advance(total)
-            phase.stop()
-        frame.step(number, record, sample(run, number))
-    console.print(frame)
+    console.print(replay(run, header, records))
     console.print(render_scoreboard(board))
     out.write_text(console.export_svg(title="minidistill run configs/sokoban.toml"))
 
 
+def replay(run: Path, header: Header, records: list[dict[str, float]]) -> LiveRegion:
+    """The live region after the first steps of the run."""
+    clock = [time.monotonic()]
+    time.monotonic = lambda: clock[0]  # the displayed rates are those of the run
+    region = LiveRegion()
+    region.open(header)
+    steps = [record for record in records if "teacher_kl" in record]
+    for record in steps[: int(len(steps) * PROGRESS)]:
+        step = int(record.pop("step"))
+        rollouts = len((run / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines())
+        tokens = round(record["time/train"] * record["perf/train_tokens_per_second"])
+        phases = (("sample", rollouts, "rollouts"), ("score", rollouts, "rollouts"))
+        for name, total, unit in (*phases, ("train", tokens, "tokens")):
+            with region.bars.phase(name, total, unit) as advance:
+                clock[0] += record.get(f"time/{name}", 0.0)
+                advance(total)
+        region.end_step(step, record, sample(run, step))
+    return region
+
+
 def sample(run: Path, step: int) -> Sample:
-    """The step's first rollout, as the display shows it."""
+    """The step's first rollout, which the display shows."""
     stem = run / "rollouts" / f"step_{step:06d}"
     first = json.loads(stem.with_suffix(".jsonl").read_text().splitlines()[0])
     kl = load_file(stem.with_suffix(".safetensors"))["kl"][: len(first["tokens"])]

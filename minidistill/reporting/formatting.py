@@ -1,18 +1,16 @@
-"""Figures as text, without colour: shared by both displays and the report."""
+"""Figures as text without colour, for both displays and the report."""
 
 from __future__ import annotations
 
 import math
 import re
-import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minidistill.errors import printable
 from minidistill.types import Metrics
 
-COLUMNS = (
+FIGURES = (
     ("teacher kl", "teacher_kl"),
     ("reward", "reward/mean"),
     ("loss/policy", "loss/policy"),
@@ -20,9 +18,10 @@ COLUMNS = (
     ("mismatch", "kl/sampler_mismatch"),
     ("lr", "optim/lr"),
 )
+"""The metrics in the live display: name shown, metric."""
 RATES = ("perf/tokens_per_second", "perf/train_tokens_per_second")
-HEAT = (0.02, 0.1, 0.5, 2.0)
-"""Where a token's KL (nats) enters the next level of disagreement; about a factor of 5 apart."""
+KL_LEVELS = (0.02, 0.1, 0.5, 2.0)
+"""A token's KL (nats) at which the next level of disagreement begins, about a factor of 5 apart."""
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _EVAL = re.compile(r"eval/(.+)/(?:([^/]+)/avg|(baseline_diff))")
@@ -30,12 +29,12 @@ _BREAKS = re.compile("[\n\u2028\u2029]")
 
 
 def clean(text: object) -> str:
-    """One line of harmless text: control characters gone, line breaks visible."""
+    """One line of safe text: without control characters, line breaks shown as ⏎."""
     return _BREAKS.sub("⏎", printable(str(text))).replace("\t", "  ")
 
 
 def number(value: Any) -> str:
-    """Three significant digits; – for a value that is not there."""
+    """Three significant digits; – for None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "–" if value is None else clean(value)
     if not math.isfinite(value):
@@ -48,7 +47,7 @@ def number(value: Any) -> str:
 
 
 def count(value: int) -> str:
-    """A number of things: exact while it is short."""
+    """A number of things, exact up to four digits."""
     return str(value) if value < 10_000 else number(value)
 
 
@@ -73,15 +72,15 @@ def duration(seconds: float | None) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def level(kl: float | None) -> int | None:
-    """How much the teacher disagrees with a token, 0 to len(HEAT); None where it is unknown."""
+def kl_level(kl: float | None) -> int | None:
+    """How much the teacher disagrees with a token, 0 to len(KL_LEVELS); None if unknown."""
     if kl is None or math.isnan(kl):
         return None
-    return sum(kl >= limit for limit in HEAT)
+    return sum(kl >= limit for limit in KL_LEVELS)
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """One block a value, from the lowest to the highest; what is not finite is a gap."""
+    """One block per value, scaled from the lowest to the highest; a gap if not finite."""
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return " " * len(values)
@@ -95,34 +94,9 @@ def tokens_per_second(metrics: Metrics) -> float | None:
 
 
 def evaluations(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`eval/{env}/{who}/avg` and `eval/{env}/baseline_diff` as {env: {who: value}}."""
-    found: dict[str, dict[str, Any]] = {}
+    """`eval/{env}/{name}/avg` and `eval/{env}/baseline_diff` as {env: {name: value}}."""
+    by_env: dict[str, dict[str, Any]] = {}
     for key, value in metrics.items():
         if match := _EVAL.fullmatch(key):
-            found.setdefault(match[1], {})[match[2] or match[3]] = value
-    return found
-
-
-class Pace:
-    """Steps per second over the last steps. Evaluations in between do not count."""
-
-    def __init__(self, max_steps: int, window: int = 20) -> None:
-        self.max_steps = max_steps
-        self._seconds: deque[float] = deque(maxlen=window)
-        self._mark = time.monotonic()
-
-    def mark(self) -> None:
-        """What was done until now was not part of a step."""
-        self._mark = time.monotonic()
-
-    def step(self) -> None:
-        self._seconds.append(time.monotonic() - self._mark)
-        self.mark()
-
-    @property
-    def rate(self) -> float | None:
-        total = sum(self._seconds)
-        return len(self._seconds) / total if total > 0 else None
-
-    def eta(self, step: int) -> float | None:
-        return max(0, self.max_steps - step) / self.rate if self.rate else None
+            by_env.setdefault(match[1], {})[match[2] or match[3]] = value
+    return by_env

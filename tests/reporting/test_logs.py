@@ -98,7 +98,7 @@ def test_nothing_stays_attached(tmp_path: Path, caplog: pytest.LogCaptureFixture
             with logs.to_file(tmp_path / "run.log"), logs.to_list():
                 pass
             emit()
-            assert caplog.messages == []  # not shown a second time by handlers of others
+            assert caplog.messages == []  # not shown again by the root logger's handlers
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         pass

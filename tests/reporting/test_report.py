@@ -1,4 +1,4 @@
-"""The HTML report: what it shows, what damage it stands, and that nothing in it can act."""
+"""The HTML report: what it shows, how it copes with damage, and that nothing in it can act."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VOID = {"meta", "img", "br", "rect", "line", "path"}
 
 
 class Page(HTMLParser):
-    """Parses the page, and fails where an element is closed that is not open."""
+    """Parses the page; fails if an element is closed that is not open."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Page(HTMLParser):
             self.spans[-1] = (self.spans[-1][0], self.spans[-1][1] + data)
 
 
-def rollout(step: int, task: str, tokens: list[str], **more: Any) -> dict[str, Any]:
+def rollout(step: int, task: str, tokens: list[str], **fields: Any) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "step": step,
@@ -71,7 +71,7 @@ def rollout(step: int, task: str, tokens: list[str], **more: Any) -> dict[str, A
         "reward": 1.0,
         "stop": "eos",
         "tokens": tokens,
-        **more,
+        **fields,
     }
 
 
@@ -144,7 +144,7 @@ def test_a_whole_run(run_dir: Path) -> None:
     assert "baseline_teacher: 0.95." in evaluation
     assert "student: from 0.4 to 0.8." in evaluation
     assert page.tags["figure"] == 7
-    # one page, nothing else in the folder
+    # one page, no temporary file
     assert not list(run_dir.glob("*.tmp"))
 
 
@@ -190,7 +190,7 @@ def test_text_from_models_and_files_stays_text(run_dir: Path) -> None:
     assert "\u202e" not in html
 
 
-def test_a_run_that_was_cut_off(run_dir: Path) -> None:
+def test_a_run_that_was_killed(run_dir: Path) -> None:
     (run_dir / "scoreboard.json").unlink()
     metrics = run_dir / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes() + b'{"step": 21, "teacher_kl": 0.\xff')
@@ -216,7 +216,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path, name: str) -> None:
     assert page.tags["figure"] == 0
 
 
-def test_odd_metrics_are_left_out(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_numbers_are_left_out(tmp_path: Path) -> None:
     rows = ['{"step": 1, "teacher_kl": NaN, "reward/mean": 1}', "7", '{"teacher_kl": 1.0}']
     rows += ['{"step": 2, "teacher_kl": Infinity, "reward/mean": "high"}', '{"step": true}']
     rows += ['{"step": 3, "loss/policy": 1' + "0" * 400 + "}"]

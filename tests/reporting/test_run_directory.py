@@ -1,4 +1,4 @@
-"""A run's directory: where it goes, what it survives, and what a resumed run finds in it."""
+"""A run's directory: where it is, what it survives, and what a resumed run reads from it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ id = "sokoban-env"
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LoadedConfig]:
-    """Configurations called `a`, or another name, in an empty working directory."""
+    """Loads configurations called `a`, or another name, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
 
     def load(*flags: str, name: str = "a") -> LoadedConfig:
@@ -70,7 +70,7 @@ def test_runs_are_numbered(load: Callable[..., LoadedConfig]) -> None:
     assert choose_path(load(name="c"), resume=False) == Path("runs/c")
 
 
-def test_a_name_is_no_pattern(load: Callable[..., LoadedConfig]) -> None:
+def test_a_name_is_not_a_pattern(load: Callable[..., LoadedConfig]) -> None:
     start("runs/[a]")
     start("runs/a-7")
     assert choose_path(load(name="[a]"), resume=False) == Path("runs/[a]-2")
@@ -108,7 +108,7 @@ def test_a_file_in_the_way(load: Callable[..., LoadedConfig], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("place", ["/proc/run", "/dev/null/run", "x" * 300, "dangling/run"])
-def test_a_place_that_cannot_be_made(
+def test_a_directory_that_cannot_be_made(
     load: Callable[..., LoadedConfig], tmp_path: Path, place: str
 ) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
@@ -126,7 +126,7 @@ def run(load: Callable[..., LoadedConfig]) -> RunDirectory:
     return run
 
 
-def test_what_a_run_is_made_of(run: RunDirectory, load: Callable[..., LoadedConfig]) -> None:
+def test_what_a_new_run_writes(run: RunDirectory, load: Callable[..., LoadedConfig]) -> None:
     again = load_config([str(run.path / "config.toml")])
     assert again.config == load().config
     assert run.read("config.resolved.json") == load().resolved()
@@ -138,7 +138,7 @@ def test_what_a_run_is_made_of(run: RunDirectory, load: Callable[..., LoadedConf
     assert not list(run.path.rglob("*.tmp"))
 
 
-def test_a_run_goes_on_under_its_own_settings(
+def test_a_run_is_resumed_with_its_own_settings(
     run: RunDirectory, load: Callable[..., LoadedConfig]
 ) -> None:
     run.check_same_config(load())
@@ -167,7 +167,7 @@ def test_metrics_are_appended(run: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 2, 3, 9])
-def test_truncate_keeps_whole_records(run: RunDirectory, keep: int) -> None:
+def test_truncate_keeps_complete_records(run: RunDirectory, keep: int) -> None:
     for step in (1, 2, 3):
         run.log(step, {"loss": float(step)})
     with open(run.metrics_path, "a") as file:
@@ -215,7 +215,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path: Path) -> None:
             time.sleep(wait)
             os.kill(writer.pid, signal.SIGKILL)
         assert path.read_bytes() in (b"a" * 4_000_000, b"b" * 4_000_000)
-    write_atomic(path, "what was left aside is in nobody's way")
+    write_atomic(path, "a temporary file that was left behind does no harm")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -232,13 +232,13 @@ def test_later_rollouts_are_cleared(run: RunDirectory) -> None:
 
 
 class Letters:
-    """A tokenizer whose id 65 is "A"; it remembers what it was asked."""
+    """A tokenizer whose id 65 is "A"; it records the ids it decoded."""
 
     def __init__(self) -> None:
-        self.asked: list[int] = []
+        self.decoded: list[int] = []
 
     def decode(self, ids: list[int]) -> str:
-        self.asked += ids
+        self.decoded += ids
         return "".join(map(chr, ids))
 
 
@@ -274,7 +274,7 @@ def test_records_can_be_read_back(tmp_path: Path) -> None:
     rollouts, per_rollout = zip(*made, strict=True)
     letters = Letters()
     write_rollouts(tmp_path, 12, rollouts, per_rollout, TokenTexts(letters))
-    assert sorted(letters.asked) == sorted({i for row in ids for i in row})
+    assert sorted(letters.decoded) == sorted({i for row in ids for i in row})
 
     lines = (tmp_path / "step_000012.jsonl").read_text(encoding="utf-8").split("\n")
     assert lines.pop() == ""

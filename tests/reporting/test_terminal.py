@@ -1,4 +1,4 @@
-"""The terminal: what is shown, on which terminals, and that text from elsewhere stays text."""
+"""The displays: what they show, on which terminals, and that untrusted text stays text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +19,12 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from minidistill.reporting.formatting import Pace, clean, count, duration, level, number, sparkline
-from minidistill.reporting.terminal import Display, Header, Sample, open_display, render_scoreboard
+from minidistill.reporting.formatting import clean, count, duration, kl_level, number, sparkline
+from minidistill.reporting.terminal import Display, Header, Sample, open_display
 from minidistill.reporting.terminal import plain as plain_module
 from minidistill.reporting.terminal.live import REFRESH_HZ, LiveDisplay
+from minidistill.reporting.terminal.pace import Pace
+from minidistill.reporting.terminal.panels import render_scoreboard
 from minidistill.reporting.terminal.plain import PlainDisplay
 from minidistill.reporting.terminal.tokens import STYLES, sample_text
 
@@ -52,9 +55,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def live(width: int = 100, height: int = 40, **more: Any) -> tuple[LiveDisplay, Terminal]:
+def live(width: int = 100, height: int = 40, **overrides: Any) -> tuple[LiveDisplay, Terminal]:
     stream = Terminal()
-    options = {"markup": False, "emoji": False, "highlight": False, **more}
+    options = {"markup": False, "emoji": False, "highlight": False, **overrides}
     console = Console(file=stream, width=width, height=height, force_terminal=True, **options)
     return LiveDisplay(stream, console), stream
 
@@ -68,7 +71,7 @@ MAKERS: list[Callable[[], tuple[Display, io.StringIO]]] = [plain, live]
 
 
 def bare(text: str) -> str:
-    """The text without the display's own colours and cursor moves; other escapes stay."""
+    """The text without the display's colours and cursor movements; other escapes stay."""
     return re.sub(r"\x1b\[\??[0-9;]*[mKAhl]|\r", "", text)
 
 
@@ -111,7 +114,7 @@ def test_plain_tables_are_aligned() -> None:
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_text_from_elsewhere_neither_drives_the_terminal_nor_is_markup(
+def test_untrusted_text_neither_controls_the_terminal_nor_is_markup(
     make: Callable[[], tuple[Display, io.StringIO]],
 ) -> None:
     display, stream = make()
@@ -151,7 +154,7 @@ def test_missing_metrics_are_left_out(make: Callable[[], tuple[Display, io.Strin
 def test_every_line_fits_the_terminal(width: int) -> None:
     display, stream = live(width)
     whole_run(display, "ok" if width < 40 else "a long name 漢字漢字 for an environment")
-    # The live region goes up and erases lines before it is drawn again.
+    # The live region moves up and erases lines before it is redrawn.
     for line in re.split(r"\n|\r|\x1b\[\d*[AK]", stream.getvalue()):
         assert cell_len(bare(line)) <= width
     for text in ("3/300", "64/64", "tokens/s 1.91k", "teacher KL <0.02", "reward 1", "92%"):
@@ -170,7 +173,7 @@ def test_a_short_terminal_leaves_the_sample_out() -> None:
     assert "unmistakable" in texts[1]
 
 
-def test_phases_that_are_over_go_and_others_stay_in_place() -> None:
+def test_phases_that_stop_occurring_disappear() -> None:
     display, stream = live()
     display.open(HEADER)
     for step in (1, 2, 3):
@@ -282,7 +285,7 @@ def test_figures_as_text() -> None:
     shown = [number(v) for v in (0, 0.2314, 1912, 5_120_000, -3, 1e-6, 999.9, None, "x\x1b")]
     assert shown == ["0", "0.231", "1.91k", "5.12M", "-3", "1e-06", "1k", "–", "x"]
     assert [duration(v) for v in (None, 5, 62, 7500)] == ["–", "5s", "1m02s", "2h05m"]
-    assert [level(v) for v in (None, float("nan"), 0.0, 0.02, 99.0)] == [None, None, 0, 1, 4]
+    assert [kl_level(v) for v in (None, float("nan"), 0.0, 0.02, 99.0)] == [None, None, 0, 1, 4]
     assert [count(n) for n in (64, 5120, 20_480)] == ["64", "5120", "20.5k"]
     assert sparkline([0.0, 7.0, float("nan"), 3.0]) == "▁█ ▄"
 
@@ -293,9 +296,36 @@ def test_clean_text_is_one_harmless_line(text: str) -> None:
 
 
 def test_evaluations_do_not_slow_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([0.0, 60.0, 60.5, 60.5])  # made, evaluated, a step done, marked again
+    seconds = iter([0.0, 60.0, 60.5, 60.5])  # created, evaluated, step ended, next step started
     monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
     pace = Pace(max_steps=100)
-    pace.mark()
-    pace.step()
-    assert (pace.rate, pace.eta(90), pace.eta(100)) == (2, 5, 0)
+    pace.start_step()
+    pace.end_step()
+    assert (pace.steps_per_second, pace.seconds_left(90), pace.seconds_left(100)) == (2, 5, 0)
+
+
+def test_phases_of_several_threads_run_while_steps_end() -> None:
+    display, stream = live()
+    display.open(HEADER)
+    errors: list[BaseException] = []
+
+    def work(thread: int) -> None:
+        try:
+            for number in range(100):
+                with display.phase(f"phase {thread}.{number}", 2, "units") as advance:
+                    advance(2)
+                display.note(f"note {thread}.{number}", warning=True)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(2)]
+    for thread in threads:
+        thread.start()
+    for step in range(1, 50):
+        display.step(step, METRICS, None)
+    for thread in threads:
+        thread.join()
+    display.close()
+    assert errors == []
+    notes = re.findall(r"warning: note (\d\.\d+)\n", bare(stream.getvalue()))
+    assert sorted(notes) == sorted(f"{t}.{n}" for t in range(2) for n in range(100))

@@ -1,4 +1,4 @@
-"""A run directory as one HTML page that needs nothing else: no network, no scripts."""
+"""A run's report: one self-contained HTML page, without network access or scripts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import os
 from pathlib import Path
 
 from minidistill.errors import printable
-from minidistill.reporting.formatting import HEAT, clean, level, number
+from minidistill.reporting.formatting import KL_LEVELS, clean, kl_level, number
 from minidistill.reporting.html.curves import charts
 from minidistill.reporting.html.read import read_run
-from minidistill.reporting.terminal.rows import effort, env_rows, gap, scoreboard_rows, share
+from minidistill.reporting.scoreboard_rows import (
+    effort,
+    env_rows,
+    gap,
+    gap_share,
+    scoreboard_rows,
+)
 
 __all__ = ["write_report"]
 
@@ -17,13 +23,13 @@ __all__ = ["write_report"]
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run's directory and return its path.
 
-    The run may still be going, or have stopped anywhere: what is missing or damaged is left out
-    and said. Raises UserError (exit code 2) where `run_dir` holds no run.
+    The run may be in progress or have stopped at any point: the page leaves out files that are
+    missing or damaged and says so. Raises UserError (exit code 2) if `run_dir` holds no run.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     run = read_run(Path(run_dir))
-    # Everything that comes from a model or a file is escaped: the template marks nothing as safe.
+    # All text from models and files is escaped: the template marks nothing as safe.
     environment = Environment(
         loader=PackageLoader("minidistill.reporting.html", "."),
         autoescape=True,
@@ -32,26 +38,27 @@ def write_report(run_dir: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "clean": clean, "printable": _text}
-    names = [f"below {number(limit)}" for limit in HEAT] + [f"{number(HEAT[-1])} and more"]
+    levels = [f"below {number(limit)}" for limit in KL_LEVELS]
+    levels.append(f"{number(KL_LEVELS[-1])} and more")
     html = environment.get_template("report.html").render(
         run=run,
         charts=charts(run.steps),
         board_rows=scoreboard_rows(run.board)[1:] if run.board else [],
         gap=gap(run.board),
-        share=share(run.board),
+        gap_share=gap_share(run.board),
         effort=effort(run.board),
         env_rows=env_rows(run.board),
-        heat=names,
-        level=level,
+        kl_levels=levels,
+        kl_level=kl_level,
     )
     path = Path(run_dir) / "report.html"
-    aside = path.with_suffix(f".html.{os.getpid()}.tmp")
-    # A reader of the page never meets half of it.
-    aside.write_text(html, encoding="utf-8")
-    os.replace(aside, path)
+    temporary = path.with_suffix(f".html.{os.getpid()}.tmp")
+    # Renamed when complete, so that nobody reads half a page.
+    temporary.write_text(html, encoding="utf-8")
+    os.replace(temporary, path)
     return path
 
 
 def _text(value: object) -> str:
-    """Text of several lines without control characters; line breaks stay."""
+    """Text without control characters; line breaks stay."""
     return printable(str(value)).encode("utf-8", "replace").decode("utf-8")

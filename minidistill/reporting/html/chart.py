@@ -1,4 +1,4 @@
-"""Line charts as geometry; the template writes the SVG, so that all text is escaped there."""
+"""The geometry of line charts. The template writes the SVG, so that it escapes all text."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from minidistill.reporting.formatting import number
 WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 14, 34
 MAX_POINTS = 300
-"""More are thinned out: the width of a line on the page is about this many dots."""
+"""Points of a curve; more are thinned out, because the page has about as many pixels."""
 
 Points = list[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Values over steps; `flat` for a reference line, `marked` for few points that matter."""
+    """Values over steps: `flat` for a reference line, `marked` to draw each point as a dot."""
 
     name: str
     points: Points
@@ -28,7 +28,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A drawn series: the SVG path, dots as (x, y, step, value) and what a legend says."""
+    """A drawn series: its SVG path, dots as (x, y, step, value), and values for the legend."""
 
     name: str
     path: str
@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A figure; ticks are (place, label)."""
+    """A chart; ticks are (position, label)."""
 
     title: str
     note: str
@@ -55,7 +55,7 @@ class Chart:
 
     @property
     def label(self) -> str:
-        """The figure in words, for those who do not see it."""
+        """The chart in words, for screen readers."""
         return f"{self.title} over steps. " + " ".join(
             f"{line.name}: {number(line.first)}."
             if line.flat or line.first == line.last
@@ -65,7 +65,7 @@ class Chart:
 
 
 def draw(title: str, note: str, series: Sequence[Series]) -> Chart:
-    """Scale the series to one pair of axes. What is not finite is a gap in its line."""
+    """Scale the series to shared axes. A value that is not finite is a gap in its line."""
     finite = [(x, y) for s in series for x, y in s.points if math.isfinite(y)]
     if not finite:
         return Chart(title, note, ())
@@ -73,13 +73,13 @@ def draw(title: str, note: str, series: Sequence[Series]) -> Chart:
     ys = _scale([y for _, y in finite], HEIGHT - BOTTOM, TOP, pad=0.06)
     lines = []
     for s in series:
-        seen = [(x, y) for x, y in s.points if math.isfinite(y)]
-        if seen:
-            dots = tuple((xs(x), ys(y), x, y) for x, y in thin(seen)) if s.marked else ()
-            if len(seen) == 1 and not dots:
-                dots = ((xs(seen[0][0]), ys(seen[0][1]), *seen[0]),)
+        points = [(x, y) for x, y in s.points if math.isfinite(y)]
+        if points:
+            # A single point has no line that would show it.
+            dotted = thin(points) if s.marked or len(points) == 1 else []
+            dots = tuple((xs(x), ys(y), x, y) for x, y in dotted)
             path = _path(thin(s.points), xs, ys)
-            lines.append(Line(s.name, path, dots, s.flat, seen[0][1], seen[-1][1]))
+            lines.append(Line(s.name, path, dots, s.flat, points[0][1], points[-1][1]))
     steps = sorted({round(tick) for tick in xs.ticks(6)})
     return Chart(
         title,
@@ -90,31 +90,31 @@ def draw(title: str, note: str, series: Sequence[Series]) -> Chart:
     )
 
 
-def thin(points: Points, most: int = MAX_POINTS) -> Points:
-    """At most about `most` points: the lowest and the highest of each stretch, in order."""
-    if len(points) <= most:
+def thin(points: Points, limit: int = MAX_POINTS) -> Points:
+    """About `limit` points at most: the lowest and the highest of each interval, in order."""
+    if len(points) <= limit:
         return points
     kept: Points = []
-    size = math.ceil(len(points) / (most // 2))
+    size = math.ceil(len(points) / (limit // 2))
     for start in range(0, len(points), size):
-        part = points[start : start + size]
-        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
-        kept += sorted(ends)
+        interval = points[start : start + size]
+        extremes = {min(interval, key=lambda p: p[1]), max(interval, key=lambda p: p[1])}
+        kept += sorted(extremes)
     return sorted({points[0], *kept, points[-1]})
 
 
 class _Scale:
-    """Values to pixels, one axis."""
+    """Maps the values of one axis to pixels."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         self.low, self.high, self._start, self._end = low, high, start, end
 
     def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return round(self._start + share * (self._end - self._start), 1)
+        fraction = (value - self.low) / (self.high - self.low)
+        return round(self._start + fraction * (self._end - self._start), 1)
 
     def ticks(self, count: int) -> list[float]:
-        """Round values inside the axis, about `count` of them."""
+        """About `count` round values within the axis."""
         raw = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
@@ -124,9 +124,9 @@ class _Scale:
 
 def _scale(values: Sequence[float], start: float, end: float, pad: float) -> _Scale:
     low, high = min(values), max(values)
-    # One value, or values that differ by rounding only, still get an axis with a width.
-    least = max(1e-9, 1e-6 * max(abs(low), abs(high)))
-    if high - low < least:
+    # The axis has a width even if there is one value, or values that differ by rounding only.
+    min_width = max(1e-9, 1e-6 * max(abs(low), abs(high)))
+    if high - low < min_width:
         middle = 0.5 * abs(low) or 0.5
         low, high = low - middle, high + middle
     margin = pad * (high - low)

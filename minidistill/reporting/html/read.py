@@ -1,4 +1,4 @@
-"""Reading a run directory that may be incomplete or damaged."""
+"""Reads a run directory that may be incomplete or damaged."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 
 from minidistill.errors import UserError
 
-MARKS = ("metrics.jsonl", "scoreboard.json", "config.resolved.json", "config.toml")
-"""A directory with none of these is no run."""
-ROLLOUTS = 3
-"""Rollouts shown of each step."""
-TOKENS = 400
-"""Tokens shown of each rollout."""
+RUN_FILES = ("metrics.jsonl", "scoreboard.json", "config.resolved.json", "config.toml")
+"""A directory with none of these holds no run."""
+MAX_ROLLOUTS = 3
+"""Rollouts shown for each step."""
+MAX_TOKENS = 400
+"""Tokens shown for each rollout."""
 
 _STEP = re.compile(r"step_(\d+)\.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class ShownRollout:
     """A rollout as the page shows it: its first tokens, each with its KL or None."""
 
     env: str
@@ -36,37 +36,37 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What was found. `steps` is {step: {metric: value}}; `notes` say what is missing."""
+    """The readable files. `steps` is {step: {metric: value}}; `notes` say what is missing."""
 
     name: str
     steps: dict[int, dict[str, float]]
     board: dict[str, Any]
     config: str
     env: dict[str, Any]
-    rollouts: tuple[tuple[int, tuple[Sampled, ...]], ...]
+    rollouts: tuple[tuple[int, tuple[ShownRollout, ...]], ...]
     notes: list[str] = field(default_factory=list)
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read what is there. Raises UserError where nothing of a run is."""
-    if not any((run_dir / name).is_file() for name in MARKS):
+    """Read the files that exist. Raises UserError (exit code 2) if there are none."""
+    if not any((run_dir / name).is_file() for name in RUN_FILES):
         raise UserError(
-            f"{run_dir} is not a run's directory",
+            f"{run_dir} is not a run directory",
             where=str(run_dir),
-            fix="give the output directory of a run; it holds metrics.jsonl and config.toml",
+            fix="give the output directory of a run; it contains metrics.jsonl and config.toml",
         )
     notes: list[str] = []
     steps = _steps(run_dir / "metrics.jsonl", notes)
     board = _object(run_dir / "scoreboard.json", notes)
     if not board:
-        notes.append("There is no scoreboard: the run has not come to its end.")
+        notes.append("There is no scoreboard: the run has not finished.")
     return Run(
         name=run_dir.resolve().name,
         steps=steps,
         board=board,
         config=_read(run_dir / "config.toml") or "",
         env=_object(run_dir / "env.json", notes),
-        rollouts=tuple(_chosen(run_dir / "rollouts", notes)),
+        rollouts=tuple(_selected(run_dir / "rollouts", notes)),
         notes=notes,
     )
 
@@ -79,7 +79,7 @@ def _read(path: Path) -> str | None:
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    """A JSON object, or None for whatever else stands there."""
+    """A JSON object, or None for any other text."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -98,7 +98,7 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file. A run that was cut off leaves half a line at its end."""
+    """The objects of a JSON-lines file. A killed run leaves half a line at its end."""
     damaged = 0
     for line in (_read(path) or "").split("\n"):
         if not line.strip():
@@ -113,7 +113,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _steps(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:
-    """Metrics by step. A later line wins: a resumed run writes some steps again."""
+    """Metrics by step. Of two values for one step the later one counts."""
     steps: dict[int, dict[str, float]] = {}
     for row in _lines(path, notes):
         step = row.pop("step", None)
@@ -135,24 +135,25 @@ def _float(value: Any) -> float | None:
         return None
 
 
-def _chosen(directory: Path, notes: list[str]) -> Iterator[tuple[int, tuple[Sampled, ...]]]:
-    """A few rollouts of the first, the middle and the last step that kept them."""
+def _selected(directory: Path, notes: list[str]) -> Iterator[tuple[int, tuple[ShownRollout, ...]]]:
+    """A few rollouts of the first, the middle and the last recorded step."""
     if not directory.is_dir():
         return
-    found = {int(m[1]): p for p in directory.iterdir() if (m := _STEP.fullmatch(p.name))}
-    order = sorted(found)
-    for at in sorted({0, len(order) // 2, len(order) - 1}) if order else ():
-        rows: dict[str, tuple[int, dict[str, Any]]] = {}
-        for index, row in enumerate(_lines(found[order[at]], notes)):
-            # One sample of each task tells more than several of one.
-            rows.setdefault(f"{row.get('env')}/{row.get('task_id')}", (index, row))
-        picked = list(rows.values())[:ROLLOUTS]
-        kl = _kl(found[order[at]].with_suffix(".safetensors"), [index for index, _ in picked])
-        yield order[at], tuple(_sampled(row, kl.get(index)) for index, row in picked)
+    files = {int(m[1]): p for p in directory.iterdir() if (m := _STEP.fullmatch(p.name))}
+    steps = sorted(files)
+    selected = {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set()
+    for step in sorted(selected):
+        by_task: dict[str, tuple[int, dict[str, Any]]] = {}
+        for index, row in enumerate(_lines(files[step], notes)):
+            # One rollout of each task tells more than several of one.
+            by_task.setdefault(f"{row.get('env')}/{row.get('task_id')}", (index, row))
+        rows = list(by_task.values())[:MAX_ROLLOUTS]
+        kl = _kl(files[step].with_suffix(".safetensors"), [index for index, _ in rows])
+        yield step, tuple(_shown(row, kl.get(index)) for index, row in rows)
 
 
-def _kl(path: Path, wanted: list[int]) -> dict[int, list[float]]:
-    """Per-token KL of rollouts by their index; empty where the tensors cannot be read."""
+def _kl(path: Path, indices: list[int]) -> dict[int, list[float]]:
+    """Per-token KL of rollouts by their index; empty if the tensors cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -162,24 +163,24 @@ def _kl(path: Path, wanted: list[int]) -> dict[int, list[float]]:
         return {}
     return {
         i: kl[offsets[i] : offsets[i + 1]].astype(float).tolist()
-        for i in wanted
+        for i in indices
         if i + 1 < len(offsets) and 0 <= offsets[i] <= offsets[i + 1] <= len(kl)
     }
 
 
-def _sampled(row: dict[str, Any], kl: list[float] | None) -> Sampled:
+def _shown(row: dict[str, Any], kl: list[float] | None) -> ShownRollout:
     tokens = row.get("tokens")
     tokens = [str(t) for t in tokens] if isinstance(tokens, list) else [str(row.get("completion"))]
-    # Colours that belong to other tokens would be worse than none.
+    # Better no colours than those of other tokens.
     values: list[float | None] = [None] * len(tokens)
     if kl is not None and len(kl) == len(tokens):
         values = list(kl)
-    return Sampled(
+    return ShownRollout(
         env=str(row.get("env") or ""),
         task=str(row.get("task_id") or ""),
         reward=_float(row.get("reward")),
         stop=str(row.get("stop") or ""),
         teacher_prompt=str(row.get("teacher_prompt_text") or ""),
-        tokens=tuple(zip(tokens, values, strict=True))[:TOKENS],
-        hidden=max(0, len(tokens) - TOKENS),
+        tokens=tuple(zip(tokens, values, strict=True))[:MAX_TOKENS],
+        hidden=max(0, len(tokens) - MAX_TOKENS),
     )

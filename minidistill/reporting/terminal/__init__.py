@@ -1,19 +1,15 @@
-"""The terminal: a live display where there is a terminal, plain lines where there is none."""
+"""The terminal: a live display on a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TextIO
 
-from minidistill.reporting.terminal.base import Advance, Display, Header, Sample
+from minidistill.reporting.terminal.base import Display, Header, Sample
 from minidistill.reporting.terminal.plain import PlainDisplay
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-__all__ = ["Advance", "Display", "Header", "Sample", "open_display", "render_scoreboard"]
+__all__ = ["Display", "Header", "Sample", "open_display"]
 
 
 def open_display(stream: TextIO | None = None) -> Display:
@@ -30,10 +26,3 @@ def open_display(stream: TextIO | None = None) -> Display:
     from minidistill.reporting.terminal.live import LiveDisplay
 
     return LiveDisplay(stream)
-
-
-def render_scoreboard(board: Mapping[str, Any]) -> RenderableType:
-    """The final scoreboard as a rich renderable, for the terminal and for `export_svg`."""
-    from minidistill.reporting.terminal.board import render_scoreboard as render
-
-    return render(board)

@@ -1,21 +1,18 @@
-"""What a run shows, and the interface of what shows it."""
+"""The interface of the displays, and what they show."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from minidistill.types import Metrics
-
-Advance = Callable[[int], None]
-"""Called with the number of units done since the last call."""
+from minidistill.types import Advance, Metrics
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What is said once at the start; `rows` are (name, value) pairs."""
+    """What is shown once at the start; `rows` are (name, value) pairs."""
 
     title: str
     rows: tuple[tuple[str, str], ...]
@@ -34,7 +31,10 @@ class Sample:
 
 
 class Display(Protocol):
-    """Where a run reports to. Every text is data: no markup, no control characters get through."""
+    """Shows a run. Safe to call from any thread.
+
+    All text is untrusted: displays interpret no markup and pass no control characters through.
+    """
 
     def open(self, header: Header) -> None:
         """Show the header; the first step is about to begin."""
@@ -43,19 +43,19 @@ class Display(Protocol):
         """A part of a step with `total` units of work; yields the callable that advances it."""
 
     def step(self, step: int, metrics: Metrics, sample: Sample | None) -> None:
-        """An optimizer step is done."""
+        """Show a finished optimizer step."""
 
     def evaluation(self, step: int, metrics: Metrics) -> None:
-        """An evaluation is done: `eval/{env}/student/avg` and the like."""
+        """Show a finished evaluation, `eval/{env}/student/avg` and the like."""
 
     def baseline(self, metrics: Metrics) -> None:
-        """The evaluation before step 1: `eval/{env}/baseline_student/avg` and the like."""
+        """Show the evaluation before step 1, `eval/{env}/baseline_student/avg` and the like."""
 
     def scoreboard(self, board: Mapping[str, Any]) -> None:
-        """The result of the run."""
+        """Show the result of the run."""
 
     def note(self, text: str, warning: bool = False) -> None:
-        """A line worth reading; allowed before `open` and after `close`."""
+        """Show a line of text; allowed before `open` and after `close`."""
 
     def close(self) -> None:
-        """Leave the terminal as it was. May be called more than once."""
+        """Restore the terminal. May be called more than once."""

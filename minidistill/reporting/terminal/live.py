@@ -3,80 +3,61 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TextIO
 
-from rich import box
 from rich.console import Console
 from rich.live import Live
-from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from minidistill.reporting.formatting import clean, evaluations, number
-from minidistill.reporting.terminal.base import Advance, Header, Sample
-from minidistill.reporting.terminal.board import render_baseline, render_scoreboard
-from minidistill.reporting.terminal.frame import Frame
-from minidistill.types import Metrics
+from minidistill.reporting.terminal.base import Header, Sample
+from minidistill.reporting.terminal.panels import render_baseline, render_header, render_scoreboard
+from minidistill.reporting.terminal.region import LiveRegion
+from minidistill.types import Advance, Metrics
 
 REFRESH_HZ = 4
-"""Redrawing takes some milliseconds of the trainer's interpreter: enough to look alive."""
-
-
-def render_header(header: Header) -> Panel:
-    """What is said once at the start."""
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="dim", no_wrap=True)
-    rows.add_column(overflow="fold")
-    for name, value in header.rows:
-        rows.add_row(Text(clean(name)), Text(clean(value)))
-    title = Text(clean(header.title), "bold")
-    return Panel(rows, title=title, box=box.ROUNDED, border_style="dim")
+"""Often enough to look alive; each redraw takes the trainer's interpreter a few milliseconds."""
 
 
 class LiveDisplay:
-    """Draws from its own thread; the calls of the run only store what is to be drawn."""
+    """Draws from its own thread; the run's calls only store what is drawn next."""
 
     def __init__(self, stream: TextIO, console: Console | None = None) -> None:
         # No emoji, no markup, no highlighting: texts come from models and files.
         self._console = console or Console(file=stream, markup=False, emoji=False, highlight=False)
-        self._frame = Frame()
+        self._region = LiveRegion()
         self._live: Live | None = None
 
     def open(self, header: Header) -> None:
         self._console.print(render_header(header))
-        self._frame.open(header)
-        self._live = Live(self._frame, console=self._console, refresh_per_second=REFRESH_HZ)
-        # An exception that nobody turns into `close` must not leave the cursor hidden.
+        self._region.open(header)
+        self._live = Live(self._region, console=self._console, refresh_per_second=REFRESH_HZ)
+        # An exception that never reaches `close` must not leave the cursor hidden.
         atexit.register(self.close)
         self._live.start()
 
-    @contextmanager
-    def phase(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        phase = self._frame.begin(clean(name), total, clean(unit))
-        try:
-            yield phase.advance
-        finally:
-            phase.stop()
+    def phase(self, name: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+        return self._region.bars.phase(name, total, unit)
 
     def step(self, step: int, metrics: Metrics, sample: Sample | None) -> None:
-        self._frame.step(step, metrics, sample)
+        self._region.end_step(step, metrics, sample)
 
     def evaluation(self, step: int, metrics: Metrics) -> None:
-        for env, values in evaluations(metrics).items():
+        for env, scores in evaluations(metrics).items():
             line = Text.assemble((f"evaluation at step {step}  ", "dim"), clean(env))
-            for who, value in values.items():
-                line.append(f"  {clean(who)} ", "dim").append(number(value), "bold")
+            for name, value in scores.items():
+                line.append(f"  {clean(name)} ", "dim").append(number(value), "bold")
             self._console.print(line)
-        self._frame.mark()
+        self._region.end_evaluation()
 
     def baseline(self, metrics: Metrics) -> None:
         self._console.print(render_baseline(metrics))
-        self._frame.mark()
+        self._region.end_evaluation()
 
     def scoreboard(self, board: Mapping[str, Any]) -> None:
-        # The result is the last thing on the screen: nothing is redrawn below it.
+        # The result is the last thing on the screen, with no region below it.
         self.close()
         self._console.print(render_scoreboard(board))
 

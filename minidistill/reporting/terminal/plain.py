@@ -8,10 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from minidistill.reporting import formatting
-from minidistill.reporting.formatting import clean, duration, number, signed
+from minidistill.reporting.formatting import (
+    clean,
+    duration,
+    evaluations,
+    number,
+    signed,
+    tokens_per_second,
+)
+from minidistill.reporting.scoreboard_rows import effort, env_rows, scoreboard_rows
 from minidistill.reporting.terminal.base import Header, Sample
-from minidistill.reporting.terminal.rows import effort, env_rows, scoreboard_rows
+from minidistill.reporting.terminal.pace import Pace
 from minidistill.types import Advance, Metrics
 
 HEARTBEAT_SECONDS = 30.0
@@ -25,10 +32,10 @@ class PlainDisplay:
         self._stream = stream
         # Warnings come from several threads. Reentrant: a signal handler may write a note.
         self._lock = threading.RLock()
-        self._pace = formatting.Pace(max_steps=0)
+        self._pace = Pace(max_steps=0)
 
     def open(self, header: Header) -> None:
-        self._pace = formatting.Pace(header.max_steps)
+        self._pace = Pace(header.max_steps)
         lines = [header.title, *_table(header.rows)]
         if header.first_step > 1:
             lines.append(f"  resumed at step {header.first_step}")
@@ -48,32 +55,32 @@ class PlainDisplay:
         yield advance
 
     def step(self, step: int, metrics: Metrics, sample: Sample | None) -> None:
-        self._pace.step()
+        self._pace.end_step()
         parts = [f"step {step}/{self._pace.max_steps}"]
         loss = "loss/total" if "loss/total" in metrics else "loss/policy"
         for name, key in (("kl", "teacher_kl"), ("reward", "reward/mean"), ("loss", loss)):
             if key in metrics:
                 parts.append(f"{name} {number(metrics[key])}")
-        rate = formatting.tokens_per_second(metrics)
+        rate = tokens_per_second(metrics)
         if rate is not None:
             parts.append(f"{number(rate)} tok/s")
-        parts.append(f"eta {duration(self._pace.eta(step))}")
+        parts.append(f"eta {duration(self._pace.seconds_left(step))}")
         self._write("  ".join(parts))
 
     def evaluation(self, step: int, metrics: Metrics) -> None:
-        for env, scores in formatting.evaluations(metrics).items():
+        for env, scores in evaluations(metrics).items():
             figures = [f"{name} {number(value)}" for name, value in scores.items()]
             self._write("  ".join([f"evaluation at step {step}", env, *figures]))
-        self._pace.mark()
+        self._pace.start_step()
 
     def baseline(self, metrics: Metrics) -> None:
         rows = [("baseline", "student", "teacher", "difference")]
-        for env, scores in formatting.evaluations(metrics).items():
+        for env, scores in evaluations(metrics).items():
             student, teacher = scores.get("baseline_student"), scores.get("baseline_teacher")
             difference = signed(scores.get("baseline_diff"))
             rows.append((env, number(student), number(teacher), difference))
         self._write(*_table(rows))
-        self._pace.mark()
+        self._pace.start_step()
 
     def scoreboard(self, board: Mapping[str, Any]) -> None:
         lines = [f"scoreboard  {board.get('env') or ''}".rstrip()]

@@ -1,4 +1,4 @@
-"""A completion with every token coloured by how much the teacher disagrees."""
+"""A completion whose tokens are coloured by how much the teacher disagrees."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from rich.cells import cell_len
 from rich.style import Style
 from rich.text import Text
 
-from minidistill.reporting.formatting import HEAT, clean, level, number
+from minidistill.reporting.formatting import KL_LEVELS, clean, kl_level, number
 from minidistill.reporting.terminal.base import Sample
 
-# Readable on light and dark grounds; the worst two are also bold and underlined, because colour
-# alone does not reach everyone.
+# Readable on light and dark backgrounds. The worst two are also bold, the worst underlined, for
+# readers who do not see the colours.
 STYLES = (
     Style(color="color(34)"),
     Style(color="color(106)"),
@@ -27,20 +27,20 @@ def sample_text(sample: Sample, cells: int) -> Text:
     """The first tokens of the sample that fit into `cells` terminal cells."""
     text, used = Text(), 0
     for token, kl in zip_longest(sample.tokens, sample.kl[: len(sample.tokens)]):
-        shown = clean(token)
-        used += cell_len(shown)
+        token_text = clean(token)
+        used += cell_len(token_text)
         if used > cells - 1:
             text.append("…", UNKNOWN)
             break
-        heat = level(kl)
-        text.append(shown, UNKNOWN if heat is None else STYLES[heat])
+        heat = kl_level(kl)
+        text.append(token_text, UNKNOWN if heat is None else STYLES[heat])
     return text
 
 
 def legend() -> Text:
     """What the colours mean, in nats."""
     text = Text("teacher KL ", UNKNOWN)
-    names = [f"<{number(limit)}" for limit in HEAT] + [f"≥{number(HEAT[-1])}"]
+    names = [f"<{number(limit)}" for limit in KL_LEVELS] + [f"≥{number(KL_LEVELS[-1])}"]
     for name, style in zip(names, STYLES, strict=True):
         text.append(name, style)
         text.append(" ")

@@ -1,4 +1,4 @@
-"""The scoreboard as rows of text; what is not known is left out."""
+"""The scoreboard as rows of text, for the displays and the report. Unknown values are left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def scoreboard_rows(board: Mapping[str, Any]) -> list[Row]:
     """(name, value) pairs in reading order, the gap first."""
     get = board.get
     rows = [("gap closed", gap(board))]
-    if get("verdict") and get("gap_closed") is None:  # else it says what the line above says
+    if get("verdict") and get("gap_closed") is None:  # otherwise it repeats the line above
         rows.append(("verdict", clean(get("verdict"))))
     rows += [
         (name, number(get(key)))
@@ -29,20 +29,20 @@ def scoreboard_rows(board: Mapping[str, Any]) -> list[Row]:
     ]
     if get("baseline_diff") is not None:
         rows.append(("teacher - student before", signed(get("baseline_diff"))))
-    for name, first, last in (
+    for name, before, after in (
         ("teacher KL", "teacher_kl_first", "teacher_kl_last"),
         ("teacher KL, held out", "heldout_kl_before", "heldout_kl_after"),
         ("length, tokens", "length_before", "length_after"),
     ):
-        if get(first) is not None or get(last) is not None:
-            rows.append((name, f"{number(get(first))} → {number(get(last))}"))
+        if get(before) is not None or get(after) is not None:
+            rows.append((name, f"{number(get(before))} → {number(get(after))}"))
     if get("drift_kl") is not None:
         rows.append(("drift KL", number(get("drift_kl"))))
     return rows
 
 
 def gap(board: Mapping[str, Any]) -> str:
-    """The share of the gap that was closed, with its interval."""
+    """The share of the gap that was closed, with its confidence interval."""
     if board.get("gap_closed") is None:
         return "–"
     text = percent(board["gap_closed"])
@@ -53,7 +53,7 @@ def gap(board: Mapping[str, Any]) -> str:
 
 
 def effort(board: Mapping[str, Any]) -> str:
-    """How much it took: steps, time, tasks."""
+    """Steps, time, and number of tasks evaluated."""
     parts = []
     if board.get("steps") is not None:
         parts.append(f"{clean(board['steps'])} steps")
@@ -65,25 +65,25 @@ def effort(board: Mapping[str, Any]) -> str:
 
 
 def env_rows(board: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """(env, before, after, teacher, gap closed) where there is more than one environment."""
+    """(env, before, after, teacher, gap closed) if there are several environments."""
     per_env = board.get("per_env")
     if not isinstance(per_env, Mapping) or len(per_env) < 2:
         return []
     return [
         (
             clean(env),
-            number(figures.get("baseline_student")),
-            number(figures.get("student")),
-            number(figures.get("baseline_teacher")),
-            percent(figures.get("gap_closed")),
+            number(scores.get("baseline_student")),
+            number(scores.get("student")),
+            number(scores.get("baseline_teacher")),
+            percent(scores.get("gap_closed")),
         )
-        for env, figures in per_env.items()
-        if isinstance(figures, Mapping)
+        for env, scores in per_env.items()
+        if isinstance(scores, Mapping)
     ]
 
 
-def share(board: Mapping[str, Any]) -> float | None:
-    """The closed gap as a position in [0, 1], for a bar."""
+def gap_share(board: Mapping[str, Any]) -> float | None:
+    """The share of the gap that was closed, clipped to [0, 1], for a bar."""
     value = board.get("gap_closed")
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return None

@@ -1,4 +1,4 @@
-"""The scoreboard and the baseline table, for a terminal that has colours."""
+"""The header, the baseline and the scoreboard, for a terminal with colours."""
 
 from __future__ import annotations
 
@@ -13,16 +13,41 @@ from rich.table import Table
 from rich.text import Text
 
 from minidistill.reporting.formatting import clean, evaluations, number, percent, signed
-from minidistill.reporting.terminal.rows import effort, env_rows, scoreboard_rows, share
+from minidistill.reporting.scoreboard_rows import effort, env_rows, gap_share, scoreboard_rows
+from minidistill.reporting.terminal.base import Header
 
 WIDTH = 76
-"""Wider panels only spread the figures apart."""
+"""Of the scoreboard: a wider panel only spreads the figures apart."""
+
+
+def render_header(header: Header) -> Panel:
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(overflow="fold")
+    for name, value in header.rows:
+        rows.add_row(Text(clean(name)), Text(clean(value)))
+    title = Text(clean(header.title), "bold")
+    return Panel(rows, title=title, box=box.ROUNDED, border_style="dim")
+
+
+def render_baseline(metrics: Mapping[str, Any]) -> RenderableType:
+    """What student and teacher can do before training."""
+    rows = [
+        (
+            clean(env),
+            number(scores.get("baseline_student")),
+            number(scores.get("baseline_teacher")),
+            signed(scores.get("baseline_diff")),
+        )
+        for env, scores in evaluations(metrics).items()
+    ]
+    return _table(("baseline", "student", "teacher", "difference"), rows)
 
 
 def render_scoreboard(board: Mapping[str, Any]) -> RenderableType:
-    """A panel: how much of the gap was closed, then what stands behind it."""
+    """How much of the gap was closed, and the figures behind it."""
     parts: list[RenderableType] = []
-    if (closed := share(board)) is not None:
+    if (closed := gap_share(board)) is not None:
         parts += [_bar(board, closed), Text()]
     figures = Table.grid(padding=(0, 2))
     figures.add_column(style="dim", no_wrap=True)
@@ -44,22 +69,8 @@ def render_scoreboard(board: Mapping[str, Any]) -> RenderableType:
     )
 
 
-def render_baseline(metrics: Mapping[str, Any]) -> RenderableType:
-    """What student and teacher can do before training."""
-    rows = [
-        (
-            clean(env),
-            number(values.get("baseline_student")),
-            number(values.get("baseline_teacher")),
-            signed(values.get("baseline_diff")),
-        )
-        for env, values in evaluations(metrics).items()
-    ]
-    return _table(("baseline", "student", "teacher", "difference"), rows)
-
-
 def _bar(board: Mapping[str, Any], closed: float) -> Table:
-    """From the student before to the teacher, filled as far as the student got."""
+    """A bar from the student's score before training to the teacher's."""
     bar = Table.grid(padding=(0, 1), expand=True)
     bar.add_column(no_wrap=True)
     bar.add_column(ratio=1)
@@ -74,8 +85,8 @@ def _bar(board: Mapping[str, Any], closed: float) -> Table:
 
 def _table(names: tuple[str, ...], rows: list[Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, name in enumerate(names):
-        table.add_column(Text(name), justify="right" if place else "left")
+    for column, name in enumerate(names):
+        table.add_column(Text(name), justify="right" if column else "left")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
