@@ -1,0 +1,33 @@
+"""An estimator as somebody would add it, registered before the command line runs.
+
+python -m support.half_divergence run FILES… --trainer.loss.estimator half_divergence
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+from minidistill.estimators import ESTIMATORS, LossSettings
+from minidistill.estimators.full import Full
+
+
+class HalfDivergence(Full):
+    """`full` with half of both taus."""
+
+    name = "half_divergence"
+
+    def loss(self, *inputs: Any, settings: LossSettings, **more_inputs: Any) -> Any:
+        halved = replace(
+            settings, teacher_tau=settings.teacher_tau / 2, student_tau=settings.student_tau / 2
+        )
+        return super().loss(*inputs, settings=halved, **more_inputs)
+
+
+ESTIMATORS[HalfDivergence.name] = HalfDivergence()
+
+if __name__ == "__main__":
+    from minidistill import cli
+
+    sys.exit(cli.main(sys.argv[1:]))

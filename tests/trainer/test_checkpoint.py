@@ -1,0 +1,104 @@
+"""Checkpoints on disk: which one is restored, and which are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.lab import Lab, make_lab
+
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.trainer import checkpoint
+
+SMALL = ("--orchestrator.batch_size", "12", "--orchestrator.env.0.args.num_train_examples", "8")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Lab:
+    from support.paths import SOKOBAN
+
+    from minidistill.config import load_config
+
+    return make_lab(load_config([SOKOBAN, *SMALL]))
+
+
+@pytest.fixture
+def root(lab: Lab, tmp_path: Path) -> Path:
+    """Checkpoints of steps 1 and 2, whose weights are filled with the step's number."""
+    for step in (1, 2):
+        fill(lab, step)
+        checkpoint.save(lab.trainer, tmp_path, step, {"metrics_lines": 10 * step}, keep=2)
+    fill(lab, 9)
+    return tmp_path
+
+
+def fill(lab: Lab, value: float) -> None:
+    for _, parameter in lab.policy.parameters:
+        parameter.data.fill_(value)
+
+
+def weights(lab: Lab) -> set[float]:
+    return {float(x) for _, p in lab.policy.parameters for x in p.detach().unique()}
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change state.json as another version of the program would write it, seal included."""
+    state, manifest = path / "state.json", path / checkpoint.MANIFEST
+    facts = json.loads(state.read_text())
+    change(facts)
+    state.write_text(json.dumps(facts))
+    sums = json.loads(manifest.read_text())
+    sums["sha256"]["state.json"] = hashlib.sha256(state.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(sums))
+
+
+def test_the_newest_is_restored(lab: Lab, root: Path) -> None:
+    assert checkpoint.restore(lab.trainer, root) == {"format": 1, "step": 2, "metrics_lines": 20}
+    assert weights(lab) == {2.0}
+    assert checkpoint.restore(lab.trainer, root / "empty") is None
+
+
+def test_a_damaged_one_is_skipped_with_a_warning(
+    lab: Lab, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / "step_000002" / "state.json").write_text("{}")
+    facts = checkpoint.restore(lab.trainer, root)
+    assert facts is not None
+    assert facts["step"] == 1
+    assert weights(lab) == {1.0}
+    assert caplog.messages == [
+        "checkpoint step_000002 is damaged (state.json has another checksum): using the one before"
+    ]
+
+
+@pytest.mark.parametrize("number", [2, 99, -1, "2025-01", 1.5, None])
+def test_an_unknown_format_is_refused(lab: Lab, root: Path, number: Any) -> None:
+    """No older checkpoint takes its place, and nothing is loaded."""
+    rewrite(root / "step_000002", lambda facts: facts.update(format=number))
+    with pytest.raises(UserError) as caught:
+        checkpoint.restore(lab.trainer, root)
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    assert f"step_000002 has format {number}" in caught.value.what
+    assert caught.value.where.endswith("step_000002/state.json")
+    assert "version of minidistill that wrote it" in caught.value.fix
+    assert weights(lab) == {9.0}
+
+
+def test_another_format_may_have_other_files(lab: Lab, root: Path) -> None:
+    rewrite(root / "step_000002", lambda facts: facts.update(format=2))
+    (root / "step_000002" / checkpoint.MANIFEST).unlink()
+    (root / "step_000002" / "state.safetensors").unlink()
+    with pytest.raises(UserError, match="step_000002 has format 2"):
+        checkpoint.restore(lab.trainer, root)
+
+
+def test_one_from_before_formats_had_numbers_is_restored(lab: Lab, root: Path) -> None:
+    rewrite(root / "step_000002", lambda facts: facts.pop("format"))
+    assert checkpoint.restore(lab.trainer, root) == {"step": 2, "metrics_lines": 20}
+    assert weights(lab) == {2.0}
+    assert all(torch.isfinite(p).all() for _, p in lab.policy.parameters)
