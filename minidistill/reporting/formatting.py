@@ -1,4 +1,4 @@
-"""Figures as text without colour, for both displays and the report."""
+"""Figures as text without color, for both displays and the report."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def test_values_that_are_not_finite_numbers_are_left_out(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kl", [[[0.1]], [[0.1, 0.2], [0.3]], []])
-def test_kl_that_does_not_fit_the_tokens_colours_nothing(
+def test_kl_that_does_not_fit_the_tokens_colors_nothing(
     tmp_path: Path, kl: list[list[float]]
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text("")

@@ -71,7 +71,7 @@ MAKERS: list[Callable[[], tuple[Display, io.StringIO]]] = [plain, live]
 
 
 def bare(text: str) -> str:
-    """The text without the display's colours and cursor movements; other escapes stay."""
+    """The text without the display's colors and cursor movements; other escapes stay."""
     return re.sub(r"\x1b\[\??[0-9;]*[mKAhl]|\r", "", text)
 
 
@@ -212,15 +212,15 @@ def test_an_exception_nobody_catches_leaves_the_cursor_shown() -> None:
 
 
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    def colours() -> bool:
+    def colors() -> bool:
         display, stream = live(_environ={**os.environ, "TERM": "xterm-256color"})
         whole_run(display)
         return bool(re.search(r"\x1b\[([0-9;]*;)?(3[0-8]|9[0-7])[;m]", stream.getvalue()))
 
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert colours()
+    assert colors()
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not colours()
+    assert not colors()
 
 
 def test_the_display_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ def test_a_step_does_no_work_per_token() -> None:
     assert REFRESH_HZ <= 8
 
 
-def test_tokens_are_coloured_by_disagreement_and_cut_to_fit() -> None:
+def test_tokens_are_colored_by_disagreement_and_cut_to_fit() -> None:
     text = sample_text(Sample(("a", "\n", "漢字", "d"), (0.0, 0.3, 3.0), None, "e"), 80)
     assert text.plain == "a⏎漢字d"
     assert [span.style for span in text.spans[:3]] == [STYLES[0], STYLES[2], STYLES[4]]

@@ -171,7 +171,7 @@ def _kl(path: Path, indices: list[int]) -> dict[int, list[float]]:
 def _shown(row: dict[str, Any], kl: list[float] | None) -> ShownRollout:
     tokens = row.get("tokens")
     tokens = [str(t) for t in tokens] if isinstance(tokens, list) else [str(row.get("completion"))]
-    # Better no colours than those of other tokens.
+    # Better no colors than those of other tokens.
     values: list[float | None] = [None] * len(tokens)
     if kl is not None and len(kl) == len(tokens):
         values = list(kl)

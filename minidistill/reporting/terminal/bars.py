@@ -43,7 +43,7 @@ class ProgressBars:
 
     @contextmanager
     def phase(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        """Show a phase's bar. A phase keeps its place and its bar from step to step."""
+        """Show a bar for the phase. A phase keeps its line from step to step."""
         with self._lock:
             if name not in self._phases:
                 self._phases[name] = self._progress.add_task(clean(name), visible=False)

@@ -1,4 +1,4 @@
-"""The header, the baseline and the scoreboard, for a terminal with colours."""
+"""The header, the baseline and the scoreboard, for a terminal with colors."""
 
 from __future__ import annotations
 

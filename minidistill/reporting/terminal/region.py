@@ -29,7 +29,7 @@ HISTORY = 60
 """Steps in a sparkline."""
 SAMPLE_LINES = 5
 CURVES = (("teacher kl", "teacher_kl", "cyan"), ("reward", "reward/mean", "green"))
-"""Name, metric and colour of each sparkline."""
+"""Name, metric and color of each sparkline."""
 
 
 class LiveRegion:

@@ -1,4 +1,4 @@
-"""A completion whose tokens are coloured by how much the teacher disagrees."""
+"""A completion whose tokens are colored by how much the teacher disagrees."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minidistill.reporting.formatting import KL_LEVELS, clean, kl_level, number
 from minidistill.reporting.terminal.base import Sample
 
 # Readable on light and dark backgrounds. The worst two are also bold, the worst underlined, for
-# readers who do not see the colours.
+# readers who do not see the colors.
 STYLES = (
     Style(color="color(34)"),
     Style(color="color(106)"),
@@ -38,7 +38,7 @@ def sample_text(sample: Sample, cells: int) -> Text:
 
 
 def legend() -> Text:
-    """What the colours mean, in nats."""
+    """What the colors mean, in nats."""
     text = Text("teacher KL ", UNKNOWN)
     names = [f"<{number(limit)}" for limit in KL_LEVELS] + [f"≥{number(KL_LEVELS[-1])}"]
     for name, style in zip(names, STYLES, strict=True):
