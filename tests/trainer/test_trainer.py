@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,8 @@ def test_metrics_have_the_documented_signs_and_values(configure: Configure) -> N
     rewards = [r.reward.value for r in lab.rollouts if r.reward]
     assert metrics["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
     assert metrics["ratio/ess"] == pytest.approx(1.0, abs=1e-6)
+    process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    assert 0.5 * process_peak < metrics["perf/peak_memory_gib/trainer"] <= process_peak
 
 
 def test_no_context_no_gradient(configure: Configure) -> None:
