@@ -8,7 +8,6 @@ Shapes: `_N` completion tokens, `_K` ids scored at each token, `_H` hidden, `_V`
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -61,7 +60,7 @@ class LossSettings:
     """None is no clip."""
 
 
-class Estimator(ABC):
+class Estimator:
     """One way to turn the objective into a loss for each token.
 
     To add one, write a subclass in a file of its own and list it in

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minidistill.config import Config
-from minidistill.trainer.distributed.fsdp import sharded_like, unsharded
+from minidistill.trainer.distributed.fsdp import full_tensor, sharded_like
 from minidistill.trainer.policy import Policy
 
 
@@ -54,7 +54,7 @@ class Optimizer:
                 self.masters[name].grad = parameter.grad.float()
                 parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.stepped.values(), self.max_norm)
-        return float(unsharded(norm))
+        return float(full_tensor(norm))
 
     @torch.no_grad()
     def step(self, rate: float) -> None:

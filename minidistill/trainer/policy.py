@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from minidistill.trainer.distributed.fsdp import ShardedModels, sharded_like, unsharded
+from minidistill.trainer.distributed.fsdp import ShardedModels, full_tensor, sharded_like
 from minidistill.trainer.distributed.rank_group import RankGroup
 from minidistill.types import Role
 
@@ -242,7 +242,7 @@ class Policy:
     def gather_weight(self, index: int) -> Tensor:
         """One of the student's sharded weights in full. A collective."""
         assert self.sharded is not None
-        return unsharded(self.sharded.weights[index][1])
+        return full_tensor(self.sharded.weights[index][1])
 
     def state(self) -> dict[str, Tensor]:
         """What training changes, for a checkpoint: "student/<name>", "ema/<name>"."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minidistill.config import Config
 from minidistill.estimators import Estimator
-from minidistill.trainer.distributed.fsdp import is_sharded, unsharded
+from minidistill.trainer.distributed.fsdp import full_tensor, is_sharded
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.gradients import Gradients
 from minidistill.trainer.guards import mismatch_limit, refusal
@@ -63,11 +63,11 @@ class Trainer:
     def _step(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> StepResult:
         began = time.perf_counter()
         reset_peak(self.policy.device)
-        own_figures = self.gradients.compute(rollouts, step, advance)
+        local_figures = self.gradients.compute(rollouts, step, advance)
         self.rank_group.sum_gradients([p for _, p in self.optimizer.named if not is_sharded(p)])
         rate = learning_rate(self.config, step)
         norm = self.optimizer.clip()
-        figures = self._gather_figures(own_figures, advance)
+        figures = self._gather_figures(local_figures, advance)
         metrics: Metrics = {}
         error = None
         if figures:
@@ -87,13 +87,13 @@ class Trainer:
         return StepResult(metrics | self._performance(tokens, began), figures)
 
     def _gather_figures(
-        self, own_figures: dict[int, TokenFigures], advance: Advance
+        self, local_figures: dict[int, TokenFigures], advance: Advance
     ) -> list[TokenFigures]:
         """On the driver the figures of every rollout in order; an empty list elsewhere.
 
         The driver logs the other ranks' warnings as well.
         """
-        share = own_figures, self.rank_group.drain_warnings()
+        share = local_figures, self.rank_group.drain_warnings()
         by_rollout: dict[int, TokenFigures] = {}
         for rank, (figures, warnings) in enumerate(self.rank_group.gather_object(share)):
             by_rollout |= figures
@@ -122,7 +122,7 @@ class Trainer:
         if self.policy.sharded is None:
             return tensors
         with self.rank_group.run_on_all_ranks(GatherState()):
-            full = ((k, unsharded(v)) for k, v in tensors.items())
+            full = ((k, full_tensor(v)) for k, v in tensors.items())
             return {k: v.cpu() for k, v in full if self.rank_group.rank == 0}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

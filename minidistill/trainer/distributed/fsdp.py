@@ -169,7 +169,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def unsharded(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor. A collective for a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

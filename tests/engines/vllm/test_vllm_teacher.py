@@ -43,7 +43,7 @@ def made(*flags: str) -> Iterator[tuple[Trainer, Collector, Any]]:
     try:
         policy = load_policy(config, tokenizer, CPU, started.teaching)
         prefixes = PrefixCache(policy, shares=True)
-        trainer = Trainer(policy, config, prefixes, started.teaching.estimator, print)
+        trainer = Trainer(policy, config, started.teaching.estimator, prefixes)
         teacher = config.orchestrator.teacher_model
         builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
         collector = Collector(
