@@ -1,4 +1,4 @@
-"""Fused log-prob, entropy and reverse-KL kernels: Triton on CUDA, its twin in torch on a CPU.
+"""Fused log-prob, entropy and reverse-KL kernels, in Triton for CUDA and in torch for the CPU.
 
 Importing this package imports neither triton nor minidistill.
 """

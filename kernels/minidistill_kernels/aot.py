@@ -1,7 +1,7 @@
 """Ahead-of-time compile of every shipped kernel configuration: registers, spills, shared memory.
 
-Needs no GPU and no driver: Triton compiles to PTX for a named target, and the ptxas in Triton's
-wheel reports what the assembler did with it. Run in a process without TRITON_INTERPRET:
+No GPU and no driver is needed: Triton compiles to PTX for a named target, and the ptxas in Triton's
+wheel assembles it and reports its resources. Run it in a process without TRITON_INTERPRET:
 
     python -m minidistill_kernels.aot bench/results/kernels_aot.json
 """
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 90, 100)
-# Bytes spilled to local memory, stores and loads together.
+# Limit of bytes spilled to local memory, stores and loads together.
 SPILL_LIMIT = {80: 0, 90: 0, 100: 64}
-# Shared memory a block may have.
+# Limit of shared memory per block, bytes.
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
@@ -48,7 +48,7 @@ class Configuration:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Everything that the launchers can ask for."""
+    """Every configuration that the launchers can use."""
     from minidistill_kernels.triton_rows import BLOCKS, DELTA, NONE, PAIR, TEACHER_BLOCKS
     from minidistill_kernels.triton_score import REDUCE, TILES
 
@@ -85,7 +85,7 @@ def configurations() -> Iterator[Configuration]:
 
 
 def compile_one(configuration: Configuration, architecture: int) -> dict[str, Any]:
-    """Registers a thread, spilled bytes, shared memory and warps of one compile."""
+    """Registers per thread, spilled bytes, shared memory and warps of one compile."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -118,7 +118,7 @@ def compile_one(configuration: Configuration, architecture: int) -> dict[str, An
 
 
 def assemble(ptx: str, architecture: int) -> dict[str, int]:
-    """What ptxas says of a kernel: registers and spills."""
+    """Registers per thread and spilled bytes of a kernel, as ptxas reports them."""
     import triton.backends.nvidia as nvidia
 
     tools = Path(nvidia.__file__).parent / "bin"
@@ -129,25 +129,25 @@ def assemble(ptx: str, architecture: int) -> dict[str, int]:
         path.write_text(ptx)
         target = f"--gpu-name=sm_{architecture}{suffix}"
         command = [str(ptxas), "-v", target, str(path), "-o", "/dev/null"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    text = done.stderr + done.stdout
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = result.stderr + result.stdout
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
     registers = re.search(r"Used (\d+) registers", text)
     if spills is None or registers is None:
-        raise RuntimeError(f"ptxas said nothing of registers or spills:\n{text}")
+        raise RuntimeError(f"ptxas reported no registers or no spills:\n{text}")
     stores, loads = (int(x) for x in spills.groups())
     return {"registers": int(registers[1]), "spill_bytes": stores + loads}
 
 
 def digest() -> str:
-    """Of the kernels' source, so that a stored report can be told from a stale one."""
-    here = Path(__file__).parent
+    """Hash of the kernels' source, by which a stored report is recognized as stale."""
+    folder = Path(__file__).parent
     names = ("triton_rows.py", "triton_score.py")
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
 
 
 def failures(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows of a report that spill or ask for more shared memory than there is."""
+    """Rows of a report that exceed the limits of spills or shared memory."""
     return [
         f"sm_{row['sm']} {row['name']}: {row['spill_bytes']} B spilled, {row['shared_bytes']} B"
         for row in rows
@@ -160,7 +160,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="the JSON report to write")
     parser.add_argument(
-        "--match", action="append", help="only configurations whose name has this; repeatable"
+        "--match", action="append", help="only configurations whose name contains this; repeatable"
     )
     parser.add_argument("--sm", type=int, choices=ARCHITECTURES, action="append")
     args = parser.parse_args()
@@ -168,11 +168,11 @@ def main() -> int:
         raise SystemExit("error: unset TRITON_INTERPRET; interpreted kernels are not compiled")
     import triton
 
-    wanted = [c for c in configurations() if any(m in c.name for m in args.match or [""])]
+    selected = [c for c in configurations() if any(m in c.name for m in args.match or [""])]
     rows = [
         {"sm": sm, "name": c.name, **compile_one(c, sm)}
         for sm in args.sm or ARCHITECTURES
-        for c in wanted
+        for c in selected
     ]
     report = {"triton": triton.__version__, "source_sha256": digest(), "kernels": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)

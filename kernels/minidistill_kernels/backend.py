@@ -1,4 +1,4 @@
-"""Which implementation of the row kernels runs: decided by the device, or by MINIDISTILL_KERNELS.
+"""Chooses the implementation of the row kernels, by the device or by MINIDISTILL_KERNELS.
 
 torch      the chunked algorithm in torch, on any device
 triton     the Triton kernels, on CUDA tensors
@@ -25,14 +25,14 @@ def _requested() -> str | None:
     return name or None
 
 
-# Triton reads this when it decorates a function, its own library included, so it has to be set
-# before triton is first imported: importing this package comes early enough.
+# Triton reads TRITON_INTERPRET whenever it decorates a function, also in its own library. It must
+# be set before triton is first imported; importing this package is early enough.
 if os.environ.get(VARIABLE, "").strip().lower() == "interpret" and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 def backend_for(device: torch.device) -> str:
-    """'torch' or 'triton' for tensors on `device` ('triton' covers interpreted kernels).
+    """'torch' or 'triton' for tensors on `device`; 'triton' includes interpreted kernels.
 
     Raises:
         ValueError: MINIDISTILL_KERNELS is unknown or does not fit the device.
@@ -49,7 +49,7 @@ def backend_for(device: torch.device) -> str:
         )
     if requested == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"{VARIABLE}=interpret has to be set before triton is imported; start a new process"
+            f"{VARIABLE}=interpret must be set before triton is imported; start a new process"
         )
     return "triton"
 

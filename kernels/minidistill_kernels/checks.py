@@ -1,4 +1,4 @@
-"""Argument checks: every public function raises a ValueError that names the argument."""
+"""Argument checks. Each raises a ValueError that names the argument."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PADDING_ID = -100
 
 
 def matrix(name: str, x: Tensor) -> None:
-    """A plain 2-D float tensor with rows, whose last dimension is contiguous."""
+    """Require a plain, non-empty 2-D float tensor whose last dimension is contiguous."""
     if hasattr(x, "full_tensor"):
         raise ValueError(f"{name}: is a DTensor; pass a plain tensor (`{name}.full_tensor()`)")
     if x.dim() != 2:
@@ -27,7 +27,7 @@ def matrix(name: str, x: Tensor) -> None:
 
 
 def like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Same dtype and device as another argument."""
+    """Require the dtype and device of another argument."""
     if x.dtype != other.dtype:
         raise ValueError(f"{name}: dtype {x.dtype}, but {other_name} is {other.dtype}")
     if x.device != other.device:
@@ -42,33 +42,33 @@ def same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def per_token(name: str, x: Tensor, rows: int, device: torch.device, kind: str) -> None:
-    """A vector with one entry a token; `kind` is 'ids', 'float' or 'bool'."""
+    """Require a vector with one entry per token; `kind` is 'ids', 'float' or 'bool'."""
     if x.dim() != 1 or x.shape[0] != rows:
         raise ValueError(f"{name}: shape {tuple(x.shape)}, expected ({rows},)")
     per_entry(name, x, device, kind)
 
 
 def per_entry(name: str, x: Tensor, device: torch.device, kind: str) -> None:
-    wanted = {"ids": (torch.int64, torch.int32), "float": FLOATS, "bool": (torch.bool,)}[kind]
-    if x.dtype not in wanted:
-        raise ValueError(f"{name}: dtype {x.dtype}, expected {' or '.join(map(str, wanted))}")
+    dtypes = {"ids": (torch.int64, torch.int32), "float": FLOATS, "bool": (torch.bool,)}[kind]
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name}: dtype {x.dtype}, expected {' or '.join(map(str, dtypes))}")
     if x.device != device:
         raise ValueError(f"{name}: on {x.device}, expected {device}")
 
 
 def head(
-    name: str, weight: Tensor, hidden_name: str, hidden: Tensor, trained: bool = False
+    name: str, weight: Tensor, hidden_name: str, hidden: Tensor, trainable: bool = False
 ) -> None:
-    """A (V, H) head that fits (N, H) hidden states, frozen unless it may be `trained`."""
+    """Require a (V, H) head that fits (N, H) hidden states, and is frozen unless `trainable`."""
     matrix(name, weight)
     like(name, weight, hidden_name, hidden)
     if weight.shape[1] != hidden.shape[1]:
         raise ValueError(
             f"{name}: width {weight.shape[1]}, but {hidden_name} has {hidden.shape[1]}"
         )
-    if weight.requires_grad and torch.is_grad_enabled() and not trained:
+    if weight.requires_grad and torch.is_grad_enabled() and not trainable:
         raise ValueError(
-            f"{name}: requires a gradient, which these kernels do not compute; "
+            f"{name}: requires a gradient, which this function does not compute; "
             f"freeze the head or pass `{name}.detach()`"
         )
 
@@ -79,12 +79,12 @@ def states(
     h_t: Tensor | None,
     teacher_weight: Tensor | None,
     names: tuple[str, str, str] = ("h_s_NH", "weight_VH", "h_t_NH"),
-    trained: bool = False,
+    trainable: bool = False,
 ) -> None:
-    """Student's and teacher's hidden states with their heads; `names` of the first three."""
+    """Require hidden states and heads that fit; `names` are those of the first three arguments."""
     s_name, w_name, t_name = names
     matrix(s_name, h_s)
-    head(w_name, weight, s_name, h_s, trained)
+    head(w_name, weight, s_name, h_s, trainable)
     if h_t is None:
         if teacher_weight is not None:
             raise ValueError(f"teacher_weight: given without {t_name}")
@@ -126,26 +126,26 @@ def chunk_size(chunk: int | None) -> int:
 
 
 def usable_rows(ids: Tensor, vocab: int, valid: Tensor | None) -> Tensor | None:
-    """Which rows to compute: not padding (-100) and valid. None means all of them.
+    """Mask of the rows to compute: valid and not padding (-100). None means all rows.
 
-    Runs inside the opaque op, so that reading values costs torch.compile no graph break.
-    One device synchronisation.
+    It runs inside the opaque op, where reading values does not break torch.compile's graph. It
+    synchronizes with the device once.
     """
     keep = ids != PADDING_ID
     if valid is not None:
         keep = keep & valid
     in_range = (ids >= 0) & (ids < vocab)
-    every, sound = torch.stack([keep.all(), (in_range | ~keep).all()]).tolist()
-    if not sound:
+    keep_all, ids_fit = torch.stack([keep.all(), (in_range | ~keep).all()]).tolist()
+    if not ids_fit:
         bad = int(ids[keep & ~in_range][0])
         raise ValueError(f"ids: {bad} is outside the vocabulary of {vocab} (padding is -100)")
-    return None if every else keep
+    return None if keep_all else keep
 
 
 def teacher_inputs(
     estimator: str, h_t: Tensor | None, logp: Tensor | None, ids: Tensor | None, top: Tensor | None
 ) -> None:
-    """The teacher comes one way, and one that the estimator can use."""
+    """Require exactly one form of the teacher's scores, one that the estimator can use."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
     if (ids is None) != (top is None):

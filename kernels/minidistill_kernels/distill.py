@@ -1,15 +1,16 @@
-"""The trainer's call: the whole objective of each token, from hidden states and the LM head.
+"""The objective of distillation for each token, from hidden states and the LM head.
 
 Tokens are processed in chunks: a product with the head into a bounded buffer, a row kernel for the
-statistics, coefficients per token, the logit gradient in place, and a product for d_hidden. A
-per-row upstream gradient commutes with that last product, so d_hidden is computed in the forward
-pass and only scaled in the backward pass. The gradient of a trained head sums over rows, so there
-the upstream gradient must be the same for all of them, as it is after a sum or a mean.
+statistics, coefficients per token, the logit gradient in place, and a product for d_hidden. The
+upstream gradient is one factor per token and commutes with that last product. So d_hidden is
+computed in the forward pass and only scaled in the backward pass. The gradient of a trainable head
+is a sum over tokens, so there the upstream gradient must be the same for all tokens, as it is after
+a sum or a mean.
 
-If student and teacher share the head, their logits' difference is computed from the difference of
-the hidden states. Subtracting two sets of bf16 logits instead loses most of a small KL.
+If student and teacher share the head, the difference of their logits is computed from the
+difference of their hidden states. Subtracting bf16 logits would lose most of a small KL.
 
-Legend: _N tokens, _C tokens of a chunk, _H hidden, _V vocabulary, _K ids a token.
+Legend: _N tokens, _C tokens of a chunk, _H hidden, _V vocabulary, _K ids per token.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from minidistill_kernels import backend, checks, gemm
 from minidistill_kernels.objective import DistillOutput, Objective, Terms, TokenData, token_terms
 from minidistill_kernels.top_k import pick
 
-# Bytes of one fp32 logit buffer of a chunk; two exist where there is a teacher.
+# Bytes of a chunk's fp32 logit buffer, by device; with a teacher there are two.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-# The numbers of an Objective, in the order in which the op takes them.
+# Numeric fields of an Objective, in the order of the op's `settings`.
 SETTINGS = (
     "adv_tau",
     "teacher_tau",
@@ -66,8 +67,9 @@ def linear_distill(
 ) -> DistillOutput:
     """Loss and metrics of on-policy distillation, from hidden states and the LM head.
 
-    With pi and q the student's and the teacher's distributions at `temperature`, mu the sampler's,
-    A the advantage and rho = min(pi(y) / mu(y), ratio_clip_high), detached:
+    With pi and q the distributions of student and teacher at `temperature`, mu the sampler's, y the
+    sampled token, A its advantage and rho = min(pi(y) / mu(y), ratio_clip_high), detached, the loss
+    of a token is
 
         full     -rho adv_tau A log pi(y) + sum_v pi_v (student_tau log pi_v - teacher_tau log q_v)
         top_k    the same sum over the student's k likeliest ids and one bucket for the rest
@@ -76,20 +78,21 @@ def linear_distill(
                  "On-Policy Distillation", 2025)
 
     Tokens whose pi(y) / mu(y) is outside [token_mask_low, token_mask_high] get no loss and no
-    gradient. `kl_clip` bounds the distillation term: clamped to +-kl_clip in `sampled`, scaled
-    down to kl_clip otherwise, never dropped. Memory is bounded by `chunk` tokens of logits.
+    gradient. `kl_clip` bounds the distillation term: in `sampled` it is clamped to +-kl_clip,
+    otherwise scaled down to kl_clip. Memory is bounded by the logits of `chunk` tokens.
 
     Args:
-        h_s_NH: (N, H) student's hidden states; float32, bfloat16 or float16. Takes the gradient.
-        weight_VH: (V, H) head, same dtype. One that requires a gradient gets it, accumulated in
-            fp32; the loss must then be reduced by a sum or a mean.
+        h_s_NH: (N, H) student's hidden states; float32, bfloat16 or float16. Differentiable.
+        weight_VH: (V, H) head, same dtype. If it requires a gradient, that is accumulated in fp32,
+            and the loss must be reduced by a sum or a mean.
         ids_N: (N,) sampled tokens, int64 or int32; -100 is padding.
         h_t_NH: (N, H) teacher's hidden states, same dtype; detached.
-        teacher_weight: (V, H) the teacher's own head, if it is not the student's.
-        teacher_logp_N: (N,) log q(y) scored elsewhere; for `sampled` without `h_t_NH`.
-        topk_ids_NK: (N, K) the student's likeliest ids, distinct; scored elsewhere by
-        teacher_topk_logp_NK: (N, K) log q at those ids. Both for `top_k` without `h_t_NH`.
-        advantage_N: (N,) A, centred; None is 0.
+        teacher_weight: (V, H) the teacher's own head, if it is not the student's. With it the
+            teacher's hidden states may have another width.
+        teacher_logp_N: (N,) log q(y), scored elsewhere; for `sampled` without `h_t_NH`.
+        topk_ids_NK: (N, K) distinct ids, the student's likeliest; for `top_k` without `h_t_NH`.
+        teacher_topk_logp_NK: (N, K) log q at `topk_ids_NK`, scored elsewhere.
+        advantage_N: (N,) A, centered; None is 0.
         sampler_logp_N: (N,) log mu(y); None makes rho 1.
         estimator: "full" (needs `h_t_NH`), "sampled" or "top_k".
         top_k: k of `top_k` with `h_t_NH`.
@@ -97,19 +100,21 @@ def linear_distill(
         chunk: tokens at a time; None fits 64 MiB of fp32 logits on a CPU, 1 GiB on CUDA.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or device, requires a gradient that is not
-            computed (a teacher's head), has no rows, or an id is out of range; names the argument.
+        ValueError: an argument has a wrong shape, dtype or device, has no rows, requires a gradient
+            that is not computed (a teacher's head), or an id is out of range.
+        RuntimeError: in the backward pass, the head requires a gradient, and the upstream gradient
+            is not the same for all tokens.
     """
     n = h_s_NH.shape[0]
-    checks.states(h_s_NH, weight_VH, h_t_NH, teacher_weight, trained=True)
+    checks.states(h_s_NH, weight_VH, h_t_NH, teacher_weight, trainable=True)
     device = h_s_NH.device
     checks.per_token("ids_N", ids_N, n, device, "ids")
-    given = {
+    per_token = {
         "advantage_N": advantage_N,
         "sampler_logp_N": sampler_logp_N,
         "teacher_logp_N": teacher_logp_N,
     }
-    for name, x in given.items():
+    for name, x in per_token.items():
         if x is not None:
             checks.per_token(name, x, n, device, "float")
     if valid is not None:
@@ -120,23 +125,34 @@ def linear_distill(
     checks.objective_numbers(
         top_k, temperature, ratio_clip_high, token_mask_low, token_mask_high, kl_clip
     )
-    for name, tau in (("adv_tau", adv_tau), ("teacher_tau", teacher_tau)):
+    taus = {"adv_tau": adv_tau, "teacher_tau": teacher_tau, "student_tau": student_tau}
+    for name, tau in taus.items():
         checks.finite(name, tau)
-    checks.finite("student_tau", student_tau)
     settings = (
-        adv_tau, teacher_tau, student_tau, temperature,
-        ratio_clip_high, token_mask_low, token_mask_high,
-    )  # fmt: skip
-    others = (
-        h_t_NH, teacher_weight, advantage_N, sampler_logp_N,
-        teacher_logp_N, topk_ids_NK, teacher_topk_logp_NK, valid,
-    )  # fmt: skip
+        adv_tau,
+        teacher_tau,
+        student_tau,
+        temperature,
+        ratio_clip_high,
+        token_mask_low,
+        token_mask_high,
+    )
+    constants = (
+        h_t_NH,
+        teacher_weight,
+        advantage_N,
+        sampler_logp_N,
+        teacher_logp_N,
+        topk_ids_NK,
+        teacher_topk_logp_NK,
+        valid,
+    )
     grad = torch.is_grad_enabled()
     loss, metrics, flags, *_ = linear_op(
         h_s_NH,
         weight_VH,
         ids_N,
-        *(None if x is None else x.detach() for x in others),
+        *(None if x is None else x.detach() for x in constants),
         estimator,
         top_k,
         [float(x) for x in settings],
@@ -159,7 +175,7 @@ def linear_distill(
 
 
 def chunk_tokens(tokens: int, vocab: int, chunk: int, device: torch.device) -> int:
-    """Tokens a chunk: as asked, or what fits CHUNK_BYTES in multiples of 64."""
+    """Tokens per chunk: `chunk`, or if that is 0 what fits CHUNK_BYTES, in multiples of 64."""
     if chunk == 0:
         chunk = max(64, CHUNK_BYTES.get(device.type, 64 << 20) // (4 * vocab) // 64 * 64)
     return min(tokens, chunk)
@@ -178,8 +194,8 @@ def compute(
     need_grad: bool,
     train_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms as (len(Terms), N) fp32, d loss / d hidden, (N, H) or (0, H), and d sum(loss) / d head,
-    (V, H) fp32 or (0, H)."""
+    """The terms, (len(Terms), N) fp32; d loss / d hidden, (N, H), or (0, H) if not needed; and
+    d sum(loss) / d head, (V, H) fp32, or (0, H)."""
     tokens, vocab = hidden_NH.shape[0], weight_VH.shape[0]
     keep_N = checks.usable_rows(data.ids, vocab, valid_N)
     rows = None if keep_N is None else keep_N.nonzero()[:, 0]
@@ -220,14 +236,17 @@ def compute(
 
 
 def _narrow(x: Tensor) -> bool:
-    """Whether deltas and logit gradients are held in a half-precision input's dtype."""
+    """Whether deltas and logit gradients are kept in the dtype of a half-precision input."""
     return x.is_cuda and backend.backend_for(x.device) == "triton"
 
 
 def _buffers(
     size: int, vocab: int, like: Tensor, teacher: bool, pair: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits in fp32. A difference may be bf16 on CUDA: its error is relative to itself."""
+    """Buffers of a chunk: fp32 logits, and the difference or the teacher's logits, or None.
+
+    On CUDA a difference may be half precision, because its error is relative to itself.
+    """
     dtype = like.dtype if _narrow(like) and not pair else torch.float32
     s_CV = like.new_empty(size, vocab, dtype=torch.float32)
     return s_CV, like.new_empty(size, vocab, dtype=dtype) if teacher else None
@@ -243,28 +262,35 @@ def _chunk(
     need_grad: bool,
     grad_dtype: torch.dtype,
 ) -> tuple[Terms, Tensor | None]:
-    """Terms of a chunk, and its logit gradient in one of the buffers or a new one."""
+    """Terms of a chunk, and its logit gradient, in one of the buffers or a new one."""
     kernels = backend.row_kernels(s_CV.device)
     ids_C = data.ids.to(torch.int64)
     inv_t = 1.0 / obj.temperature
     picked = pick(s_CV, x_CV, topk_ids_CK, obj, pair) if obj.mode == "top_k" else None
-    how: dict[str, Any] = {"pair": pair, "inv_temperature": inv_t, "mix": obj.mix}
+    options: dict[str, Any] = {"pair": pair, "inv_temperature": inv_t, "mix": obj.mix}
     with_b = need_grad and obj.mode == "full"
-    row = kernels.stats(s_CV, x_CV, ids_C, need_grad=with_b, **how)
+    row = kernels.stats(s_CV, x_CV, ids_C, need_grad=with_b, **options)
     terms, grad = token_terms(obj, row, data, picked, x_CV is not None)
     if not need_grad:
         return terms, None
     grad = grad.times(inv_t)
-    # The gradient takes a buffer that is no longer needed; in the head's dtype for the product.
+    # The gradient overwrites a buffer that is no longer needed, in the head's dtype if possible.
     out_CV = s_CV
     if _narrow(s_CV) and grad_dtype != torch.float32:
         free = x_CV is not None and x_CV.dtype == grad_dtype
         out_CV = x_CV if free and x_CV is not None else torch.empty_like(s_CV, dtype=grad_dtype)
     x_used_CV = x_CV if with_b else None
     kernels.dlogits(
-        s_CV, x_used_CV, out_CV, ids_C, row,
-        base_C=grad.base, scale_C=grad.scale, target_C=grad.target, **how,
-    )  # fmt: skip
+        s_CV,
+        x_used_CV,
+        out_CV,
+        ids_C,
+        row,
+        base_C=grad.base,
+        scale_C=grad.scale,
+        target_C=grad.target,
+        **options,
+    )
     if picked is not None and grad.sparse is not None:
         out_CV.scatter_add_(1, picked.ids, grad.sparse.to(out_CV.dtype))
     return terms, out_CV
@@ -291,16 +317,25 @@ def linear_op(
     need_grad: bool,
     train_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss (N,), metrics (6, N), flags (3, N) bool, and the gradients that `compute` returns)."""
+    """loss (N,), metrics (6, N), flags (3, N) bool, and the two gradients of `compute`."""
     data = TokenData(ids, advantage, sampler_logp, teacher_logp, topk_teacher_logp)
     if topk_ids is not None and bool(((topk_ids < 0) | (topk_ids >= weight.shape[0])).any()):
         raise ValueError(f"topk_ids_NK: an id is outside the vocabulary of {weight.shape[0]}")
     numbers = dict(zip(SETTINGS, settings, strict=True))
     obj = Objective(mode, top_k, kl_clip=kl_clip, **numbers)
     out, d_hidden, d_weight = compute(
-        hidden, weight, teacher, teacher_weight, data, topk_ids, valid, obj, chunk, need_grad,
+        hidden,
+        weight,
+        teacher,
+        teacher_weight,
+        data,
+        topk_ids,
+        valid,
+        obj,
+        chunk,
+        need_grad,
         train_head,
-    )  # fmt: skip
+    )
     metrics = out[1 : 1 + len(METRICS)].clone()
     return out[0].clone(), metrics, out[1 + len(METRICS) :] > 0, d_hidden, d_weight
 
@@ -324,7 +359,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.mark_non_differentiable(metrics, flags, d_hidden, d_weight)
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-    ctx.others = len(inputs) - 2
+    ctx.constants = len(inputs) - 2
 
 
 def _backward(ctx: Any, d_loss: Tensor, *unused: Any) -> tuple[Any, ...]:
@@ -333,11 +368,11 @@ def _backward(ctx: Any, d_loss: Tensor, *unused: Any) -> tuple[Any, ...]:
     if len(d_weight):
         if not bool((d_loss == d_loss[0]).all()):
             raise RuntimeError(
-                "a trained head needs one upstream gradient for all tokens: reduce the loss by a "
-                "sum or a mean, and leave tokens out with `valid`"
+                "a trainable head needs the same upstream gradient for all tokens: reduce the "
+                "loss by a sum or a mean, and leave tokens out with `valid`"
             )
         head = (d_weight * d_loss[0]).to(ctx.dtypes[1])
-    return (d_hidden * d_loss[:, None]).to(ctx.dtypes[0]), head, *[None] * ctx.others
+    return (d_hidden * d_loss[:, None]).to(ctx.dtypes[0]), head, *[None] * ctx.constants
 
 
 linear_op.register_autograd(_backward, setup_context=_setup)

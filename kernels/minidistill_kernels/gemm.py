@@ -1,4 +1,4 @@
-"""The matrix products around the row kernels, into buffers that the caller owns.
+"""The matrix products before and after the row kernels.
 
 Legend: _C tokens of a chunk, _H hidden, _V vocabulary.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Rows of a low-precision head converted at a time on a CPU.
+# On a CPU, rows of a low-precision head that are converted to fp32 at a time.
 TILE = 4096
 
 
 def project(out_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> None:
-    """out = hidden @ weight.T. On a CPU all arithmetic is fp32, whatever the inputs are."""
+    """out = hidden @ weight.T. On a CPU the arithmetic is fp32 for every input dtype."""
     if hidden_CH.is_cuda:
         if out_CV.dtype == hidden_CH.dtype:
             torch.mm(hidden_CH, weight_VH.t(), out=out_CV)
@@ -29,7 +29,7 @@ def project(out_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> None:
 
 
 def pull_back(dlogits_CV: Tensor, weight_VH: Tensor) -> Tensor:
-    """dlogits @ weight, (C, H); accumulated in fp32, the vocabulary in one product on CUDA."""
+    """dlogits @ weight, (C, H), accumulated in fp32; one product over the vocabulary on CUDA."""
     if dlogits_CV.is_cuda:
         dlogits_CV = dlogits_CV.to(weight_VH.dtype)
         if weight_VH.dtype == torch.float16:  # small unscaled gradients vanish in fp16
@@ -44,7 +44,7 @@ def pull_back(dlogits_CV: Tensor, weight_VH: Tensor) -> Tensor:
 
 
 def add_outer(out_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor) -> None:
-    """out += dlogits.T @ hidden in fp32: a chunk's share of the head's gradient."""
+    """out += dlogits.T @ hidden in fp32, the chunk's part of the head's gradient."""
     if hidden_CH.is_cuda and hidden_CH.dtype != torch.float32:
         dlogits_CV = dlogits_CV.to(hidden_CH.dtype)
         out_VH += torch.mm(dlogits_CV.t(), hidden_CH, out_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Log-probs and reverse KL straight from hidden states and a frozen LM head."""
+"""Log-probs and reverse KL from hidden states and a frozen LM head, without logits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from minidistill_kernels import backend, checks
 from minidistill_kernels.distill import METRICS, linear_op
 
-# Rows of Objective that do not apply outside the trainer's objective: no mask, no truncation.
-_OPEN = (2.0, 0.0, float("inf"))
+# ratio_clip_high, token_mask_low and token_mask_high: unused, no ratio and no mask here.
+_NO_MASK = (2.0, 0.0, float("inf"))
 
 
 class _RefuseGradient(torch.autograd.Function):
-    """Identity whose backward raises: better than an entropy bonus that does nothing."""
+    """Identity that raises in the backward pass, so an entropy bonus is not silently dropped."""
 
     @staticmethod
     def forward(ctx: Any, entropy_N: Tensor, hidden: Tensor) -> Tensor:
@@ -39,22 +39,23 @@ def linear_logprob(
     return_entropy: bool = False,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(hidden @ weight.T / temperature) at `ids`, never holding (N, V) logits.
+    """log softmax(hidden @ weight.T / temperature) at `ids`, without (N, V) logits.
 
     Args:
-        hidden: (N, H) float32, bfloat16 or float16; takes the gradient.
+        hidden: (N, H) float32, bfloat16 or float16; differentiable.
         weight: (V, H) frozen head, same dtype.
         ids: (N,) int64 or int32; -100 is padding.
-        valid: (N,) bool; rows that are False are not computed: 0 and no gradient.
-        return_entropy: also the entropy of each row; it has no gradient, asking for it raises.
-        chunk: tokens at a time; None fits 64 MiB of fp32 logits on a CPU, 1 GiB on CUDA. Of no
-            effect on CUDA without a gradient, where logits never exist.
+        valid: (N,) bool; rows that are False are not computed and are 0.
+        return_entropy: also return the entropy of each row. Its backward pass raises.
+        chunk: tokens at a time; None fits 64 MiB of fp32 logits on a CPU, 1 GiB on CUDA. It has no
+            effect on CUDA without a gradient, where there are no logits.
 
     Returns:
         (N,) fp32 log-probs, and (N,) fp32 entropies in nats or None.
 
     Raises:
-        ValueError: a bad shape, dtype, device, id or a trainable head; names the argument.
+        ValueError: an argument has a wrong shape, dtype or device, an id is out of range, or the
+            head requires a gradient.
     """
     checks.matrix("hidden", hidden)
     checks.head("weight", weight, "hidden", hidden)
@@ -69,13 +70,23 @@ def linear_logprob(
 
         logp, entropy = score_op(hidden.detach(), weight.detach(), ids, valid, temperature)
         return logp, entropy if return_entropy else None
-    settings = [0.0, 0.0, 0.0, float(temperature), *_OPEN]
+    settings = [0.0, 0.0, 0.0, float(temperature), *_NO_MASK]
     logp, metrics, *_ = linear_op(
-        hidden, weight.detach(), ids, *[None] * 7, valid, "logprob", 1, settings, None, size,
-        need_grad, False,
-    )  # fmt: skip
+        hidden,
+        weight.detach(),
+        ids,
+        *[None] * 7,  # no teacher, no advantage, no sampler
+        valid,
+        "logprob",
+        1,
+        settings,
+        None,
+        size,
+        need_grad,
+        False,
+    )
     entropy = metrics[METRICS.index("entropy")]
-    # A compiler traces the backward pass of every output, asked for or not: no gradient there.
+    # torch.compile traces the backward pass of every output, also of those that are not used.
     if return_entropy and need_grad and not torch.compiler.is_compiling():
         entropy = _RefuseGradient.apply(entropy, hidden)
     return logp, entropy if return_entropy else None
@@ -95,23 +106,24 @@ def linear_reverse_kl(
 ) -> Tensor:
     """sum_v pi_v (student_tau log pi_v - teacher_tau log q_v) from two sets of hidden states.
 
-    With both taus 1 this is KL(pi || q), pi = softmax(h_s @ weight.T / temperature) and q the same
-    of `h_t` and the teacher's head. With one head the logits' difference comes from the difference
-    of the hidden states, so that a small divergence keeps its digits in bfloat16.
+    pi = softmax(h_s @ weight.T / temperature), and q is the same of `h_t` and the teacher's head.
+    With both taus 1 this is KL(pi || q). With one head the difference of the logits is computed
+    from the difference of the hidden states, so a small divergence stays accurate in bfloat16.
 
     Args:
-        h_s: (N, H) float32, bfloat16 or float16; takes the gradient.
-        h_t: (N, H), same dtype; must not require a gradient. With a `teacher_weight` (V, H_t) of
-            its own it may be (N, H_t).
+        h_s: (N, H) float32, bfloat16 or float16; differentiable.
+        h_t: (N, H), same dtype; must not require a gradient. (N, H_t) with a `teacher_weight`.
         weight: (V, H) frozen head, same dtype.
-        valid: (N,) bool; rows that are False are not computed: 0 and no gradient.
+        teacher_weight: (V, H_t) the teacher's own frozen head, if it is not the student's.
+        valid: (N,) bool; rows that are False are not computed and are 0.
         chunk: tokens at a time; None fits 64 MiB of fp32 logits on a CPU, 1 GiB on CUDA.
 
     Returns:
         (N,) fp32 divergences in nats.
 
     Raises:
-        ValueError: a bad shape, dtype or device, or a trainable head or teacher.
+        ValueError: an argument has a wrong shape, dtype or device, or a head or the teacher
+            requires a gradient.
     """
     checks.states(h_s, weight, h_t, teacher_weight, names=("h_s", "weight", "h_t"))
     checks.no_gradient("h_t", h_t)
@@ -121,11 +133,22 @@ def linear_reverse_kl(
     if valid is not None:
         checks.per_token("valid", valid, h_s.shape[0], h_s.device, "bool")
     ids = torch.zeros(h_s.shape[0], dtype=torch.int64, device=h_s.device)
-    taus = [0.0, float(teacher_tau), float(student_tau), float(temperature), *_OPEN]
+    settings = [0.0, float(teacher_tau), float(student_tau), float(temperature), *_NO_MASK]
     need_grad = torch.is_grad_enabled() and h_s.requires_grad
     loss, *_ = linear_op(
-        h_s, weight.detach(), ids, h_t.detach(),
+        h_s,
+        weight.detach(),
+        ids,
+        h_t.detach(),
         None if teacher_weight is None else teacher_weight.detach(),
-        *[None] * 5, valid, "full", 1, taus, None, checks.chunk_size(chunk), need_grad, False,
-    )  # fmt: skip
+        *[None] * 5,  # no advantage, no sampler, no scores from elsewhere
+        valid,
+        "full",
+        1,
+        settings,
+        None,
+        checks.chunk_size(chunk),
+        need_grad,
+        False,
+    )
     return loss

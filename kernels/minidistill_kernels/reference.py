@@ -1,6 +1,6 @@
-"""Float64 references: the definitions, written to be read. Any device, (N, V) memory, autograd.
+"""Reference implementations in float64: the definitions, on any device, with autograd.
 
-Legend: _N tokens, _H hidden, _V vocabulary, _K ids a token.
+They need (N, V) memory. Legend: _N tokens, _H hidden, _V vocabulary, _K ids per token.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ def log_softmax(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def _expect(p: Tensor, x: Tensor) -> Tensor:
-    """sum p x with 0 * inf = 0, in value and gradient."""
+    """sum_v p x, where 0 * inf is 0 in value and gradient."""
     return torch.where(p > 0, p * torch.where(p > 0, x, 0.0), 0.0).sum(1)
 
 
 def selective_logprob(
     logits_NV: Tensor, ids_N: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(log-prob, entropy), float64; rows with id -100 are 0."""
+    """(log-prob, entropy), each (N,) float64, nats; rows with id -100 are 0."""
     logp_NV = log_softmax(logits_NV, temperature)
     pad_N = ids_N == -100
     at_N = logp_NV.gather(1, ids_N.masked_fill(pad_N, 0)[:, None].long())[:, 0]
@@ -38,7 +38,7 @@ def reverse_kl(
     student_tau: float = 1.0,
     teacher_tau: float = 1.0,
 ) -> Tensor:
-    """sum pi (student_tau log pi - teacher_tau log q), float64."""
+    """sum_v pi_v (student_tau log pi_v - teacher_tau log q_v), (N,) float64, nats."""
     logp_NV, logq_NV = log_softmax(s_NV, temperature), log_softmax(t_NV, temperature)
     return _expect(logp_NV.exp(), student_tau * logp_NV - teacher_tau * logq_NV)
 
@@ -66,7 +66,7 @@ def linear_distill(
     token_mask_high: float = 8.0,
     kl_clip: float | None = None,
 ) -> dict[str, Any]:
-    """Every output of `minidistill_kernels.linear_distill` by name, float64; all rows valid."""
+    """Every output of `minidistill_kernels.linear_distill` by name, float64, for valid rows."""
     logp_NV = log_softmax(h_s_NH.double() @ weight_VH.double().t(), temperature)
     logp_N = logp_NV.gather(1, ids_N[:, None])[:, 0]
     entropy_N = -_expect(logp_NV.exp(), logp_NV)
@@ -83,19 +83,19 @@ def linear_distill(
         ratio_N = torch.exp(logp_N - sampler_logp_N.double()).detach()
     rho_N = ratio_N.clamp(max=ratio_clip_high)
     masked_N = (ratio_N < token_mask_low) | (ratio_N > token_mask_high)
-    coupling_N = torch.zeros_like(logp_N)
+    coefficient_N = torch.zeros_like(logp_N)
     if advantage_N is not None:
-        coupling_N = adv_tau * advantage_N.double()
+        coefficient_N = adv_tau * advantage_N.double()
     divergence_N = torch.zeros_like(logp_N)
     clipped_N = torch.zeros_like(masked_N)
 
     if estimator == "sampled":
         assert teacher_logp_N is not None
-        pull_N = (teacher_tau * teacher_logp_N - student_tau * logp_N).detach()
+        distillation_N = (teacher_tau * teacher_logp_N - student_tau * logp_N).detach()
         if kl_clip is not None:
-            clipped_N = pull_N.abs() > kl_clip
-            pull_N = pull_N.clamp(-kl_clip, kl_clip)
-        coupling_N = coupling_N + pull_N
+            clipped_N = distillation_N.abs() > kl_clip
+            distillation_N = distillation_N.clamp(-kl_clip, kl_clip)
+        coefficient_N = coefficient_N + distillation_N
         kl_N = logp_N - teacher_logp_N if kl_N is None else kl_N
     else:
         p_logp, p_logq = logp_NV, logq_NV
@@ -116,9 +116,9 @@ def linear_distill(
             kl_N = _expect(p_logp.exp(), p_logp - p_logq)
         if kl_clip is not None:
             clipped_N = divergence_N > kl_clip
-            bound_N = torch.where(clipped_N, kl_clip / divergence_N, 1.0).detach()
-            divergence_N = divergence_N * bound_N
-    loss_N = -rho_N * coupling_N * logp_N + divergence_N
+            factor_N = torch.where(clipped_N, kl_clip / divergence_N, 1.0).detach()
+            divergence_N = divergence_N * factor_N
+    loss_N = -rho_N * coefficient_N * logp_N + divergence_N
     assert kl_N is not None
     return {
         "loss": torch.where(masked_N, 0.0, loss_N),
@@ -135,7 +135,7 @@ def linear_distill(
 
 
 def _buckets(logp_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """Log-probs at the ids and, last, of everything else together; (N, K + 1), or K if K = V."""
+    """Log-probs of the ids and, last, of all the rest together: (N, K + 1), or (N, K) if K = V."""
     top_NK = logp_NV.gather(1, ids_NK)
     if ids_NK.shape[1] == logp_NV.shape[1]:
         return top_NK

@@ -1,7 +1,10 @@
-"""Log-prob, entropy and reverse KL of given logits, row by row.
+"""Log-prob, entropy and reverse KL of logits, row by row.
 
-Source of the gradients: with pi = softmax(z), d log pi_y = [v = y] - pi_v,
-d entropy = -pi_v (z_v - E z) and d KL(pi || q) = pi_v (delta_v - E delta), delta = z - z^q.
+With pi = softmax(z), the gradients with respect to z_v are
+
+    d log pi_y = [v = y] - pi_v,
+    d entropy = -pi_v (z_v - E z),
+    d KL(pi || q) = pi_v (delta_v - E delta), where delta = z - z^q.
 
 Legend: _N tokens, _C tokens of a chunk, _V vocabulary.
 """
@@ -16,7 +19,7 @@ from torch import Tensor
 from minidistill_kernels import backend, checks
 from minidistill_kernels.stats import RowStats
 
-# Elements copied to fp32 at a time by the torch twin, which works in place.
+# Elements that are copied to fp32 at a time for the torch kernels, which work in place.
 CHUNK_ELEMENTS = 1 << 22
 LOWEST = -1.0e30
 
@@ -29,13 +32,13 @@ def selective_logprob(
     Args:
         logits: (N, V) float32, bfloat16 or float16; rows may be strided, columns not.
         ids: (N,) int64 or int32; -100 is padding: 0 and no gradient.
-        return_entropy: both outputs are differentiable.
+        return_entropy: also return the entropy of each row. Both outputs are differentiable.
 
     Returns:
         (N,) fp32 log-probs, and (N,) fp32 entropies in nats or None.
 
     Raises:
-        ValueError: a bad shape, dtype, device or id; names the argument.
+        ValueError: an argument has a wrong shape, dtype or device, or an id is out of range.
     """
     checks.matrix("logits", logits)
     checks.per_token("ids", ids, logits.shape[0], logits.device, "ids")
@@ -50,15 +53,16 @@ def reverse_kl(
     """KL(softmax(s_logits / temperature) || softmax(t_logits / temperature)) of each row.
 
     Args:
-        s_logits: (N, V) student's, float32, bfloat16 or float16; takes the gradient.
+        s_logits: (N, V) student's, float32, bfloat16 or float16; differentiable.
         t_logits: (N, V) teacher's, same dtype; must not require a gradient.
-        valid: (N,) bool; rows that are False give 0 and no gradient, whatever they hold.
+        valid: (N,) bool; rows that are False are 0 without a gradient, whatever they contain.
 
     Returns:
-        (N,) fp32, nats, never negative; inf where the teacher excludes what the student does not.
+        (N,) fp32, nats, never negative; inf if q is 0 for an id for which pi is not.
 
     Raises:
-        ValueError: a bad shape, dtype or device, or a teacher that requires a gradient.
+        ValueError: an argument has a wrong shape, dtype or device, or the teacher requires a
+            gradient.
     """
     checks.matrix("s_logits", s_logits)
     checks.matrix("t_logits", t_logits)
@@ -73,14 +77,14 @@ def reverse_kl(
 
 
 def _slices(logits_NV: Tensor, triton: bool) -> list[slice]:
-    """Rows a call: all of them for the Triton kernels, which read the input where it is."""
+    """Rows per call: all of them for the Triton kernels, which only read their input."""
     n, vocab = logits_NV.shape
     size = n if triton else max(1, CHUNK_ELEMENTS // vocab)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def _scratch(x_CV: Tensor, keep_C: Tensor | None, triton: bool) -> Tensor:
-    """The input itself, or an fp32 copy to work in: no -inf, and nothing of unused rows."""
+    """The input itself, or an fp32 copy to overwrite, without -inf and with unused rows at 0."""
     if triton:
         return x_CV
     copy_CV = x_CV.to(torch.float32, copy=True)
@@ -117,7 +121,7 @@ def _stats_of(
 
 
 def _teacher(t_CV: Tensor, keep_C: Tensor | None, triton: bool) -> Tensor:
-    """As `_scratch`, but -inf stays: there the divergence is infinite."""
+    """Like `_scratch`, but -inf stays, so that the divergence becomes infinite."""
     if triton:
         return t_CV
     copy_CV = t_CV.to(torch.float32, copy=True)
@@ -137,11 +141,11 @@ def _dlogits_of(
     scale_N: Tensor | None,
     target_N: Tensor | None,
 ) -> Tensor:
-    """The logit gradient in the input's dtype; coefficients are with respect to z."""
+    """The gradient of the logits, in their dtype; the coefficients are with respect to z."""
     triton = backend.backend_for(s_NV.device) == "triton"
     kernels = backend.row_kernels(s_NV.device)
     out_NV = torch.empty_like(s_NV, memory_format=torch.contiguous_format)
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "pair": t_NV is not None,
         "inv_temperature": 1.0 / temperature,
         "mix": (0.0, 1.0) if t_NV is None else (1.0, 0.0),
@@ -156,22 +160,29 @@ def _dlogits_of(
         t_CV = None if t_NV is None else _teacher(t_NV[at], keep_C, triton)
         row = RowStats(*stats[:, at])
         if not triton:
-            row = kernels.stats(s_CV, t_CV, ids_N[at], need_grad=True, **how)
+            row = kernels.stats(s_CV, t_CV, ids_N[at], need_grad=True, **options)
         base_C, scale_C, target_C = (None if x is None else x[at] for x in coefficients)
         d_CV = kernels.dlogits(
-            s_CV, t_CV, out_NV[at] if triton else s_CV, ids_N[at], row,
-            base_C=base_C, scale_C=scale_C, target_C=target_C, **how,
-        )  # fmt: skip
+            s_CV,
+            t_CV,
+            out_NV[at] if triton else s_CV,
+            ids_N[at],
+            row,
+            base_C=base_C,
+            scale_C=scale_C,
+            target_C=target_C,
+            **options,
+        )
         if not triton:
             out_NV[at] = d_CV
     if triton and keep_N is not None:
-        out_NV[~keep_N] = 0.0  # 0 * NaN of an unused row
+        out_NV[~keep_N] = 0.0  # an unused row may hold NaN, and 0 * NaN is NaN
     return out_NV
 
 
 @torch.library.custom_op("minidistill_kernels::row_logprob", mutates_args=())
 def logprob_op(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-prob, entropy, row statistics)."""
+    """Log-prob and entropy, each (N,), and the row statistics."""
     keep_N, safe_N = _usable(ids, logits.shape[1], None)
     stats = _stats_of(logits, None, safe_N, keep_N, temperature)
     row = RowStats(*stats)
@@ -225,7 +236,7 @@ logprob_op.register_autograd(_logprob_backward, setup_context=_logprob_setup)
 def kl_op(
     s_logits: Tensor, t_logits: Tensor, valid: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """(KL, row statistics)."""
+    """KL, (N,), and the row statistics."""
     ids_N = torch.zeros(s_logits.shape[0], dtype=torch.int64, device=s_logits.device)
     stats = _stats_of(s_logits, t_logits, ids_N, valid, temperature)
     return RowStats(*stats).kl.clamp(min=0.0), stats

@@ -1,4 +1,4 @@
-"""What one pass over a row of logits gives."""
+"""The statistics of one pass over a row of logits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class RowStats(NamedTuple):
-    """Per-row statistics, each (C,) fp32: student's logits s, teacher's t, delta = s - t.
+    """Statistics of each row, (C,) fp32: student's logits s, teacher's t, delta = s - t.
 
-    Means are under the student's pi. Maxima and E[delta] are of the logits as they came, since
-    dividing by T before subtracting would round large logits once more.
+    Means are under the student's pi at temperature T. `top` and `d_mean` are of the logits before
+    the division by T, which would round large logits once more before the subtraction.
     """
 
     top: Tensor
@@ -21,14 +21,14 @@ class RowStats(NamedTuple):
     z_mean: Tensor
     """E[(s - top) / T]"""
     logp: Tensor
-    """log pi at the id"""
+    """log pi at the id, nats"""
     entropy: Tensor
-    """entropy of pi"""
+    """entropy of pi, nats"""
     d_mean: Tensor
     """E[delta]"""
     kl: Tensor
-    """KL(pi || q), not clamped at 0"""
+    """KL(pi || q), nats, not clamped at 0"""
     q_logp: Tensor
-    """log q at the id"""
+    """log q at the id, nats"""
     q_entropy: Tensor
-    """entropy of q"""
+    """entropy of q, nats"""

@@ -1,6 +1,6 @@
-"""The columns that the top-k estimator keeps of a chunk of logits.
+"""Selects the columns of a chunk of logits for the top-k estimator.
 
-Legend: _C tokens of a chunk, _V vocabulary, _K ids a token, _G groups of ids, _M candidates.
+Legend: _C tokens of a chunk, _V vocabulary, _K ids per token, _G groups of ids, _M candidates.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from minidistill_kernels.objective import Objective, Picked
 def pick(
     s_CV: Tensor, x_CV: Tensor | None, ids_CK: Tensor | None, obj: Objective, pair: bool
 ) -> Picked:
-    """The student's logits and the differences at `ids_CK`, by default the likeliest ids.
+    """The columns `ids_CK`, by default the k largest of each row.
 
-    `pair`: `x_CV` holds the teacher's logits instead of the differences.
+    `x_CV` has the student's minus the teacher's logits, or with `pair` the teacher's.
     """
     vocab = s_CV.shape[1]
     if ids_CK is None:
@@ -31,7 +31,7 @@ def pick(
 
 
 def _largest(s_CV: Tensor, k: int, group: int = 64) -> Tensor:
-    """Ids of the k largest: on a CPU first the k groups with the largest maxima, then inside."""
+    """Ids of the k largest logits; on a CPU, sought in the k groups with the largest maxima."""
     vocab = s_CV.shape[1]
     groups = vocab // group
     if s_CV.is_cuda or k * 4 > groups:

@@ -1,10 +1,10 @@
 """The row kernels in torch: softmax statistics and logit gradients of a chunk, mostly in place.
 
-Twin of `triton_rows`. Both offer `stats` and `dlogits`; here `stats` consumes its inputs, and
-`dlogits` continues from what it left behind (s: exp(z - max z), x: the centred b).
+The same functions as in `triton_rows`: `stats` and `dlogits`. Here `stats` overwrites its inputs,
+and `dlogits` continues from the result (s: exp(z - max z), x: the centered b).
 
-Legend: _C tokens of a chunk, _V vocabulary, _B tokens of a block; s: student logits, z = s / T;
-x: delta = s - t, or the teacher's logits t.
+Legend: _C tokens of a chunk, _V vocabulary, _B tokens of a block; s: student's logits, z = s / T,
+e: exp(z - max z); x: delta = s - t, or the teacher's logits t; tmp: a buffer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from minidistill_kernels.stats import RowStats
 
-# Elements a block: its few temporaries stay in the last-level cache.
+# Elements per block, so that its few temporaries stay in the last-level cache.
 BLOCK_ELEMENTS = 1 << 19
-# exp(-1e4) is 0 in fp32, and 0 * -1e4 is 0 where 0 * -inf would be NaN.
+# In place of -inf: exp(-1e4) is 0 in fp32 too, and 0 * -1e4 is 0, but 0 * -inf is NaN.
 FLOOR = -1.0e4
 
 
@@ -38,11 +38,11 @@ def stats(
     mix: tuple[float, float] = (1.0, 0.0),
     need_grad: bool = True,
 ) -> RowStats:
-    """Statistics of each row, fp32; `s_CV` and `x_CV` (fp32, scratch) are overwritten.
+    """Statistics of each row, fp32. `s_CV` and `x_CV`, both fp32, are overwritten.
 
-    Afterwards s = exp(z - max z), z = s / T, and, with `need_grad` and a teacher,
-    x = b - E[b] = mix[0] * (delta - E delta) + mix[1] * (z - E z), under the student.
-    `pair`: x comes in as the teacher's logits instead of delta.
+    Afterwards `s_CV` is exp(z - max z), where z = s / T. With `need_grad` and a teacher, `x_CV` is
+    b - E[b] = mix[0] * (delta - E delta) + mix[1] * (z - E z), means under the student. Before, it
+    is delta, or with `pair` the teacher's logits.
     """
     tokens, vocab = s_CV.shape
     out = torch.zeros(len(RowStats._fields), tokens, dtype=torch.float32, device=s_CV.device)
@@ -90,10 +90,10 @@ def _teacher_delta(
     inv_t: float,
     out: Tensor,
 ) -> None:
-    """Teacher statistics from delta, which is left centred.
+    """Teacher statistics from delta, which becomes centered.
 
-    With E[delta] taken out, KL = log E[exp(-delta)]: no difference of large log-sum-exps, so a
-    KL of 1e-4 keeps its digits. A second mean catches what rounding left of the first.
+    For a centered delta, KL = log E[exp(-delta)]. No large log-sum-exps are subtracted, so a KL of
+    1e-4 stays accurate. The second mean corrects the rounding error of the first.
     """
     row = RowStats(*out)
     sum_B = e_BV.sum(1)
@@ -108,7 +108,7 @@ def _teacher_delta(
     t_y_B = _at(t_BV, ids_B)
     t_BV.exp_()
     t_sum_B = t_BV.sum(1)
-    # E_q[t] = E_q[z - x] saves a third temporary.
+    # E_q[t] as E_q[z - x] needs no third temporary
     t_mean_B = _weighted_difference(t_BV, s_BV, x_BV) / t_sum_B - t_top_B
     row.d_mean.copy_(d_mean_B + rest_B / inv_t)
     row.kl.copy_(rest_B + t_top_B + (t_sum_B / sum_B).log())
@@ -117,7 +117,7 @@ def _teacher_delta(
 
 
 def _weighted_difference(w_BV: Tensor, a_BV: Tensor, b_BV: Tensor) -> Tensor:
-    """sum_v w (a - b), overwriting w."""
+    """sum_v w_v (a_v - b_v); overwrites w."""
     plus_B = torch.linalg.vecdot(w_BV, a_BV)
     return plus_B - w_BV.mul_(b_BV).sum(1)
 
@@ -131,7 +131,7 @@ def _teacher_pair(
     inv_t: float,
     out: Tensor,
 ) -> None:
-    """Teacher statistics from the teacher's own logits, which become the centred delta."""
+    """Teacher statistics from the teacher's own logits, which become the centered delta."""
     row = RowStats(*out)
     sum_B = e_BV.sum(1)
     t_top_B = t_BV.amax(1)
@@ -143,7 +143,7 @@ def _teacher_pair(
     t_sum_B = tmp_BV.sum(1)
     t_mean_B = tmp_BV.mul_(t_BV.clamp(min=FLOOR)).sum(1) / t_sum_B
     torch.sub(s_BV, t_BV, out=t_BV)
-    # Where pi is 0 the term is 0, even if the teacher's logit is -inf as well.
+    # where pi is 0 the term is 0, even if the teacher's logit is -inf as well
     t_BV.masked_fill_(e_BV == 0, 0.0)
     gap_B = _dot(e_BV, t_BV, tmp_BV) / sum_B
     t_BV.sub_(gap_B[:, None])
@@ -179,12 +179,12 @@ def dlogits(
 ) -> Tensor:
     """pi_v (base + scale (b_v - E b)) + target [v = id], in place of `s_CV`; None stands for 0.
 
-    The centred b is what `stats` left in x; without x, b is mix[1] * z.
+    `x_CV` is the centered b that `stats` left there; without it, b is mix[1] * z.
     """
-    assert out_CV is s_CV, "the torch twin works in place"
+    assert out_CV is s_CV, "the torch kernel works in place"
     inv_sum_C = torch.exp(-row.log_sum)
     if x_CV is None and scale_C is not None:
-        # log(exp(z - top)); where that underflowed, pi is 0 and so is the term
+        # z - max z again; if its exponential underflowed, pi is 0 and so is the term
         x_CV = s_CV.log().clamp_(min=-200.0).sub_(row.z_mean[:, None])
         x_CV.mul_(mix[1])
     if scale_C is None or x_CV is None:

@@ -1,13 +1,13 @@
 # mypy: disable-error-code="no-untyped-def"
 """The row kernels in Triton: softmax statistics of a row, and its logit gradient.
 
-Twin of `torch_rows`. One program a row, all rows on grid axis 0 (the only one without a limit of
-65,535), one online pass (Milakov and Gimelshein, arXiv 1805.02867). Running maxima are scalars;
-the sums stay per lane until the end, so a block costs one reduction for each maximum.
+The same functions as in `torch_rows`. One program per row, all rows on grid axis 0 (the only one
+without a limit of 65,535), one online pass (Milakov and Gimelshein, arXiv 1805.02867). Running
+maxima are scalars. The sums stay per lane until the end, so a block needs one reduction for each
+maximum.
 
-Legend: _C tokens of a chunk, _V vocabulary; s: student logits, z = s / T; x: delta = s - t, or the
-teacher's logits t. Blocks over 16,384 columns spill; the tables below are fixed, because
-autotuning would run a kernel that overwrites its input several times.
+Legend: _C tokens of a chunk, _V vocabulary; s: student's logits, z = s / T; x: delta = s - t, or
+the teacher's logits t; top: running maximum, sum: of exp, first: of exp times the exponent.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from torch import Tensor
 from minidistill_kernels.stats import RowStats
 
 NONE, DELTA, PAIR = 0, 1, 2
-# (columns a block, warps), the smallest that holds the row, else the last. Statistics with a
-# teacher keep five sums a lane: 4096 columns took 167 registers, one program a multiprocessor.
+# (columns per block, warps): the smallest block that holds a row is used, else the last. They are
+# fixed, because autotuning would run a kernel that overwrites its input several times. Blocks of
+# more than 16,384 columns spill. Statistics with a teacher keep five sums per lane: 4096 columns
+# needed 167 registers, which leaves one program per multiprocessor.
 BLOCKS = ((1024, 4), (4096, 8))
 TEACHER_BLOCKS = ((1024, 4), (2048, 8))
 
@@ -31,18 +33,18 @@ def stats_kernel(
     s_ptr, x_ptr, ids_ptr, out_ptr, vocab, s_stride, x_stride, out_stride, inv_t,
     X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # int64: tokens * vocabulary passes 2^31
+    # int64, because tokens * vocabulary can exceed 2^31
     row = tl.program_id(0).to(tl.int64)
     s_row = s_ptr + row * s_stride
     x_row = x_ptr + row * x_stride
     cols = tl.arange(0, BLOCK)
-    # A finite start, since (-inf) - (-inf) is NaN; with room to divide by a small T.
+    # finite, because (-inf) - (-inf) is NaN, and far from the limit, to be divided by a small T
     top = -1.0e30
     sum_z = tl.zeros([BLOCK], tl.float32)
     first_z = tl.zeros([BLOCK], tl.float32)
     if X != 0:
-        # x is shifted by its value at the first block's likeliest column: the common offset that
-        # logits are free to have would otherwise cost a small KL its digits.
+        # x is shifted by its value at the largest logit of the first block. Otherwise a common
+        # offset of the logits, which changes no probability, would make a small KL inaccurate.
         s = tl.load(s_row + cols, mask=cols < vocab, other=float("-inf")).to(tl.float32)
         x = tl.load(x_row + cols, mask=cols < vocab, other=0.0).to(tl.float32)
         if X == 2:
@@ -79,7 +81,7 @@ def stats_kernel(
             q_old, q_top = q_top, tl.maximum(q_top, tl.max(sq, 0))
             q_fall = (q_old - q_top) * inv_t
             q_decay = tl.exp(q_fall)
-            # (s - max) - x rather than (s - x) - max: exact where it counts
+            # not (s - x) - max: this order is exact for the columns that matter
             w = (s - q_top) - x
             if X == 2:
                 w = tl.where(s > float("-inf"), w, (t + shift) - q_top)
@@ -146,7 +148,7 @@ def dlogits_kernel(
                 x = x.to(tl.float32)
                 if X == 2:
                     x = s - x
-                # mix_z is 0 with equal taus, and 0 * inf is NaN: `p > 0` below sees to both
+                # b is NaN for 0 * inf (mix_z is 0 with equal taus); `p > 0` below drops those
                 b += mix_x * ((x - d_mean) * inv_t)
             factor = base + scale * b
         g = tl.where(p > 0, p * factor, 0.0)
@@ -176,7 +178,8 @@ def stats(
 ) -> RowStats:
     """Statistics of each row, fp32; the inputs (fp32, bf16 or fp16) are only read.
 
-    `x_CV` is delta, or with `pair` the teacher's logits. `mix` and `need_grad` are the twin's.
+    `x_CV` is delta, or with `pair` the teacher's logits. `mix` and `need_grad` are unused; the
+    torch kernel needs them.
     """
     _check(s_CV, x_CV)
     tokens, vocab = s_CV.shape
@@ -208,8 +211,8 @@ def dlogits(
 ) -> Tensor:
     """pi_v (base + scale (b_v - E b)) + target [v = id], into `out_CV`; None stands for 0.
 
-    b = mix[0] delta + mix[1] z. `out_CV` may be either input: an element is read by the thread
-    that writes it.
+    b = mix[0] delta + mix[1] z. `out_CV` may be one of the inputs, because each element is read by
+    the thread that writes it.
     """
     _check(s_CV, x_CV, out_CV)
     tokens, vocab = s_CV.shape

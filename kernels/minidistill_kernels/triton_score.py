@@ -1,11 +1,13 @@
 # mypy: disable-error-code="no-untyped-def"
 """Scoring without logits: log-prob and entropy of ids, tile by tile through the head, in Triton.
 
-A program takes one tile of tokens and one split of the vocabulary, keeps running maxima and sums
-while it walks the split, and writes four partial results a token; a second kernel combines the
-splits. No (N, V) buffer, no atomics, no locks: the result does not depend on the order of work.
+A program has one tile of tokens and one split of the vocabulary. It keeps running maxima and sums
+over the split and writes four partial results per token. A second kernel combines the splits.
+There is no (N, V) buffer, no atomic and no lock, so the result does not depend on the order of
+execution.
 
-Legend: _N tokens, _H hidden, _V vocabulary, _S splits of it.
+Legend: _N tokens, _H hidden, _V vocabulary, _S splits of it; s: logits, z = (s - top) / T;
+top: running maximum, total: sum of exp(z), first: sum of exp(z) z, at_y: the logit of the id.
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ from torch import Tensor
 
 from minidistill_kernels import checks
 
-# dtype of the inputs: (tokens, columns, depth of a tile; warps; stages)
+# dtype of the inputs: (tokens, columns and depth of a tile, warps, stages)
 TILES = {
     torch.bfloat16: (128, 128, 64, 8, 3),
     torch.float16: (128, 128, 64, 8, 3),
     torch.float32: (64, 64, 32, 8, 2),
 }
+# (tokens, warps) of a program of the second kernel
 REDUCE = (128, 4)
-# Programs wanted on a device, about two for each of an H100's 132 multiprocessors.
+# Programs to launch at least: about two for each of an H100's 132 multiprocessors.
 PROGRAMS = 264
 
 
@@ -34,13 +37,13 @@ def score_kernel(
     tiles_a_split, inv_t,
     UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs share a split of the head, the larger operand, in the L2 cache.
+    # neighboring programs share a split of the head, the larger operand, in the L2 cache
     tiles = tl.cdiv(tokens, BLOCK_N)
     split = tl.program_id(0) // tiles
     rows = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = rows < tokens
     ids = tl.load(ids_ptr + rows, mask=real, other=0)
-    # Rows past the end read row 0: loads without a mask on them, and nothing is stored.
+    # rows past the end read row 0, so that loads need no mask; their results are not stored
     h_rows = h_ptr + tl.where(real, rows, 0).to(tl.int64)[:, None] * h_stride
     top = tl.full([BLOCK_N], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -103,7 +106,7 @@ def reduce_kernel(
 
 
 def plan(tokens: int, vocab: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(token tiles, splits of the vocabulary, vocabulary tiles a split)."""
+    """(token tiles, splits of the vocabulary, vocabulary tiles per split)."""
     block_n, block_v = TILES[dtype][:2]
     token_tiles = triton.cdiv(tokens, block_n)
     vocab_tiles = triton.cdiv(vocab, block_v)
@@ -115,7 +118,7 @@ def plan(tokens: int, vocab: int, dtype: torch.dtype) -> tuple[int, int, int]:
 def score(
     hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """(log-prob, entropy), each (N,) fp32; ids are int64 and in range."""
+    """(log-prob, entropy), each (N,) fp32, nats; ids are int64 and in range."""
     tokens, width = hidden_NH.shape
     vocab = weight_VH.shape[0]
     block_n, block_v, block_h, warps, stages = TILES[hidden_NH.dtype]
@@ -127,7 +130,7 @@ def score(
         score_kernel[(token_tiles * splits,)](
             hidden_NH, weight_VH, ids_N, part_S4N, tokens, vocab, width,
             hidden_NH.stride(0), weight_VH.stride(0), tokens, a_split, 1.0 / temperature,
-            # The interpreter multiplies bf16 by its bit patterns.
+            # the interpreter would multiply the bit patterns of bf16
             UPCAST=not hidden_NH.is_cuda and hidden_NH.dtype == torch.bfloat16,
             BLOCK_N=block_n, BLOCK_V=block_v, BLOCK_H=block_h, num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -150,7 +153,7 @@ def score(
 def score_op(
     hidden: Tensor, weight: Tensor, ids: Tensor, valid: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """(log-prob, entropy), each (N,) fp32, no gradient; 0 on rows that are not valid."""
+    """(log-prob, entropy), each (N,) fp32, nats, no gradient; 0 on rows that are not valid."""
     keep_N = checks.usable_rows(ids, weight.shape[0], valid)
     ids_N = ids.to(torch.int64)
     if keep_N is None:
