@@ -162,8 +162,12 @@ def finished_run(source: Path, label: str, folder: Path, command: Sequence[str])
     for package in ("minidistill", "minidistill_kernels"):
         imported = subprocess.run(
             [sys.executable, "-c", f"import {package}; print({package}.__file__)"],
-            cwd=source, env=environment, check=True, capture_output=True, text=True,
-        ).stdout.strip()  # fmt: skip
+            cwd=source,
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
         if not Path(imported).resolve().is_relative_to(source):
             raise SystemExit(f"{source}: {package} is imported from {imported}")
     print(f"running {label}: {source}", flush=True)
@@ -171,8 +175,12 @@ def finished_run(source: Path, label: str, folder: Path, command: Sequence[str])
     with log.open("w") as file:
         code = subprocess.run(
             [sys.executable, "-m", "minidistill", *command, "--output_dir", str(output)],
-            cwd=source, env=environment, stdout=file, stderr=file, check=False,
-        ).returncode  # fmt: skip
+            cwd=source,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            check=False,
+        ).returncode
     if code != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         raise SystemExit(f"{source}: the run failed with exit code {code}\n{tail}")

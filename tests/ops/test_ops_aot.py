@@ -1,4 +1,4 @@
-"""Compiled kernels: no spills, and a stored report that is about these kernels."""
+"""The kernels compile without spilling, and the stored report is of these kernels."""
 
 import json
 import os
@@ -25,10 +25,10 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not
 
 def test_the_stored_report_is_complete_and_within_limits():
     report = json.loads(STORED.read_text())
-    fresh = "python -m minidistill_kernels.aot bench/results/kernels_aot.json"
-    assert report["source_sha256"] == aot.digest(), f"kernels changed: run {fresh}"
-    wanted = {(sm, c.name) for sm in aot.ARCHITECTURES for c in aot.configurations()}
-    assert {(row["sm"], row["name"]) for row in report["kernels"]} == wanted
+    command = "python -m minidistill_kernels.aot bench/results/kernels_aot.json"
+    assert report["source_sha256"] == aot.digest(), f"kernels changed: run {command}"
+    expected = {(sm, c.name) for sm in aot.ARCHITECTURES for c in aot.configurations()}
+    assert {(row["sm"], row["name"]) for row in report["kernels"]} == expected
     assert aot.failures(report["kernels"]) == []
 
 
@@ -43,14 +43,17 @@ def test_the_main_kernels_compile_as_stored(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT / "kernels")}
     out = tmp_path / "report.json"
-    chosen = [word for match in LIVE for word in ("--match", match)]
-    done = subprocess.run(
-        [sys.executable, "-m", "minidistill_kernels.aot", str(out), *chosen],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    matches = [word for match in LIVE for word in ("--match", match)]
+    result = subprocess.run(
+        [sys.executable, "-m", "minidistill_kernels.aot", str(out), *matches],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
     live, stored = json.loads(out.read_text()), json.loads(STORED.read_text())
     assert len(live["kernels"]) == 21
-    # Registers are the compiler's choice: equal figures only from an equal compiler.
+    # the compiler allocates registers, so only the same version gives the same numbers
     if live["triton"] == stored["triton"]:
         assert all(row in stored["kernels"] for row in live["kernels"])

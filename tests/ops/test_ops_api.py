@@ -119,9 +119,13 @@ def test_bad_tensors_are_named(message):
     BAD[message](case)
     with pytest.raises(ValueError, match=message):
         linear_distill(
-            case["h_s"], case["weight"], case["ids"], h_t_NH=case["h_t"],
-            advantage_N=case["advantage"], valid=case["valid"],
-        )  # fmt: skip
+            case["h_s"],
+            case["weight"],
+            case["ids"],
+            h_t_NH=case["h_t"],
+            advantage_N=case["advantage"],
+            valid=case["valid"],
+        )
 
 
 OPTIONS = {
@@ -152,9 +156,13 @@ def test_top_k_ids_out_of_range_are_named():
     case = states(4, 20, 8)
     with pytest.raises(ValueError, match="topk_ids_NK: an id is outside"):
         linear_distill(
-            case["h_s"], case["weight"], case["ids"], estimator="top_k",
-            topk_ids_NK=torch.full((4, 2), 20), teacher_topk_logp_NK=torch.zeros(4, 2),
-        )  # fmt: skip
+            case["h_s"],
+            case["weight"],
+            case["ids"],
+            estimator="top_k",
+            topk_ids_NK=torch.full((4, 2), 20),
+            teacher_topk_logp_NK=torch.zeros(4, 2),
+        )
 
 
 def test_the_other_functions_name_their_arguments():

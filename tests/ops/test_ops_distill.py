@@ -53,10 +53,20 @@ def test_outputs_and_gradient(estimator, way, taus, temperature, kl_clip):
     if way == "engine" and estimator == "sampled":
         scored = {"teacher_logp_N": scored["teacher_logp_N"]}
     got, grad, want, want_grad = both(
-        case, **scored, **taus, estimator=estimator, top_k=8, temperature=temperature,
-        kl_clip=kl_clip, advantage_N=case["advantage"], sampler_logp_N=case["sampler"],
-        ratio_clip_high=1.3, token_mask_low=0.6, token_mask_high=1.6, chunk=4,
-    )  # fmt: skip
+        case,
+        **scored,
+        **taus,
+        estimator=estimator,
+        top_k=8,
+        temperature=temperature,
+        kl_clip=kl_clip,
+        advantage_N=case["advantage"],
+        sampler_logp_N=case["sampler"],
+        ratio_clip_high=1.3,
+        token_mask_low=0.6,
+        token_mask_high=1.6,
+        chunk=4,
+    )
     same_outputs(got, want)
     assert relative(grad, want_grad) <= 2e-5
     assert got.masked.any()
@@ -176,9 +186,15 @@ def test_unused_rows_are_zero():
     for estimator in ("full", "sampled", "top_k"):
         hidden = case["h_s"].clone().requires_grad_()
         out = linear_distill(
-            hidden, case["weight"], case["ids"], h_t_NH=case["h_t"], estimator=estimator,
-            sampler_logp_N=case["sampler"], valid=valid, chunk=2,
-        )  # fmt: skip
+            hidden,
+            case["weight"],
+            case["ids"],
+            h_t_NH=case["h_t"],
+            estimator=estimator,
+            sampler_logp_N=case["sampler"],
+            valid=valid,
+            chunk=2,
+        )
         for value in out:
             assert not value[~used].any()
         assert (out.ratio[used] > 0).all()

@@ -57,10 +57,14 @@ def test_rows(dtype, vocab):
 def test_distill(dtype, estimator, own_head):
     case = on_gpu(states(300, 7001, 128, dtype=dtype))
     options = {
-        "h_t_NH": case["h_t"], "teacher_weight": case["own"] if own_head else None,
-        "advantage_N": case["advantage"], "sampler_logp_N": case["sampler"],
-        "estimator": estimator, "teacher_tau": 1.0, "temperature": 0.9,
-    }  # fmt: skip
+        "h_t_NH": case["h_t"],
+        "teacher_weight": case["own"] if own_head else None,
+        "advantage_N": case["advantage"],
+        "sampler_logp_N": case["sampler"],
+        "estimator": estimator,
+        "teacher_tau": 1.0,
+        "temperature": 0.9,
+    }
     ours, truth = case["h_s"].clone().requires_grad_(), case["h_s"].double().requires_grad_()
     got = linear_distill(ours, case["weight"], case["ids"], chunk=128, **options)
     want = reference.linear_distill(truth, case["weight"], case["ids"], **options)
@@ -159,7 +163,7 @@ def test_opcheck():
         linear_op,
         (case["h_s"].requires_grad_(), case["weight"], case["ids"], case["h_t"], None,
          case["advantage"], case["sampler"], None, None, None, None, "full", 4, settings,
-         None, 2, True),
+         None, 2, True, False),
     )  # fmt: skip
 
 

@@ -31,9 +31,16 @@ def gradients(case, *, own_head, dtype=torch.float32, valid=None, **options):
 def test_the_heads_gradient(estimator, own_head):
     case = states(11, 301, 24, temperature=0.8)
     ours, truth = gradients(
-        case, own_head=own_head, estimator=estimator, top_k=8, temperature=0.8,
-        teacher_tau=1.0, ratio_clip_high=1.3, token_mask_low=0.6, token_mask_high=1.6,
-    )  # fmt: skip
+        case,
+        own_head=own_head,
+        estimator=estimator,
+        top_k=8,
+        temperature=0.8,
+        teacher_tau=1.0,
+        ratio_clip_high=1.3,
+        token_mask_low=0.6,
+        token_mask_high=1.6,
+    )
     for got, want in zip(ours, truth, strict=True):
         assert relative(got, want) <= 2e-5
 

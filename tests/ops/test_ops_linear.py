@@ -37,9 +37,13 @@ def test_logprob_and_gradient(n, v, h, chunk, temperature, scored):
     truth, want, want_entropy = truth_logprob(case, temperature)
     hidden = case["h_s"].clone().requires_grad_(not scored)
     logp, entropy = linear_logprob(
-        hidden, case["weight"], case["ids"], temperature=temperature,
-        return_entropy=True, chunk=chunk,
-    )  # fmt: skip
+        hidden,
+        case["weight"],
+        case["ids"],
+        temperature=temperature,
+        return_entropy=True,
+        chunk=chunk,
+    )
     assert furthest(logp, want) <= 2e-5
     assert furthest(entropy, want_entropy) <= 2e-5
     if not scored:

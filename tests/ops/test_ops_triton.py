@@ -14,9 +14,18 @@ def run_rows(s, x, pair, out, temperature=0.8, mix=(1.0, -0.5)):
     row = triton_rows.stats(s, x, ids, pair=pair, inv_temperature=1 / temperature)
     scale, target = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([0.3, -0.7, 0.0])
     triton_rows.dlogits(
-        s, x, out, ids, row, base_C=-target, scale_C=scale, target_C=target,
-        pair=pair, inv_temperature=1 / temperature, mix=mix,
-    )  # fmt: skip
+        s,
+        x,
+        out,
+        ids,
+        row,
+        base_C=-target,
+        scale_C=scale,
+        target_C=target,
+        pair=pair,
+        inv_temperature=1 / temperature,
+        mix=mix,
+    )
     return row, ids, scale, target
 
 

@@ -123,9 +123,14 @@ def test_failures_are_counted_and_named() -> None:
     ticks: list[int] = []
     rewards, errors = score({"a": Env(1, failing), "b": Env(1)}, rollouts, ticks.append)
     assert rewards == [
-        Reward(1.0, {"copy": 1.0, "flag": 1.0}), None, None,
-        Reward(0.5, {"copy": 0.5, "flag": 1.0}), None, None, None,
-    ]  # fmt: skip
+        Reward(1.0, {"copy": 1.0, "flag": 1.0}),
+        None,
+        None,
+        Reward(0.5, {"copy": 0.5, "flag": 1.0}),
+        None,
+        None,
+        None,
+    ]
     assert {type(v) for r in rewards if r for v in (r.value, *r.metrics.values())} == {float}
     assert ticks == [1] * 7
     assert errors[0] == "task t1: KeyError: 'absent'"
