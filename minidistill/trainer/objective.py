@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minidistill.config import Config
 from minidistill.estimators import Estimator, LossSettings
@@ -35,12 +36,16 @@ def loss_settings(config: Config, estimator: Estimator) -> LossSettings:
 
 def figures_by_rollout(output: DistillOutput, sizes: list[int]) -> list[TokenFigures]:
     """A micro-batch's figures for each of its rollouts, which have `sizes` completion tokens."""
-    columns: dict[str, Any] = {
-        name: [None] * len(sizes) if column is None else column.detach().cpu().split(sizes)
-        for name, column in output._asdict().items()
-    }
+
+    def parts(column: Tensor | None) -> list[Any]:
+        if column is None:
+            return [None] * len(sizes)
+        # copies, because a view is pickled with the whole tensor that it is a view of
+        return [part.clone() for part in column.detach().cpu().split(sizes)]
+
+    columns = {name: parts(column) for name, column in output._asdict().items()}
     return [
-        TokenFigures(**{name: parts[index] for name, parts in columns.items()})
+        TokenFigures(**{name: column[index] for name, column in columns.items()})
         for index in range(len(sizes))
     ]
 
