@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench.kernels`."""
+"""Benchmarks, run as `python -m bench.NAME`: kernels, sync, engines, schedule."""

@@ -1,9 +1,11 @@
-"""`python -m bench.kernels`: correctness first, then time and memory next to eager and peers.
+"""Checks the kernels' results, then measures them beside eager torch and other packages.
 
-Ratios are against eager torch in the same run. On a GPU a row also gives its share of the floor:
-the time of the head's products, or of moving the logits, at the data sheet's rates. The time of a
-row is the median of repeated calls. Peak memory counts what torch allocates during the call,
-outputs included, inputs not (see kernels_measure.py). Exit code 1: wrong results or a missed gate.
+    python -m bench.kernels [--device cpu|cuda] [--n N] [--v N] [--h N] [--only QUANTITY]
+
+Ratios are to eager torch in the same run. The time of a row is the median of repeated calls. Peak
+memory is what torch allocates during a call, with outputs, without inputs (kernels_measure.py). On
+a GPU a row also has its share of the floor: the time of the head's products, or of moving the
+logits, at the data sheet's rates. Exit code 1 if results are wrong or a gate is missed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from minidistill_kernels import linear_distill, linear_logprob, linear_reverse_k
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 1 << 20
-# At this shape on a CPU: time and memory next to eager, for training and for scoring.
+# Largest time and memory relative to eager torch, on a CPU at this shape.
 CPU_SHAPE = (2048, 49152, 576)
 CPU_GATES = (
     ("linear reverse KL", "forward+backward", 0.8, 1 / 8),
@@ -32,7 +34,7 @@ CPU_GATES = (
 
 
 def correctness(shape: Shape) -> dict[str, float]:
-    """Worst errors against float64, by quantity; a gate of each is in `WRONG`."""
+    """The largest error of each quantity against float64, at a small shape; see `limits`."""
     small = Shape(64, min(shape.v, 5003), min(shape.h, 256), shape.dtype, shape.device)
     x = inputs(small)
     truth = x["h_s"].double().requires_grad_()
@@ -63,6 +65,7 @@ def correctness(shape: Shape) -> dict[str, float]:
 
 
 def limits(shape: Shape) -> dict[str, float]:
+    """The largest permitted error of each quantity."""
     half = shape.dtype != torch.float32
     small = 1e-2 if half else 2e-5
     gradient = 5e-3 if half else 1e-4
@@ -77,28 +80,28 @@ def limits(shape: Shape) -> dict[str, float]:
 
 def measure(case: Case, mode: str, shape: Shape, budget_s: float) -> dict[str, Any]:
     call = case.call(mode)
-    taken = percentiles(times_ms(call, shape.device, budget_s))
-    seconds = taken["p50"] / 1e3
+    times = percentiles(times_ms(call, shape.device, budget_s))
+    seconds = times["p50"] / 1e3
     floor = floor_ms(case.flops[mode], case.moved[mode], shape.dtype, shape.device)
     return {
         "device": device_name(shape.device),
         "quantity": case.quantity,
         "mode": mode,
         "who": case.who,
-        **taken,
+        **times,
         "peak_mib": peak_bytes(call, shape.device) / MIB,
         "flops": case.flops[mode],
         "bytes": case.moved[mode],
         "gflops": case.flops[mode] / seconds / 1e9,
         "gbytes": case.moved[mode] / seconds / 1e9,
-        "floor_share": None if floor is None else floor / taken["p50"],
+        "floor_share": None if floor is None else floor / times["p50"],
         "time_ratio": None,
         "memory_ratio": None,
     }
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows in order of quantity and mode, eager first, with ratios to it."""
+    """The rows with their ratios to eager torch, sorted by quantity and mode."""
     eager = {(r["quantity"], r["mode"]): r for r in rows if r["who"] == BASELINE}
     for row in rows:
         base = eager.get((row["quantity"], row["mode"]))
@@ -111,7 +114,7 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def growth(shape: Shape) -> float:
-    """Peak memory of N tokens doubled over that of N, less what grows with the outputs."""
+    """Ratio of peak memory at N tokens to that at N / 2, both without the outputs."""
 
     def extra(n: int) -> int:
         x = inputs(Shape(n, shape.v, shape.h, shape.dtype, shape.device))
@@ -123,21 +126,23 @@ def growth(shape: Shape) -> float:
     return extra(shape.n) / extra(shape.n // 2)
 
 
-def cpu_gates(rows: list[dict[str, Any]], grown: float) -> list[dict[str, Any]]:
-    found = {(r["quantity"], r["mode"]): r for r in rows if r["who"] == OURS}
+def cpu_gates(rows: list[dict[str, Any]], memory_growth: float) -> list[dict[str, Any]]:
+    ours = {(r["quantity"], r["mode"]): r for r in rows if r["who"] == OURS}
     gates = [
         {"gate": f"{quantity}, {mode}: {what} / eager's", "value": row[key], "limit": limit}
         for quantity, mode, time, memory in CPU_GATES
-        if (row := found.get((quantity, mode))) is not None
+        if (row := ours.get((quantity, mode))) is not None
         for what, key, limit in (("time", "time_ratio", time), ("memory", "memory_ratio", memory))
     ]
-    gates.append({"gate": "peak memory, N doubled / N", "value": grown, "limit": 1.02})
+    gates.append({"gate": "peak memory, N doubled / N", "value": memory_growth, "limit": 1.02})
     return [{**gate, "held": gate["value"] <= gate["limit"]} for gate in gates]
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--n", type=int, default=8192 if cuda else CPU_SHAPE[0], help="tokens")
     parser.add_argument(
@@ -145,10 +150,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--h", type=int, default=4096 if cuda else CPU_SHAPE[2], help="hidden size")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--budget", type=float, default=6.0, help="seconds a row, at least 3 calls")
-    parser.add_argument("--only", default="", help="quantities whose name has this")
-    parser.add_argument("--ours", action="store_true", help="without the peers")
-    parser.add_argument("--out", type=Path, help="JSON; the plot lies beside it")
+    parser.add_argument(
+        "--budget", type=float, default=6.0, help="seconds per row, at least 3 calls"
+    )
+    parser.add_argument("--only", default="", help="only quantities whose name contains this")
+    parser.add_argument("--ours", action="store_true", help="without the other packages")
+    parser.add_argument("--out", type=Path, help="JSON report; the plot is written beside it")
     return parser.parse_args(argv)
 
 
@@ -165,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{device_name(args.device)}  {name}: {error:.1e} of {bounds[name]:.0e}  {verdict}"
         )
     if any(errors[name] > bounds[name] for name in errors):
-        console.print("no timing of wrong results")
+        console.print("the results are wrong, so nothing is measured")
         return 1
     rows = []
     for family in (row_cases, linear_cases):
@@ -191,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verdict = "held" if gate["held"] else "MISSED"
         console.print(f"CPU  {gate['gate']}: {gate['value']:.3f} of {gate['limit']:.3f}  {verdict}")
     if report["absent"]:
-        console.print("not imported:", ", ".join(report["absent"]))
+        console.print("not available:", ", ".join(report["absent"]))
     return 0 if all(gate["held"] for gate in gates) else 1
 
 

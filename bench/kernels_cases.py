@@ -1,4 +1,4 @@
-"""What is timed: each quantity by this package, by eager torch, and by peers that import.
+"""The benchmark's cases: each quantity by this package, by eager torch, and by other packages.
 
 Legend: _N tokens, _H hidden, _V vocabulary.
 """
@@ -42,16 +42,16 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`build` makes a function from (inputs that may need a gradient) to per-token losses."""
+    """`loss` computes losses per token from `leaf`, the input that may require a gradient."""
 
     quantity: str
     who: str
     loss: Callable[[Tensor], Tensor]
     leaf: Tensor
     flops: dict[str, float]
-    """Of the products with the head, by mode."""
+    """FLOPs of the products with the head, by mode."""
     moved: dict[str, float]
-    """Bytes of given logits read and written, by mode."""
+    """Bytes of logits read and written, by mode."""
     modes: tuple[str, ...] = MODES
 
     def call(self, mode: str) -> Callable[[], Any]:
@@ -105,7 +105,7 @@ def _eager_kl(s_NV: Tensor, t_NV: Tensor) -> Tensor:
 
 
 def _peer(module: str, name: str) -> Any:
-    """A peer's function, or None: peers are optional, and break on import in many ways."""
+    """A function of another package, or None; optional packages fail to import in many ways."""
     try:
         return getattr(importlib.import_module(module), name)
     except Exception:
@@ -113,18 +113,18 @@ def _peer(module: str, name: str) -> Any:
 
 
 def absent() -> list[str]:
-    """Peers that did not import here."""
-    known = {
+    """The other packages that cannot be imported here."""
+    packages = {
         "TRL": ("trl.trainer.utils", "selective_log_softmax"),
         "Liger": ("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss"),
         "cut-cross-entropy": ("cut_cross_entropy", "linear_cross_entropy"),
         "F.linear_cross_entropy": ("torch.nn.functional", "linear_cross_entropy"),
     }
-    return [who for who, where in known.items() if _peer(*where) is None]
+    return [who for who, where in packages.items() if _peer(*where) is None]
 
 
 def row_cases(shape: Shape) -> Iterator[Case]:
-    """From given logits."""
+    """Cases that start from logits."""
     x = inputs(shape)
     ids = x["ids"]
     s, t = x["h_s"] @ x["weight"].t(), x["h_t"] @ x["weight"].t()
@@ -148,7 +148,7 @@ def row_cases(shape: Shape) -> Iterator[Case]:
 
 
 def linear_cases(shape: Shape) -> Iterator[Case]:
-    """From hidden states and the head."""
+    """Cases that start from hidden states and the head."""
     x = inputs(shape)
     h_t, weight, ids = x["h_t"], x["weight"], x["ids"]
     product = 2.0 * shape.n * shape.v * shape.h
@@ -199,7 +199,7 @@ def linear_cases(shape: Shape) -> Iterator[Case]:
     yield case(name, OURS, lambda h: linear_reverse_kl(h, h_t, weight))
     liger = _peer("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
     if liger is not None:
-        # beta = 1 is the reverse KL; its per-token average is scaled back to the others' sum
+        # beta = 1 is the reverse KL; it returns a mean over tokens, the others a sum
         jsd = liger(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
         yield case(
             name,

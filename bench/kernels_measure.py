@@ -1,8 +1,8 @@
 """Time and memory of one call.
 
-Memory on a CPU is the allocator's own account (the profiler's allocation events), so it is exact
-for tensors and blind to scratch space inside a BLAS. On a GPU it is the caching allocator's peak.
-Both are relative to what was allocated before the call: inputs do not count, outputs do.
+Memory on a CPU is the sum of the profiler's allocation events: exact for tensors, without the
+scratch space inside a BLAS. On a GPU it is the peak of the caching allocator. Both are relative to
+what was allocated before the call, so outputs count and inputs do not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
-    """Peak of what `call` allocates through torch."""
+    """Peak of the bytes that `call` allocates through torch."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -33,34 +33,34 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
         for event in results.events()
         if event.name() == "[memory]"
     ]
-    now = peak = 0
+    allocated = peak = 0
     for _, change in sorted(deltas, key=lambda pair: pair[0]):
-        now += change
-        peak = max(peak, now)
+        allocated += change
+        peak = max(peak, allocated)
     return peak
 
 
 def times_ms(call: Callable[[], Any], device: str = "cpu", budget_s: float = 6.0) -> list[float]:
-    """Times of repeated calls after a warm-up: at least 3, at most 50, or `budget_s` in all."""
+    """Times of repeated calls after a warm-up: 3 to 50 calls, until `budget_s` have passed."""
     call()
-    taken: list[float] = []
+    times: list[float] = []
     until = time.perf_counter() + budget_s
-    while len(taken) < 3 or (len(taken) < 50 and time.perf_counter() < until):
+    while len(times) < 3 or (len(times) < 50 and time.perf_counter() < until):
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
             end.record()
             end.synchronize()
-            taken.append(start.elapsed_time(end))
+            times.append(start.elapsed_time(end))
         else:
             begin = time.perf_counter()
             call()
-            taken.append((time.perf_counter() - begin) * 1e3)
-    return taken
+            times.append((time.perf_counter() - begin) * 1e3)
+    return times
 
 
-def percentiles(taken: list[float]) -> dict[str, float]:
-    """The 20th, 50th and 80th."""
-    fifths = statistics.quantiles(taken, n=10, method="inclusive")
-    return {"p20": fifths[1], "p50": statistics.median(taken), "p80": fifths[7]}
+def percentiles(times: list[float]) -> dict[str, float]:
+    """The 20th, 50th and 80th percentile."""
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return {"p20": deciles[1], "p50": statistics.median(times), "p80": deciles[7]}

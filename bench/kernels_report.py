@@ -1,4 +1,4 @@
-"""Tables, JSON and a plot of measured rows."""
+"""Table, JSON and plot of the measured rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-# Dense bf16 TFLOP/s and TB/s of data sheets, for the share of the floor.
+# Dense bf16 TFLOP/s and memory TB/s from data sheets, for the share of the floor.
 PEAKS = {"H100": (989.0, 3.35), "H200": (989.0, 4.8), "A100": (312.0, 2.04), "B200": (2250.0, 8.0)}
 
 
@@ -19,14 +19,14 @@ def device_name(device: str) -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Where figures come from."""
+    """The machine and the versions that the measurements are from."""
     import triton
 
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        named = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = named[0].split(":", 1)[1].strip() if named else processor
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].split(":", 1)[1].strip() if names else processor
     return {
         "device": device_name(device),
         "processor": processor,
@@ -39,7 +39,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def floor_ms(flops: float, moved: float, dtype: torch.dtype, device: str) -> float | None:
-    """The time that products or memory traffic alone need at the data sheet's rates."""
+    """The time of the products or the memory traffic alone, at the data sheet's rates."""
     rates = next((r for name, r in PEAKS.items() if name in device_name(device)), None)
     if rates is None or dtype == torch.float32:
         return None
@@ -84,7 +84,7 @@ def save(path: Path, report: dict[str, Any]) -> None:
 
 
 def svg(report: dict[str, Any]) -> str:
-    """Time and memory against eager torch as bars on a shared scale; 1 is eager."""
+    """Bars of time and memory relative to eager torch, on one scale."""
     rows = [r for r in report["rows"] if r["who"] != "eager" and r["time_ratio"]]
     width, line, left, scale = 760, 34, 330, 150.0
     height = 70 + line * len(rows)

