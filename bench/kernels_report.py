@@ -102,11 +102,11 @@ def svg(report: dict[str, Any]) -> str:
         label = f"{row['quantity']}, {row['mode']}"
         parts.append(f'<text x="12" y="{y + 11}">{escape(label)}</text>')
         parts.append(f'<text x="12" y="{y + 24}" fill="#666">{escape(row["who"])}</text>')
-        for offset, key, colour in ((2, "time_ratio", "#2a6f97"), (15, "memory_ratio", "#c9793a")):
+        for offset, key, color in ((2, "time_ratio", "#2a6f97"), (15, "memory_ratio", "#c9793a")):
             value = row[key]
             bar = min(value * scale, width - left - 50)
             parts.append(
-                f'<rect x="{left}" y="{y + offset}" width="{bar:.1f}" height="11" fill="{colour}"/>'
+                f'<rect x="{left}" y="{y + offset}" width="{bar:.1f}" height="11" fill="{color}"/>'
                 f'<text x="{left + bar + 4:.1f}" y="{y + offset + 9}">{value:.2f}</text>'
             )
     x = left + scale

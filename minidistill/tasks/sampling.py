@@ -24,7 +24,7 @@ class TaskSampler:
     def __init__(self, environments: Mapping[str, Environment], seed: int) -> None:
         self.environments, self.seed = environments, seed
         sizes = [len(environment.train) for environment in environments.values()]
-        self.starts = np.cumsum([0, *sizes])  # of each environment in the tasks of all
+        self.starts = np.cumsum([0, *sizes])  # index of its first task among all
         if not len(self):
             raise UserError(
                 "the environments have no training tasks",

@@ -101,10 +101,10 @@ def test_a_path_to_nothing(echo: str, id: str) -> None:
     assert repr(id) in refusal(id).what
 
 
-@pytest.mark.parametrize("args", [{}, {"word": "a", "colour": "red"}, {"colour": "red"}], ids=str)
+@pytest.mark.parametrize("args", [{}, {"word": "a", "color": "red"}, {"color": "red"}], ids=str)
 def test_args_that_do_not_fit(echo: str, args: dict[str, Any]) -> None:
     error = refusal(f"{echo}:make", args)
-    assert "'word'" in error.what or "'colour'" in error.what
+    assert "'word'" in error.what or "'color'" in error.what
     assert "(word, times=1)" in error.fix
 
 
