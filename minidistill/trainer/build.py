@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from minidistill.config import Config
-from minidistill.estimators import Estimator
-from minidistill.placement.devices import shards_weights
+from minidistill.placement.placement import Placement
 from minidistill.trainer.distributed.fsdp import ShardedModels
 from minidistill.trainer.distributed.rank_group import RankGroup
 from minidistill.trainer.forward import PrefixCache
@@ -15,20 +14,22 @@ from minidistill.trainer.trainer import Trainer
 def build_trainer(
     policy: Policy,
     config: Config,
-    estimator: Estimator,
+    placement: Placement,
     rank_group: RankGroup,
     prefixes: PrefixCache | None = None,
 ) -> Trainer:
-    """The trainer of a loaded policy, which the driver has checked. Shards the weights if asked to.
+    """The trainer of a loaded policy. Shards the weights as the placement says.
 
-    The driver passes the `prefixes` of its engine.
+    The driver calls it once it has checked the policy, and passes the `prefixes` of its engine.
     """
     shares = rank_group.broadcast_object(prefixes is not None and prefixes.shares)
     policy.rank_group = rank_group
-    if shards_weights(config, rank_group.size):
+    if placement.sharded:
         models = [policy.student, *policy.reference_models.values()]
         policy.sharded = ShardedModels(
             models, policy.adapter_parameters, policy.device, rank_group.size
         )
         prefixes = None  # every rank must run the same passes, whatever the driver has sampled
-    return Trainer(policy, config, estimator, prefixes or PrefixCache(policy, shares))
+    return Trainer(
+        policy, config, placement.teacher.estimator, prefixes or PrefixCache(policy, shares)
+    )

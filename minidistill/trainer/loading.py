@@ -14,13 +14,14 @@ from minidistill.config.schema import LoraConfig
 from minidistill.errors import UserError
 from minidistill.models.hub import hub_arguments, readable_errors
 from minidistill.models.registry import resolve
-from minidistill.placement.devices import pick_dtype
-from minidistill.placement.teacher import Teaching
+from minidistill.placement.placement import Placement
 from minidistill.trainer.policy import Policy, Weights, frozen_copy
 
 
-def load_policy(config: Config, tokenizer: Any, device: torch.device, teaching: Teaching) -> Policy:
-    """The model in its dtype on `device`, ready to be trained, with the teacher if it runs here.
+def load_policy(
+    config: Config, tokenizer: Any, placement: Placement, device: torch.device | None = None
+) -> Policy:
+    """The model on `device` (the driver's by default), with the teacher if it runs in the trainer.
 
     Under LoRA the base is frozen and gets a new adapter in fp32 (B = 0), whose initialization
     depends on `config.seed` only. Otherwise every weight is trained, and a frozen teacher is a
@@ -28,16 +29,19 @@ def load_policy(config: Config, tokenizer: Any, device: torch.device, teaching: 
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = config.trainer.model
-    base = _load_weights(config, config.model.name, device)
+    device = placement.devices[0] if device is None else device
+    dtype = getattr(torch, placement.dtype)
+    base = _load_weights(config, config.model.name, dtype, device)
     if settings.ac is not None:
         _checkpoint_activations(base, settings.ac.freq)
     teacher = teacher_weights(config)
     reference_models: dict[Weights, Any] = {}
-    if teaching.scorer == "trainer" and teacher is Weights.OTHER:
-        reference_models[Weights.OTHER] = _load_other(config, tokenizer, base, device)
+    in_trainer = placement.teacher.scorer == "trainer"
+    if in_trainer and teacher is Weights.OTHER:
+        reference_models[Weights.OTHER] = _load_other(config, base, dtype, device)
     if settings.lora is False:
         model = base.requires_grad_(True)
-        if teaching.scorer == "trainer" and teacher is Weights.BASE:
+        if in_trainer and teacher is Weights.BASE:
             reference_models[Weights.BASE] = frozen_copy(base)
     else:
         model = _with_adapter(config, settings.lora, base)
@@ -64,7 +68,7 @@ def teacher_weights(config: Config) -> Weights:
     return by_update[config.orchestrator.teacher_model.update]
 
 
-def _load_weights(config: Config, name: str, device: torch.device) -> Any:
+def _load_weights(config: Config, name: str, dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -73,17 +77,17 @@ def _load_weights(config: Config, name: str, device: torch.device) -> Any:
     with readable_errors(name):
         return AutoModelForCausalLM.from_pretrained(
             resolve(name),
-            dtype=pick_dtype(config, device),
+            dtype=dtype,
             **attention,
             **hub_arguments(config, name),
         ).to(device)  # type: ignore[arg-type]
 
 
-def _load_other(config: Config, tokenizer: Any, base: Any, device: torch.device) -> Any:
+def _load_other(config: Config, base: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """The teacher's own model. Raises UserError if its head has another vocabulary."""
     name = config.separate_teacher
     assert name is not None
-    model = _load_weights(config, name, device).requires_grad_(False).eval()
+    model = _load_weights(config, name, dtype, device).requires_grad_(False).eval()
     rows, needed = (m.get_output_embeddings().weight.shape[0] for m in (model, base))
     if rows != needed:
         raise UserError(

@@ -11,7 +11,9 @@ from minidistill.config import LoadedConfig
 from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.envs.registry import load_environments
 from minidistill.models.hub import load_tokenizer
-from minidistill.placement.teacher import decide
+from minidistill.placement.machine import Machine
+from minidistill.placement.placement import Placement
+from minidistill.placement.planner import plan_run
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import score, with_advantages
 from minidistill.tasks.sampling import TaskSampler
@@ -46,12 +48,18 @@ class Lab:
         return caught
 
 
+def cpu_placement(loaded: LoadedConfig) -> Placement:
+    """Where a run on a CPU has its parts, whatever machine the tests run on."""
+    machine = Machine(gpus=0, bytes=16 << 30, vllm=False, bf16=False)
+    return plan_run(loaded, machine).placement
+
+
 def make_lab(loaded: LoadedConfig, *, shares: bool | None = None, trained: bool = True) -> Lab:
     """A lab whose adapter has left its initialization, unless `trained` is off: B is random."""
     config = loaded.config
     tokenizer = load_tokenizer(config)
-    teaching = decide(config, vllm=False, token_ids=False)
-    policy = load_policy(config, tokenizer, torch.device("cpu"), teaching)
+    placement = cpu_placement(loaded)
+    policy = load_policy(config, tokenizer, placement)
     generator = torch.Generator().manual_seed(1)
     if trained:
         for name, parameter in policy.parameters:
@@ -60,7 +68,7 @@ def make_lab(loaded: LoadedConfig, *, shares: bool | None = None, trained: bool 
                 parameter.data.add_((0.03 if policy.lora else 0.003) * noise)
     share = can_share_prefix(policy) if shares is None else shares
     prefixes = PrefixCache(policy, share)
-    trainer = Trainer(policy, config, teaching.estimator, prefixes)
+    trainer = Trainer(policy, config, placement.teacher.estimator, prefixes)
     engine = EmbeddedEngine(policy, prefixes)
     teacher = config.orchestrator.teacher_model
     builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)

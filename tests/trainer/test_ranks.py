@@ -12,18 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.lab import Lab, make_lab
+from support.lab import Lab, cpu_placement, make_lab
 from support.paths import ROOT, SOKOBAN
 from support.runs import TINY, records, run
 
 from minidistill.errors import (
     EXIT_HEALTH,
     EXIT_OK,
-    EXIT_USAGE,
     UserError,
 )
-from minidistill.placement.devices import rank_devices
-from minidistill.placement.teacher import decide
 from minidistill.trainer import checkpoint
 from minidistill.trainer.batching import share_out
 from minidistill.trainer.build import build_trainer
@@ -49,12 +46,13 @@ Configure = Callable[..., Any]
 @contextmanager
 def team(loaded: Any, rollouts: Any = None) -> Iterator[Lab]:
     """A lab whose trainer has the other ranks of the configuration."""
-    launcher = RankLauncher(rank_devices(loaded, ()))
+    placement = cpu_placement(loaded)
+    launcher = RankLauncher(placement.devices)
     try:
-        launcher.start(loaded.config, decide(loaded.config, vllm=False, token_ids=False))
+        launcher.start(loaded.config, placement)
         lab = make_lab(loaded, trained=False)
         lab.trainer = build_trainer(
-            lab.policy, loaded.config, lab.trainer.estimator, launcher.group, lab.engine.prefixes
+            lab.policy, loaded.config, placement, launcher.group, lab.engine.prefixes
         )
         lab.rollouts = rollouts or lab.rollouts
         yield lab
@@ -225,37 +223,6 @@ def test_ranks_share_a_step_by_tokens() -> None:
     assert sorted(loads) == [76, 80, 90]
     assert share_out(lengths, 1) == [list(range(8))]
     assert share_out([4, 2], 3) == [[0], [1], []]
-
-
-@pytest.mark.parametrize(
-    ("flags", "environment", "words"),
-    [
-        (("--trainer.world_size", "5"), {}, "do not divide orchestrator.batch_size"),
-        (TWO, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, "torchrun starts 4 processes"),
-    ],
-)
-def test_refusals(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...],
-    environment: dict[str, str], words: str,
-) -> None:  # fmt: skip
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=words) as caught:
-        rank_devices(configure("--orchestrator.batch_size", "8", *flags), ())
-    assert caught.value.exit_code == EXIT_USAGE
-
-
-def test_gpus_of_the_trainer_are_its_ranks(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert [d.index for d in rank_devices(configure(), (2, 3))] == [2, 3]
-    with pytest.raises(UserError, match="world_size = 4, but 2 GPUs train"):
-        rank_devices(configure("--trainer.world_size", "4"), (2, 3))
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert len(rank_devices(configure(), (2, 3))) == 2
-    with pytest.raises(UserError, match="torchrun starts 2 processes on this machine"):
-        rank_devices(configure(), (2, 3, 4))
 
 
 def test_torchrun_gives_the_same_metrics(tmp_path: Path) -> None:

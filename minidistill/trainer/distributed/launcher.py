@@ -15,7 +15,7 @@ import torch
 
 from minidistill.config import Config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
-from minidistill.placement.teacher import Teaching
+from minidistill.placement.placement import Placement
 from minidistill.subprocesses import Subprocess
 from minidistill.trainer.distributed.rank_group import RankGroup, launched_by_torchrun
 
@@ -40,7 +40,7 @@ class RankLauncher:
         self._rank_ended = threading.Event()
         self._first_to_end: RankProcess | None = None
 
-    def start(self, config: Config, teaching: Teaching) -> None:
+    def start(self, config: Config, placement: Placement) -> None:
         """Start the other ranks, which load the model while the caller does.
 
         Raises UserError for a rank that cannot be started.
@@ -57,7 +57,7 @@ class RankLauncher:
         else:
             self.group.failed_rank_error = _torchrun_error
         self.group.join(self.devices[0], store)
-        self.group.broadcast_object((config, teaching))
+        self.group.broadcast_object((config, placement))
 
     def close(self) -> None:
         """End the other ranks: immediately after an error, otherwise when they have finished."""

@@ -22,7 +22,8 @@ from minidistill import logs
 from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_OK, UserError
 from minidistill.models.hub import load_tokenizer
-from minidistill.placement.devices import rank_devices
+from minidistill.placement.machine import Machine
+from minidistill.placement.planner import plan_run
 from minidistill.trainer.build import build_trainer
 from minidistill.trainer.distributed.rank_group import RankGroup, launched_by_torchrun
 from minidistill.trainer.guards import is_out_of_memory
@@ -31,11 +32,11 @@ from minidistill.trainer.loading import load_policy
 
 def serve(group: RankGroup, device: torch.device) -> None:
     """Run the driver's commands until it sends no more."""
-    config, teaching = group.broadcast_object(None)
+    config, placement = group.broadcast_object(None)
     with logs.to_list() as warnings:
         group.drain_warnings = warnings.drain
-        policy = load_policy(config, load_tokenizer(config), device, teaching)
-        trainer = build_trainer(policy, config, teaching.estimator, group)
+        policy = load_policy(config, load_tokenizer(config), placement, device)
+        trainer = build_trainer(policy, config, placement, group)
         while (command := group.next_command()) is not None:
             command.run(trainer)
 
@@ -47,9 +48,7 @@ def follow(loaded: LoadedConfig) -> int:
     # the driver finishes its step and then dismisses the other ranks
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    from minidistill.placement.local import plan_here
-
-    devices = rank_devices(loaded, plan_here(loaded.config)[0].partition.trainer)
+    devices = plan_run(loaded, Machine.local()).placement.devices
     device = devices[int(os.environ.get("LOCAL_RANK", rank_and_size[0])) % len(devices)]
     group = RankGroup(*rank_and_size)
     group.join(device, None)
