@@ -55,6 +55,13 @@ class Engine(ABC):
         Raises UserError (exit code 3) where it cannot start or cannot be reached.
         """
 
+    def verify(self, trainer: Engine, temperature: float | None) -> None:  # noqa: B027 - optional
+        """Check before training that the engine serves the model that `trainer` serves.
+
+        `temperature` is the one to sample at, None if the engine only scores. Raises UserError
+        (exit code 3) for another model, or log-probs of another distribution.
+        """
+
     @abstractmethod
     def generate(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minidistill.engines.base import Engine, EngineCapabilities, Ids
 from minidistill.errors import EXIT_HEALTH, UserError
+from minidistill.placement.limits import EMBEDDED_CACHE_BYTES, kv_bytes_per_token
 from minidistill.trainer.batching import collate, split_by_tokens
 from minidistill.trainer.forward import PrefixCache, hidden_states, seeded_cache
 from minidistill.trainer.policy import Policy
@@ -22,7 +23,6 @@ from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 from minidistill_kernels import linear_logprob
 
 SCORING_TOKENS = 16384  # padded tokens of one scoring pass
-CACHE_BYTES = 2 << 30  # keys and values of the sequences decoded at a time
 
 
 class EmbeddedEngine(Engine):
@@ -75,12 +75,9 @@ class EmbeddedEngine(Engine):
     def _batches(
         self, requests: Sequence[Request], order: Sequence[int], max_tokens: int
     ) -> list[list[int]]:
-        config = self.policy.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        bytes_a_token = 2 * config.num_hidden_layers * heads * size * self.policy.dtype.itemsize
+        kv_bytes = kv_bytes_per_token(self.policy.config, self.policy.dtype.itemsize)
         lengths = [len(requests[i].prompt_ids) + max_tokens for i in order]
-        groups = split_by_tokens(lengths, max(1, CACHE_BYTES // bytes_a_token))
+        groups = split_by_tokens(lengths, max(1, EMBEDDED_CACHE_BYTES // kv_bytes))
         # back in the given order, so that requests of one prompt stand together
         return [sorted(order[i] for i in group) for group in groups]
 

@@ -48,6 +48,10 @@ class Replicas(Engine):
     def wait_until_ready(self) -> None:
         self._on_each(lambda engine: engine.wait_until_ready())
 
+    def verify(self, trainer: Engine, temperature: float | None) -> None:
+        for engine in self.engines:
+            engine.verify(trainer, temperature)
+
     def generate(
         self,
         requests: Sequence[Request],

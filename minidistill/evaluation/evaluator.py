@@ -29,6 +29,16 @@ class Scores:
     """Mean tokens of a completion."""
 
 
+def evaluation_prompts(
+    environments: Mapping[str, Environment], builder: PromptBuilder, count: int
+) -> dict[str, list[Prompt]]:
+    """The prompts of the first `count` evaluation tasks of each environment."""
+    return {
+        name: [builder.build(name, env.eval[i]) for i in range(min(count, len(env.eval)))]
+        for name, env in environments.items()
+    }
+
+
 class Evaluator:
     """Evaluates on a fixed set of held-out tasks, with the same seeds every time.
 
@@ -39,19 +49,16 @@ class Evaluator:
         self,
         config: Config,
         environments: Mapping[str, Environment],
+        prompts: Mapping[str, Sequence[Prompt]],
         builder: PromptBuilder,
         engine: Engine,
         display: Display,
     ) -> None:
+        """`prompts` are those of each environment's tasks: see `evaluation_prompts`."""
         assert config.orchestrator.eval is not None
         self.config, self.settings = config, config.orchestrator.eval
         self.environments, self.engine, self.display = environments, engine, display
-        self.builder = builder
-        count = self.settings.num_examples
-        self.prompts = {
-            name: [builder.build(name, env.eval[i]) for i in range(min(count, len(env.eval)))]
-            for name, env in environments.items()
-        }
+        self.prompts, self.builder = prompts, builder
 
     def run(self, label: str, role: Role, *, context: bool) -> Scores:
         """Sample and score every task in a role, with or without the context in the prompt."""

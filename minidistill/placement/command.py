@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 
 from rich.console import Console
 
 from minidistill.config import load_config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError
-from minidistill.models.hub import load_model_config
-from minidistill.placement.devices import check_settings, rank_devices
-from minidistill.placement.planner import GIB, plan
+from minidistill.placement.machine import GIB, Machine
+from minidistill.placement.planner import plan_run
 from minidistill.placement.render import as_json, show
-
-GPU_MEMORY = 80.0  # GiB, where there is no GPU to ask
 
 
 def run_plan(args: list[str]) -> int:
@@ -29,40 +25,15 @@ def run_plan(args: list[str]) -> int:
             "no configuration file is given", fix="minidistill plan configs/sokoban.toml"
         )
     loaded = load_config(args)
-    config = loaded.config
-    gpus, size = machine(count, memory)
-    other = config.separate_teacher
-    found = plan(
-        config,
-        load_model_config(config, shipped=True),
-        gpus,
-        size,
-        teacher_config=load_model_config(config, other, shipped=True) if other else None,
-    )
-    # what a run there would refuse
-    check_settings(loaded, found)
-    rank_devices(loaded, found.partition.trainer)
+    gpu_bytes = None if memory is None else int(memory * GIB)
+    machine = Machine.imagined(None if count is None else int(count), gpu_bytes)
+    result = plan_run(loaded, machine, shipped=True)
     if as_data:
-        print(json.dumps(as_json(found), indent=2))
+        print(json.dumps(as_json(result), indent=2))
     else:
         console = Console()
-        show(found, console if console.is_terminal else Console(width=160))
-    return EXIT_OK if found.fits else EXIT_ENVIRONMENT
-
-
-def machine(gpus: float | None, memory: float | None) -> tuple[int, int]:
-    """GPUs and bytes of each (of the CPU's memory for none): as asked, else what is here."""
-    import torch
-
-    here = torch.cuda.device_count()
-    count = here if gpus is None else int(gpus)
-    if memory is not None:
-        return count, int(memory * GIB)
-    if count == 0:
-        return 0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if here:
-        return count, min(torch.cuda.get_device_properties(i).total_memory for i in range(here))
-    return count, int(GPU_MEMORY * GIB)
+        show(result, console if console.is_terminal else Console(width=160))
+    return EXIT_OK if result.fits else EXIT_ENVIRONMENT
 
 
 def _number(args: list[str], flag: str, kind: type[int] | type[float]) -> float | None:

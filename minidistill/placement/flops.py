@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minidistill.config import Config
-from minidistill.placement.model_shape import Shape
+from minidistill.placement.model_shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +16,8 @@ class Work:
     flops: int
 
 
-def work(config: Config, shape: Shape, teacher: Shape) -> dict[str, Work]:
-    """What sampling, the teacher and training come to.
+def step_work(config: Config, shape: ModelShape, teacher: ModelShape) -> dict[str, Work]:
+    """The work of sampling, of the teacher and of training.
 
     With P parameters a token meets in the layers and D = vocabulary × hidden in the LM head:
 
@@ -47,6 +47,6 @@ def work(config: Config, shape: Shape, teacher: Shape) -> dict[str, Work]:
     }
 
 
-def _met(shape: Shape) -> tuple[int, int]:
+def _met(shape: ModelShape) -> tuple[int, int]:
     """Parameters in the layers, and of the product with the LM head."""
     return shape.parameters - shape.embedding - shape.head, shape.vocab * shape.hidden

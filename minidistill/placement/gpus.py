@@ -1,4 +1,4 @@
-"""Which of a machine's GPUs sample, which score and which train."""
+"""Dividing a machine's GPUs among sampling, scoring and training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from minidistill.config import Config
 from minidistill.config.schema import ParallelConfig
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.placement.teacher import Teaching
+from minidistill.placement.teacher import TeacherPlacement
 
 Ids = tuple[int, ...]
 KEYS = ("inference_gpu_ids", "teacher_gpu_ids", "trainer_gpu_ids")
@@ -16,7 +16,7 @@ ALL_SHARE = "to share GPUs, name the same ones in each list"
 
 
 @dataclass(frozen=True, slots=True)
-class Partition:
+class GpuLayout:
     """GPU ids by what runs there. All are empty on a machine without GPUs."""
 
     inference: Ids
@@ -24,110 +24,86 @@ class Partition:
     teacher: Ids
     """The teacher's own engine; empty where it shares the student's or is in the trainer."""
     trainer: Ids
-    inference_tp: int
-    teacher_tp: int
     warnings: tuple[str, ...] = ()
-    processes: int = 1
-    """Of the trainer on a CPU."""
-
-    @property
-    def inference_dp(self) -> int:
-        """Replicas of the student's engine."""
-        return len(self.inference) // self.inference_tp
-
-    @property
-    def teacher_dp(self) -> int:
-        """Replicas of the teacher's engine."""
-        return len(self.teacher) // self.teacher_tp
-
-    @property
-    def sleeps(self) -> bool:
-        """Engines and trainer share GPUs, so that the engines sleep while it trains."""
-        return bool({*self.inference, *self.teacher} & set(self.trainer))
-
-    def own_teacher(self, teaching: Teaching) -> bool:
-        """Whether the teacher has an engine of its own on this machine."""
-        return bool(self.teacher) or (not self.trainer and teaching.needs_own_engine)
-
-    @property
-    def ranks(self) -> int:
-        """Processes of the trainer."""
-        return len(self.trainer) or self.processes
 
 
-def partition(
-    config: Config, gpus: int, teaching: Teaching, heads: int | None, vllm: bool = True
-) -> Partition:
+def lay_out_gpus(
+    config: Config,
+    gpus: int,
+    teacher: TeacherPlacement,
+    heads: int | None,
+    *,
+    engine_on_gpus: bool = True,
+) -> GpuLayout:
     """Divide GPUs 0 to `gpus` - 1 among the student's engine, the teacher's and the trainer.
 
-    Lists that the configuration gives are used as they are. Of the rest the trainer gets half (as
-    many as divide the batch), the engines the other half, each in multiples of its tp. One GPU is
-    shared by all. `heads` are the model's attention heads, None where they are unknown; `vllm` is
-    what `inference.engine = "auto"` comes to.
+    Lists from the configuration are used as they are. Of the remaining GPUs the trainer gets half
+    (as many as divide the batch) and the engines the other half, each in multiples of its tp. A
+    single GPU is shared by all. `heads` are the model's attention heads, None if unknown;
+    `engine_on_gpus` whether the student samples with an engine of its own on this machine.
 
-    Raises UserError for what cannot be: exit code 3 for GPUs that are not there, else 2.
+    Raises UserError for impossible layouts: exit code 3 for missing GPUs, otherwise 2.
     """
     _check_ids(config, gpus)
-    tps = config.inference.parallel.tp, config.teacher_inference.parallel.tp
     processes = (gpus == 0 and config.trainer.world_size) or 1
     check_ranks(config, processes, "processes", "trainer.world_size")
-    if config.inference.engine == "embedded" or not vllm or config.inference.server_urls:
-        trainer, warnings = _embedded(config, gpus)
-        return Partition((), (), trainer, *tps, tuple(warnings), processes)
-    own = _own_engine(config, gpus, teaching)
+    if not engine_on_gpus:
+        trainer, warnings = _trainer_only(config, gpus)
+        return GpuLayout((), (), trainer, tuple(warnings))
+    own = _teacher_has_engine(config, gpus, teacher)
     _check_heads(config, heads, own)
     if gpus == 0:
-        return Partition((), (), (), *tps, (), processes)
+        return GpuLayout((), (), ())
     warnings = []
-    student, teacher, trainer = _divide(config, gpus, own, warnings)
+    student, teacher_gpus, trainer = _divide(config, gpus, own, warnings)
     check_ranks(config, len(trainer))
-    if config.trainer_gpu_ids and {*student, *teacher} & set(trainer) and gpus > 1:
+    if config.trainer_gpu_ids and {*student, *teacher_gpus} & set(trainer) and gpus > 1:
         warnings.append("engines and trainer share GPUs: the engines sleep while it trains")
-    if teacher and set(student) & set(teacher):
+    if teacher_gpus and set(student) & set(teacher_gpus):
         warnings.append(f"two engines share GPU {_list(student)}: its memory is split between them")
-    return Partition(student, teacher, trainer, *tps, tuple(warnings))
+    return GpuLayout(student, teacher_gpus, trainer, tuple(warnings))
 
 
-def engine_share(config: Config, parts: Partition) -> tuple[float, float]:
+def memory_shares(config: Config, layout: GpuLayout) -> tuple[float, float]:
     """The shares of a GPU's memory that the student's and the teacher's engine may take.
 
-    As configured, and half of it each where both are on the same GPUs.
+    As configured, or half of that each if both are on the same GPUs.
     """
-    split = 2 if set(parts.inference) & set(parts.teacher) else 1
+    split = 2 if set(layout.inference) & set(layout.teacher) else 1
     student, teacher = config.inference, config.teacher_inference
     return student.gpu_memory_utilization / split, teacher.gpu_memory_utilization / split
 
 
-def _own_engine(config: Config, gpus: int, teaching: Teaching) -> bool:
-    """Whether the teacher has an engine of its own. Raises for settings that say otherwise."""
-    given, student = config.teacher_gpu_ids, config.inference_gpu_ids
+def _teacher_has_engine(config: Config, gpus: int, teacher: TeacherPlacement) -> bool:
+    """Whether the teacher has its own engine here. Raises UserError for settings against it."""
+    teacher_ids, student_ids = config.teacher_gpu_ids, config.inference_gpu_ids
     share = config.teacher_inference.share
-    if teaching.scorer == "trainer":
-        if given is not None and set(given) != set(config.trainer_gpu_ids or ()):
+    if teacher.scorer == "trainer":
+        if teacher_ids is not None and set(teacher_ids) != set(config.trainer_gpu_ids or ()):
             raise UserError(
-                f"teacher_gpu_ids = {given}, but the teacher runs in the trainer: "
-                f"{teaching.reason}",
+                f"teacher_gpu_ids = {teacher_ids}, but the teacher runs in the trainer: "
+                f"{teacher.reason}",
                 where="teacher_gpu_ids, trainer.loss.estimator",
                 fix='leave teacher_gpu_ids out, or set trainer.loss.estimator = "sampled"',
             )
         return False
     if config.teacher_inference.server_urls:
         return False
-    same = given is not None and set(given) == set(student or ())
-    if share and given is not None and not same:
+    same = teacher_ids is not None and set(teacher_ids) == set(student_ids or ())
+    if share and teacher_ids is not None and not same:
         raise UserError(
-            f"teacher_gpu_ids = {given} gives the teacher an engine of its own, "
+            f"teacher_gpu_ids = {teacher_ids} gives the teacher an engine of its own, "
             "teacher_inference.share = true does not",
             where="teacher_gpu_ids, teacher_inference.share",
             fix="leave one of them out",
         )
-    if share and teaching.needs_own_engine:
+    if share and teacher.needs_own_engine:
         raise UserError(
             "teacher_inference.share = true, but the student's engine cannot serve this teacher",
             where="teacher_inference.share",
             fix="leave it out, or train an adapter and let the base be the teacher",
         )
-    return teaching.needs_own_engine or (gpus >= 4 and share is not True and not same)
+    return teacher.needs_own_engine or (gpus >= 4 and share is not True and not same)
 
 
 def _divide(config: Config, gpus: int, own: bool, warnings: list[str]) -> tuple[Ids, Ids, Ids]:
@@ -178,8 +154,8 @@ def _divide(config: Config, gpus: int, own: bool, warnings: list[str]) -> tuple[
     return student, teacher, trainer
 
 
-def _embedded(config: Config, gpus: int) -> tuple[Ids, list[str]]:
-    """The trainer's GPUs where it samples and scores as well."""
+def _trainer_only(config: Config, gpus: int) -> tuple[Ids, list[str]]:
+    """The trainer's GPUs if no engine of the student needs any, and warnings."""
     given = {key: ids for key in KEYS if (ids := getattr(config, key)) is not None}
     trainer = config.trainer_gpu_ids or next(iter(given.values()), None)
     if trainer is None:
@@ -198,9 +174,9 @@ def _embedded(config: Config, gpus: int) -> tuple[Ids, list[str]]:
 
 
 def _trainer_count(config: Config, gpus: int, free: int, needs: Sequence[int]) -> int:
-    """GPUs of a trainer that were not named: half of the machine, what engines need left to them.
+    """GPUs of a trainer whose GPUs were not named: half of the machine, less what engines need.
 
-    Where not even that is left for each engine, they go on the same GPUs.
+    If that is not enough for an engine each, the engines share GPUs.
     """
     for_engines = sum(needs) if free > sum(needs) else max(needs, default=0)
     most = min(free - for_engines, -(-gpus // 2)) if needs else free
@@ -253,12 +229,14 @@ def _check_ids(config: Config, gpus: int) -> None:
             )
 
 
-def check_schedule(config: Config, vllm: bool, sleeps: bool) -> None:
-    """Raise UserError where nothing can sample while the trainer works. `vllm` and `sleeps` are
-    what a run samples with, and whether it gives way to the trainer."""
-    if config.schedule == "async" and (not vllm or sleeps):
-        why = "they take turns on the same GPU" if vllm else "the trainer itself samples"
-        other = "give both GPUs of their own" if vllm else 'inference.engine = "vllm"'
+def check_schedule(config: Config, *, separate_engine: bool, sleeps: bool) -> None:
+    """Raise UserError for `async` without an engine that samples while the trainer works.
+
+    `sleeps`: the engine gives its GPUs to the trainer meanwhile.
+    """
+    if config.schedule == "async" and (not separate_engine or sleeps):
+        why = "they take turns on the same GPU" if separate_engine else "the trainer itself samples"
+        other = "give both GPUs of their own" if separate_engine else 'inference.engine = "vllm"'
         raise UserError(
             'schedule = "async" needs an engine that samples while the trainer works, '
             f"and here {why}",

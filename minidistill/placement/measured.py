@@ -6,7 +6,8 @@ import resource
 
 import torch
 
-from minidistill.placement.planner import GIB, OTHER_RANKS, Plan
+from minidistill.placement.estimate import OTHER_RANKS, Plan
+from minidistill.placement.machine import GIB
 
 NOT_HERE = ("trainer: CUDA context", OTHER_RANKS)
 

@@ -12,13 +12,21 @@ from dataclasses import dataclass
 import torch
 
 from minidistill.config import Config
-from minidistill.engines.vllm.options import RANKS, SEQUENCES, cpu_cache
-from minidistill.engines.vllm.weights_send import CHUNK_BYTES as SYNC_BYTES
-from minidistill.placement.model_shape import Shape
-from minidistill.placement.teacher import Teaching
+from minidistill.placement.limits import (
+    EMBEDDED_CACHE_BYTES,
+    LORA_RANKS,
+    MAX_SEQUENCES,
+    SYNC_CHUNK_BYTES,
+    cpu_cache_bytes,
+    kv_bytes_per_token,
+)
+from minidistill.placement.model_shape import ModelShape, Shapes
+from minidistill.placement.placement import Placement
+from minidistill.placement.teacher import TeacherPlacement
 from minidistill_kernels.distill import chunk_tokens
 
-Parts = dict[str, int]
+MemoryBreakdown = dict[str, int]
+"""Bytes by what they hold."""
 # Of a process on a GPU: CUDA's context, its libraries' workspaces. An assumption, not measured.
 CONTEXT = 1 << 30
 ENGINE_TOKENS = 8192  # that vLLM reads in one pass on a GPU
@@ -47,14 +55,14 @@ def worst_load(config: Config, ranks: int) -> Load:
 
 def trainer_memory(
     config: Config,
-    shape: Shape,
-    teaching: Teaching,
+    shape: ModelShape,
+    teacher_placement: TeacherPlacement,
     load: Load,
     device: torch.device,
     itemsize: int,
     sharded: int = 1,
-    teacher_shape: Shape | None = None,
-) -> Parts:
+    teacher_shape: ModelShape | None = None,
+) -> MemoryBreakdown:
     """Bytes at the trainer's peak, in the backward pass.
 
     `itemsize` is the base's, `sharded` over how many ranks its weights (and under full fine-tuning
@@ -62,9 +70,9 @@ def trainer_memory(
     `teacher_shape` is that of a teacher that is another model.
     """
     lora, teacher = config.trainer.model.lora, config.orchestrator.teacher_model
-    weights, in_trainer = shape.parameters * itemsize, teaching.scorer == "trainer"
+    weights, in_trainer = shape.parameters * itemsize, teacher_placement.scorer == "trainer"
     trained = shape.adapter(lora.rank, lora.target_modules) if lora else shape.parameters
-    parts: Parts = {"weights": weights // sharded}
+    parts: MemoryBreakdown = {"weights": weights // sharded}
     if sharded > 1:
         whole = 2 * shape.a_layer + shape.embedding + shape.head
         parts["gathered layers"] = whole * itemsize
@@ -80,13 +88,13 @@ def trainer_memory(
     if teacher_shape is not None and in_trainer:
         parts["reference copy"] = teacher_shape.parameters * itemsize // sharded
     parts["activations"] = activations(config, shape, load, itemsize)
-    parts["head chunk"] = head_chunk(config, shape, teaching, load, device, itemsize)
+    parts["head chunk"] = head_chunk(config, shape, teacher_placement, load, device, itemsize)
     if in_trainer:
         parts["teacher's hidden states"] = load.completions * shape.hidden * itemsize
     return parts
 
 
-def activations(config: Config, shape: Shape, load: Load, itemsize: int) -> int:
+def activations(config: Config, shape: ModelShape, load: Load, itemsize: int) -> int:
     """Bytes that the backward pass of a micro-batch keeps, and works with.
 
     Checkpointed layers keep their input alone, and one of them at a time is computed again.
@@ -106,7 +114,7 @@ def activations(config: Config, shape: Shape, load: Load, itemsize: int) -> int:
     return load.tokens * (total + ends + working)
 
 
-def layer_activations(config: Config, shape: Shape, load: Load, itemsize: int) -> int:
+def layer_activations(config: Config, shape: ModelShape, load: Load, itemsize: int) -> int:
     """Bytes a token that one layer keeps for its backward pass.
 
     norms        2 · 4H in fp32, and w · 2H of outputs that fp32 adapters or trained weights read
@@ -144,8 +152,8 @@ def layer_activations(config: Config, shape: Shape, load: Load, itemsize: int) -
 
 def head_chunk(
     config: Config,
-    shape: Shape,
-    teaching: Teaching,
+    shape: ModelShape,
+    teacher_placement: TeacherPlacement,
     load: Load,
     device: torch.device,
     itemsize: int,
@@ -153,21 +161,21 @@ def head_chunk(
     """Bytes of a chunk of logits in fp32, of the teacher's or the gradient's, and d hidden."""
     size = chunk_tokens(load.completions, shape.vocab, 0, device)
     narrow = device.type == "cuda" and itemsize < 4
-    second = itemsize if narrow else 4 * (teaching.scorer == "trainer")
+    second = itemsize if narrow else 4 * (teacher_placement.scorer == "trainer")
     return size * shape.vocab * (4 + second) + 2 * load.completions * shape.hidden * itemsize
 
 
-def sync_buffer(config: Config, shape: Shape, itemsize: int) -> int:
+def sync_buffer(config: Config, shape: ModelShape, itemsize: int) -> int:
     """Bytes set aside to hand weights to the engines: the adapter, or a chunk of all weights."""
     lora = config.trainer.model.lora
     if lora:
         return shape.adapter(lora.rank, lora.target_modules) * itemsize
-    return min(SYNC_BYTES, shape.parameters * itemsize)
+    return min(SYNC_CHUNK_BYTES, shape.parameters * itemsize)
 
 
 def engine_memory(
-    config: Config, shape: Shape, itemsize: int, tp: int, budget: int, adapters: int
-) -> Parts:
+    config: Config, shape: ModelShape, itemsize: int, tp: int, budget: int, adapters: int
+) -> MemoryBreakdown:
     """Parts of what one of an engine's GPUs may take; the keys and values get what is left.
 
     `budget` is that GPU's bytes, `adapters` how many are held. A negative rest means that the
@@ -176,11 +184,11 @@ def engine_memory(
     lora = config.trainer.model.lora
     held = 0
     if lora and adapters:
-        rank = min(rank for rank in RANKS if rank >= lora.rank)
+        rank = min(rank for rank in LORA_RANKS if rank >= lora.rank)
         held = adapters * shape.adapter(rank, lora.target_modules) * itemsize
     reading = ENGINE_TOKENS * 2 * (shape.intermediate + shape.hidden) * itemsize
-    logits = 2 * 4 * SEQUENCES * shape.vocab
-    parts: Parts = {
+    logits = 2 * 4 * MAX_SEQUENCES * shape.vocab
+    parts: MemoryBreakdown = {
         "weights": shape.parameters * itemsize // tp,
         "adapter slots": held // tp,
         "activations": (reading + logits) // tp,
@@ -189,26 +197,27 @@ def engine_memory(
     return {**parts, "keys and values": budget - sum(parts.values())}
 
 
-def cpu_engines(
-    config: Config, shape: Shape, teacher: Shape, teaching: Teaching, itemsize: int
-) -> Parts:
-    """Bytes of the engines beside a trainer on a CPU, by "owner: part". Each replica has a copy of
-    the weights, tp or not; what it works with is not counted."""
-    found: Parts = {}
-    for owner, table, size, there in (
-        ("student", config.inference, shape, True),
-        ("teacher", config.teacher_inference, teacher, teaching.needs_own_engine),
+def cpu_engines(placement: Placement, shapes: Shapes, itemsize: int) -> MemoryBreakdown:
+    """Bytes of the engines beside a trainer on a CPU, by "owner: part".
+
+    Each replica has a copy of the weights, whatever its tp. Its working memory is not counted.
+    """
+    parts: MemoryBreakdown = {}
+    for owner, engine, shape in (
+        ("student", placement.student, shapes.student),
+        ("teacher", placement.teacher_engine, shapes.teacher),
     ):
-        if there and not table.server_urls:
-            dp, cache = table.parallel.dp or 1, cpu_cache(size.cache(itemsize), config.seq_len)
-            found[f"{owner}: weights"] = dp * size.parameters * itemsize
-            found[f"{owner}: keys and values"] = dp * cache
-    return found
+        if engine is not None and engine.kind.on_run_gpus:
+            kv_bytes = kv_bytes_per_token(engine.model_config, itemsize)
+            cache = cpu_cache_bytes(kv_bytes, placement.max_length)
+            parts[f"{owner}: weights"] = engine.dp * shape.parameters * itemsize
+            parts[f"{owner}: keys and values"] = engine.dp * cache
+    return parts
 
 
-def embedded_cache(config: Config, shape: Shape, itemsize: int) -> int:
+def embedded_cache(placement: Placement, config: Config, itemsize: int) -> int:
     """Bytes of keys and values while the trainer's own model samples."""
-    from minidistill.engines.embedded import CACHE_BYTES
-
-    one = shape.cache(itemsize) * config.seq_len
-    return max(one, min(CACHE_BYTES, one * config.orchestrator.batch_size))
+    one_sequence = kv_bytes_per_token(placement.student.model_config, itemsize) * config.seq_len
+    return max(
+        one_sequence, min(EMBEDDED_CACHE_BYTES, one_sequence * config.orchestrator.batch_size)
+    )

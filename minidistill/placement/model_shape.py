@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
+
+from minidistill.placement.placement import Models
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ModelShape:
     """Counts of a dense decoder."""
 
     parameters: int
@@ -69,13 +70,22 @@ class Shape:
         """Parameters of an adapter: rank × (inputs + outputs) on each of its layers."""
         return sum(rank * (x.inputs + x.outputs) for x in self.adapted(targets))
 
-    def cache(self, itemsize: int, tp: int = 1) -> int:
-        """Bytes of a token's keys and values on one of `tp` GPUs."""
-        heads = max(Fraction(1), Fraction(self.kv_heads, tp))
-        return int(2 * self.layers * heads * self.head_dim * itemsize)
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Of the student's and the teacher's model."""
+
+    student: ModelShape
+    teacher: ModelShape
+
+    @classmethod
+    def of(cls, models: Models) -> Shapes:
+        student = read_shape(models.student)
+        same = models.teacher is models.student
+        return cls(student, student if same else read_shape(models.teacher))
 
 
-def read_shape(model_config: Any) -> Shape:
+def read_shape(model_config: Any) -> ModelShape:
     """Count a model that is never filled: on torch's meta device. Exact for any architecture."""
     from transformers import AutoModelForCausalLM
 
@@ -91,7 +101,7 @@ def read_shape(model_config: Any) -> Shape:
     )
     heads = text.num_attention_heads
     hidden = text.hidden_size
-    return Shape(
+    return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
         embedding=embedding.weight.numel(),
         head=0 if tied else head.weight.numel(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from minidistill.errors import printable
-from minidistill.placement.planner import GIB, Device, Plan
+from minidistill.placement.estimate import Device, Plan
+from minidistill.placement.machine import GIB
 
 BAR = 24  # cells
 COLORS = {"student": "cyan", "teacher": "magenta", "trainer": "green", "engine": "cyan"}
@@ -18,24 +19,28 @@ COLORS = {"student": "cyan", "teacher": "magenta", "trainer": "green", "engine":
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan in plain types; bytes, tokens and operations as whole numbers."""
-    parts = plan.partition
+    placement = plan.placement
+    student, teacher = placement.student, placement.teacher_engine
     return {
         "fits": plan.fits,
         "problems": list(plan.problems),
         "change": None if plan.change is None else dict(plan.change),
         "warnings": list(plan.warnings),
-        "inference_gpu_ids": list(parts.inference),
-        "teacher_gpu_ids": list(parts.teacher),
-        "trainer_gpu_ids": list(parts.trainer),
-        "inference": {"tp": parts.inference_tp, "dp": parts.inference_dp},
-        "teacher_inference": {"tp": parts.teacher_tp, "dp": parts.teacher_dp},
-        "trainer": {"ranks": parts.ranks, "sharded": plan.sharded},
-        "sleeps": parts.sleeps,
-        "estimator": plan.teaching.estimator.name,
-        "scorer": plan.teaching.scorer,
-        "teacher": plan.teacher,
+        "inference_gpu_ids": list(student.gpus),
+        "teacher_gpu_ids": list(teacher.gpus) if teacher else [],
+        "trainer_gpu_ids": list(placement.trainer_gpus),
+        "inference": {"tp": student.tp, "dp": len(student.gpus) // student.tp},
+        "teacher_inference": {
+            "tp": plan.config.teacher_inference.parallel.tp,
+            "dp": teacher.dp if teacher and teacher.gpus else 0,
+        },
+        "trainer": {"ranks": placement.ranks, "sharded": placement.sharded},
+        "sleeps": placement.sleeps,
+        "estimator": placement.teacher.estimator.name,
+        "scorer": placement.teacher.scorer,
+        "teacher": placement.teacher_text,
         "model": {"name": plan.config.model.name, "parameters": plan.shape.parameters},
-        "dtype": plan.dtype,
+        "dtype": placement.dtype,
         "memory": [
             {
                 "gpu": device.id,
@@ -87,7 +92,7 @@ def flags(settings: Mapping[str, Any]) -> str:
 
 
 def summary(plan: Plan) -> str:
-    """Each device on a line: who is there, and what of its memory is planned for."""
+    """Each device: what is placed there, and how much of its memory is planned for."""
     lines = []
     for device in plan.devices:
         names = {name.partition(":")[0] for parts in device.phases.values() for name in parts}
@@ -98,29 +103,34 @@ def summary(plan: Plan) -> str:
 
 
 def _head(plan: Plan) -> list[tuple[str, str]]:
-    config, shape, parts = plan.config, plan.shape, plan.partition
+    config, shape, placement = plan.config, plan.shape, plan.placement
     lora = config.trainer.model.lora
     trained = "all weights trained"
     if lora:
         count = shape.adapter(lora.rank, lora.target_modules)
         trained = f"adapter of rank {lora.rank}, {count:,}"
     rows = [
-        ("model", f"{config.model.name}, {shape.parameters:,} parameters, {plan.dtype}; {trained}"),
-        ("teacher", f"{plan.teacher}; estimator {plan.teaching.estimator}"),
+        (
+            "model",
+            f"{config.model.name}, {shape.parameters:,} parameters, {placement.dtype}; {trained}",
+        ),
+        ("teacher", f"{placement.teacher_text}; estimator {placement.teacher.estimator.name}"),
     ]
-    how = "weights split" if plan.sharded else "weights replicated"
-    engines = {
-        "student": (parts.inference, f"{parts.inference_dp} × tp {parts.inference_tp}"),
-        "scoring": (parts.teacher, f"{parts.teacher_dp} × tp {parts.teacher_tp}"),
-        "trainer": (parts.trainer, how if parts.ranks > 1 else "one rank"),
-    }
-    for name, (ids, text) in engines.items():
-        if ids:
-            rows.append((name, f"GPU {', '.join(map(str, ids))} ({text})"))
-    if not parts.trainer:
-        ranks = f" ({parts.ranks} ranks, {how})" if parts.ranks > 1 else ""
+    for name, engine in (("student", placement.student), ("scoring", placement.teacher_engine)):
+        if engine is not None and engine.gpus:
+            rows.append((name, f"{_gpus(engine.gpus)} ({engine.dp} × tp {engine.tp})"))
+    weights = "weights sharded" if placement.sharded else "weights replicated"
+    if placement.trainer_gpus:
+        text = weights if placement.ranks > 1 else "one rank"
+        rows.append(("trainer", f"{_gpus(placement.trainer_gpus)} ({text})"))
+    else:
+        ranks = f" ({placement.ranks} ranks, {weights})" if placement.ranks > 1 else ""
         rows.append(("trainer", f"the CPU{ranks}"))
     return rows
+
+
+def _gpus(ids: Sequence[int]) -> str:
+    return f"GPU {', '.join(map(str, ids))}"
 
 
 def _memory(plan: Plan) -> Table:

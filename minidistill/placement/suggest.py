@@ -11,38 +11,42 @@ from typing import Any
 from minidistill.config import Config
 from minidistill.config.checks import contradictions
 from minidistill.errors import UserError
-from minidistill.placement.model_shape import Shape
-from minidistill.placement.planner import Machine, Plan, lay_out
+from minidistill.placement.estimate import Plan, estimate
+from minidistill.placement.machine import Machine
+from minidistill.placement.model_shape import Shapes
+from minidistill.placement.placement import Models
 
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class _Search:
-    shape: Shape
-    teacher: Shape
+    shapes: Shapes
+    models: Models
     machine: Machine
 
     def plan(self, start: Config, settings: Settings) -> Plan | None:
-        """The plan with `settings`, None where they contradict others."""
+        """The plan with `settings`, None if they contradict others."""
         config = with_settings(start, settings)
         if next(contradictions(config), None) is not None:
             return None
         try:
-            return lay_out(config, self.shape, self.teacher, self.machine)
+            return estimate(config, self.shapes, self.models, self.machine)
         except UserError:
             return None
 
 
-def smallest_change(plan: Plan, teacher: Shape, machine: Machine) -> Mapping[str, Any] | None:
-    """Settings that make `plan` fit: the fewest, the earlier of `LEVERS` first; None if none do."""
-    search = _Search(plan.shape, teacher, machine)
+def smallest_change(
+    plan: Plan, shapes: Shapes, models: Models, machine: Machine
+) -> Mapping[str, Any] | None:
+    """Settings that make `plan` fit: the fewest, earlier `LEVERS` first; None if none do."""
+    search = _Search(shapes, models, machine)
     for count in range(1, len(LEVERS) + 1):
         for levers in combinations(LEVERS, count):
             # how much is left to the engines depends on all the rest
             order = sorted(levers, key=lambda lever: lever is _utilization)
-            for found, settings in _pull(search, plan, plan, order, {}):
-                if found.fits:
+            for candidate, settings in _pull(search, plan, plan, order, {}):
+                if candidate.fits:
                     return settings
     return None
 
@@ -68,15 +72,15 @@ def _pull(
 ) -> Iterator[tuple[Plan, Settings]]:
     """Every plan that changes a setting of each lever, the smallest changes first."""
     first, *others = levers
-    for more in first(plan):
-        changed = settings | more
-        found = search.plan(start.config, changed)
-        if found is None:
+    for change in first(plan):
+        changed = settings | change
+        candidate = search.plan(start.config, changed)
+        if candidate is None:
             continue
         if others:
-            yield from _pull(search, start, found, others, changed)
+            yield from _pull(search, start, candidate, others, changed)
         else:
-            yield found, changed
+            yield candidate, changed
 
 
 def _micro_batch(plan: Plan) -> Iterator[Settings]:
@@ -94,22 +98,22 @@ def _checkpointing(plan: Plan) -> Iterator[Settings]:
 
 
 def _utilization(plan: Plan) -> Iterator[Settings]:
-    """What the trainer leaves of the GPUs that it shares with engines."""
-    parts, room = plan.partition, 1.0
-    if not parts.sleeps:
+    """Give engines what the trainer leaves of the GPUs that they share."""
+    placement, room = plan.placement, 1.0
+    trainer = set(placement.trainer_gpus)
+    if not placement.sleeps:
         return
     for device in plan.devices:
-        here = device.phases.get("sampling", {})
-        kept = sum(size for name, size in here.items() if name.startswith("trainer:"))
-        if kept and device.id in parts.trainer:
+        sampling = device.phases.get("sampling", {})
+        kept = sum(size for name, size in sampling.items() if name.startswith("trainer:"))
+        if kept and device.id in trainer:
             room = min(room, (device.usable - kept) / device.bytes)
     share = math.floor(20 * room) / 20
-    tables = {"inference": parts.inference, "teacher_inference": parts.teacher}
+    tables = {"inference": placement.student.gpus, "teacher_inference": _teacher_gpus(plan)}
     settings = {
         f"{table}.gpu_memory_utilization": share
         for table, ids in tables.items()
-        if set(ids) & set(parts.trainer)
-        and getattr(plan.config, table).gpu_memory_utilization > share
+        if set(ids) & trainer and getattr(plan.config, table).gpu_memory_utilization > share
     }
     if settings and share > 0:
         yield settings
@@ -117,10 +121,10 @@ def _utilization(plan: Plan) -> Iterator[Settings]:
 
 def _tensor_parallel(plan: Plan) -> Iterator[Settings]:
     """Each engine of the model over more GPUs."""
-    tp = plan.partition.inference_tp
+    tp = plan.placement.student.tp
     while (tp := 2 * tp) < len(plan.devices) + 1:
         settings: Settings = {"inference.parallel.tp": tp}
-        if plan.partition.teacher:
+        if _teacher_gpus(plan):
             settings["teacher_inference.parallel.tp"] = tp
         yield settings
 
@@ -129,16 +133,17 @@ def _ranks(plan: Plan) -> Iterator[Settings]:
     """More GPUs that train, the last ones, where none are named."""
     config, gpus = plan.config, [d.id for d in plan.devices if d.id is not None]
     named = config.inference_gpu_ids or config.teacher_gpu_ids or config.trainer_gpu_ids
-    if named or config.trainer.world_size or not plan.partition.inference:
+    if named or config.trainer.world_size or not plan.placement.student.gpus:
         return
-    for count in range(plan.partition.ranks + 1, len(gpus)):
+    for count in range(plan.placement.ranks + 1, len(gpus)):
         if config.orchestrator.batch_size % count == 0:
             yield {"trainer_gpu_ids": gpus[-count:]}
 
 
-def _divided(plan: Plan) -> Iterator[Settings]:
-    """Each rank keeps a part of the base's weights."""
-    if plan.partition.ranks > 1 and plan.config.trainer.shard == "auto" and not plan.sharded:
+def _shard(plan: Plan) -> Iterator[Settings]:
+    """Shard the base's weights over the ranks."""
+    placement = plan.placement
+    if placement.ranks > 1 and plan.config.trainer.shard == "auto" and not placement.sharded:
         yield {"trainer.shard": True}
 
 
@@ -147,10 +152,15 @@ def _adapter(plan: Plan) -> Iterator[Settings]:
         yield {"trainer.model.lora.rank": 16}
 
 
+def _teacher_gpus(plan: Plan) -> tuple[int, ...]:
+    engine = plan.placement.teacher_engine
+    return () if engine is None else engine.gpus
+
+
 LEVERS: tuple[Lever, ...] = (
     _micro_batch,
     _checkpointing,
-    _divided,
+    _shard,
     _utilization,
     _tensor_parallel,
     _ranks,

@@ -1,4 +1,4 @@
-"""Where the teacher is and how its log-probs become a gradient: one decision, with its reason."""
+"""Where the teacher is scored, by which estimator, and why."""
 
 from __future__ import annotations
 
@@ -10,53 +10,55 @@ from minidistill.estimators import ESTIMATORS, FULL, SAMPLED, Estimator, Teacher
 
 
 @dataclass(frozen=True, slots=True)
-class Teaching:
-    """What a run's configuration comes to."""
+class TeacherPlacement:
+    """Where the teacher is scored, by which estimator, and why."""
 
     scorer: Literal["trainer", "engine"]
-    """Who computes the teacher's log-probs of what the student sampled."""
+    """What computes the teacher's log-probs of the student's completions."""
     estimator: Estimator
     needs_own_engine: bool
-    """The student's engine cannot serve the teacher, or was asked not to."""
+    """The student's engine cannot serve the teacher, or must not."""
     reason: str
-    """Why, for the run's header."""
+    """For the header."""
 
 
-def decide(config: Config, vllm: bool, token_ids: bool) -> Teaching:
-    """`vllm`: the run samples with vLLM. `token_ids`: it can score any ids, not only the sampled.
+def place_teacher(config: Config, *, separate_engine: bool, scores_ids: bool) -> TeacherPlacement:
+    """Place the teacher.
 
-    An engine gives log-probs of tokens, so `full` keeps the teacher in the trainer; so does every
-    estimator that the engine cannot serve.
+    `separate_engine`: the run samples with an engine outside the trainer. `scores_ids`: that engine
+    scores any ids, not only the sampled ones. An engine gives log-probs of single tokens, so `full`
+    keeps the teacher in the trainer, as does any estimator that the engine cannot serve.
     """
-    loss, teacher = config.trainer.loss, config.orchestrator.teacher_model
-    chosen = ESTIMATORS.get(loss.estimator)  # None is "auto"
-    other, full_weights = config.separate_teacher, config.trainer.model.lora is False
-    frozen = teacher.update == "frozen"
-    apart = config.teacher_gpu_ids is not None and (
-        config.teacher_gpu_ids != config.inference_gpu_ids
+    chosen = ESTIMATORS.get(config.trainer.loss.estimator)  # None is "auto"
+    update, all_weights = config.orchestrator.teacher_model.update, not config.trainer.model.lora
+    on_servers = bool(config.teacher_inference.server_urls)
+    other_gpus = config.teacher_gpu_ids not in (None, config.inference_gpu_ids)
+    asks_for_engine = (
+        other_gpus
+        or on_servers
+        or config.separate_teacher is not None
+        or config.teacher_inference.share is False
     )
-    served = bool(config.teacher_inference.server_urls)
-    wanted = apart or other is not None or config.teacher_inference.share is False or served
 
-    def in_trainer(reason: str) -> Teaching:
-        return Teaching("trainer", chosen or FULL, False, reason)
+    def in_trainer(reason: str) -> TeacherPlacement:
+        return TeacherPlacement("trainer", chosen or FULL, False, reason)
 
-    if not vllm and not served:
+    if not separate_engine and not on_servers:
         return in_trainer("the embedded engine is the trainer's own model")
     if chosen is not None and chosen.reason_for_trainer is not None:
         return in_trainer(chosen.reason_for_trainer)
-    if chosen is None and not wanted:
+    if chosen is None and not asks_for_engine:
         return in_trainer("its logits give the exact gradient")
     if config.orchestrator.sampling.temperature != 1:
-        return in_trainer("vLLM scores given tokens at temperature 1 alone")
-    at_ids = chosen is not None and chosen.needs is TeacherNeeds.LOGPROBS_AT_IDS
-    if at_ids and (not token_ids or config.inference.server_urls):
+        return in_trainer("vLLM scores given tokens at temperature 1 only")
+    needs_ids = chosen is not None and chosen.needs is TeacherNeeds.LOGPROBS_AT_IDS
+    if needs_ids and (not scores_ids or config.inference.server_urls):
         return in_trainer("this vLLM gives no log-probs at chosen ids (it needs its V2 runner)")
-    if teacher.update == "ema" and full_weights:
+    if update == "ema" and all_weights:
         return in_trainer("the moving average of all weights is there")
     estimator = chosen or SAMPLED
-    own = wanted or (full_weights and frozen)
-    if served:
-        return Teaching("engine", estimator, True, "it has a server of its own")
+    if on_servers:
+        return TeacherPlacement("engine", estimator, True, "it has a server of its own")
+    own = asks_for_engine or (all_weights and update == "frozen")
     reason = "it has an engine of its own" if own else "it shares the student's engine"
-    return Teaching("engine", estimator, own, reason)
+    return TeacherPlacement("engine", estimator, own, reason)

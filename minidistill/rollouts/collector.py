@@ -12,7 +12,7 @@ import numpy as np
 from minidistill.config import Config
 from minidistill.engines.base import Engine
 from minidistill.envs.protocol import Environment
-from minidistill.placement.teacher import Teaching
+from minidistill.placement.placement import Placement
 from minidistill.reporting.terminal.base import Display
 from minidistill.seeding import stable_seed
 from minidistill.tasks.lengths import check_lengths
@@ -32,13 +32,11 @@ class Collector:
         config: Config,
         environments: Mapping[str, Environment],
         builder: PromptBuilder,
-        teaching: Teaching,
-        limit: int,
+        placement: Placement,
         display: Display,
     ) -> None:
-        """`limit` is the most tokens of context, prompt and completion together."""
         self.config, self.environments, self.builder = config, environments, builder
-        self.teaching, self.limit, self.display = teaching, limit, display
+        self.placement, self.display = placement, display
         self.tasks = TaskSampler(environments, config.seed)
 
     def collect(self, engine: Engine, step: int, version: int) -> tuple[list[Rollout], Metrics]:
@@ -47,7 +45,7 @@ class Collector:
         rollouts = self._sample(engine, step, version, metrics)
         if not self.config.orchestrator.buffer.skip_verification:
             rollouts = self._reward(rollouts, metrics)
-        if self.teaching.scorer == "engine":
+        if self.placement.teacher.scorer == "engine":
             rollouts = self._score_with_teacher(engine, rollouts, metrics)
         return with_advantages(rollouts, self.config.orchestrator.advantage.std_norm), metrics
 
@@ -57,7 +55,7 @@ class Collector:
         group_size = orchestrator.rollouts_per_example
         tasks = self.tasks.draw(step, orchestrator.batch_size // group_size)
         prompts = [self.builder.build(env, task) for env, task in tasks]
-        check_lengths(self.config, self.limit, prompts)
+        check_lengths(self.config, self.placement.max_length, prompts)
         jobs = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
         requests = [
             Request(prompt.student_ids, stable_seed(self.config.seed, "train", step, index))
@@ -78,9 +76,9 @@ class Collector:
     @property
     def _top_ids(self) -> int:
         """How many of the sampler's likeliest ids the teacher's engine is going to score."""
-        if self.teaching.scorer != "engine":
+        if self.placement.teacher.scorer != "engine":
             return 0
-        return self.teaching.estimator.top_ids(self.config.trainer.loss.top_k)
+        return self.placement.teacher.estimator.top_ids(self.config.trainer.loss.top_k)
 
     def _reward(self, rollouts: Sequence[Rollout], metrics: Metrics) -> list[Rollout]:
         """The rollouts with their rewards, without those whose environment failed."""

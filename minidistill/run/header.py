@@ -1,14 +1,13 @@
-"""What a run says about itself before its first step."""
+"""What a run shows about itself before its first step."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from minidistill.engines.base import Engine
-from minidistill.placement.planner import Plan
+from minidistill.placement.estimate import Plan
+from minidistill.placement.placement import Placement
 from minidistill.placement.render import summary
-from minidistill.placement.teacher import Teaching
-from minidistill.reporting.terminal import Header
+from minidistill.reporting.run_directory import RunDirectory
+from minidistill.reporting.terminal.base import Header
 from minidistill.trainer.policy import Policy
 
 TEACHERS = {
@@ -19,48 +18,49 @@ TEACHERS = {
 
 
 def header(
-    plan: Plan, policy: Policy, teaching: Teaching, engine: Engine, path: Path, step: int
+    plan: Plan,
+    placement: Placement,
+    policy: Policy,
+    engine: Engine,
+    directory: RunDirectory,
+    first_step: int,
 ) -> Header:
-    """Model, mode, teacher, devices and output, for the display."""
+    """Model, mode, teacher, devices and output. `placement` is the one that the run got."""
     config = plan.config
     loss, orchestrator, lora = config.trainer.loss, config.orchestrator, config.trainer.model.lora
     total = sum(p.numel() for p in policy.student.parameters())
     trained = sum(p.numel() for _, p in policy.parameters)
-    weights = f"{loss.adv_tau:g} A + {loss.teacher_tau:g} log q - {loss.student_tau:g} log π"
+    size = _millions(total - trained if lora else total)
+    rows = [("model", f"{config.model.name}, {size} parameters, {placement.dtype}")]
+    if lora:
+        rows.append(("adapter", f"LoRA rank {lora.rank}, {_millions(trained)} parameters"))
+    else:
+        rows.append(("trained", "every weight"))
     mode = "pure distillation" if loss.adv_tau == 0 else "hybrid"
-    dtype = str(policy.dtype).removeprefix("torch.")
+    weights = f"{loss.adv_tau:g} A + {loss.teacher_tau:g} log q - {loss.student_tau:g} log π"
+    rows.append(("mode", f"{mode}: {weights}"))
     teacher = TEACHERS[orchestrator.teacher_model.update]
-    if other := config.separate_teacher:
-        teacher = f"{other} with the context"
+    if config.separate_teacher:
+        teacher = f"{config.separate_teacher} with the context"
     elif lora:
         teacher = teacher.replace("the base model", "the base model, adapter off,")
-    size = _millions(total - trained if lora else total)
-    ahead: tuple[tuple[str, str], ...] = ()
-    if config.schedule == "async":
-        ahead = (("schedule", "the next step is sampled while this one is trained on"),)
-    rows = (
-        ("model", f"{config.model.name}, {size} parameters, {dtype}"),
-        ("adapter", f"LoRA rank {lora.rank}, {_millions(trained)} parameters")
-        if lora
-        else ("trained", "every weight"),
-        ("mode", f"{mode}: {weights}"),
+    scored = placement.teacher
+    rows += [
         ("teacher", teacher),
-        ("estimator", f"{teaching.estimator}, scored in the {teaching.scorer}: {teaching.reason}"),
+        ("estimator", f"{scored.estimator}, scored in the {scored.scorer}: {scored.reason}"),
         ("engine", engine.description),
         ("devices", summary(plan)),
-        *ahead,
-        *_ranks(policy),
-        ("tasks", ", ".join(e.name for e in orchestrator.env)),
-        ("output", str(path)),
-    )
-    return Header("minidistill", rows, config.max_steps, step)
-
-
-def _ranks(policy: Policy) -> tuple[tuple[str, str], ...]:
-    if policy.rank_group.size == 1:
-        return ()
-    how = "weights divided" if policy.sharded else "weights replicated"
-    return (("trainer", f"{policy.rank_group.size} ranks, {how}"),)
+    ]
+    if config.schedule == "async":
+        rows.append(("schedule", "the next step is sampled while this one is trained on"))
+    if placement.ranks > 1:
+        how = "weights sharded" if placement.sharded else "weights replicated"
+        rows.append(("trainer", f"{placement.ranks} ranks, {how}"))
+    rows += [
+        ("tasks", ", ".join(env.name for env in orchestrator.env)),
+        ("output", str(directory.path)),
+    ]
+    return Header("minidistill", tuple(rows), config.max_steps, first_step)
 
 
 def _millions(count: int) -> str:

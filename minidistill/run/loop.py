@@ -1,70 +1,96 @@
-"""The run: baseline, then sample → train → record a step at a time, then the scoreboard."""
+"""A run: the baseline, then collect → train → sync a step at a time, then the scoreboard."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import signal
-from types import FrameType, TracebackType
-from typing import Any
+import time
+from collections.abc import Iterator
+from types import FrameType
 
+from minidistill import logs
 from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_INTERRUPTED, EXIT_OK
-from minidistill.reporting.terminal import Display, open_display
-from minidistill.run.outcome import baseline, finish
-from minidistill.run.session import Session, finished_board
+from minidistill.reporting.run_directory import RunDirectory, choose_path
+from minidistill.reporting.terminal import open_display
+from minidistill.run.baseline import evaluate_baseline
+from minidistill.run.session import Session, open_session
+from minidistill.run.setup import prepare
+from minidistill.run.summary import finish
+
+logger = logging.getLogger(__name__)
 
 
 def run(loaded: LoadedConfig, *, resume: bool) -> int:
-    """Carry out a run and return the exit code. Raises UserError for what the user can mend."""
-    config = loaded.config
+    """Carry out a run and return the exit code. Raises UserError for errors the user can fix."""
     display = open_display()
-    try:
-        if resume and (board := finished_board(loaded)):
-            display.scoreboard(board)
+    with contextlib.closing(display), logs.to_terminal(display.note):
+        directory = RunDirectory(choose_path(loaded, resume))
+        if resume and (board := directory.read("scoreboard.json")):
+            display.scoreboard(board)  # the run has finished
             return EXIT_OK
-        with Session(loaded, resume, display) as session, Interrupt(display) as interrupt:
-            if session.first_step == 1:
-                baseline(session)
-            for step in range(session.first_step, config.max_steps + 1):
-                rollouts = session.sample(step)
-                session.train(step, rollouts)
-                last = step == config.max_steps
-                if not last and session.evaluation_due(step):
-                    session.evaluate(step)
-                if last or interrupt.asked or session.checkpoint_due(step):
-                    session.checkpoint(step)
-                if interrupt.asked and not last:
-                    display.note(f"stopped after step {step}; --resume goes on from here", True)
-                    return EXIT_INTERRUPTED
-            finish(session)
-            return EXIT_OK
-    finally:
-        display.close()
+        with logs.to_file(directory.log_path):
+            prepared = prepare(loaded, directory, resume)
+            with open_session(prepared, display) as session, _interrupts() as interrupt:
+                return _run(session, interrupt)
+
+
+def _run(session: Session, interrupt: Interrupt) -> int:
+    if session.first_step == 1:
+        evaluate_baseline(session)
+    last = session.config.max_steps
+    for step in range(session.first_step, last + 1):
+        train_step(session, step)
+        if step < last and session.evaluation_due(step):
+            session.evaluate(step)
+        if step == last or interrupt.requested or session.checkpoint_due(step):
+            session.save_checkpoint(step)
+        if interrupt.requested and step < last:
+            logger.warning(f"stopped after step {step}; --resume continues from here")
+            return EXIT_INTERRUPTED
+    finish(session)
+    return EXIT_OK
+
+
+def train_step(session: Session, step: int) -> None:
+    """Collect a step's rollouts, train on them, and send the new weights to the engine."""
+    step_began = time.perf_counter()
+    rollouts, collected = session.collect(step)
+    tokens = sum(len(r.completion.token_ids) for r in rollouts)
+    if session.async_collector is None:
+        session.engine.sleep()
+    with session.display.phase("train", tokens, "tokens") as advance:
+        result = session.trainer.step(rollouts, step, advance)
+    sync_began = time.perf_counter()
+    session.engine.sync(step)
+    now = time.perf_counter()
+    timings = {"time/sync": now - sync_began, "time/step": now - step_began}
+    session.record(step, rollouts, result.tokens, result.metrics | collected | timings)
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM let the step end and be kept; a second one stops at once."""
+    """Whether Ctrl-C or SIGTERM asked the run to stop."""
 
-    def __init__(self, display: Display) -> None:
-        self.display = display
-        self.asked = False
-        self._before: dict[int, Any] = {}
+    requested = False
 
-    def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The first signal lets the step finish and saves it; a second one stops at once."""
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
-        self.display.note("stopping after this step; once more stops at once", True)
+        self.requested = True
+        logger.warning("stopping after this step; press Ctrl-C again to stop now")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Interrupt]:
+    interrupt = Interrupt()
+    before = {
+        number: signal.signal(number, interrupt.handle)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)

@@ -20,11 +20,14 @@ from typing import Any, TypeVar
 
 import httpx
 
+from minidistill.config import Config
 from minidistill.engines.base import Engine, Ids
 from minidistill.engines.server.adapters import Adapter, Adapters
 from minidistill.engines.server.http import KEY, GoneError, Post, message, request, send_all
+from minidistill.engines.server.probe import check_same_model, server_command
 from minidistill.engines.vllm.engine import NAMES, SEED_BITS
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
+from minidistill.placement.placement import EnginePlacement
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
@@ -86,6 +89,10 @@ class ServerEngine(Engine):
         except GoneError as error:
             fix = f"correct the URL, or start it:\n{self.command}"
             raise self._refusal(f"cannot be reached: {error}", fix) from error
+
+    def verify(self, trainer: Engine, temperature: float | None) -> None:
+        assert self._policy is not None
+        check_same_model(self, self._policy, trainer, temperature, self.where, self.command)
 
     # -- the engine ----------------------------------------------------------------------------
 
@@ -293,3 +300,22 @@ class ServerEngine(Engine):
             fix=f"start the server with\n{self.command}",
             exit_code=EXIT_FAILED,
         )
+
+
+def start(
+    engine: EnginePlacement, config: Config, sync_folder: Path, *, teacher: bool
+) -> list[Engine]:
+    """The engines of the servers, which are contacted once the trainer's model has loaded."""
+    table = "teacher_inference" if teacher else "inference"
+    command = server_command(config, engine, teacher=teacher)
+    return [
+        ServerEngine(
+            url,
+            f"{table}.server_urls",
+            command,
+            engine.max_length,
+            sync_folder,
+            config.inference.max_restarts,
+        )
+        for url in engine.urls
+    ]

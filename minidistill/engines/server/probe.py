@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from minidistill.config import Config
 from minidistill.engines.base import Engine
-from minidistill.engines.server.engine import ServerEngine
 from minidistill.engines.vllm.options import adapter_options
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.placement.placement import EnginePlacement
 from minidistill.trainer.policy import Policy
 from minidistill.types import Request, Role, SamplingParams
 
@@ -19,12 +17,16 @@ TOKENS = 16
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
-def server_command(config: Config, model: Any, longest: int, *, teacher: bool) -> str:
-    """The command line that starts a suitable server. `model` is its model's configuration."""
-    name = (config.separate_teacher if teacher else None) or config.model.name
-    adapters = adapter_options(config, model, teacher=teacher)
+def server_command(config: Config, engine: EnginePlacement, *, teacher: bool) -> str:
+    """The command line that starts a suitable server."""
+    adapters = adapter_options(config, engine.model_config, teacher=teacher)
     words = ["VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"] if adapters else []
-    words += ["vllm serve", name, f"--max-model-len {longest}", "--generation-config vllm"]
+    words += [
+        "vllm serve",
+        engine.model,
+        f"--max-model-len {engine.max_length}",
+        "--generation-config vllm",
+    ]
     words += ["--logprobs-mode processed_logprobs"]
     if adapters:
         words += ["--enable-lora", f"--max-lora-rank {adapters['max_lora_rank']}"]
@@ -36,7 +38,12 @@ def server_command(config: Config, model: Any, longest: int, *, teacher: bool) -
 
 
 def check_same_model(
-    engine: ServerEngine, policy: Policy, trainer: Engine, temperature: float | None
+    engine: Engine,
+    policy: Policy,
+    trainer: Engine,
+    temperature: float | None,
+    where: str,
+    command: str,
 ) -> None:
     """Compare the server's log-probs with the `trainer`'s before training.
 
@@ -59,8 +66,8 @@ def check_same_model(
             f"the {engine.description} serves another model: log-probs of {len(given)} tokens "
             f"differ from the trainer's by {difference:.3g} nats on average (rounding explains at "
             f"most {tolerance:g})",
-            where=engine.where,
-            fix=f"start it with\n{engine.command}",
+            where=where,
+            fix=f"start it with\n{command}",
             exit_code=EXIT_ENVIRONMENT,
         )
     if temperature is None:
@@ -75,8 +82,8 @@ def check_same_model(
         raise UserError(
             f"the {engine.description} reports log-probs of another distribution than it samples "
             f"from at temperature {temperature:g}: they differ by {difference:.3g} nats on average",
-            where=engine.where,
-            fix="start it with --logprobs-mode processed_logprobs:\n" + engine.command,
+            where=where,
+            fix="start it with --logprobs-mode processed_logprobs:\n" + command,
             exit_code=EXIT_ENVIRONMENT,
         )
 

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from minidistill.config import Config
 from minidistill.engines.base import Engine, EngineCapabilities, Ids
 from minidistill.engines.vllm.client import EngineProcess, RestartingProcess
-from minidistill.engines.vllm.options import Options
-from minidistill.engines.vllm.weights_send import CHUNK_BYTES, SendBuffer, chunked
+from minidistill.engines.vllm.options import Options, build_options
+from minidistill.engines.vllm.weights_send import SendBuffer, chunked
 from minidistill.errors import EXIT_HEALTH, UserError
+from minidistill.placement.limits import SYNC_CHUNK_BYTES
+from minidistill.placement.placement import EnginePlacement
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
@@ -41,7 +45,7 @@ class VllmEngine(Engine):
         self.options = options
         self.name = f"vLLM {options.vllm_version}"
         self.bytes_synced = 0
-        self.chunk_bytes = CHUNK_BYTES
+        self.chunk_bytes = SYNC_CHUNK_BYTES
         self._policy: Policy | None = None
         self._roles: tuple[Role, ...] = ()
         self._version: int | None = None
@@ -266,3 +270,22 @@ class VllmEngine(Engine):
             torch.cuda.empty_cache()  # this process's cached memory goes to the engine
             self.process.call("wake")
             self._asleep = False
+
+
+def start(
+    engine: EnginePlacement, config: Config, sync_folder: Path, *, teacher: bool
+) -> list[Engine]:
+    """Start the replicas' processes. Weights reach them in memory, not through `sync_folder`."""
+    replicas: list[Engine] = []
+    try:
+        for gpus in engine.replicas:
+            options = build_options(config, engine, gpus, teacher=teacher)
+            replicas.append(VllmEngine(options, config.inference.max_restarts))
+        if engine.gpus:  # vLLM measures free memory, which the next start would change
+            for replica in replicas:
+                replica.wait_until_ready()
+    except BaseException:
+        for replica in replicas:
+            replica.close()
+        raise
+    return replicas

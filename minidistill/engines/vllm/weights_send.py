@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
-CHUNK_BYTES = 1 << 30  # of a full-weight sync: the size of the trainer's buffer for it
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -113,7 +111,7 @@ def views(buffer: Tensor, entries: Iterable[Entry]) -> dict[str, Tensor]:
 
 
 def chunked(
-    tensors: Iterable[tuple[str, Tensor]], itemsize: int, limit: int = CHUNK_BYTES
+    tensors: Iterable[tuple[str, Tensor]], itemsize: int, limit: int
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """The tensors in order, in chunks of at most `limit` bytes (a larger tensor alone)."""
     batch: list[tuple[str, Tensor]] = []

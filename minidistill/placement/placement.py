@@ -1,0 +1,283 @@
+"""What runs where: computed once, frozen, and read by everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from minidistill.config import Config, LoadedConfig
+from minidistill.config.engine_kinds import ENGINE_KINDS, SERVER, EngineKind
+from minidistill.config.schema import EngineConfig
+from minidistill.errors import UserError
+from minidistill.placement.gpus import (
+    GpuLayout,
+    Ids,
+    check_ranks,
+    check_schedule,
+    lay_out_gpus,
+    memory_shares,
+)
+from minidistill.placement.limits import longest_sequence
+from minidistill.placement.machine import Machine
+from minidistill.placement.teacher import TeacherPlacement, place_teacher
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The configurations of the student's and the teacher's model, as transformers reads them."""
+
+    student: Any
+    teacher: Any
+    """The student's, unless the teacher is another model."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlacement:
+    """An engine with its replicas."""
+
+    kind: EngineKind
+    model: str
+    """The name of the model that it runs."""
+    model_config: Any
+    gpus: Ids = ()
+    """Of all replicas. Empty on a CPU, on servers and in the trainer."""
+    tp: int = 1
+    dp: int = 1
+    """Replicas."""
+    memory_share: float = 0.0
+    """Of each GPU's memory."""
+    sleeps: bool = False
+    """It gives its GPUs' memory to the trainer between its calls."""
+    urls: tuple[str, ...] = ()
+    """Of the servers."""
+    dtype: str = "float32"
+    max_length: int = 0
+    """Tokens that a sequence may have. Scoring needs one more than the run's longest sequence."""
+
+    @property
+    def in_trainer(self) -> bool:
+        """The trainer's own model serves as the engine."""
+        return self.kind.in_trainer
+
+    @property
+    def replicas(self) -> tuple[Ids, ...]:
+        """The GPUs of each replica."""
+        if not self.gpus:
+            return ((),) * self.dp
+        return tuple(self.gpus[i : i + self.tp] for i in range(0, len(self.gpus), self.tp))
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What runs where, and why."""
+
+    student: EnginePlacement
+    teacher: TeacherPlacement
+    teacher_engine: EnginePlacement | None
+    """The teacher's own engine. None: the teacher is in the trainer or in the student's engine."""
+    trainer_gpus: Ids
+    """Of this machine. Empty on a CPU."""
+    ranks: int
+    """Processes of the trainer, on all machines."""
+    sharded: bool
+    """Each rank holds a shard of the weights, not all of them."""
+    dtype: str
+    """Of the base weights."""
+    max_length: int
+    """Tokens that context, prompt and completion may have together."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The device of each rank on this machine, the driver's first.
+
+        Each rank holds the trainer and its teacher; the driver also samples with its model if the
+        engine is the embedded one.
+        """
+        import torch
+
+        if not self.trainer_gpus:
+            return [torch.device("cpu")] * self.ranks
+        return [torch.device("cuda", gpu) for gpu in self.trainer_gpus]
+
+    @property
+    def sleeps(self) -> bool:
+        """Engines and trainer share GPUs, so the engines sleep while it trains."""
+        engines = (self.student, self.teacher_engine)
+        return any(engine.sleeps for engine in engines if engine is not None)
+
+    @property
+    def teacher_text(self) -> str:
+        """Where the teacher is scored, for people."""
+        if self.teacher.scorer == "trainer":
+            return f"in the trainer: {self.teacher.reason}"
+        if self.teacher_engine is None:
+            return "in the student's engine"
+        return "on a server of its own" if self.teacher_engine.urls else "in an engine of its own"
+
+    def with_teacher_in_trainer(self, config: Config) -> Placement:
+        """The placement for a student's engine that turns out not to score chosen ids."""
+        teacher = place_teacher(config, separate_engine=True, scores_ids=False)
+        return replace(self, teacher=teacher, teacher_engine=None)
+
+
+def place(config: Config, models: Models, machine: Machine) -> Placement:
+    """Place a run on a machine.
+
+    Raises UserError for settings that cannot be placed: exit code 3 for missing GPUs, otherwise 2.
+    """
+    kind = student_kind(config, machine)
+    separate = not kind.in_trainer
+    teacher = place_teacher(config, separate_engine=separate, scores_ids=machine.gpus > 0)
+    heads = models.student.get_text_config().num_attention_heads
+    layout = lay_out_gpus(config, machine.gpus, teacher, heads, engine_on_gpus=kind.on_run_gpus)
+    max_length = longest_sequence(models.student, config.seq_len)
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if machine.bf16 else "float32"
+    student, teacher_engine = _engines(config, models, kind, teacher, layout, dtype, max_length)
+    sleeps = student.sleeps or (teacher_engine is not None and teacher_engine.sleeps)
+    check_schedule(config, separate_engine=separate, sleeps=sleeps)
+    ranks = _ranks(config, machine, layout.trainer)
+    shard = config.trainer.shard
+    return Placement(
+        student=student,
+        teacher=teacher,
+        teacher_engine=teacher_engine,
+        trainer_gpus=layout.trainer,
+        ranks=ranks,
+        sharded=ranks > 1 and (not config.trainer.model.lora if shard == "auto" else shard),
+        dtype=dtype,
+        max_length=max_length,
+        warnings=layout.warnings,
+    )
+
+
+def student_kind(config: Config, machine: Machine) -> EngineKind:
+    """What the student samples with."""
+    if config.inference.server_urls:
+        return SERVER
+    name = config.inference.engine
+    if name == "auto":
+        name = "vllm" if machine.vllm else "embedded"
+    return ENGINE_KINDS[name]
+
+
+def _engines(
+    config: Config,
+    models: Models,
+    kind: EngineKind,
+    teacher: TeacherPlacement,
+    layout: GpuLayout,
+    dtype: str,
+    max_length: int,
+) -> tuple[EnginePlacement, EnginePlacement | None]:
+    shares = memory_shares(config, layout)
+
+    def engine(
+        kind: EngineKind, table: EngineConfig, name: str, model: Any, gpus: Ids, share: float
+    ) -> EnginePlacement:
+        tp = table.parallel.tp
+        return EnginePlacement(
+            kind=kind,
+            model=name,
+            model_config=model,
+            gpus=gpus,
+            tp=tp,
+            dp=len(gpus) // tp if gpus else table.parallel.dp or 1,
+            memory_share=share,
+            sleeps=bool(set(gpus) & set(layout.trainer)),
+            urls=tuple(table.server_urls or ()),
+            dtype=dtype,
+            max_length=longest_sequence(model, max_length + 1),
+        )
+
+    name = config.model.name
+    student = engine(kind, config.inference, name, models.student, layout.inference, shares[0])
+    table = config.teacher_inference
+    on_cpu = kind.on_run_gpus and not layout.trainer
+    if not (table.server_urls or layout.teacher or (on_cpu and teacher.needs_own_engine)):
+        return student, None
+    own = engine(
+        SERVER if table.server_urls else kind,
+        table,
+        config.separate_teacher or name,
+        models.teacher,
+        layout.teacher,
+        shares[1],
+    )
+    return student, own
+
+
+def _ranks(config: Config, machine: Machine, trainer: Ids) -> int:
+    if machine.torchrun_ranks > 1:
+        return machine.torchrun_ranks
+    return len(trainer) or (config.trainer.world_size or 1)
+
+
+def check_settings(loaded: LoadedConfig, placement: Placement, machine: Machine) -> None:
+    """Raise UserError for settings that the run would ignore, and for impossible rank counts."""
+    _check_engine_settings(loaded, placement)
+    _check_ranks(loaded, placement, machine)
+
+
+def _check_engine_settings(loaded: LoadedConfig, placement: Placement) -> None:
+    tables = "inference", "teacher_inference"
+    reason = "the run samples with the embedded engine, which is the trainer's own model"
+    where = ""
+    if placement.student.in_trainer:
+        where = _origins(loaded, sum(map(_gpu_settings, tables), ()))
+    own = placement.teacher_engine
+    if not where and (own is None or own.urls):
+        reason = "the teacher has no engine of its own"
+        where = _origins(loaded, _gpu_settings("teacher_inference"))
+    if not where and not placement.trainer_gpus:
+        reason = "there is no GPU"
+        where = _origins(loaded, tuple(_gpu_settings(table)[1] for table in tables))
+    if where:
+        raise UserError(
+            f"these settings are for engines that the run does not have: {reason}",
+            where=where,
+            fix="leave these settings out",
+        )
+
+
+def _gpu_settings(table: str) -> tuple[str, str]:
+    return f"{table}.parallel.", f"{table}.gpu_memory_utilization"
+
+
+def _check_ranks(loaded: LoadedConfig, placement: Placement, machine: Machine) -> None:
+    config, gpus = loaded.config, placement.trainer_gpus
+    world_size, torchrun = config.trainer.world_size, machine.torchrun_ranks > 1
+    if world_size not in (None, placement.ranks):
+        source = (
+            f"torchrun starts {machine.torchrun_ranks} processes"
+            if torchrun
+            else f"{len(gpus)} GPUs train"
+        )
+        raise UserError(
+            f"trainer.world_size = {world_size}, but {source}",
+            where=_origins(loaded, ("trainer.world_size", "trainer_gpu_ids")),
+            fix="leave trainer.world_size out, or name as many GPUs in trainer_gpu_ids",
+        )
+    if torchrun and gpus and len(gpus) != machine.torchrun_local_ranks:
+        raise UserError(
+            f"torchrun starts {machine.torchrun_local_ranks} processes on this machine, "
+            f"and {len(gpus)} GPUs train",
+            where=_origins(loaded, ("trainer_gpu_ids",)),
+            fix=f"start one for each GPU: --nproc-per-node {len(gpus)}",
+        )
+    check_ranks(config, placement.ranks, "ranks", "trainer.world_size")
+
+
+def _origins(loaded: LoadedConfig, prefixes: tuple[str, ...]) -> str:
+    """Where settings under these keys were written, "" if none was."""
+    origins = {
+        f"{key} ({origin})"
+        for key, origin in loaded.provenance.items()
+        if origin != "default" and key.startswith(prefixes)
+    }
+    return "; ".join(sorted(origins))

@@ -1,0 +1,217 @@
+"""Setting up a run: `prepare` checks and writes nothing, `build` loads and starts everything."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minidistill.config import Config, LoadedConfig
+from minidistill.engines.base import Engine
+from minidistill.engines.launch import EngineLauncher
+from minidistill.envs.protocol import Environment
+from minidistill.envs.registry import load_environments
+from minidistill.errors import UserError
+from minidistill.evaluation.evaluator import Evaluator, evaluation_prompts
+from minidistill.models.hub import check_same_tokens, load_tokenizer
+from minidistill.placement.estimate import Plan
+from minidistill.placement.machine import Machine
+from minidistill.placement.placement import Placement
+from minidistill.placement.planner import plan_run
+from minidistill.placement.render import flags
+from minidistill.reporting.monitors import check_monitors
+from minidistill.reporting.run_directory import RunDirectory
+from minidistill.reporting.terminal.base import Display
+from minidistill.rollouts.async_collector import AsyncCollector
+from minidistill.rollouts.collector import Collector
+from minidistill.run import preflight
+from minidistill.tasks.lengths import check_lengths
+from minidistill.tasks.prompts import PromptBuilder
+from minidistill.tasks.rewards import check_rewards
+from minidistill.tasks.sampling import fingerprint
+from minidistill.trainer.build import build_trainer
+from minidistill.trainer.distributed.launcher import RankLauncher
+from minidistill.trainer.forward import PrefixCache
+from minidistill.trainer.loading import load_policy
+from minidistill.trainer.policy import Policy
+from minidistill.trainer.trainer import Trainer
+from minidistill.types import Prompt
+
+logger = logging.getLogger(__name__)
+# Tasks of each split whose prompts are built and checked before the run: of a split that makes its
+# tasks on demand, and of a list
+CHECKED_TASKS, CHECKED_LIST = 32, 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that has passed its checks. Nothing is written, and no weights are loaded."""
+
+    loaded: LoadedConfig
+    resume: bool
+    directory: RunDirectory
+    tokenizer: Any
+    environments: Mapping[str, Environment]
+    evaluation_environments: Mapping[str, Environment]
+    evaluation_prompts: Mapping[str, Sequence[Prompt]]
+    """By environment; empty if the run does not evaluate."""
+    builder: PromptBuilder
+    prompts: Sequence[Prompt]
+    """Those that were checked."""
+    fingerprint: str
+    """Of the tasks and prompts, to tell whether a resumed run still has the same."""
+    plan: Plan
+
+    @property
+    def config(self) -> Config:
+        return self.loaded.config
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """What a run consists of."""
+
+    placement: Placement
+    """The one that the run got: see `EngineLauncher.start`."""
+    policy: Policy
+    trainer: Trainer
+    engine: Engine
+    collector: Collector
+    async_collector: AsyncCollector | None
+    """Collects one step ahead, with `schedule = "async"`."""
+    evaluator: Evaluator | None
+    ranks: RankLauncher
+
+    def abort(self) -> None:
+        """Close without waiting for the trainer's other ranks."""
+        self.ranks.group.broken = True
+        self.close()
+
+    def close(self) -> None:
+        self.ranks.close()
+        self.engine.close()
+        if self.async_collector is not None:
+            self.async_collector.close()
+
+
+def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prepared:
+    """Check everything that can be checked without the model's weights.
+
+    Raises UserError for errors the user can fix.
+    """
+    config, orchestrator = loaded.config, loaded.config.orchestrator
+    if resume:
+        directory.check_same_config(loaded)
+    check_monitors(config)
+    tokenizer = load_tokenizer(config)
+    environments = load_environments(orchestrator.env, "orchestrator.env")
+    check_rewards(config, environments)
+    teacher = orchestrator.teacher_model
+    builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
+    prompts = _prompts_to_check(environments, builder)
+    tasks = fingerprint(environments, prompts)
+    if resume:
+        directory.check_same_tasks(tasks)
+    preflight.check_prompts(config, builder, prompts)
+    check_same_tokens(config, tokenizer)
+    plan = _plan(loaded)
+    check_lengths(config, plan.placement.max_length, prompts)
+    evaluated, by_env = environments, {}
+    if orchestrator.eval is not None:
+        if orchestrator.eval.env is not None:
+            evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
+        check_rewards(config, evaluated, evaluated=True)
+        by_env = evaluation_prompts(evaluated, builder, orchestrator.eval.num_examples)
+        for env_prompts in by_env.values():
+            check_lengths(config, plan.placement.max_length, env_prompts)
+    return Prepared(
+        loaded=loaded,
+        resume=resume,
+        directory=directory,
+        tokenizer=tokenizer,
+        environments=environments,
+        evaluation_environments=evaluated,
+        evaluation_prompts=by_env,
+        builder=builder,
+        prompts=prompts,
+        fingerprint=tasks,
+        plan=plan,
+    )
+
+
+def build(prepared: Prepared, display: Display) -> Components:
+    """Start the engines and the trainer's ranks, and load the model while they start.
+
+    Raises UserError where one of them cannot be had; nothing of them is left running then.
+    """
+    config, placement = prepared.config, prepared.plan.placement
+    devices = placement.devices
+    if devices[0].type == "cuda":
+        torch.cuda.set_device(devices[0])  # where kernels are launched
+    launcher = EngineLauncher(config, placement, prepared.directory.path / "sync")
+    ranks = RankLauncher(devices)
+    try:
+        placement = launcher.start()
+        ranks.start(config, placement)
+        policy = load_policy(config, prepared.tokenizer, placement)
+        prefixes = PrefixCache(policy, preflight.check_model(policy, prepared.prompts))
+        trainer = build_trainer(policy, config, placement, ranks.group, prefixes)
+        engine = launcher.attach(policy, prefixes)
+        collector = Collector(config, prepared.environments, prepared.builder, placement, display)
+        evaluator = None
+        if config.orchestrator.eval is not None:
+            evaluator = Evaluator(
+                config,
+                prepared.evaluation_environments,
+                prepared.evaluation_prompts,
+                prepared.builder,
+                engine,
+                display,
+            )
+    except BaseException:
+        ranks.group.broken = True
+        ranks.close()
+        launcher.close()
+        raise
+    return Components(
+        placement=placement,
+        policy=policy,
+        trainer=trainer,
+        engine=engine,
+        collector=collector,
+        async_collector=AsyncCollector(collector, engine) if config.schedule == "async" else None,
+        evaluator=evaluator,
+        ranks=ranks,
+    )
+
+
+def _plan(loaded: LoadedConfig) -> Plan:
+    """What runs where. A plan that does not fit is a warning only, because it is an estimate."""
+    plan = plan_run(loaded, Machine.local())
+    for problem in plan.problems:
+        change = f": try {flags(plan.change)}" if plan.change else ""
+        logger.warning(f"by the plan this does not fit, {problem}{change}")
+    for warning in plan.warnings:
+        logger.warning(warning)
+    return plan
+
+
+def _prompts_to_check(
+    environments: Mapping[str, Environment], builder: PromptBuilder
+) -> list[Prompt]:
+    prompts = []
+    for name, environment in environments.items():
+        for split in (environment.train, environment.eval):
+            if len(split) == 0:
+                raise UserError(
+                    f"the environment {name!r} has no tasks in a split",
+                    where="orchestrator.env",
+                    fix="give it at least one task for training and one for evaluation",
+                )
+            limit = CHECKED_LIST if isinstance(split, list | tuple) else CHECKED_TASKS
+            tasks = [split[i] for i in range(min(limit, len(split)))]
+            prompts += [builder.build(name, task) for task in tasks]
+    return prompts
