@@ -183,7 +183,7 @@ def finished_run(source: Path, label: str, folder: Path, command: Sequence[str])
         ).returncode
     if code != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-        raise SystemExit(f"{source}: the run failed with exit code {code}\n{tail}")
+        raise SystemExit(f"{source}: the run failed with exit code {code}, see {log}\n{tail}")
     return output
 
 
