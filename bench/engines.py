@@ -21,9 +21,10 @@ from typing import Any
 
 from bench.kernels_report import machine
 from bench.pair import TOLERANCE, build, change_adapter, named_model, save, use_threads
-from minidistill.engines.base import Engine, Request
+from minidistill.engines.base import Engine
 from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.trainer.forward import PrefixCache
+from minidistill.types import Request, Role, SamplingParams
 
 Tokens = tuple[int, ...]
 WARM_UP = 1  # rounds that are not counted; in it the base's context is read
@@ -34,12 +35,12 @@ class Work:
     """One row of the table. `call` makes the work of a round; asked again, that of the next."""
 
     what: str
-    student: bool
+    role: Role
     call: Callable[[], Callable[[Engine], tuple[int, Any]]]
 
     @property
     def name(self) -> str:
-        return f"{self.what}, {'adapter' if self.student else 'base'}"
+        return f"{self.what}, {'adapter' if self.role is Role.STUDENT else 'base'}"
 
 
 class Draws:
@@ -59,38 +60,38 @@ class Draws:
 def works(draws: Draws, args: argparse.Namespace, context: Tokens) -> Iterator[Work]:
     half = args.own // 2
 
-    def sampling(student: bool) -> Callable[[Engine], tuple[int, Any]]:
+    def sampling(role: Role) -> Callable[[Engine], tuple[int, Any]]:
         prompts = draws.rows(args.batch // args.group, args.prompt)
         asked = [Request(prompt, draws.seed()) for prompt in prompts for _ in range(args.group)]
 
         def call(engine: Engine) -> tuple[int, Any]:
-            found = engine.generate(asked, max_tokens=args.new, temperature=1.0, student=student)
+            found = engine.generate(asked, SamplingParams(args.new), role)
             return sum(len(c.token_ids) for c in found), (asked, found)
 
         return call
 
-    def scoring(student: bool, context: Tokens) -> Callable[[Engine], tuple[int, Any]]:
+    def scoring(role: Role, context: Tokens) -> Callable[[Engine], tuple[int, Any]]:
         rows = draws.rows(args.batch, args.own)
         prompts, completions = [(*context, *r[:half]) for r in rows], [r[half:] for r in rows]
 
         def call(engine: Engine) -> tuple[int, Any]:
-            found = engine.score(prompts, completions, temperature=1.0, student=student)
+            found = engine.score(prompts, completions, role)
             return args.batch * args.own, found
 
         return call
 
-    for student in (False, True):
-        yield Work("sampling", student, lambda s=student: sampling(s))
-    for student in (False, True):
-        yield Work("scoring", student, lambda s=student: scoring(s, ()))
+    for role in (Role.TEACHER, Role.STUDENT):
+        yield Work("sampling", role, lambda r=role: sampling(r))
+    for role in (Role.TEACHER, Role.STUDENT):
+        yield Work("scoring", role, lambda r=role: scoring(r, ()))
         yield Work(
             f"scoring after {len(context)} tokens of context",
-            student,
-            lambda s=student: scoring(s, context),
+            role,
+            lambda r=role: scoring(r, context),
         )
 
 
-def difference(found: dict[str, Any], engines: dict[str, Engine], student: bool) -> float:
+def difference(found: dict[str, Any], engines: dict[str, Engine], role: Role) -> float:
     """The largest between the engines' log-probs: of given tokens, or of those that one sampled."""
     if isinstance(found["vllm"], tuple):
         asked, sampled = found["vllm"]
@@ -98,8 +99,7 @@ def difference(found: dict[str, Any], engines: dict[str, Engine], student: bool)
         theirs = engines["embedded"].score(
             [r.prompt_ids for r in asked],
             [c.token_ids for c in sampled],
-            temperature=1.0,
-            student=student,
+            role,
         )
     else:
         ours, theirs = found["vllm"], found["embedded"]
@@ -121,7 +121,7 @@ def measure(work: Work, engines: dict[str, Engine], repeats: int) -> dict[str, A
             began = time.perf_counter()
             tokens, found[name] = call(engines[name])
             rates[name].append(tokens / (time.perf_counter() - began))
-        worst = max(worst, difference(found, engines, work.student))
+        worst = max(worst, difference(found, engines, work.role))
     if not worst < TOLERANCE:
         raise SystemExit(f"{work.name}: log-probs of the engines differ by {worst:.3g}")
     medians = {name: statistics.median(values[WARM_UP:]) for name, values in rates.items()}

@@ -14,10 +14,12 @@ from bench.smollm2 import smollm2
 from minidistill.config import load_config
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.engines.vllm.options import build_options
-from minidistill.models.hub import load_model_config
-from minidistill.placement.teacher import decide
+from minidistill.placement.machine import Machine
+from minidistill.placement.placement import place
+from minidistill.placement.planner import load_models
 from minidistill.trainer.loading import load_policy
-from minidistill.trainer.policy import BASE, STUDENT, Policy
+from minidistill.trainer.policy import Policy
+from minidistill.types import Role
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -43,13 +45,14 @@ def build(model: str, longest: int | None = None, lora: bool = True) -> tuple[Vl
     """
     flags = ["--model.name", model, "--inference.engine", "vllm", "--model.dtype", "float32"]
     flags += [] if lora else ["--no-trainer.model.lora"]
+    flags += ["--seq_len", str(longest)] if longest else []
     config = load_config([str(ROOT / "configs" / "sokoban.toml"), *flags]).config
-    options = build_options(config, CPU, load_model_config(config), longest or config.seq_len)
-    engine = VllmEngine(options, 0, print)
+    placement = place(config, load_models(config), Machine.local())
+    engine = VllmEngine(build_options(config, placement.student, (), teacher=False), 0)
     tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0)
-    policy = load_policy(config, tokenizer, CPU, decide(config, vllm=True, token_ids=False))
-    engine.attach(policy, (STUDENT, BASE) if lora else (STUDENT,))
-    engine.wait()
+    policy = load_policy(config, tokenizer, placement)
+    engine.attach(policy, (Role.STUDENT, Role.TEACHER) if lora else (Role.STUDENT,))
+    engine.wait_until_ready()
     return engine, policy
 
 

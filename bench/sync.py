@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from bench.kernels_report import machine
 from bench.pair import CPU, TOLERANCE, build, change_adapter, named_model, save, use_threads
 from minidistill.engines.vllm.engine import VllmEngine
-from minidistill.engines.vllm.weights_send import Outbox
+from minidistill.engines.vllm.weights_send import SendBuffer
 from minidistill.trainer.policy import Policy
+from minidistill.types import Role
 
 RANDOM = "random weights in SmolLM2-135M's shape"
 Step = Callable[[], None]
@@ -74,7 +75,7 @@ def adapter_routes(
 ) -> dict[str, Any]:
     def file() -> None:
         policy.model.save_pretrained(str(folder))
-        engine._process.call("load_adapter_file", slot=1, path=str(folder))
+        engine.process.call("load_adapter_file", slot=1, path=str(folder))
 
     return compare(engine, policy, lambda: change_adapter(policy), engine.sync, file, repeats)
 
@@ -90,7 +91,7 @@ def full_routes(engine: VllmEngine, policy: Policy, folder: Path, repeats: int) 
 
     def file() -> None:
         save_file({n: p.detach() for n, p in weights()}, folder / "model.safetensors")
-        engine._process.call("reload", path=str(folder))
+        engine.process.call("reload", path=str(folder))
 
     found = compare(engine, policy, change, engine.sync, file, repeats)
     return found | {"pack": pack_seconds(weights, policy.dtype)}
@@ -98,7 +99,7 @@ def full_routes(engine: VllmEngine, policy: Policy, folder: Path, repeats: int) 
 
 def pack_seconds(weights: Callable[[], Any], dtype: torch.dtype) -> float:
     """The trainer's part of a full sync: copying into a buffer that is there already."""
-    outbox, seconds = Outbox(dtype, CPU), 0.0
+    outbox, seconds = SendBuffer(dtype, CPU), 0.0
     for _ in range(2):
         began = time.perf_counter()
         outbox.pack(list(weights()))
@@ -112,7 +113,7 @@ def arrived(engine: VllmEngine, policy: Policy) -> None:
     # drawn from all, for after special tokens alone fp32 itself is off by more than the tolerance
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(policy.config.vocab_size, (40,), generator=drawn).tolist()
-    found = engine.score([ids[:8]], [ids[8:]], temperature=1.0, student=True)[0]
+    found = engine.score([ids[:8]], [ids[8:]], Role.STUDENT)[0]
     logp = policy.model(input_ids=torch.tensor([ids])).logits[0, 7:-1].log_softmax(-1)
     truth = logp.gather(1, torch.tensor(ids[8:])[:, None])[:, 0]
     error = float((truth - torch.tensor(found)).abs().max())

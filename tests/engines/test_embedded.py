@@ -10,9 +10,9 @@ import pytest
 import torch
 from support.lab import Lab, make_lab
 
-from minidistill.engines.base import Request
 from minidistill.engines.embedded import sample
 from minidistill.seeding import stable_seed
+from minidistill.types import Request, Role, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +34,14 @@ def reference(
     lab: Lab,
     prompt: tuple[int, ...],
     completion: tuple[int, ...],
-    student: bool,
+    role: Role,
     temperature: float = 1.0,
 ) -> list[float]:
     """Log-probs from one plain forward pass of the whole sequence."""
     model = lab.policy.model
     ids = torch.tensor([[*prompt, *completion]])
     with torch.no_grad():
-        if student:
+        if role is Role.STUDENT:
             logits = model(input_ids=ids).logits
         else:
             with model.disable_adapter():
@@ -50,46 +50,49 @@ def reference(
     return logp.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
 
 
-@pytest.mark.parametrize(("student", "context"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("role", "context"),
+    [(Role.STUDENT, False), (Role.TEACHER, True), (Role.STUDENT, True)],
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampled_logprobs_are_the_models(
-    lab: Lab, student: bool, context: bool, temperature: float
+    lab: Lab, role: Role, context: bool, temperature: float
 ) -> None:
     asked = requests(lab, context)
-    found = lab.engine.generate(asked, max_tokens=9, temperature=temperature, student=student)
+    found = lab.engine.generate(asked, SamplingParams(9, temperature), role)
     for request, completion in zip(asked, found, strict=True):
-        expected = reference(lab, request.prompt_ids, completion.token_ids, student, temperature)
+        expected = reference(lab, request.prompt_ids, completion.token_ids, role, temperature)
         assert completion.logprobs == pytest.approx(expected, abs=2e-5)
 
 
 def test_scores_are_the_models(lab: Lab) -> None:
     prompts = [r.prompt.teacher_ids for r in lab.rollouts]
     completions = [r.completion.token_ids for r in lab.rollouts]
-    for student in (True, False):
-        found = lab.engine.score(prompts, completions, temperature=0.8, student=student)
+    for role in (Role.STUDENT, Role.TEACHER):
+        found = lab.engine.score(prompts, completions, role, 0.8)
         for prompt, completion, logprobs in zip(prompts, completions, found, strict=True):
-            expected = reference(lab, prompt, completion, student, 0.8)
+            expected = reference(lab, prompt, completion, role, 0.8)
             assert logprobs == pytest.approx(expected, abs=2e-5)
 
 
 def test_a_request_draws_the_same_alone_and_in_any_company(lab: Lab) -> None:
     asked = requests(lab)
-    together = lab.engine.generate(asked, max_tokens=9, temperature=1.0, student=True)
-    backwards = lab.engine.generate(asked[::-1], max_tokens=9, temperature=1.0, student=True)
+    together = lab.engine.generate(asked, SamplingParams(9), Role.STUDENT)
+    backwards = lab.engine.generate(asked[::-1], SamplingParams(9), Role.STUDENT)
     assert [c.token_ids for c in backwards[::-1]] == [c.token_ids for c in together]
     for request, completion in list(zip(asked, together, strict=True))[:4]:
-        alone = lab.engine.generate([request], max_tokens=9, temperature=1.0, student=True)
+        alone = lab.engine.generate([request], SamplingParams(9), Role.STUDENT)
         assert alone[0].token_ids == completion.token_ids
     other = lab.engine.generate(
         [Request(r.prompt_ids, r.seed + 1000) for r in asked],
-        max_tokens=9, temperature=1.0, student=True,
+        SamplingParams(9), Role.STUDENT,
     )  # fmt: skip
     assert [c.token_ids for c in other] != [c.token_ids for c in together]
 
 
 def test_greedy_is_transformers_greedy(lab: Lab) -> None:
     asked = requests(lab)[:6]
-    found = lab.engine.generate(asked, max_tokens=9, temperature=0, student=True)
+    found = lab.engine.generate(asked, SamplingParams(9, 0), Role.STUDENT)
     for request, completion in zip(asked, found, strict=True):
         ids = torch.tensor([list(request.prompt_ids)])
         theirs = lab.policy.model.generate(
@@ -101,8 +104,7 @@ def test_greedy_is_transformers_greedy(lab: Lab) -> None:
 def test_stops_lengths_and_progress(lab: Lab) -> None:
     told: list[int] = []
     asked = requests(lab)
-    settings = {"max_tokens": 5, "temperature": 1.0, "student": True}
-    found = lab.engine.generate(asked, **settings, advance=told.append)
+    found = lab.engine.generate(asked, SamplingParams(5), Role.STUDENT, advance=told.append)
     assert sum(told) == len(asked)
     eos = lab.policy.tokenizer.eos_token_id
     for completion in found:
@@ -116,11 +118,11 @@ def test_stops_lengths_and_progress(lab: Lab) -> None:
 def test_small_batches_give_the_same(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory bound splits a call; prompts of one group may then be read twice."""
     asked = requests(lab)
-    whole = lab.engine.generate(asked, max_tokens=9, temperature=1.0, student=True)
-    monkeypatch.setattr("minidistill.engines.embedded.CACHE_BYTES", 1_000_000)
+    whole = lab.engine.generate(asked, SamplingParams(9), Role.STUDENT)
+    monkeypatch.setattr("minidistill.engines.embedded.EMBEDDED_CACHE_BYTES", 1_000_000)
     batches = lab.engine._batches(asked, range(len(asked)), 9)
     assert len(batches) > 2
-    parts = lab.engine.generate(asked, max_tokens=9, temperature=1.0, student=True)
+    parts = lab.engine.generate(asked, SamplingParams(9), Role.STUDENT)
     assert [c.token_ids for c in parts] == [c.token_ids for c in whole]
 
 
@@ -149,7 +151,7 @@ def test_a_live_teacher_samples_with_the_adapter(configure: Callable[..., Any]) 
     flags = ("--orchestrator.batch_size", "8", "--orchestrator.env.0.args.num_train_examples", "8")
     live = make_lab(configure(*flags, "--orchestrator.teacher_model.update", "live"))
     asked = requests(live, context=True)
-    found = live.engine.generate(asked, max_tokens=6, temperature=1.0, student=False)
+    found = live.engine.generate(asked, SamplingParams(6), Role.TEACHER)
     for request, completion in zip(asked, found, strict=True):
-        expected = reference(live, request.prompt_ids, completion.token_ids, student=True)
+        expected = reference(live, request.prompt_ids, completion.token_ids, Role.STUDENT)
         assert completion.logprobs == pytest.approx(expected, abs=2e-5)

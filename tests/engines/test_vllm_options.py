@@ -1,99 +1,118 @@
-"""Which engine a run takes, and what is said where vLLM cannot be had. Needs no vLLM."""
+"""Which engine a run takes, what vLLM is started with, and the error without it. Needs no vLLM."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from minidistill.engines.launch import start_engines
-from minidistill.engines.vllm import options as vllm_options
-from minidistill.engines.vllm.options import build_options, wants_vllm
+from minidistill.config import Config
+from minidistill.engines.launch import EngineLauncher
+from minidistill.engines.vllm.options import Options, build_options
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.models.hub import load_model_config
-from minidistill.placement.gpus import partition
-from minidistill.placement.teacher import decide
+from minidistill.placement import vllm_version
+from minidistill.placement.machine import GIB, Machine
+from minidistill.placement.placement import EnginePlacement, place
+from minidistill.placement.planner import load_models
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+Configure = Callable[..., Any]
+CPU = Machine(gpus=0, bytes=16 * GIB, vllm=False, bf16=False)
+
+
+def student(config: Config, machine: Machine = CPU) -> EnginePlacement:
+    return place(config, load_models(config), machine).student
+
+
+def options(config: Config, *, teacher: bool = False) -> Options:
+    return build_options(config, student(config), (), teacher=teacher)
+
+
+@pytest.fixture
+def version(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """Sets vLLM's installed version."""
+    return lambda number: monkeypatch.setattr(vllm_version, "installed", lambda: number)
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "version", "expected"),
+    ("engine", "gpus", "number", "kind"),
     [
-        ("auto", CPU, "0.32.0", False),
-        ("auto", CUDA, "0.32.0", True),
-        ("auto", CUDA, None, False),
-        ("auto", CUDA, "0.11.2", False),
-        ("embedded", CUDA, "0.32.0", False),
-        ("vllm", CPU, None, True),
+        ("auto", 0, "0.32.0", "embedded"),
+        ("auto", 2, "0.32.0", "vllm"),
+        ("auto", 2, None, "embedded"),
+        ("auto", 2, "0.11.2", "embedded"),
+        ("embedded", 2, "0.32.0", "embedded"),
+        ("vllm", 0, None, "vllm"),
     ],
 )
-def test_auto_is_vllm_where_there_is_a_gpu_and_one_that_fits(
-    configure: Callable[..., Any],
+def test_auto_is_vllm_on_a_gpu_with_a_supported_version(
+    configure: Configure,
     monkeypatch: pytest.MonkeyPatch,
-    asked: str,
-    device: torch.device,
-    version: str | None,
-    expected: bool,
+    version: Callable[[str | None], None],
+    engine: str,
+    gpus: int,
+    number: str | None,
+    kind: str,
 ) -> None:
-    monkeypatch.setattr(vllm_options, "installed", lambda: version)
-    config = configure("--inference.engine", asked).config
-    assert wants_vllm(config, device) is expected
+    version(number)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("minidistill.placement.machine._local_bytes", lambda gpus: 80 * GIB)
+    config = configure("--inference.engine", engine).config
+    assert student(config, Machine.local()).kind.name == kind
 
 
 @pytest.mark.parametrize(
-    ("version", "what"),
+    ("number", "what"),
     [(None, "not installed"), ("0.31.9", "0.31.9"), ("1.2", "1.2 is installed")],
 )
-def test_a_missing_or_other_vllm_is_an_error_with_the_fix(
-    configure: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    version: str | None,
+def test_a_missing_or_unsupported_vllm_is_an_error_with_the_fix(
+    configure: Configure,
+    version: Callable[[str | None], None],
+    number: str | None,
     what: str,
 ) -> None:
-    monkeypatch.setattr(vllm_options, "installed", lambda: version)
+    version(number)
     config = configure("--inference.engine", "vllm").config
-    model = load_model_config(config)
-    teaching = decide(config, vllm=True, token_ids=False)
-    parts = partition(config, 0, teaching, None)
+    launcher = EngineLauncher(config, place(config, load_models(config), CPU), Path("sync"))
     with pytest.raises(UserError, match=what) as caught:
-        start_engines(config, CPU, parts, teaching, (model, model), 256, print)
+        launcher.start()
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     assert "embedded" in caught.value.fix
 
 
-def test_options_of_a_run(configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_options, "installed", lambda: "0.32.0")
+def test_options_of_a_run(configure: Configure, version: Callable[[str | None], None]) -> None:
+    version("0.32.0")
     config = configure("--inference.engine", "vllm", "--trainer.model.lora.rank", "17").config
-    options = build_options(config, CPU, load_model_config(config), 256)
-    assert options.arguments["max_lora_rank"] == 32, "the least that vLLM takes and holds 17"
-    assert options.adapter["r"] == 17
-    assert "lm_head" not in options.arguments["lora_target_modules"]
-    assert "q_proj" in options.arguments["lora_target_modules"]
-    assert options.environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
+    started = options(config)
+    assert started.arguments["max_lora_rank"] == 32, "the least that vLLM takes and holds 17"
+    assert started.adapter["r"] == 17
+    assert "lm_head" not in started.arguments["lora_target_modules"]
+    assert "q_proj" in started.arguments["lora_target_modules"]
+    assert started.arguments["max_model_len"] == config.seq_len + 1
+    assert started.environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
 
 
-def test_options_on_gpus(configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_options, "installed", lambda: "0.32.0")
+def test_options_on_gpus(configure: Configure, version: Callable[[str | None], None]) -> None:
+    version("0.32.0")
     config = configure("--inference.engine", "vllm", "--inference.parallel.tp", "2").config
-    model = load_model_config(config)
-    options = build_options(config, CUDA, model, 256, gpus=(2, 3), share=0.4, sleeps=True)
-    assert options.arguments["device_ids"] == [2, 3]
-    assert options.arguments["tensor_parallel_size"] == options.workers == 2
-    assert options.arguments["gpu_memory_utilization"] == 0.4
-    assert options.arguments["enable_sleep_mode"] is options.sleeps is True
-    assert "enforce_eager" not in options.arguments
+    engine = replace(student(config), gpus=(2, 3), memory_share=0.4, sleeps=True)
+    started = build_options(config, engine, (2, 3), teacher=False)
+    assert started.arguments["device_ids"] == [2, 3]
+    assert started.arguments["tensor_parallel_size"] == started.workers == 2
+    assert started.arguments["gpu_memory_utilization"] == 0.4
+    assert started.arguments["enable_sleep_mode"] is started.sleeps is True
+    assert "enforce_eager" not in started.arguments
 
 
 def test_options_without_an_adapter(
-    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    configure: Configure, version: Callable[[str | None], None]
 ) -> None:
     """Every weight trained, and a teacher's engine that serves the base alone."""
-    monkeypatch.setattr(vllm_options, "installed", lambda: "0.32.0")
+    version("0.32.0")
     for flags, teacher in ((("--no-trainer.model.lora",), False), ((), True)):
-        config = configure("--inference.engine", "vllm", *flags).config
-        options = build_options(config, CPU, load_model_config(config), 256, teacher=teacher)
-        assert not options.adapter
-        assert not any("lora" in name for name in options.arguments)
+        started = options(configure("--inference.engine", "vllm", *flags).config, teacher=teacher)
+        assert not started.adapter
+        assert not any("lora" in name for name in started.arguments)

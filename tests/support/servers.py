@@ -71,10 +71,9 @@ def serving(
         process.wait()
 
 
-def engine_at(url: str, folder: Path, needs: int = 257, max_restarts: int = 0) -> ServerEngine:
-    return ServerEngine(
-        url, "inference.server_urls", "vllm serve M", needs, folder, max_restarts, print
-    )
+def engine_at(url: str, folder: Path, min_length: int = 257, max_restarts: int = 0) -> ServerEngine:
+    where, command = "inference.server_urls", "vllm serve M"
+    return ServerEngine(url, where, command, min_length, folder, max_restarts)
 
 
 def adapters_at(url: str) -> list[str]:

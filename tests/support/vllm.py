@@ -19,10 +19,13 @@ from safetensors.torch import load_file
 
 from minidistill.config import Config, load_config
 from minidistill.engines.vllm.engine import VllmEngine
-from minidistill.engines.vllm.options import build_options, installed
+from minidistill.engines.vllm.options import Options, build_options
 from minidistill.envs.registry import load_environments
-from minidistill.models.hub import load_model_config, load_tokenizer
-from minidistill.placement.teacher import decide
+from minidistill.models.hub import load_tokenizer
+from minidistill.placement.machine import Machine
+from minidistill.placement.placement import Placement, place
+from minidistill.placement.planner import load_models
+from minidistill.placement.vllm_version import installed
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.loading import load_policy
 from minidistill.trainer.policy import Policy
@@ -49,8 +52,7 @@ class Bench:
 
     config: Config
     policy: Policy
-    engine: VllmEngine
-    warnings: list[str]
+    engine: Any
 
     def prompts(self, rows: int, length: int = 20) -> list[tuple[int, ...]]:
         """Token ids drawn at random: log-probs of all sizes."""
@@ -88,22 +90,36 @@ class Bench:
         return logp.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
 
 
+def placement_of(config: Config, *, server: bool = False) -> Placement:
+    """Where a run of this configuration would be on this machine."""
+    if server:
+        inference = config.inference.model_copy(update={"server_urls": ["http://localhost:1"]})
+        config = config.model_copy(update={"inference": inference})
+    return place(config, load_models(config), Machine.local())
+
+
+def options_of(config: Config) -> Options:
+    """What the engine that samples is started with, on a CPU."""
+    return build_options(config, placement_of(config).student, (), teacher=False)
+
+
+def policy_of(config: Config) -> Policy:
+    return load_policy(config, load_tokenizer(config), placement_of(config))
+
+
 def make_bench(*flags: str, max_restarts: int = 2) -> Bench:
     """A ready engine that serves the student and, under LoRA, the base."""
     config = load_config([SOKOBAN, "--inference.engine", "vllm", *flags]).config
-    options = build_options(config, CPU, load_model_config(config), config.seq_len)
-    warnings: list[str] = []
-    engine = VllmEngine(options, max_restarts, warnings.append)
+    engine = VllmEngine(options_of(config), max_restarts)
     try:
-        policy = load_policy(config, load_tokenizer(config), CPU, decide(config, True, False))
-        roles = (Role.STUDENT, Role.TEACHER) if policy.lora else (Role.STUDENT,)
-        engine.attach(policy, roles)
+        policy = policy_of(config)
+        engine.attach(policy, (Role.STUDENT, Role.TEACHER) if policy.lora else (Role.STUDENT,))
         engine.sync(0)
         engine.wait_until_ready()
     except BaseException:
         engine.close()
         raise
-    return Bench(config, policy, engine, warnings)
+    return Bench(config, policy, engine)
 
 
 @dataclass

@@ -18,11 +18,10 @@ from support.vllm import (
     steps,
 )
 
-from minidistill.engines.base import Request
 from minidistill.engines.replicas import Replicas
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.errors import EXIT_OK
-from minidistill.trainer.policy import BASE, STUDENT
+from minidistill.types import Request, Role, SamplingParams
 
 pytestmark = NEEDS_VLLM
 FEW = ("--orchestrator.env.0.args.num_train_examples", "8")
@@ -38,7 +37,7 @@ def sample_while(bench: Bench, change: Any) -> list[tuple[Request, Any]]:
     def generate() -> None:
         found.extend(
             bench.engine.generate(
-                asked, max_tokens=24, temperature=1.0, student=True,
+                asked, SamplingParams(24), Role.STUDENT,
                 advance=lambda count: first.set(),
             )
         )  # fmt: skip
@@ -97,7 +96,7 @@ def check_completions_go_on(bench: Bench) -> None:
         with torch.no_grad():
             for name, parameter in policy.parameters:
                 parameter.copy_(weights[name])
-        truth.append([bench.truth(r.prompt_ids, c.token_ids, True) for r, c in found])
+        truth.append([bench.truth(r.prompt_ids, c.token_ids, Role.STUDENT) for r, c in found])
     gaps = []
     for (_, completion), old, new in zip(found, *truth, strict=True):
         (start, first), (switch, second) = completion.versions
@@ -115,9 +114,9 @@ def check_completions_go_on(bench: Bench) -> None:
 def test_replicas_are_one_engine(one: Bench) -> None:
     """Two processes give what one gives, each with the samples of its own prompts, and both take
     over the weights."""
-    replicas = Replicas([VllmEngine(one.engine.options, 0, print) for _ in range(2)])
+    replicas = Replicas([VllmEngine(one.engine.options, 0) for _ in range(2)])
     try:
-        replicas.attach(one.policy, (STUDENT, BASE))
+        replicas.attach(one.policy, (Role.STUDENT, Role.TEACHER))
         for version in (3, 4):  # `one` had the first two
             one.change(seed=version)
             for engine in (one.engine, replicas):
@@ -125,20 +124,17 @@ def test_replicas_are_one_engine(one: Bench) -> None:
             puzzles = one.puzzles(5)
             asked = [Request(p, 10 * i + s) for i, p in enumerate(puzzles) for s in range(3)]
             told: list[int] = []
-            how: dict[str, Any] = {"max_tokens": 8, "temperature": 1.0}
-            expected = one.engine.generate(asked, student=True, **how)
-            found = replicas.generate(asked, student=True, advance=told.append, **how)
+            how = SamplingParams(8), Role.STUDENT
+            expected = one.engine.generate(asked, *how)
+            found = replicas.generate(asked, *how, advance=told.append)
             assert [c.token_ids for c in found] == [c.token_ids for c in expected]
             assert sum(told) == len(asked)
             for ours, theirs in zip(found, expected, strict=True):
                 assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
             tails = [c.token_ids for c in expected]
             prompts = [r.prompt_ids for r in asked]
-            for student in (True, False):
-                both = [
-                    e.score(prompts, tails, temperature=1.0, student=student)
-                    for e in (one.engine, replicas)
-                ]
+            for role in (Role.STUDENT, Role.TEACHER):
+                both = [e.score(prompts, tails, role) for e in (one.engine, replicas)]
                 for ours, theirs in zip(*both, strict=True):
                     assert ours == pytest.approx(theirs, abs=1e-4)
     finally:

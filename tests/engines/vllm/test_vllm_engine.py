@@ -10,8 +10,8 @@ import pytest
 import torch
 from support.vllm import NEEDS_VLLM, Bench, make_bench
 
-from minidistill.engines.base import Request
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
+from minidistill.types import Request, Role, SamplingParams
 
 pytestmark = NEEDS_VLLM
 
@@ -28,7 +28,7 @@ def bench() -> Iterator[Bench]:
 def worst(bench: Bench, version: int) -> float:
     """The largest difference of any log-prob, roles mixed in one batch."""
     prompts = bench.prompts(8, length=24)
-    rows = [(p[:12], p[12:], own) for p in prompts for own in (False, True)]
+    rows = [(p[:12], p[12:], own) for p in prompts for own in (Role.TEACHER, Role.STUDENT)]
     found = bench.engine.score_rows(*map(list, zip(*rows, strict=True)))
     errors = [
         abs(a - b)
@@ -50,38 +50,36 @@ def test_both_roles_agree_with_peft_after_1_2_and_50_syncs(bench: Bench) -> None
     bench.engine.sync(51)
 
 
-@pytest.mark.parametrize("student", [False, True])
+@pytest.mark.parametrize("role", [Role.TEACHER, Role.STUDENT])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampled_logprobs_are_the_models(bench: Bench, student: bool, temperature: float) -> None:
+def test_sampled_logprobs_are_the_models(bench: Bench, role: Role, temperature: float) -> None:
     asked = [Request(p, (1 << 63) + i) for i, p in enumerate(bench.puzzles(6))]
     told: list[int] = []
-    found = bench.engine.generate(
-        asked, max_tokens=9, temperature=temperature, student=student, advance=told.append
-    )
+    found = bench.engine.generate(asked, SamplingParams(9, temperature), role, advance=told.append)
     assert sum(told) == 6
     assert len({c.token_ids for c in found}) > 1
     for request, completion in zip(asked, found, strict=True):
-        expected = bench.truth(request.prompt_ids, completion.token_ids, student, temperature)
+        expected = bench.truth(request.prompt_ids, completion.token_ids, role, temperature)
         assert completion.logprobs == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_seed_decides_whatever_the_neighbours(bench: Bench) -> None:
     asked = [Request(p, 40 + i) for i, p in enumerate(bench.puzzles(5))]
-    ask = {"max_tokens": 8, "temperature": 1.0, "student": True}
-    together = bench.engine.generate(asked, **ask)
-    alone = [bench.engine.generate([request], **ask)[0] for request in reversed(asked)]
+    ask = (SamplingParams(8), Role.STUDENT)
+    together = bench.engine.generate(asked, *ask)
+    alone = [bench.engine.generate([request], *ask)[0] for request in reversed(asked)]
     assert [c.token_ids for c in together] == [c.token_ids for c in reversed(alone)]
-    twice = bench.engine.generate([asked[0]] * 2, **ask)
+    twice = bench.engine.generate([asked[0]] * 2, *ask)
     assert [c.token_ids for c in twice] == [together[0].token_ids] * 2
     others = [Request(r.prompt_ids, r.seed + 1000) for r in asked]
-    found = bench.engine.generate(others, **ask)
+    found = bench.engine.generate(others, *ask)
     assert [c.token_ids for c in found] != [c.token_ids for c in together]
 
 
 def test_completions_end_with_the_end_token_or_at_the_limit(bench: Bench) -> None:
     (prompt,) = bench.puzzles(1)
     asked = [Request(prompt, seed) for seed in range(160)]  # more than is read at a time
-    found = bench.engine.generate(asked, max_tokens=6, temperature=1.0, student=False)
+    found = bench.engine.generate(asked, SamplingParams(6), Role.TEACHER)
     end = bench.policy.eos_ids
     assert {c.stop for c in found} == {"eos", "length"}
     for completion in found:
@@ -92,9 +90,9 @@ def test_completions_end_with_the_end_token_or_at_the_limit(bench: Bench) -> Non
 
 def test_greedy_is_the_argmax_with_logprobs_at_temperature_1(bench: Bench) -> None:
     asked = [Request(p, i) for i, p in enumerate(bench.prompts(3))]
-    found = bench.engine.generate(asked, max_tokens=5, temperature=0, student=True)
+    found = bench.engine.generate(asked, SamplingParams(5, 0), Role.STUDENT)
     for request, completion in zip(asked, found, strict=True):
-        expected = bench.truth(request.prompt_ids, completion.token_ids, True)
+        expected = bench.truth(request.prompt_ids, completion.token_ids, Role.STUDENT)
         assert completion.logprobs == pytest.approx(expected, abs=1e-4)
         with torch.no_grad():
             ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
@@ -110,21 +108,21 @@ def test_scores_are_right_where_the_prefix_cache_reaches(bench: Bench) -> None:
     prompts = [(*context, *tail[:6]) for tail in tails] + [context[:40]]
     completions = [tail[6:] for tail in tails] + [(*context[40:], 54, 57)]
     for _ in range(2):
-        found = bench.engine.score(prompts, completions, temperature=1.0, student=False)
+        found = bench.engine.score(prompts, completions, Role.TEACHER)
         for prompt, completion, scores in zip(prompts, completions, found, strict=True):
-            assert scores == pytest.approx(bench.truth(prompt, completion, False), abs=1e-4)
+            assert scores == pytest.approx(bench.truth(prompt, completion, Role.TEACHER), abs=1e-4)
 
 
 def test_scoring_at_another_temperature_is_refused(bench: Bench) -> None:
     with pytest.raises(ValueError, match="temperature 1"):
-        bench.engine.score([(1,)], [(2,)], temperature=0.5, student=False)
+        bench.engine.score([(1,)], [(2,)], Role.TEACHER, 0.5)
 
 
 def test_what_vllm_refuses_is_one_clear_error_and_it_lives_on(bench: Bench) -> None:
     with pytest.raises(UserError, match="vLLM") as caught:
-        bench.engine.score([(5,) * 300], [(6,)], temperature=1.0, student=False)
+        bench.engine.score([(5,) * 300], [(6,)], Role.TEACHER)
     assert caught.value.exit_code == EXIT_FAILED
-    assert bench.engine.score([(5, 6)], [(7,)], temperature=1.0, student=False)
+    assert bench.engine.score([(5, 6)], [(7,)], Role.TEACHER)
     assert bench.engine.restarts == 0
 
 
@@ -134,14 +132,14 @@ def test_a_killed_process_is_started_again_with_the_current_weights(bench: Bench
     bench.change(seed=70)
     engine.sync(70)
     asked = [Request(p, i) for i, p in enumerate(bench.puzzles(4))]
-    before = engine.generate(asked, max_tokens=8, temperature=1.0, student=True)
-    os.killpg(engine._process.popen.pid, signal.SIGKILL)
-    after = engine.generate(asked, max_tokens=8, temperature=1.0, student=True)
+    before = engine.generate(asked, SamplingParams(8), Role.STUDENT)
+    os.killpg(engine.process.popen.pid, signal.SIGKILL)
+    after = engine.generate(asked, SamplingParams(8), Role.STUDENT)
     assert [c.token_ids for c in after] == [c.token_ids for c in before]
     assert after[0].logprobs == pytest.approx(before[0].logprobs, abs=1e-4)
     assert "SIGKILL" in bench.warnings[0]
-    os.killpg(engine._process.popen.pid, signal.SIGKILL)
-    with pytest.raises(UserError, match="started again 1 times") as caught:
+    os.killpg(engine.process.popen.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="restarted 1 times") as caught:
         engine.sync(71)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
 
@@ -163,7 +161,7 @@ def test_full_weights_reach_the_engine_tied_embeddings_too(tp: str) -> None:
                     parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
             engine.sync(version)
             assert student_error(bench) < 1e-4
-        os.killpg(engine._process.popen.pid, signal.SIGKILL)
+        os.killpg(engine.process.popen.pid, signal.SIGKILL)
         assert student_error(bench) < 1e-4
         with torch.no_grad():
             policy.student.get_input_embeddings().weight.mul_(0.9)
@@ -174,10 +172,8 @@ def test_full_weights_reach_the_engine_tied_embeddings_too(tp: str) -> None:
 
 def student_error(bench: Bench) -> float:
     prompts = bench.prompts(4, length=24)
-    found = bench.engine.score(
-        [p[:12] for p in prompts], [p[12:] for p in prompts], temperature=1.0, student=True
-    )
-    truth = [bench.truth(p[:12], p[12:], True) for p in prompts]
+    found = bench.engine.score([p[:12] for p in prompts], [p[12:] for p in prompts], Role.STUDENT)
+    truth = [bench.truth(p[:12], p[12:], Role.STUDENT) for p in prompts]
     pairs = zip(found, truth, strict=True)
     return max(abs(a - b) for mine, its in pairs for a, b in zip(mine, its, strict=True))
 
@@ -190,9 +186,9 @@ def test_two_workers_give_what_one_does() -> None:
         bench.engine.sync(1)
         prompts = bench.prompts(4, length=24)
         heads, tails = [p[:12] for p in prompts], [p[12:] for p in prompts]
-        for student in (True, False):
-            found = bench.engine.score(heads, tails, temperature=1.0, student=student)
+        for role in (Role.STUDENT, Role.TEACHER):
+            found = bench.engine.score(heads, tails, role)
             for head, tail, scores in zip(heads, tails, found, strict=True):
-                assert scores == pytest.approx(bench.truth(head, tail, student), abs=1e-4)
+                assert scores == pytest.approx(bench.truth(head, tail, role), abs=1e-4)
     finally:
         bench.engine.close()

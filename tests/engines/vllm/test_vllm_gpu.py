@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.vllm import NEEDS_VLLM, SOKOBAN
+from support.vllm import NEEDS_VLLM, SOKOBAN, placement_of
 
 from minidistill import cli
 from minidistill.config import load_config
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.engines.vllm.options import build_options
-from minidistill.engines.vllm.weights_send import Outbox, opened, views
+from minidistill.engines.vllm.weights_send import SendBuffer, open_buffer, views
 from minidistill.errors import EXIT_OK
-from minidistill.models.hub import load_model_config, load_tokenizer
-from minidistill.placement.teacher import decide
+from minidistill.models.hub import load_tokenizer
 from minidistill.trainer.loading import load_policy
-from minidistill.trainer.policy import BASE, STUDENT
+from minidistill.types import Role
 
 pytestmark = [*NEEDS_VLLM, pytest.mark.gpu]
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
@@ -35,14 +34,14 @@ SHORT = (
 def read(handle: Any, entries: Any, gpu: int, answers: Any) -> None:
     """In another process: the tensors behind a handle, on a GPU of its own choice."""
     device = torch.device("cuda", gpu)
-    found = views(opened(handle, device), entries)
+    found = views(open_buffer(handle, device), entries)
     answers.put({name: tensor.float().cpu().numpy() for name, tensor in found.items()})
 
 
 @pytest.mark.parametrize("gpu", [0, pytest.param(1, marks=TWO_GPUS)])
 def test_a_handle_opens_in_another_process(gpu: int) -> None:
     """On the sender's GPU, and staged on another."""
-    outbox = Outbox(torch.bfloat16, torch.device("cuda", 0), gpus=(gpu,))
+    outbox = SendBuffer(torch.bfloat16, torch.device("cuda", 0), gpus=(gpu,))
     spawn = multiprocessing.get_context("spawn")
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -58,23 +57,28 @@ def test_a_handle_opens_in_another_process(gpu: int) -> None:
 
 def test_any_ids_are_scored_where_the_v2_runner_is() -> None:
     flags = ("--inference.engine", "vllm", "--trainer.loss.estimator", "top_k")
-    config = load_config([SOKOBAN, *flags, "--model.dtype", "float32"]).config
-    device, model = torch.device("cuda", 0), load_model_config(config)
-    options = build_options(config, device, model, 256, gpus=(0,), share=0.3, sleeps=True)
-    engine = VllmEngine(options, 0, print)
+    flags += ("--model.dtype", "float32", "--inference.gpu_memory_utilization", "0.3")
+    config = load_config(
+        [SOKOBAN, *flags, "--inference_gpu_ids", "0", "--trainer_gpu_ids", "0"]
+    ).config
+    device = torch.device("cuda", 0)
+    placement = placement_of(config)
+    assert placement.student.gpus == (0,)
+    assert placement.student.sleeps
+    engine = VllmEngine(build_options(config, placement.student, (0,), teacher=False), 0)
     try:
-        engine.wait()
-        teaching = decide(config, vllm=True, token_ids=engine.scores_ids)
-        assert teaching.scorer == "engine", "this vLLM has no V2 runner"
-        policy = load_policy(config, load_tokenizer(config), device, teaching)
-        engine.attach(policy, (STUDENT, BASE))
+        engine.wait_until_ready()
+        assert engine.capabilities.scores_ids, "this vLLM has no V2 runner"
+        assert placement.teacher.scorer == "engine"
+        policy = load_policy(config, load_tokenizer(config), placement)
+        engine.attach(policy, (Role.STUDENT, Role.TEACHER))
         engine.sync(0)
         generator = torch.Generator().manual_seed(0)
         prompt, completion = torch.randint(2, 600, (2, 20), generator=generator).tolist()
         ids = torch.randint(2, 600, (20, 5), generator=generator).numpy()
         for _ in range(3):  # the second reads the cache, the third after a sleep
-            (found,) = engine.score_ids([prompt], [completion], [ids], student=False)
-            with torch.no_grad(), policy.role(BASE):
+            (found,) = engine.score_ids([prompt], [completion], [ids], Role.TEACHER)
+            with torch.no_grad(), policy.running_as(Role.TEACHER):
                 tokens = torch.tensor([[*prompt, *completion]], device=device)
                 logp = policy.causal(input_ids=tokens).logits[0, 19:-1].log_softmax(-1).cpu()
             truth = logp.gather(1, torch.as_tensor(ids))

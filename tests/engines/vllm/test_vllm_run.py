@@ -51,7 +51,7 @@ def test_a_stale_adapter_stops_the_run(
     assert "step 3: kl/sampler_mismatch" in error
     assert "stale weights" in error
     assert len(steps(tmp_path / "stale")) == 2
-    assert engines[0]._process.popen.returncode == -signal.SIGKILL
+    assert engines[0].process.popen.returncode == -signal.SIGKILL
 
 
 def test_vllm_killed_in_mid_run_is_started_again(finished: Path, tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_vllm_killed_in_mid_run_is_started_again(finished: Path, tmp_path: Path)
     os.kill(run.engine(), signal.SIGKILL)
     text = run.rest()
     assert run.process.wait() == EXIT_OK, text
-    assert "started again with the current weights" in text
+    assert "restarted with the current weights" in text
     assert not run.left_behind()
     for ours, whole in zip(steps(run.path), steps(finished), strict=True):
         assert ours["kl/sampler_mismatch"] < 1e-8
@@ -79,7 +79,7 @@ def test_vllm_killed_in_mid_run_is_started_again(finished: Path, tmp_path: Path)
 def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals, code: int) -> None:
     run = start(tmp_path / "stopped", "--max_steps", "400")
     run.until("step 1/")
-    assert "vllm_process" in " ".join(run.alive().values())
+    assert "engines.vllm.worker" in " ".join(run.alive().values())
     run.process.send_signal(number)
     text = run.rest()
     assert run.process.wait() == code, text

@@ -12,21 +12,26 @@ from typing import Any
 
 import pytest
 from support.servers import adapters_at, engine_at, free_port, serving
-from support.vllm import CPU, NEEDS_VLLM, SHORT, SOKOBAN, Bench, start, steps
+from support.vllm import (
+    NEEDS_VLLM,
+    SHORT,
+    SOKOBAN,
+    Bench,
+    placement_of,
+    policy_of,
+    start,
+    steps,
+)
 
 from minidistill import cli
-from minidistill.config import load_config
-from minidistill.engines.base import Request
+from minidistill.config import Config, load_config
 from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.engines.server import engine as server
 from minidistill.engines.server.http import GoneError
-from minidistill.engines.server.probe import check_same_model, server_command
+from minidistill.engines.server.probe import server_command
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_OK, EXIT_USAGE, UserError
-from minidistill.models.hub import load_model_config, load_tokenizer
-from minidistill.placement.teacher import decide
 from minidistill.trainer.forward import PrefixCache
-from minidistill.trainer.loading import load_policy
-from minidistill.trainer.policy import BASE, STUDENT
+from minidistill.types import Request, Role, SamplingParams
 
 pytestmark = NEEDS_VLLM
 VERSIONS = count(1)
@@ -35,21 +40,21 @@ VERSIONS = count(1)
 @pytest.fixture(scope="module")
 def bench(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     config = load_config([SOKOBAN, "--inference.server_urls", f'["{url}"]']).config
-    policy = load_policy(config, load_tokenizer(config), CPU, decide(config, True, False))
+    policy = policy_of(config)
     engine = engine_at(url + "/v1", tmp_path_factory.mktemp("run") / "sync")
-    engine.attach(policy, (STUDENT, BASE))
-    engine.wait()
-    yield Bench(config, policy, engine, [])  # type: ignore[arg-type]
+    engine.attach(policy, (Role.STUDENT, Role.TEACHER))
+    engine.wait_until_ready()
+    yield Bench(config, policy, engine)  # type: ignore[arg-type]
     engine.close()
     assert not engine._adapters.folder.exists()
     assert not adapters_at(url)
 
 
-def worst(bench: Bench, student: bool) -> float:
+def worst(bench: Bench, role: Role) -> float:
     rows = [(p[:12], p[12:]) for p in bench.prompts(8, length=44)]
     prompts, completions = map(list, zip(*rows, strict=True))
-    found = bench.engine.score(prompts, completions, temperature=1.0, student=student)
-    truth = [bench.truth(*row, student) for row in rows]
+    found = bench.engine.score(prompts, completions, role)
+    truth = [bench.truth(*row, role) for row in rows]
     return max(
         abs(a - b) for x, y in zip(found, truth, strict=True) for a, b in zip(x, y, strict=True)
     )
@@ -60,33 +65,33 @@ def test_both_roles_agree_with_peft_after_every_sync(bench: Bench) -> None:
         bench.change(seed=version)
         bench.engine.sync(next(VERSIONS))
         for _ in range(2):  # the second time the prompts are in the prefix cache
-            assert worst(bench, student=True) < 1e-4
-            assert worst(bench, student=False) < 1e-4
+            assert worst(bench, Role.STUDENT) < 1e-4
+            assert worst(bench, Role.TEACHER) < 1e-4
     bench.change(seed=99)  # not synced: the server must now be wrong
-    assert worst(bench, student=True) > 1e-2
+    assert worst(bench, Role.STUDENT) > 1e-2
     bench.engine.sync(next(VERSIONS))
     left = [path.name for path in bench.engine._adapters.folder.iterdir()]
-    assert left == adapters_at(bench.engine.place), "former versions are deleted"
+    assert left == adapters_at(bench.engine.location), "former versions are deleted"
     assert len(left) == 1
 
 
-@pytest.mark.parametrize("student", [False, True])
+@pytest.mark.parametrize("role", [Role.TEACHER, Role.STUDENT])
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
-def test_sampled_logprobs_are_the_models(bench: Bench, student: bool, temperature: float) -> None:
+def test_sampled_logprobs_are_the_models(bench: Bench, role: Role, temperature: float) -> None:
     bench.change(seed=8)
     version = next(VERSIONS)
     bench.engine.sync(version)
     asked = [Request(p, (1 << 63) + i) for i, p in enumerate(bench.puzzles(6))]
     told: list[int] = []
-    ask = {"max_tokens": 9, "temperature": temperature, "student": student}
-    found = bench.engine.generate(asked, advance=told.append, **ask)
+    ask = SamplingParams(9, temperature), role
+    found = bench.engine.generate(asked, *ask, advance=told.append)
     assert sum(told) == 6
     for request, completion in zip(asked, found, strict=True):
-        truth = bench.truth(request.prompt_ids, completion.token_ids, student, temperature or 1.0)
+        truth = bench.truth(request.prompt_ids, completion.token_ids, role, temperature or 1.0)
         assert completion.logprobs == pytest.approx(truth, abs=1e-4)
-        assert completion.versions == (((0, version),) if student else ())
+        assert completion.versions == (((0, version),) if role is Role.STUDENT else ())
         assert (completion.token_ids[-1] in bench.policy.eos_ids) == (completion.stop == "eos")
-    alone = [bench.engine.generate([request], **ask)[0] for request in asked]
+    alone = [bench.engine.generate([request], *ask)[0] for request in asked]
     assert [c.token_ids for c in alone] == [c.token_ids for c in found], "seeds decide"
 
 
@@ -133,22 +138,22 @@ def test_nothing_listening(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_server_with_too_short_sequences(bench: Bench, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="takes 257 tokens, the run needs 258"):
-        engine_at(bench.engine.place, tmp_path, needs=258).wait()
+    with pytest.raises(UserError, match="allows 257 tokens, the run needs 258"):
+        engine_at(bench.engine.location, tmp_path, min_length=258).wait()
 
 
 def test_another_model_is_refused(bench: Bench) -> None:
     """The trainer's copy is changed in place, which the server's is not."""
     policy = bench.policy
-    trainer = EmbeddedEngine(policy, PrefixCache(policy, []), policy.teacher)
+    trainer = EmbeddedEngine(policy, PrefixCache(policy, shares=False))
     bench.change(seed=0, scale=0.0)
-    check_same_model(bench.engine, policy, trainer, 0.6)  # type: ignore[arg-type]
+    bench.engine.verify(trainer, 0.6)
     weight = policy.student.model.norm.weight
     before = weight.data.clone()
     weight.data *= 1.5
     try:
         with pytest.raises(UserError, match="another model") as caught:
-            check_same_model(bench.engine, policy, trainer, 1.0)  # type: ignore[arg-type]
+            bench.engine.verify(trainer, 1.0)
         assert caught.value.exit_code == EXIT_ENVIRONMENT
     finally:
         weight.data.copy_(before)
@@ -156,27 +161,29 @@ def test_another_model_is_refused(bench: Bench) -> None:
 
 def test_what_a_server_refuses_is_one_clear_error(bench: Bench) -> None:
     with pytest.raises(UserError, match="257") as caught:
-        bench.engine.score([(5,) * 300], [(6,)], temperature=1.0, student=False)
+        bench.engine.score([(5,) * 300], [(6,)], Role.TEACHER)
     assert caught.value.exit_code == EXIT_FAILED
     with pytest.raises(ValueError, match="temperature 1"):
-        bench.engine.score([(1,)], [(2,)], temperature=0.5, student=False)
+        bench.engine.score([(1,)], [(2,)], Role.TEACHER, 0.5)
 
 
 def test_a_server_without_adapters_or_processed_logprobs_and_one_that_dies(tmp_path: Path) -> None:
     with serving(tmp_path / "log") as (url, process):
         config = load_config([SOKOBAN]).config
-        policy = load_policy(config, load_tokenizer(config), CPU, decide(config, False, False))
+        policy = policy_of(config)
         engine = engine_at(url, tmp_path / "sync")
-        engine.attach(policy, (STUDENT, BASE))
-        with pytest.raises(UserError, match=r"no adapters at run time.*--enable-lora") as caught:
-            engine.wait()
+        engine.attach(policy, (Role.STUDENT, Role.TEACHER))
+        with pytest.raises(
+            UserError, match=r"does not load adapters at run time.*--enable-lora"
+        ) as caught:
+            engine.wait_until_ready()
         assert "vllm serve M" in str(caught.value.fix)
-        engine.attach(policy, (BASE,))  # a teacher's
-        engine.wait()
-        trainer = EmbeddedEngine(policy, PrefixCache(policy, []), policy.teacher)
-        check_same_model(engine, policy, trainer, 1.0)
-        with pytest.raises(UserError, match="not of what it samples from") as caught:
-            check_same_model(engine, policy, trainer, 0.6)
+        engine.attach(policy, (Role.TEACHER,))  # a teacher's
+        engine.wait_until_ready()
+        trainer = EmbeddedEngine(policy, PrefixCache(policy, shares=False))
+        engine.verify(trainer, 1.0)
+        with pytest.raises(UserError, match="of another distribution than it samples") as caught:
+            engine.verify(trainer, 0.6)
         assert "--logprobs-mode processed_logprobs" in str(caught.value.fix)
 
         run = start(
@@ -195,10 +202,9 @@ def test_a_server_without_adapters_or_processed_logprobs_and_one_that_dies(tmp_p
 def test_a_server_that_comes_back_gets_the_adapter_and_what_it_had_not_answered(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, engine, really = [], bench.engine, server.at_once
-    truth = worst(bench, student=True)
+    asked, engine, really = [], bench.engine, server.send_all
+    truth = worst(bench, Role.STUDENT)
     monkeypatch.setattr(engine, "max_restarts", 1)
-    monkeypatch.setattr(engine, "warn", lambda text: None)
 
     def drop(url: str, act: Any, indices: list[int], *rest: Any) -> None:
         asked.append(indices)
@@ -209,28 +215,27 @@ def test_a_server_that_comes_back_gets_the_adapter_and_what_it_had_not_answered(
             engine._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
         raise GoneError("reset")
 
-    monkeypatch.setattr(server, "at_once", drop)
-    assert worst(bench, student=True) == pytest.approx(truth, abs=1e-5)
+    monkeypatch.setattr(server, "send_all", drop)
+    assert worst(bench, Role.STUDENT) == pytest.approx(truth, abs=1e-5)
     assert asked == [[0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 4, 5, 6, 7]]
     asked.clear()
-    with pytest.raises(UserError, match=r"has gone away.*waited for 1 times"):
-        worst(bench, student=True)
+    with pytest.raises(UserError, match=r"has gone away.*waited for it 1 times"):
+        worst(bench, Role.STUDENT)
 
 
 def test_a_server_that_was_started_again_between_two_calls(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing failed to connect, but it no longer knows the adapter."""
-    engine, warnings = bench.engine, []
+    engine = bench.engine
     engine.sync(next(VERSIONS))
-    truth = worst(bench, student=True)
+    truth = worst(bench, Role.STUDENT)
     monkeypatch.setattr(engine, "max_restarts", engine.restarts + 1)
-    monkeypatch.setattr(engine, "warn", warnings.append)
-    (name,) = adapters_at(engine.place)
+    (name,) = adapters_at(engine.location)
     engine._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
-    assert worst(bench, student=True) == pytest.approx(truth, abs=1e-5)
-    assert "was started again" in warnings[0]
-    assert adapters_at(engine.place) == [name]
+    assert worst(bench, Role.STUDENT) == pytest.approx(truth, abs=1e-5)
+    assert "was restarted" in caplog.messages[0]
+    assert adapters_at(engine.location) == [name]
 
 
 def test_full_fine_tuning_is_refused_for_the_students_server(
@@ -241,13 +246,17 @@ def test_full_fine_tuning_is_refused_for_the_students_server(
     assert "on one machine" in capsys.readouterr().err
 
 
+def command_of(config: Config, *, teacher: bool = False) -> str:
+    return server_command(config, placement_of(config, server=True).student, teacher=teacher)
+
+
 def test_the_command_line_fits_the_adapter() -> None:
     config = load_config([SOKOBAN, "--trainer.model.lora.rank", "20"]).config
-    command = server_command(config, load_model_config(config), 257, teacher=False)
+    command = command_of(config)
     assert "--max-model-len 257" in command
     assert (
         "--enable-lora --max-lora-rank 32 --max-loras 1 --lora-target-modules down_proj" in command
     )
-    assert "lora" not in server_command(config, load_model_config(config), 257, teacher=True)
+    assert "lora" not in command_of(config, teacher=True)
     config = load_config([SOKOBAN, "--schedule", "async"]).config
-    assert "--max-loras 2 " in server_command(config, load_model_config(config), 257, teacher=False)
+    assert "--max-loras 2 " in command_of(config)

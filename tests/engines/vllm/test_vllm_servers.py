@@ -14,12 +14,12 @@ import pytest
 import torch
 from support.servers import ADAPTERS, adapters_at, answered, engine_at, serving
 from support.vllm import (
-    CPU,
     NEEDS_VLLM,
     SHORT,
     SOKOBAN,
     Bench,
     assert_tokens_are_as_old_as_said,
+    policy_of,
     start,
     steps,
 )
@@ -27,14 +27,11 @@ from test_vllm_teacher import made, truth
 
 from minidistill import cli
 from minidistill.config import load_config
-from minidistill.engines.base import Request
 from minidistill.engines.replicas import Replicas
 from minidistill.engines.server import http as server_http
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError
-from minidistill.models.hub import load_tokenizer
-from minidistill.placement.teacher import decide
-from minidistill.trainer.loading import load_policy
-from minidistill.trainer.policy import BASE, EMA, STUDENT
+from minidistill.trainer.policy import Weights
+from minidistill.types import Request, Role, SamplingParams
 
 pytestmark = NEEDS_VLLM
 LR = ("--trainer.optim.lr", "1e-3")
@@ -51,10 +48,10 @@ def second(
 
 def bench_of(engine: Any) -> Bench:
     config = load_config([SOKOBAN]).config
-    policy = load_policy(config, load_tokenizer(config), CPU, decide(config, True, False))
-    engine.attach(policy, (STUDENT, BASE))
-    engine.wait()
-    return Bench(config, policy, engine, [])
+    policy = policy_of(config)
+    engine.attach(policy, (Role.STUDENT, Role.TEACHER))
+    engine.wait_until_ready()
+    return Bench(config, policy, engine)
 
 
 def urls(*found: str) -> str:
@@ -69,9 +66,9 @@ def test_two_servers_share_prompts_and_get_every_version(
     asked: list[set[tuple[int, ...]]] = []
     for engine in engines:
 
-        def generate(requests: Any, really: Any = engine.generate, **how: Any) -> Any:
+        def generate(requests: Any, *how: Any, really: Any = engine.generate) -> Any:
             asked.append({request.prompt_ids for request in requests})
-            return really(requests, **how)
+            return really(requests, *how)
 
         monkeypatch.setattr(engine, "generate", generate)
     replicas = Replicas(engines)
@@ -85,21 +82,21 @@ def test_two_servers_share_prompts_and_get_every_version(
             requests = [
                 Request(p, 10 * i + s) for i, p in enumerate(bench.puzzles(5)) for s in range(3)
             ]
-            found = replicas.generate(requests, max_tokens=9, temperature=1.0, student=True)
+            found = replicas.generate(requests, SamplingParams(9), Role.STUDENT)
             done = [answered(one) - old for one, old in zip(both, before, strict=True)]
             assert sorted(done) == [6, 9], "three samples of two prompts, and of three"
             assert not asked[0] & asked[1]
             for request, completion in zip(requests, found, strict=True):
                 prompt, ids = request.prompt_ids, completion.token_ids
                 assert completion.versions == ((0, version),)
-                expected = bench.truth(prompt, ids, student=True)
+                expected = bench.truth(prompt, ids, Role.STUDENT)
                 assert completion.logprobs == pytest.approx(expected, abs=1e-4)
             prompts = [r.prompt_ids for r in requests]
             tails = [c.token_ids for c in found]
-            for student in (True, False):
-                rows = replicas.score(prompts, tails, temperature=1.0, student=student)
+            for role in (Role.STUDENT, Role.TEACHER):
+                rows = replicas.score(prompts, tails, role)
                 for prompt, ids, row in zip(prompts, tails, rows, strict=True):
-                    assert row == pytest.approx(bench.truth(prompt, ids, student), abs=1e-4)
+                    assert row == pytest.approx(bench.truth(prompt, ids, role), abs=1e-4)
         assert [len(adapters_at(one)) for one in both] == [1, 1]
     finally:
         replicas.close()
@@ -136,8 +133,8 @@ def test_a_teachers_server_scores_with_its_role_of_now(
     flags += ["--teacher_inference.server_urls", urls(url if same else second[0])]
     with made(*flags, "--trainer.optim.lr", "1e-2") as (trainer, collector, engine):
         policy = trainer.policy
-        role = {"ema": EMA, "live": STUDENT, "frozen": BASE}[update]
-        assert policy.teacher == role
+        weights = {"ema": Weights.EMA, "live": Weights.STUDENT, "frozen": Weights.BASE}[update]
+        assert policy.teacher_weights is weights
         for step in (1, 2, 3):
             engine.sync(step - 1)
             rollouts, _ = collector.collect(engine, step, step - 1)
@@ -145,14 +142,16 @@ def test_a_teachers_server_scores_with_its_role_of_now(
             for r in rollouts:
                 ids, found = r.completion.token_ids, list(r.teacher.logprobs)
                 expected = {}
-                for other in {role, STUDENT, BASE}:
-                    with policy.role(other):
+                for other in Role:
+                    with policy.running_as(other):
                         expected[other] = truth(policy.causal, r.prompt.teacher_ids, ids)
-                assert found == pytest.approx(expected[role], abs=1e-4)
-                for other in {STUDENT, BASE} - {role}:
+                assert found == pytest.approx(expected[Role.TEACHER], abs=1e-4)
+                for other in (Role.STUDENT, Role.BASE):
+                    if policy.weights_of(other) is weights:
+                        continue
                     gaps = zip(found, expected[other], strict=True)
                     moved = max(moved, *(abs(a - b) for a, b in gaps))
-                with policy.role(STUDENT):
+                with policy.running_as(Role.STUDENT):
                     own = truth(policy.causal, r.prompt.student_ids, ids)
                 assert r.completion.logprobs == pytest.approx(own, abs=1e-4)
             assert moved > 1e-2 or step == 1, "the roles have parted"
@@ -180,9 +179,7 @@ def test_requests_in_flight_finish_under_the_version_that_they_named(
             synced.wait(60)
 
     def generate() -> None:
-        found.extend(
-            engine.generate(asked, max_tokens=24, temperature=1.0, student=True, advance=advance)
-        )
+        found.extend(engine.generate(asked, SamplingParams(24), Role.STUDENT, advance=advance))
 
     try:
         weights = {}
@@ -202,7 +199,7 @@ def test_requests_in_flight_finish_under_the_version_that_they_named(
                 values = weights[completion.versions[0][1]]
                 for (_, parameter), value in zip(policy.parameters, values, strict=True):
                     parameter.copy_(value)
-                expected = bench.truth(request.prompt_ids, completion.token_ids, True)
+                expected = bench.truth(request.prompt_ids, completion.token_ids, Role.STUDENT)
                 assert completion.logprobs == pytest.approx(expected, abs=1e-4)
         (left,) = adapters_at(url)
         assert left.endswith("-v2")
@@ -230,9 +227,7 @@ def test_what_is_in_flight_at_the_end_is_given_up(
 
     def generate() -> None:
         try:
-            bench.engine.generate(
-                requests, max_tokens=24, temperature=1.0, student=True, advance=advance
-            )
+            bench.engine.generate(requests, SamplingParams(24), Role.STUDENT, advance=advance)
         except UserError as error:
             errors.append(error)
 
@@ -281,9 +276,9 @@ def test_one_of_two_servers_dies_is_waited_for_and_dies_again(
         text = run.rest()
     assert run.process.wait() == EXIT_ENVIRONMENT, text
     assert f"the vLLM server at {dying} has gone away" in text
-    assert "it was waited for 1 times" in text
+    assert "waited for it 1 times" in text
     assert "inference.server_urls" in text
-    assert "--resume goes on" in text
+    assert "--resume continues" in text
     assert not run.left_behind()
     assert not (run.path / "sync").exists()
     assert not adapters_at(url)

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.vllm import CPU, NEEDS_VLLM, SOKOBAN
+from support.vllm import CPU, NEEDS_VLLM, SOKOBAN, options_of
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from minidistill.config import load_config
 from minidistill.engines.vllm.engine import VllmEngine
-from minidistill.engines.vllm.options import build_options
 from minidistill.errors import UserError
-from minidistill.models.hub import load_model_config
-from minidistill.trainer.policy import STUDENT, Policy
+from minidistill.trainer.policy import Policy
+from minidistill.types import Role
 
 pytestmark = NEEDS_VLLM
 
@@ -57,7 +56,7 @@ class Pair:
         """The largest difference of any log-prob."""
         rows = torch.randint(2, 600, (4, 24), generator=torch.Generator().manual_seed(0))
         prompts, completions = rows[:, :9].tolist(), rows[:, 9:].tolist()
-        found = self.engine.score(prompts, completions, temperature=1.0, student=False)
+        found = self.engine.score(prompts, completions, Role.TEACHER)
         logp = self.model(input_ids=rows).logits[:, 8:-1].log_softmax(-1)
         truth = logp.gather(2, rows[:, 9:, None])[:, :, 0]
         return float((truth - torch.tensor(found)).abs().max())
@@ -74,9 +73,8 @@ def make_pair(settings: dict[str, Any], folder: Path) -> Pair:
     model.save_pretrained(folder)
     flags = ["--model.name", str(folder), "--inference.engine", "vllm", "--no-trainer.model.lora"]
     run = load_config([SOKOBAN, *flags]).config
-    options = build_options(run, CPU, load_model_config(run), run.seq_len)
-    engine = VllmEngine(options, 0, print)
-    engine.attach(Policy(model, None, frozenset(), CPU), (STUDENT,))
+    engine = VllmEngine(options_of(run), 0)
+    engine.attach(Policy(model, None, frozenset(), CPU), (Role.STUDENT,))
     return Pair(engine, model)
 
 
@@ -105,7 +103,7 @@ def test_the_engine_has_the_weights_after_1_2_and_20_syncs(pair: Pair) -> None:
 def test_a_sync_follows_a_reload_from_a_file(pair: Pair, tmp_path: Path) -> None:
     pair.change(31)
     pair.model.save_pretrained(tmp_path)
-    pair.engine._process.call("reload", path=str(tmp_path))
+    pair.engine.process.call("reload", path=str(tmp_path))
     pair.change(32)
     pair.engine.sync_weights(32, pair.weights)
     assert pair.error() < 1e-4
@@ -116,7 +114,7 @@ def test_a_layer_that_did_not_come_whole_is_an_error(pair: Pair) -> None:
     partial = list(pair.weights())
     dropped = next(i for i, (name, _) in enumerate(partial) if "k_proj.weight" in name)
     del partial[dropped]
-    pair.engine.wait()
+    pair.engine.wait_until_ready()
     with pytest.raises(UserError, match="1 layers are incomplete"):
         pair.engine.sync_weights(40, lambda: partial)
 
@@ -125,7 +123,7 @@ def test_what_would_keep_old_weights_is_refused(tmp_path: Path) -> None:
     """Packed experts stay as they were after vLLM's own reload, and nothing says so."""
     pair = make_pair(EXPERTS, tmp_path)
     try:
-        pair.engine.wait()
+        pair.engine.wait_until_ready()
         with pytest.raises(UserError, match=r"no new weights for .*experts"):
             pair.engine.sync_weights(1, pair.weights)
         assert pair.error() < 1e-4, "and the engine goes on with those that it had"

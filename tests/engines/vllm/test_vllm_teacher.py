@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.vllm import CPU, NEEDS_VLLM, SOKOBAN
+from support.vllm import NEEDS_VLLM, SOKOBAN, placement_of
 
 from minidistill.config import load_config
-from minidistill.engines.launch import start_engines
+from minidistill.engines.launch import EngineLauncher
 from minidistill.envs.registry import load_environments
 from minidistill.errors import UserError
 from minidistill.models.hub import check_same_tokens, load_tokenizer
 from minidistill.models.registry import resolve
-from minidistill.placement.local import plan_here
 from minidistill.reporting.terminal import open_display
 from minidistill.rollouts.collector import Collector
 from minidistill.tasks.prompts import PromptBuilder
@@ -38,21 +37,19 @@ SMALL = (
 def made(*flags: str) -> Iterator[tuple[Trainer, Collector, Any]]:
     config = load_config([SOKOBAN, *SMALL, *flags]).config
     tokenizer = load_tokenizer(config)
-    plan, models = plan_here(config)
-    started = start_engines(config, CPU, plan.partition, plan.teaching, models, 256, print)
+    launcher = EngineLauncher(config, placement_of(config), Path("sync"))
     try:
-        policy = load_policy(config, tokenizer, CPU, started.teaching)
+        placement = launcher.start()
+        policy = load_policy(config, tokenizer, placement)
         prefixes = PrefixCache(policy, shares=True)
-        trainer = Trainer(policy, config, started.teaching.estimator, prefixes)
+        trainer = Trainer(policy, config, placement.teacher.estimator, prefixes)
         teacher = config.orchestrator.teacher_model
         builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
-        collector = Collector(
-            config, load_environments(config.orchestrator.env, ""), builder, started.teaching,
-            256, open_display(), print,
-        )  # fmt: skip
-        yield trainer, collector, started.attach(policy, prefixes)
+        environments = load_environments(config.orchestrator.env, "")
+        collector = Collector(config, environments, builder, placement, open_display())
+        yield trainer, collector, launcher.attach(policy, prefixes)
     finally:
-        started.close()
+        launcher.close()
 
 
 @torch.no_grad()
@@ -82,7 +79,7 @@ def test_the_frozen_teacher_is_the_base(flags: tuple[str, ...], processes: int) 
     the teacher."""
     model = base()
     with made(*flags) as (trainer, collector, engine):
-        assert len({e._process.popen.pid for e in engines(engine)}) == processes
+        assert len({e.process.popen.pid for e in engines(engine)}) == processes
         for step in (1, 2, 3):
             engine.sync(step - 1)
             rollouts, metrics = collector.collect(engine, step, step - 1)
