@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from minidistill.errors import UserError
-from minidistill.placement.gpus import Partition, partition
-from minidistill.placement.teacher import decide
+from minidistill.placement.machine import GIB, Machine
+from minidistill.placement.placement import Models, Placement, place
 
 Configure = Callable[..., Any]
 SAMPLED = "--trainer.loss.estimator sampled"
@@ -17,20 +17,34 @@ SHARE = f"{SAMPLED} --teacher_inference.share"
 FULL_FT = f"{SAMPLED} --no-trainer.model.lora"  # its frozen teacher needs an engine
 
 
+class FakeModel:
+    """A model's configuration, as far as its placement depends on it."""
+
+    max_position_embeddings = None
+
+    def __init__(self, heads: int) -> None:
+        self.num_attention_heads = heads
+
+    def get_text_config(self) -> FakeModel:
+        return self
+
+
 def divide(
-    configure: Configure, gpus: int, flags: str = "", heads: int | None = 32, vllm: bool = True
-) -> Partition:
-    config = configure(*flags.split()).config
-    embedded = config.inference.engine == "embedded"
-    teaching = decide(config, vllm=vllm and not embedded, token_ids=True)
-    return partition(config, gpus, teaching, heads, vllm)
+    configure: Configure, gpus: int, flags: str = "", heads: int = 32, vllm: bool = True
+) -> Placement:
+    model = FakeModel(heads)
+    machine = Machine(gpus, 80 * GIB, vllm=vllm, bf16=gpus > 0)
+    return place(configure(*flags.split()).config, Models(model, model), machine)
 
 
-def shown(parts: Partition) -> str:
+def teacher_gpus(placement: Placement) -> tuple[int, ...]:
+    return placement.teacher_engine.gpus if placement.teacher_engine else ()
+
+
+def shown(placement: Placement) -> str:
     """`0,1 | 2 | 3`: student, teacher, trainer."""
-    return " | ".join(
-        ",".join(map(str, ids)) for ids in (parts.inference, parts.teacher, parts.trainer)
-    )
+    parts = placement.student.gpus, teacher_gpus(placement), placement.trainer_gpus
+    return " | ".join(",".join(map(str, ids)) for ids in parts)
 
 
 # batch_size is 64: three GPUs cannot train
@@ -103,22 +117,30 @@ TABLE = [
 
 @pytest.mark.parametrize(("gpus", "flags", "expected"), TABLE)
 def test_table(configure: Configure, gpus: int, flags: str, expected: str) -> None:
-    parts = divide(configure, gpus, flags)
-    assert shown(parts) == expected
-    assert parts.inference_dp * parts.inference_tp == len(parts.inference)
-    assert parts.sleeps == bool({*parts.inference, *parts.teacher} & set(parts.trainer))
+    placement = divide(configure, gpus, flags)
+    assert shown(placement) == expected
+    engines = [placement.student, placement.teacher_engine]
+    for engine in engines:
+        if engine is not None and engine.gpus:
+            assert [gpu for replica in engine.replicas for gpu in replica] == list(engine.gpus)
+            assert {len(replica) for replica in engine.replicas} == {engine.tp}
+            assert engine.sleeps == bool({*engine.gpus} & {*placement.trainer_gpus})
+    used = {*placement.student.gpus, *teacher_gpus(placement)}
+    assert placement.sleeps == bool(used & {*placement.trainer_gpus})
 
 
 def test_the_launch_lines_of_four_and_eight_gpus(configure: Configure) -> None:
     line = "--inference_gpu_ids 0,1 --teacher_gpu_ids 2 --trainer_gpu_ids 3"
     four = divide(configure, 4, f"{line} --inference.parallel.dp 2")
-    assert (shown(four), four.inference_dp, four.teacher_dp) == ("0,1 | 2 | 3", 2, 1)
+    assert four.teacher_engine is not None
+    assert (shown(four), four.student.dp, four.teacher_engine.dp) == ("0,1 | 2 | 3", 2, 1)
     assert four.warnings == ()
     line = "--inference_gpu_ids 0 1 --teacher_gpu_ids 2 3 --trainer_gpu_ids 4 5 6 7"
     tp = "--inference.parallel.tp 2 --teacher_inference.parallel.tp 2"
     eight = divide(configure, 8, f"{line} {tp}")
     assert shown(eight) == "0,1 | 2,3 | 4,5,6,7"
-    assert (eight.inference_dp, eight.teacher_dp, eight.ranks) == (1, 1, 4)
+    assert eight.teacher_engine is not None
+    assert (eight.student.dp, eight.teacher_engine.dp, eight.ranks) == (1, 1, 4)
     assert not eight.sleeps
     # and the same without the lists
     assert shown(divide(configure, 8, f"{SAMPLED} {tp}")) == shown(eight)

@@ -13,12 +13,13 @@ import torch
 from support.lab import Lab, make_lab
 
 from minidistill.errors import UserError
-from minidistill.models.hub import load_model_config
 from minidistill.models.registry import BUILT_IN
+from minidistill.placement.estimate import OTHER_RANKS
+from minidistill.placement.machine import GIB, Machine
 from minidistill.placement.memory import Load, trainer_memory
 from minidistill.placement.model_shape import read_shape
-from minidistill.placement.planner import OTHER_RANKS, plan
-from minidistill.placement.teacher import decide
+from minidistill.placement.planner import load_models, plan
+from minidistill.placement.teacher import place_teacher
 from minidistill.trainer.batching import split_by_tokens
 
 Configure = Callable[..., Any]
@@ -91,9 +92,9 @@ def estimated(lab: Lab, config: Any) -> dict[str, int]:
         loads.append(Load(tokens, max(lengths), completions))
     load = max(loads, key=lambda load: load.tokens)
     shape = read_shape(lab.policy.config)
-    teaching = decide(config, vllm=False, token_ids=False)
+    teacher = place_teacher(config, separate_engine=False, scores_ids=False)
     return trainer_memory(
-        config, shape, teaching, load, torch.device("cpu"), lab.policy.dtype.itemsize
+        config, shape, teacher, load, torch.device("cpu"), lab.policy.dtype.itemsize
     )
 
 
@@ -150,7 +151,8 @@ def test_fixed_parts_are_exact(configure: Configure) -> None:
 
 
 def on_a_cpu(config: Any) -> Any:
-    (device,) = plan(config, load_model_config(config), 0, 8 << 30).devices
+    machine = Machine(0, 8 * GIB, vllm=False, bf16=False)
+    (device,) = plan(config, load_models(config), machine).devices
     return device
 
 

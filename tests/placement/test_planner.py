@@ -10,9 +10,12 @@ from support.paths import ROOT
 from minidistill.config import load_config
 from minidistill.errors import UserError
 from minidistill.models.hub import load_model_config
+from minidistill.placement.estimate import Plan
+from minidistill.placement.limits import kv_bytes_per_token
+from minidistill.placement.machine import Machine
 from minidistill.placement.memory import ENGINE_TOKENS
 from minidistill.placement.model_shape import read_shape
-from minidistill.placement.planner import Plan, plan
+from minidistill.placement.planner import load_models, plan
 from minidistill.placement.render import flags as as_flags
 
 CONFIGS = ROOT / "configs"
@@ -30,22 +33,24 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 def planned(file: str, gpus: int, gib: float, flags: str = "") -> Plan:
     config = load_config([file, *flags.split()]).config
-    return plan(config, load_model_config(config, shipped=True), gpus, int(gib * GIB))
+    machine = Machine(gpus, int(gib * GIB), vllm=gpus > 0, bf16=gpus > 0)
+    return plan(config, load_models(config, shipped=True), machine)
 
 
 # -- counting ----------------------------------------------------------------------------------
 
 
 def test_the_count_of_qwen3_4b_by_hand() -> None:
-    shape = read_shape(load_model_config(load_config([LARGE]).config, shipped=True))
+    model = load_model_config(load_config([LARGE]).config, shipped=True)
+    shape = read_shape(model)
     embedding = 151936 * 2560
     attention = 2560 * (4096 + 2 * 1024) + 4096 * 2560 + 2 * 128
     layer = attention + 3 * 2560 * 9728 + 2 * 2560
     assert shape.parameters == embedding + 36 * layer + 2560 == 4_022_468_096
     assert (shape.embedding, shape.head) == (embedding, 0)  # tied
-    assert shape.cache(2) == 2 * 36 * 8 * 128 * 2 == 147_456
-    assert shape.cache(2, tp=2) == 147_456 // 2
-    assert shape.cache(2, tp=16) == 147_456 // 8  # heads are not split
+    assert kv_bytes_per_token(model, 2) == 2 * 36 * 8 * 128 * 2 == 147_456
+    assert kv_bytes_per_token(model, 2, tp=2) == 147_456 // 2
+    assert kv_bytes_per_token(model, 2, tp=16) == 147_456 // 8  # heads are not split
     linears = 2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728)
     assert shape.adapter(16, "all-linear") == 36 * 16 * linears == 33_030_144
     assert shape.adapter(8, ["q_proj"]) == 36 * 8 * (2560 + 4096)
@@ -118,9 +123,10 @@ def test_the_configurations_fit_the_machines_they_are_for(
 
 def test_the_reference_machine_has_a_teacher_engine() -> None:
     found = planned(LARGE, 4, 80)
-    assert found.partition.teacher == (1,)
-    assert found.teaching.estimator.name == "sampled"
-    assert found.teacher == "in an engine of its own"
+    assert found.placement.teacher_engine is not None
+    assert found.placement.teacher_engine.gpus == (1,)
+    assert found.placement.teacher.estimator.name == "sampled"
+    assert found.placement.teacher_text == "in an engine of its own"
 
 
 def test_what_an_engine_leaves_for_keys_and_values() -> None:
@@ -152,11 +158,11 @@ def test_full_fine_tuning_splits_weights_and_optimizer_over_the_ranks() -> None:
     four = planned(LARGE, 4, 80, "--no-trainer.model.lora")
     parts = four.devices[-1].phases["training"]
     count = 4_022_468_096
-    assert four.sharded
+    assert four.placement.sharded
     assert parts["trainer: weights"] == count  # 2 bytes each, on two ranks
     assert parts["trainer: gradients"] == count
     assert parts["trainer: optimizer"] == (8 + 4) * count // 2  # moments and fp32 copies
-    assert not planned(LARGE, 4, 80).sharded
+    assert not planned(LARGE, 4, 80).placement.sharded
 
 
 def test_a_frozen_teacher_in_the_trainer_is_a_second_copy_under_full_fine_tuning() -> None:

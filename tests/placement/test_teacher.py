@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from minidistill.errors import UserError
-from minidistill.placement.teacher import decide
+from minidistill.placement.teacher import place_teacher
 
 OWN, OTHER = "--no-teacher_inference.share", ("--teacher_inference.model.name", "other")
 FULL_WEIGHTS = "--no-trainer.model.lora"
@@ -50,24 +50,26 @@ def test_with_vllm(
     own: bool,
     why: str,
 ) -> None:
-    found = decide(configure(*flags).config, vllm=True, token_ids=False)
-    assert (found.scorer, found.estimator.name, found.needs_own_engine) == (scorer, chosen, own)
-    assert why in found.reason
+    placed = place_teacher(configure(*flags).config, separate_engine=True, scores_ids=False)
+    assert (placed.scorer, placed.estimator.name, placed.needs_own_engine) == (scorer, chosen, own)
+    assert why in placed.reason
 
 
 def test_top_k_needs_an_engine_that_scores_any_ids(configure: Callable[..., Any]) -> None:
     config = configure(*estimator("top_k")).config
-    assert decide(config, vllm=True, token_ids=True).scorer == "engine"
-    found = decide(config, vllm=True, token_ids=False)
-    assert (found.scorer, found.estimator.name) == ("trainer", "top_k")
-    assert "V2" in found.reason
+    assert place_teacher(config, separate_engine=True, scores_ids=True).scorer == "engine"
+    placed = place_teacher(config, separate_engine=True, scores_ids=False)
+    assert (placed.scorer, placed.estimator.name) == ("trainer", "top_k")
+    assert "V2" in placed.reason
 
 
 @pytest.mark.parametrize("name", ["auto", "full", "sampled", "top_k"])
 def test_the_embedded_engine_is_the_trainer(configure: Callable[..., Any], name: str) -> None:
-    found = decide(configure(*estimator(name)).config, vllm=False, token_ids=False)
-    assert found.scorer == "trainer"
-    assert found.estimator.name == ("full" if name == "auto" else name)
+    placed = place_teacher(
+        configure(*estimator(name)).config, separate_engine=False, scores_ids=False
+    )
+    assert placed.scorer == "trainer"
+    assert placed.estimator.name == ("full" if name == "auto" else name)
 
 
 def test_a_teacher_of_another_model_does_not_follow_the_student(
