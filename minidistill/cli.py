@@ -1,15 +1,17 @@
-"""The command line: a function a command. Heavy imports stand where they are used."""
+"""The command line. Heavy imports stand in the functions that need them, so that help is fast."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
+import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from minidistill import __version__
 from minidistill.errors import (
@@ -19,103 +21,27 @@ from minidistill.errors import (
     EXIT_OK,
     EXIT_USAGE,
     UserError,
+    UserErrors,
     printable,
 )
 
 if TYPE_CHECKING:
     from minidistill.config import LoadedConfig
 
-_HELP = """\
-minidistill: bake a context into a model's weights
-
-usage: minidistill COMMAND …
-
-  run FILES… [--key VALUE]…     train
-  plan FILES… [--key VALUE]…    what would run on which GPU, and whether it fits
-  config FILES… [--key VALUE]…  show every setting and where it comes from
-  report DIR                    write a run's HTML report again
-  bench NAME                    measure on this machine: kernels, sync, engines, schedule
-
-  --help      also after a command
-  --version
-
-examples:
-  minidistill run configs/sokoban.toml
-  minidistill run configs/sokoban.toml --trainer.loss.adv_tau 0 --max-steps 20
-"""
-
-_RUN_HELP = """\
-usage: minidistill run FILES… [--key VALUE]… [--resume] [--traceback]
-
-Train as the TOML files say, the later beating the earlier and the command line beating all.
-
-  --key VALUE   any setting by its dotted name, in snake or kebab case; see `minidistill config`
-  --resume      go on from the run directory's latest checkpoint
-  --traceback   show where an error was raised
-
-examples:
-  minidistill run configs/sokoban.toml --output-dir runs/first
-  minidistill run @ base.toml @ more.toml --inference_gpu_ids 0,1 --trainer_gpu_ids 2 3
-  minidistill run configs/sokoban.toml --wandb --no-orchestrator.eval
-"""
-
-_PLAN_HELP = """\
-usage: minidistill plan FILES… [--gpus N] [--gpu-memory GiB] [--json] [--key VALUE]… [--traceback]
-
-Say what `run` would do on a machine: which GPUs sample, score and train, the memory of each, and
-if it does not fit (exit code 3) what to change. Nothing is loaded but configurations.
-
-  --gpus        GPUs of the machine, 0 for a CPU; by default those that are here
-  --gpu-memory  GiB of each (of the machine for a CPU); by default what is here, else 80
-  --json        as JSON, sizes in bytes
-  --traceback   show where an error was raised
-
-examples:
-  minidistill plan configs/sokoban-qwen3-4b.toml --gpus 4 --gpu-memory 80
-  minidistill plan configs/sokoban-qwen3-4b.toml --gpus 1 --gpu-memory 24 --json
-"""
-
-_CONFIG_HELP = """\
-usage: minidistill config FILES… [--key VALUE]… [--json] [--traceback]
-
-Show the configuration that `run` would use, and where each setting comes from.
-
-  --json        as JSON: {"config": {…}, "provenance": {"dotted.key": "file:line"}}
-  --traceback   show where an error was raised
-
-examples:
-  minidistill config configs/sokoban.toml --trainer.optim.lr 1e-3
-  minidistill config configs/sokoban.toml --json
-"""
-
-_REPORT_HELP = """\
-usage: minidistill report DIR [--traceback]
-
-Write the HTML report of the run in DIR again and print its path.
-
-example:
-  minidistill report runs/sokoban
-"""
-
+Handler = Callable[[argparse.Namespace, list[str]], int]
+"""A command: takes its options and the arguments that are not options, returns the exit code."""
 
 _BENCHMARKS = ("kernels", "sync", "engines", "schedule")
-_BENCH_HELP = """\
-usage: minidistill bench kernels|sync|engines|schedule [options]
 
-Measure on this machine: the kernels next to their peers, a weight sync in memory next to one
-through a file, vLLM next to the embedded engine, sampling one step ahead next to taking turns. The
-same as `python -m bench.NAME` in a checkout, whose `--help` has the options.
-
-examples:
-  minidistill bench kernels
-  minidistill bench engines --model smollm2
-"""
+_CONFIGURATION = """\
+FILES…         TOML files; a later file beats an earlier one
+--key VALUE    any setting by its dotted name, in snake or kebab case; beats the files
+`minidistill config FILES…` shows all settings, docs/configuration.md explains them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; errors go to standard error."""
+    """Run a command and return its exit code. Errors are printed to standard error."""
     args = list(sys.argv[1:] if argv is None else argv)
-    show_traceback = _take(args, "--traceback")
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
@@ -125,37 +51,197 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except Exception as error:
-        if show_traceback:
+        if "--traceback" in args:  # not from the parser, which may be what failed
             traceback.print_exc()
-        return _report_error(error)
+        return _print_error(error)
 
 
 def _dispatch(args: list[str]) -> int:
+    parser, commands = _parsers()
     if not args:
-        print(_HELP, end="", file=sys.stderr)
+        parser.print_help(sys.stderr)
         return EXIT_USAGE
-    name, rest = args[0], args[1:]
-    if name in ("--help", "-h", "help"):
-        print(_HELP, end="")
-        return EXIT_OK
-    if name == "--version":
-        print(f"minidistill {__version__}")
-        return EXIT_OK
-    if name not in _COMMANDS:
-        # "rl" is what the public trainer calls the same thing.
-        near = ["run"] if name == "rl" else difflib.get_close_matches(name, _COMMANDS, 1, 0.4)
-        fix = f"did you mean `minidistill {near[0]}`?" if near else "see minidistill --help"
+    name = next((arg for arg in args if arg != "--traceback"), "")
+    if name == "help":
+        args = ["--help"]
+    elif name and not name.startswith("-") and name not in commands:
+        # argparse would list all commands. "rl" is what the public trainer calls `run`.
+        close = ["run"] if name == "rl" else difflib.get_close_matches(name, commands, 1, 0.4)
+        fix = f"did you mean `minidistill {close[0]}`?" if close else "see minidistill --help"
         raise UserError(f"there is no command {name}", fix=fix)
-    command, usage = _COMMANDS[name]
-    if "--help" in rest or "-h" in rest:
-        print(usage, end="")
+    try:
+        options, rest = parser.parse_known_args(args)
+    except SystemExit:  # after --help and --version
         return EXIT_OK
-    return command(rest)
+    handler: Handler = options.handler
+    return handler(options, rest)
 
 
-def _run(args: list[str]) -> int:
-    resume = _take(args, "--resume")
-    loaded = _load("run", args)
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print and exit."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **settings,
+        )
+        self.add_argument("--traceback", action="store_true", help="show where an error was raised")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, fix=f"see {self.prog} --help")
+
+    def add_configuration(self) -> None:
+        """Document files and overrides, which `load_config` reads.
+
+        They are not declared: argparse cannot tell the value of an undeclared option from a file.
+        What it does not know it leaves in its order.
+        """
+        self.add_argument_group("configuration", _CONFIGURATION)
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of the whole command line, and those of its commands."""
+    parser = _Parser(
+        prog="minidistill",
+        usage="minidistill COMMAND …",
+        description="Bake a context into a model's weights.",
+        epilog="""\
+examples:
+  minidistill run configs/sokoban.toml
+  minidistill run configs/sokoban.toml --trainer.loss.adv_tau 0 --max-steps 20
+  minidistill run --help""",
+    )
+    parser.add_argument("--version", action="version", version=f"minidistill {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    run = commands.add_parser(
+        "run",
+        help="train",
+        usage="minidistill run FILES… [--key VALUE]… [--resume] [--traceback]",
+        description="Train with the configuration in the files and on the command line.",
+        epilog="""\
+examples:
+  minidistill run configs/sokoban.toml --output-dir runs/first
+  minidistill run @ base.toml @ more.toml --inference_gpu_ids 0,1 --trainer_gpu_ids 2 3
+  minidistill run configs/sokoban.toml --wandb --no-orchestrator.eval""",
+    )
+    run.set_defaults(handler=_run)
+    run.add_configuration()
+    run.add_argument(
+        "--resume", action="store_true", help="continue from the run directory's latest checkpoint"
+    )
+
+    plan = commands.add_parser(
+        "plan",
+        help="show what would run on which GPU, and whether it fits",
+        usage="minidistill plan FILES… [--gpus N] [--gpu-memory GiB] [--json] [--key VALUE]… "
+        "[--traceback]",
+        description="""\
+Show what `run` would do on a machine: which GPUs sample, score and train, and the memory
+of each. If it does not fit (exit code 3), show which settings to change. No weights are loaded.""",
+        epilog="""\
+examples:
+  minidistill plan configs/sokoban-qwen3-4b.toml --gpus 4 --gpu-memory 80
+  minidistill plan configs/sokoban-qwen3-4b.toml --gpus 1 --gpu-memory 24 --json""",
+    )
+    plan.set_defaults(handler=_plan)
+    plan.add_configuration()
+    plan.add_argument(
+        "--gpus",
+        type=_gpu_count,
+        metavar="N",
+        help="GPUs of the machine, 0 for a CPU; by default those of this one",
+    )
+    plan.add_argument(
+        "--gpu-memory",
+        type=_gib,
+        metavar="GiB",
+        help="memory of each GPU, or of the machine for a CPU; by default this machine's, "
+        "or 80 if it has no GPU",
+    )
+    plan.add_argument("--gpu_memory", type=_gib, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    plan.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
+
+    config = commands.add_parser(
+        "config",
+        help="show every setting and where it comes from",
+        usage="minidistill config FILES… [--key VALUE]… [--json] [--traceback]",
+        description="Show the configuration that `run` would use, and where each setting is from.",
+        epilog="""\
+examples:
+  minidistill config configs/sokoban.toml --trainer.optim.lr 1e-3
+  minidistill config configs/sokoban.toml --json""",
+    )
+    config.set_defaults(handler=_config)
+    config.add_configuration()
+    config.add_argument(
+        "--json",
+        action="store_true",
+        help='print {"config": {…}, "provenance": {"dotted.key": "file:line"}}',
+    )
+
+    report = commands.add_parser(
+        "report",
+        help="write a run's HTML report again",
+        usage="minidistill report DIR [--traceback]",
+        description="Write the HTML report of the run in DIR again and print its path.",
+        epilog="example:\n  minidistill report runs/sokoban",
+    )
+    report.set_defaults(handler=_report)
+    report.add_argument("directory", nargs="?", metavar="DIR", help="directory of a run")
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure on this machine: kernels, sync, engines, schedule",
+        usage="minidistill bench NAME [options]",
+        description="""\
+Measure on this machine. The same as `python -m bench.NAME` in a checkout, whose --help has the
+options.""",
+        epilog="""\
+examples:
+  minidistill bench kernels
+  minidistill bench engines --model smollm2""",
+    )
+    bench.set_defaults(handler=_bench)
+    bench.add_argument(
+        "benchmark",
+        nargs="?",
+        metavar="NAME",
+        help="kernels (and other implementations of them), sync (weights in memory and through a "
+        "file), engines (vLLM and embedded) or schedule (async and sync)",
+    )
+    return parser, commands.choices
+
+
+def _gpu_count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = -1
+    if count < 0:
+        raise UserError(
+            f"--gpus {text!r} cannot be used",
+            where="--gpus",
+            fix="give a whole number of GPUs, 0 for a CPU",
+        )
+    return count
+
+
+def _gib(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not math.isfinite(size) or size <= 0:
+        raise UserError(
+            f"--gpu-memory {text!r} cannot be used", where="--gpu-memory", fix="give GiB above 0"
+        )
+    return size
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    loaded = _load("run", rest)
     # Read once, when torch loads OpenMP: idle threads that spin make a busy machine many times
     # slower (docs/decisions/0005).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -163,35 +249,35 @@ def _run(args: list[str]) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
         from minidistill.trainer.distributed.worker import follow
 
-        return follow(loaded)  # torchrun: rank 0 is the run, the others train with it
+        return follow(loaded)  # torchrun: rank 0 is the driver, the other ranks only train
     from minidistill.run.loop import run
 
-    return run(loaded, resume=resume)
+    return run(loaded, resume=options.resume)
 
 
-def _plan(args: list[str]) -> int:
+def _plan(options: argparse.Namespace, rest: list[str]) -> int:
+    loaded = _load("plan", rest)
     from minidistill.placement.command import run_plan
 
-    return run_plan(args)
+    return run_plan(loaded, gpus=options.gpus, gpu_memory=options.gpu_memory, as_data=options.json)
 
 
-def _config(args: list[str]) -> int:
-    as_json = _take(args, "--json")
-    loaded = _load("config", args)
-    if as_json:
+def _config(options: argparse.Namespace, rest: list[str]) -> int:
+    loaded = _load("config", rest)
+    if options.json:
         print(json.dumps({"config": loaded.resolved(), "provenance": loaded.provenance}, indent=2))
     else:
-        _show(_settings(loaded))
+        _print_settings(_settings(loaded))
     sys.stdout.flush()
     return EXIT_OK
 
 
-def _report(args: list[str]) -> int:
-    if len(args) != 1 or args[0].startswith("-"):
+def _report(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.directory is None or rest:
         raise UserError("report takes one run directory", fix="minidistill report runs/NAME")
     from pathlib import Path
 
-    directory = Path(args[0])
+    directory = Path(options.directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory", fix="give the directory of a run")
     from minidistill.reporting.html import write_report
@@ -200,21 +286,23 @@ def _report(args: list[str]) -> int:
     return EXIT_OK
 
 
-def _bench(args: list[str]) -> int:
-    if not args or args[0] not in _BENCHMARKS:
+def _bench(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.benchmark not in _BENCHMARKS:
         names = ", ".join(_BENCHMARKS)
-        raise UserError(f"bench takes what to measure: {names}", fix="minidistill bench kernels")
+        raise UserError(f"bench takes one of {names}", fix="minidistill bench kernels")
     sys.path.insert(0, os.getcwd())  # benchmarks are part of a checkout, not of the package
-    module = f"bench.{args[0]}"
+    module = f"bench.{options.benchmark}"
     try:
-        measure = import_module(module)
+        benchmark = import_module(module)
     except ModuleNotFoundError as error:
         if error.name not in ("bench", module):
             raise
         raise UserError(
-            "the benchmarks are not here", os.getcwd(), "run this in a checkout of the project"
+            "there are no benchmarks in this directory",
+            where=os.getcwd(),
+            fix="run this in a checkout of the project",
         ) from None
-    return int(measure.main(args[1:]))
+    return int(benchmark.main(rest))
 
 
 def _load(command: str, args: list[str]) -> LoadedConfig:
@@ -228,19 +316,19 @@ def _load(command: str, args: list[str]) -> LoadedConfig:
 
 def _settings(loaded: LoadedConfig) -> list[tuple[str, str, str]]:
     """Key, value and origin of each setting, ready to print."""
-    from minidistill.config.errors import shown
+    from minidistill.config.errors import short
     from minidistill.config.layers import leaves
     from minidistill.config.toml import dotted
 
     rows = []
     for path, value in leaves(loaded.resolved()):
         key = dotted(path)
-        text = "-" if value is None else shown(value)
+        text = "-" if value is None else short(value)
         rows.append((printable(key), text, printable(loaded.provenance[key])))
     return rows
 
 
-def _show(rows: list[tuple[str, str, str]]) -> None:
+def _print_settings(rows: list[tuple[str, str, str]]) -> None:
     if not sys.stdout.isatty():
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         for key, value, origin in rows:
@@ -257,7 +345,8 @@ def _show(rows: list[tuple[str, str, str]]) -> None:
     Console().print(table)
 
 
-def _report_error(error: Exception) -> int:
+def _print_error(error: Exception) -> int:
+    """Print what is wrong and how to fix it, and return the exit code."""
     package = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
     if package and not package.startswith("minidistill"):
         error = UserError(
@@ -266,29 +355,12 @@ def _report_error(error: Exception) -> int:
     if isinstance(error, UserError):
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
-        hidden = getattr(error, "hidden", 0)
-        if hidden:
-            print(f"(and {hidden} more)", file=sys.stderr)
+        if isinstance(error, UserErrors) and error.hidden:
+            print(f"(and {error.hidden} more)", file=sys.stderr)
         return error.exit_code
-    first, *_ = str(error).strip().splitlines() or [""]
-    what = UserError(
-        f"{type(error).__name__}: {first}", fix="--traceback shows where it was raised"
+    first_line, *_ = str(error).strip().splitlines() or [""]
+    problem = UserError(
+        f"{type(error).__name__}: {first_line}", fix="--traceback shows where it was raised"
     )
-    print(f"error: {what}", file=sys.stderr)
+    print(f"error: {problem}", file=sys.stderr)
     return EXIT_ENVIRONMENT if isinstance(error, MemoryError) else EXIT_FAILED
-
-
-def _take(args: list[str], flag: str) -> bool:
-    """Whether `flag` is among `args`, from which it is removed."""
-    found = flag in args
-    args[:] = [arg for arg in args if arg != flag]
-    return found
-
-
-_COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "run": (_run, _RUN_HELP),
-    "plan": (_plan, _PLAN_HELP),
-    "config": (_config, _CONFIG_HELP),
-    "report": (_report, _REPORT_HELP),
-    "bench": (_bench, _BENCH_HELP),
-}

@@ -1,17 +1,20 @@
-"""Validation errors in the user's terms: where, which key, what was given, what is allowed."""
+"""Configuration errors in the user's terms: where, which key, which value, what is allowed."""
 
 from __future__ import annotations
 
+import difflib
+
 from pydantic import ValidationError
 
-from minidistill.config import prime_rl as hints
+from minidistill.config import prime_rl
+from minidistill.config import schema_tree as tree
 from minidistill.config.layers import Layers
-from minidistill.config.schema_tree import Part, Path, child, describe, locate, properties, root
+from minidistill.config.schema_tree import Part, Path
 from minidistill.config.toml import dotted, inline
 from minidistill.errors import UserError, UserErrors, printable
 
 
-def shown(value: object, limit: int = 60) -> str:
+def short(value: object, limit: int = 60) -> str:
     """A value as TOML on one line, cut to a readable length."""
     text = inline(value)
     return printable(text if len(text) <= limit else text[: limit - 1] + "…")
@@ -24,71 +27,119 @@ def place(origin: str, path: Path) -> str:
     return f"{origin}, {dotted(path)}" if origin else dotted(path)
 
 
-def unknown_key(path: Path, origin: str, given: str = "") -> UserError:
-    """A key that the schema does not have: refused with what to write instead."""
+def unknown_key(path: Path, origin: str, assignment: str = "") -> UserError:
+    """A key that the schema does not have, with what to write instead.
+
+    `assignment` is ` = VALUE` if the value is known and short enough to repeat.
+    """
     key = dotted(path)
-    instead, near = hints.for_key(path), hints.nearest(path)
-    if instead:
-        what = f"{key}{given} is not a setting of minidistill"
+    if fix := prime_rl.fix_for_key(path):
+        what = f"{key}{assignment} is not a setting of minidistill"
     else:
-        what = f"there is no {key}{given}"
-        instead = f"did you mean `{near}`?" if near else _siblings(path)
-    return UserError(what, place(origin, path), instead)
-
-
-def _siblings(path: Path) -> str:
-    for length in range(len(path) - 1, -1, -1):
-        found = locate(path[:length])
-        if found is not None:
-            table = f"[{dotted(found[0])}]" if length else "the top level"
-            return f"{table} takes: {', '.join(properties(found[1]))}"
-    return ""
+        what = f"there is no {key}{assignment}"
+        nearest = nearest_key(path)
+        fix = f"did you mean `{nearest}`?" if nearest else _keys_of_table(path)
+    return UserError(what, place(origin, path), fix)
 
 
 def from_validation(error: ValidationError, layers: Layers, files: str) -> UserError:
-    """Every problem pydantic found, one for each key, the first few shown."""
-    found: dict[Path, UserError] = {}
+    """All errors that pydantic reports, one for each key."""
+    problems: dict[Path, UserError] = {}
     for detail in error.errors(include_url=False, include_context=False):
-        path = _known_part(detail["loc"])
+        path = _schema_path(detail["loc"])
         if detail["type"] == "extra_forbidden":
             path = (*path, detail["loc"][-1])
-            given = f" = {shown(detail['input'])}" if _is_scalar(detail["input"]) else ""
-            found.setdefault(path, unknown_key(path, layers.origin(path), given))
+            value = detail["input"]
+            is_table = isinstance(value, dict | list) or value is None
+            assignment = "" if is_table else f" = {short(value)}"
+            problems.setdefault(path, unknown_key(path, layers.origin(path), assignment))
         elif detail["type"] == "missing":
-            key = dotted(path)
-            origin = layers.origin(path) or files
-            problem = UserError(f"{key} is required", place(origin, path), hints.for_missing(key))
-            found.setdefault(path, problem)
+            problems.setdefault(path, _missing(path, layers.origin(path) or files))
         elif detail["type"] != "default_factory_not_called":
-            found.setdefault(path, _bad_value(path, layers))
-    # a table that may also be `false` is reported with what is wrong inside it: say that alone
-    deepest = [
-        p for path, p in found.items() if not any(path == o[: len(path)] != o for o in found)
+            problems.setdefault(path, _bad_value(path, layers))
+    # A table that may also be `false` fails in both ways: what is wrong inside it says enough.
+    innermost = [
+        problem
+        for path, problem in problems.items()
+        if not any(path != other and path == other[: len(path)] for other in problems)
     ]
-    return UserErrors(deepest) if len(deepest) > 1 else deepest[0]
+    return UserErrors(innermost) if len(innermost) > 1 else innermost[0]
+
+
+def nearest_key(path: Path) -> str:
+    """The valid key closest to an unknown one, or ""."""
+    words = [str(part) for part in path]
+    pattern = tuple("*" if word.isdecimal() else word for word in words)
+    keys = {".".join(map(str, key)): key for key, _ in tree.walk()}
+    # The right words with a table left out: `loss.adv_tau`, `trainer.lora.rank`, `lr`.
+    containing = [key for key in keys.values() if _is_subsequence(pattern, key)]
+    if containing:
+        return _with_indices(min(containing, key=len), words)
+    # In an existing table, compare only with its keys: a long common prefix is no similarity.
+    table = ".".join(pattern[:-1])
+    if not table or table.removesuffix(".*") in keys:
+        siblings = {str(key[-1]): key for key in keys.values() if key[:-1] == pattern[:-1]}
+        close = difflib.get_close_matches(pattern[-1], siblings, n=1)
+        if close:
+            return _with_indices(siblings[close[0]], words)
+    else:
+        close = difflib.get_close_matches(".".join(pattern), keys, n=1, cutoff=0.7)
+        if close:
+            return _with_indices(keys[close[0]], words)
+    # The right word, or almost, in the wrong table.
+    last_words = {str(key[-1]) for key in keys.values()}
+    close = difflib.get_close_matches(pattern[-1], last_words, n=1, cutoff=0.8)
+    elsewhere = [key for key in keys.values() if close and key[-1] == close[0]]
+    return _with_indices(elsewhere[0], words) if len(elsewhere) == 1 else ""
+
+
+def _is_subsequence(pattern: tuple[str, ...], key: Path) -> bool:
+    """Whether `key` has the words of `pattern` in order, and the same last one."""
+    rest = iter(key)
+    return pattern[-1] == key[-1] and all(word in rest for word in pattern)
+
+
+def _with_indices(key: Path, words: list[str]) -> str:
+    """`key` with the list indices among `words` in place of "*", or 0."""
+    indices = iter([word for word in words if word.isdecimal()])
+    return ".".join(next(indices, "0") if part == "*" else str(part) for part in key)
+
+
+def _keys_of_table(path: Path) -> str:
+    """What the innermost table on `path` that exists takes."""
+    for length in range(len(path) - 1, -1, -1):
+        located = tree.locate(path[:length])
+        if located is not None:
+            table, node = located
+            name = f"[{dotted(table)}]" if table else "the top level"
+            return f"{name} takes: {', '.join(tree.properties(node))}"
+    return ""
+
+
+def _missing(path: Path, origin: str) -> UserError:
+    key = dotted(path)
+    is_env = path == ("orchestrator", "env")
+    fix = 'add [[orchestrator.env]] with id = "sokoban-env"' if is_env else f"set {key}"
+    return UserError(f"{key} is required", place(origin, path), fix)
 
 
 def _bad_value(path: Path, layers: Layers) -> UserError:
     key, value = dotted(path), layers.get(path)
-    located = locate(path)
-    allowed = describe(located[1]) if located else ""
-    instead = hints.for_value(key, value)
+    located = tree.locate(path)
+    allowed = tree.describe(located[1]) if located else ""
+    fix = prime_rl.fix_for_value(key, value) or f"give {allowed}"
     if "list of tables" in allowed and isinstance(value, dict):
-        instead = f"write [[{key}]] with two brackets"
-    what = f"{key} = {shown(value)} is not allowed; it takes {allowed}"
-    return UserError(what, place(layers.origin(path), path), instead or f"give {allowed}")
+        fix = f"write [[{key}]] with two brackets"
+    what = f"{key} = {short(value)} is not allowed; it takes {allowed}"
+    return UserError(what, place(layers.origin(path), path), fix)
 
 
-def _known_part(loc: tuple[Part, ...]) -> Path:
-    """A location without the names pydantic adds for the members of a union."""
-    node = root()
+def _schema_path(location: tuple[Part, ...]) -> Path:
+    """Pydantic's location without the names that it adds for the members of a union."""
+    node = tree.root()
     path: Path = ()
-    for part in loc:
-        below = child(node, part)
-        if below is not None:
-            node, path = below, (*path, part)
+    for part in location:
+        child = tree.child(node, part)
+        if child is not None:
+            node, path = child, (*path, part)
     return path
-
-
-def _is_scalar(value: object) -> bool:
-    return not isinstance(value, dict | list) and value is not None

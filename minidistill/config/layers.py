@@ -1,4 +1,4 @@
-"""Layers of settings on top of each other, remembering where each came from."""
+"""Settings laid over each other, with the place where each was written."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Origin = Callable[[Path], str]
 def nodes(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """`value` and everything below it, through tables and lists of tables."""
     yield path, value
-    for part, below in _below(value):
-        yield from nodes(below, (*path, part))
+    for part, child in _children(value):
+        yield from nodes(child, (*path, part))
 
 
 def leaves(value: Any) -> Iterator[tuple[Path, Any]]:
-    """The settings in `value`: what is neither a filled table nor a list of tables."""
-    return ((path, found) for path, found in nodes(value) if not _below(found))
+    """The settings in `value`: everything but filled tables and lists of tables."""
+    return ((path, node) for path, node in nodes(value) if not _children(node))
 
 
-def _below(value: Any) -> list[tuple[Part, Any]]:
+def _children(value: Any) -> list[tuple[Part, Any]]:
     if isinstance(value, dict):
         return list(value.items())
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
@@ -34,7 +34,7 @@ def _below(value: Any) -> list[tuple[Part, Any]]:
 
 
 class Layers:
-    """The merged settings. Later beats earlier, tables merge, everything else is replaced."""
+    """The merged settings. Later layers win, tables merge, everything else is replaced."""
 
     def __init__(self) -> None:
         self.data: dict[str, Any] = {}
@@ -42,52 +42,52 @@ class Layers:
 
     def put(self, path: Path, value: Any, origin: Origin) -> None:
         """Lay `value` over what is at `path`; `origin` says where a path was written."""
-        there = self.get(path)
-        if isinstance(value, dict) and isinstance(there, dict):
+        current = self.get(path)
+        if isinstance(value, dict) and isinstance(current, dict):
             self.origins.setdefault(path, origin(path))
-            for key, below in value.items():
-                self.put((*path, key), below, origin)
+            for key, child in value.items():
+                self.put((*path, key), child, origin)
             return
-        for old in [old for old in self.origins if old[: len(path)] == path]:
-            del self.origins[old]
+        for replaced in [other for other in self.origins if other[: len(path)] == path]:
+            del self.origins[replaced]
         self._set(path, copy.deepcopy(value), origin)
-        for below_path, _ in nodes(value, path):
-            self.origins[below_path] = origin(below_path)
+        for written, _ in nodes(value, path):
+            self.origins[written] = origin(written)
 
     def get(self, path: Path) -> Any:
         """What is at `path`, or None."""
-        here: Any = self.data
+        node: Any = self.data
         for part in path:
             try:
-                here = here[part]
+                node = node[part]
             except (KeyError, IndexError, TypeError):
                 return None
-        return here
+        return node
 
     def origin(self, path: Path) -> str:
-        """Where `path`, or else the nearest table that holds it, was written; may be empty."""
+        """Where `path`, or else the innermost table around it, was written; may be empty."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
                 return self.origins[path[:length]]
         return ""
 
     def _set(self, path: Path, value: Any, origin: Origin) -> None:
-        here: Any = self.data
+        """Set what is at `path`, and create or replace what is in the way."""
+        node: Any = self.data
         for depth, part in enumerate(path):
-            last = depth == len(path) - 1
-            new: Any = value if last else [] if isinstance(path[depth + 1], int) else {}
+            is_last = depth == len(path) - 1
+            new: Any = value if is_last else [] if isinstance(path[depth + 1], int) else {}
             if isinstance(part, int):
-                if part > len(here):
+                if part > len(node):
                     raise UserError(
                         f"{dotted(path[:depth])} has no entry {part}",
                         where=origin(path),
-                        fix=f"entries count from 0; {len(here)} adds one",
+                        fix=f"entries count from 0; {len(node)} adds one",
                     )
-                if part == len(here):
-                    here.append(new)
-            elif not last:
-                fits = isinstance(here.get(part), type(new))
-                here[part] = here[part] if fits else new
-            if last:
-                here[part] = value
-            here = here[part]
+                if part == len(node):
+                    node.append(new)
+            elif not is_last and not isinstance(node.get(part), type(new)):
+                node[part] = new
+            if is_last:
+                node[part] = value
+            node = node[part]

@@ -1,4 +1,4 @@
-"""From files and flags to one validated configuration that knows where each value came from."""
+"""Load files and flags into one validated configuration, and record where each value is from."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from minidistill.config.errors import from_validation, place
 from minidistill.config.layers import Layers, leaves
 from minidistill.config.schema import Config
 from minidistill.config.schema_tree import Path
-from minidistill.config.toml import dotted, to_toml
-from minidistill.config.toml_lines import key_lines
+from minidistill.config.toml import dotted, key_lines, to_toml
 from minidistill.errors import UserError, UserErrors
 
 _TEACHER = ("orchestrator", "teacher_model")
@@ -28,14 +27,14 @@ _CONTEXT_FILE = (*_TEACHER, "context_file")
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """A validated configuration and how it came about."""
+    """A validated configuration, and where it is from."""
 
     config: Config
     provenance: dict[str, str]
     """For each setting, by its dotted key: `file:line`, the flag, or `default`."""
     files: tuple[FilePath, ...]
     text: str
-    """What files and flags set, merged, as TOML that loads again; defaults are left out."""
+    """The merged settings of files and flags as TOML that loads again, without the defaults."""
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, as JSON-able data."""
@@ -45,25 +44,27 @@ class LoadedConfig:
 def load_config(argv: Sequence[str]) -> LoadedConfig:
     """The configuration that a command line names.
 
-    `argv` holds TOML files (`a.toml`, `@ b.toml`; later beats earlier) and dotted overrides
-    (`--trainer.loss.adv_tau 0`; they beat the files). Raises `UserError` naming file, line and key.
+    `argv` holds TOML files (`a.toml`, `@ b.toml`; a later file beats an earlier one) and dotted
+    overrides (`--trainer.loss.adv_tau 0`; they beat the files). Raises UserError with the file, the
+    line and the key of each error.
     """
-    files, settings = overrides.parse(argv)
+    files, flags = overrides.parse(argv)
     layers = Layers()
     for name in files:
         data, origin = read_file(name)
         layers.put((), data, origin)
-    _apply(layers, settings)
+    _put_flags(layers, flags)
     config = _validate(layers, ", ".join(files))
-    provenance = {}
-    for path, _ in leaves(json.loads(config.model_dump_json())):
-        provenance[dotted(path)] = layers.origins.get(path, "default")
+    provenance = {
+        dotted(path): layers.origins.get(path, "default")
+        for path, _ in leaves(json.loads(config.model_dump_json()))
+    }
     paths = tuple(FilePath(name) for name in files)
     return LoadedConfig(config, provenance, paths, to_toml(layers.data))
 
 
 def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
-    """A TOML file's data, and a function that says on which of its lines a path was written."""
+    """A TOML file's data, and a function that gives the `file:line` where a path was written."""
     text = _read_text(FilePath(name), "")
     try:
         data = tomli.loads(text)
@@ -89,15 +90,15 @@ def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
     return data, origin
 
 
-def _apply(layers: Layers, settings: Sequence[overrides.Override]) -> None:
+def _put_flags(layers: Layers, flags: Sequence[overrides.Override]) -> None:
     """Lay the command line over the files."""
-    for setting in settings:
-        layers.put(setting.path, setting.value, lambda _, flag=setting.flag: flag)  # type: ignore[misc]
+    for override in flags:
+        layers.put(override.path, override.value, lambda _, flag=override.flag: flag)  # type: ignore[misc]
     teacher = layers.get(_TEACHER)
     flag = layers.origins.get(_CONTEXT_FILE, "")
     if not isinstance(teacher, dict) or not flag.startswith("--"):
         return
-    # A file's context_file has become its context by now; one from a flag beats that.
+    # `read_file` has replaced a file's context_file by its context, which a flag's file beats.
     if not layers.origins.get(_CONTEXT, "").startswith("--"):
         teacher.pop("context", None)
     _use_context_file(teacher, FilePath(), flag)
@@ -107,13 +108,13 @@ def _apply(layers: Layers, settings: Sequence[overrides.Override]) -> None:
 
 
 def _use_context_file(teacher: dict[str, Any], base: FilePath, origin: str) -> None:
-    """Put the text of `context_file` into `context`, so that a run holds all it was made of."""
+    """Replace `context_file` by `context` with its text, which the run then records."""
     name = teacher.get("context_file")
     if not isinstance(name, str) or not name:
         return
     where = place(origin, _CONTEXT_FILE)
     if "context" in teacher:
-        raise UserError("both context and context_file are given", where, "keep one of the two")
+        raise UserError("both context and context_file are set", where, "keep one of the two")
     teacher["context"] = _read_text(base / FilePath(name).expanduser(), where)
     del teacher["context_file"]
 
@@ -131,7 +132,7 @@ def _read_text(path: FilePath, where: str) -> str:
 
 def _validate(layers: Layers, files: str) -> Config:
     data = layers.data
-    # Empty tables in place of missing ones: the errors then name the keys that are required.
+    # Empty tables instead of missing ones, so that errors name the keys that are required.
     orchestrator = data.get("orchestrator", {})
     if isinstance(orchestrator, dict):
         data = {**data, "orchestrator": {"teacher_model": {}, **orchestrator}}
@@ -139,14 +140,15 @@ def _validate(layers: Layers, files: str) -> Config:
         config = Config.model_validate(data)
     except ValidationError as error:
         raise from_validation(error, layers, files or "command line") from None
-    found = [_as_error(problem, layers, files) for problem in contradictions(config)]
-    if found:
-        raise UserErrors(found) if len(found) > 1 else found[0]
+    problems = [_as_error(problem, layers, files) for problem in contradictions(config)]
+    if problems:
+        raise UserErrors(problems) if len(problems) > 1 else problems[0]
     return config
 
 
 def _as_error(problem: Problem, layers: Layers, files: str) -> UserError:
     paths = [tuple(key.split(".")) if isinstance(key, str) else key for key in problem.keys]
-    written = [place(layers.origin(path), path) for path in paths if path in layers.origins]
-    tables = [place(layers.origin(paths[0]) or files, paths[0])]
-    return UserError(problem.what, "; ".join(written or tables), problem.fix)
+    places = [place(layers.origin(path), path) for path in paths if path in layers.origins]
+    if not places:  # all defaults: the table around the first, or the files
+        places = [place(layers.origin(paths[0]) or files, paths[0])]
+    return UserError(problem.what, "; ".join(places), problem.fix)

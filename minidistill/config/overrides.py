@@ -1,7 +1,7 @@
-"""The command line as configuration: files and dotted overrides, in the order given.
+"""The configuration on the command line: files and dotted overrides, in their order.
 
-The schema says how a value is read: a string field takes its text as it is, a list may be written
-`0,1`, `0 1` or `[0,1]`, and free tables such as an environment's `args` take TOML values.
+The schema decides how a value is read: a string setting takes the text unchanged, a list may be
+written `0,1`, `0 1` or `[0,1]`, and free tables such as an environment's `args` take TOML values.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _INTEGERS = re.compile(r"[\[\]\s,\d+-]+")
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """One setting from the command line."""
+    """A setting on the command line."""
 
     path: Path
     value: Any
     flag: str
-    """As it was typed, without the value."""
+    """As typed, without the value."""
 
 
 def parse(argv: Sequence[str]) -> tuple[list[str], list[Override]]:
-    """The files and the overrides that `argv` names."""
+    """The files and the overrides in `argv`. Raises UserError for arguments that are neither."""
     files: list[str] = []
     overrides: list[Override] = []
     tokens = list(argv)
@@ -42,7 +42,7 @@ def parse(argv: Sequence[str]) -> tuple[list[str], list[Override]]:
     while tokens:
         token = tokens.pop(0)
         if token.startswith("--") and token != "--":
-            overrides.append(_flag(token, tokens))
+            overrides.append(_override(token, tokens))
         elif token.startswith("-"):
             raise UserError(f"unknown option {token}", fix="overrides are written --a.b.c VALUE")
         elif token.startswith("@"):
@@ -62,8 +62,9 @@ def _check_encoding(token: str) -> None:
         raise UserError("an argument is not valid UTF-8", where=ascii(token)) from None
 
 
-def _flag(token: str, rest: list[str]) -> Override:
-    name, equals, inline = token[2:].partition("=")
+def _override(token: str, following: list[str]) -> Override:
+    """What the flag `token` sets. A value from the `following` tokens is removed from them."""
+    name, equals, text = token[2:].partition("=")
     flag = f"--{name}"
     parts = [part.replace("-", "_") for part in name.split(".")]
     located = tree.locate(parts)
@@ -71,16 +72,16 @@ def _flag(token: str, rest: list[str]) -> Override:
         return _negated(parts, flag, bool(equals))
     path, node = located
     if equals:
-        return Override(path, parse_value(inline, node), flag)
-    return Override(path, _take(node, rest, flag), flag)
+        return Override(path, parse_value(text, node), flag)
+    return Override(path, _take_value(node, following, flag), flag)
 
 
 def _negated(parts: list[str], flag: str, has_value: bool) -> Override:
-    """`--no-a.b` and `--a.no-b`: false for a boolean, absent for what is optional."""
-    for at in (0, -1):
-        if parts[at].startswith("no_"):
+    """`--no-a.b` or `--a.no-b`: false for a boolean, None for an optional table or value."""
+    for index in (0, -1):
+        if parts[index].startswith("no_"):
             stripped = list(parts)
-            stripped[at] = parts[at].removeprefix("no_")
+            stripped[index] = parts[index].removeprefix("no_")
             located = tree.locate(stripped)
             if located is None:
                 continue
@@ -96,17 +97,19 @@ def _negated(parts: list[str], flag: str, has_value: bool) -> Override:
     raise unknown_key(tuple(parts), flag)
 
 
-def _take(node: Node, rest: list[str], flag: str) -> Any:
-    """The value of a flag from the tokens after it, which it removes."""
+def _take_value(node: Node, following: list[str], flag: str) -> Any:
+    """The value of a flag from the tokens after it, which are removed."""
     kinds = tree.kinds(node)
-    has_next = bool(rest) and not rest[0].startswith("--") and rest[0] != "@"
+    has_next = bool(following) and not following[0].startswith("--") and following[0] != "@"
     if "object" in kinds and tree.properties(node):
-        if has_next and kinds & {"null", "boolean"} and _is_bool(rest[0]):
+        if has_next and kinds & {"null", "boolean"} and _is_bool(following[0]):
             off = None if "null" in kinds else False
-            return {} if rest.pop(0).lower() == "true" else off
-        return _toml_or_text(rest.pop(0)) if has_next and rest[0].startswith("{") else {}
+            return {} if following.pop(0).lower() == "true" else off
+        if has_next and following[0].startswith("{"):
+            return _toml_or_text(following.pop(0))
+        return {}
     if "boolean" in kinds:
-        return parse_value(rest.pop(0), node) if has_next and _is_bool(rest[0]) else True
+        return parse_value(following.pop(0), node) if has_next and _is_bool(following[0]) else True
     if node is tree.ANY and not has_next:
         return True
     if not has_next:
@@ -115,10 +118,10 @@ def _take(node: Node, rest: list[str], flag: str) -> Any:
             where=flag,
             fix=f"it takes {tree.describe(node)}; a value that starts with -- goes after =",
         )
-    texts = [rest.pop(0)]
+    texts = [following.pop(0)]
     if "array" in kinds and texts[0] not in tree.choices(node) and not tree.properties(node):
-        while rest and _continues_list(rest[0], _items(node)):
-            texts.append(rest.pop(0))
+        while following and _continues_list(following[0], _items(node)):
+            texts.append(following.pop(0))
     return parse_value(" ".join(texts), node)
 
 
@@ -129,17 +132,17 @@ def _continues_list(token: str, items: Node) -> bool:
 
 
 def _items(node: Node) -> Node:
-    return next(opt["items"] for opt in tree.options(node) if opt.get("type") == "array")
+    return next(option["items"] for option in tree.options(node) if option.get("type") == "array")
 
 
 def parse_value(text: str, node: Node) -> Any:
-    """`text` as the schema's `node` wants it; what does not fit is left for validation to refuse.
+    """`text` as a value for the schema's `node`; validation refuses what does not fit.
 
     >>> parse_value("0,1", {"type": "array", "items": {"type": "integer"}})
     [0, 1]
     """
-    kinds, fixed = tree.kinds(node), tree.choices(node)
-    if text in fixed:
+    kinds = tree.kinds(node)
+    if text in tree.choices(node):
         return text
     if "null" in kinds and "string" not in kinds and text.lower() in ("none", "null"):
         return None
@@ -165,19 +168,18 @@ def _list(text: str, node: Node) -> Any:
 
 
 def _toml_or_text(text: str) -> Any:
-    """A TOML value if the text is one and nothing else, or the text itself."""
+    """The TOML value that `text` is, or else `text` itself."""
     if "\n" in text or ("#" in text and not text.startswith(('"', "'", "[", "{"))):
         return text
     try:
-        found = tomli.loads(f"value = {text}")
+        return tomli.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
-        return _json_table(text)
-    return found["value"]
+        return _json_or_text(text)
 
 
-def _json_table(text: str) -> Any:
-    """Tables and lists of them may also be written as JSON, as the public trainer's users do."""
-    if text.startswith(("{", "[")) and "null" not in text:  # TOML has no null to keep it in
+def _json_or_text(text: str) -> Any:
+    """The JSON table or list that `text` is, as users of the public trainer write it, or `text`."""
+    if text.startswith(("{", "[")) and "null" not in text:  # the run's TOML could not record it
         try:
             return json.loads(text)
         except (ValueError, RecursionError):

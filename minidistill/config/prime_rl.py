@@ -1,30 +1,29 @@
-"""Keys and values of the public trainer that minidistill refuses, and what to do instead.
+"""Keys and values of the public trainer (prime-rl) that minidistill refuses.
 
-A setting that would be ignored is worse than an error, so each is named here with a way on.
+An error is better than a setting that is silently ignored, so each is named here with a fix.
 """
 
 from __future__ import annotations
 
-import difflib
 from fnmatch import fnmatchcase
 
-from minidistill.config.schema_tree import Path, walk
+from minidistill.config.schema_tree import Path
 
 _ONE_MODEL = "use `model.name`; a teacher of another model is `teacher_inference.model.name`"
 _SYNC = "use `schedule`: sync, or async for rollouts that are at most one update old"
 _IN_MEMORY = "drop it: weights always reach the engines in memory"
-_SERVER = "use `{0}.server_urls`, or drop it: the driver starts and owns its engines"
+_SERVER = "use `{0}.server_urls`, or drop it: the run starts its own engines"
 _STUDENTS, _TEACHERS = _SERVER.format("inference"), _SERVER.format("teacher_inference")
-_DIFFICULTY = "drop it: every sampled group is trained on; choose problems in the env's args"
+_DIFFICULTY = "drop it: every sampled group is trained on; choose problems with the env's `args`"
 _SAMPLER = (
     "drop it: the objective needs the sampler's full distribution at one temperature; "
-    "`orchestrator.sampling.temperature` is what can be set"
+    "only `orchestrator.sampling.temperature` can be set"
 )
-_NOT_SERVED = "drop it: vLLM cannot serve such an adapter"
-_LAUNCH = "drop it: one process on one machine; submit that command to the cluster yourself"
+_NOT_SERVED = "drop it: vLLM cannot serve an adapter with it"
+_LAUNCH = "drop it: submit `minidistill run` yourself; torchrun starts it on several machines"
 _RATIO = "use `trainer.loss.ratio_clip_high`, `token_mask_low` and `token_mask_high`"
 _EAGER_TRAINER = "drop it: the trainer runs transformers' own modules"
-_TEACHER = "use `teacher_inference.model.name` where the teacher is not the student's own base"
+_TEACHER = "use `teacher_inference.model.name` if the teacher is not the student's base model"
 
 _KEYS = {
     "trainer.max_steps": "use `max_steps` at the top level",
@@ -40,7 +39,7 @@ _KEYS = {
     "inference.model": "use the table `[model]`",
     "trainer.model.attn": "use `model.attn`",
     "trainer.model.trust_remote_code": "use `model.trust_remote_code`",
-    "trainer.loss.type": "drop it: there is one objective, weighed by the three taus",
+    "trainer.loss.type": "drop it: there is one objective, weighted by the three taus",
     "trainer.loss.ratio_type": "drop it: the ratio is per token",
     "trainer.loss.kl_tau": "use `trainer.loss.teacher_tau` and `trainer.loss.student_tau`",
     "trainer.loss.*mask_*": _RATIO,
@@ -71,8 +70,8 @@ _KEYS = {
     "orchestrator.sampling.seed": "use `seed` at the top level",
     "orchestrator.teacher_model.model": _TEACHER,
     "orchestrator.teacher_model.client": _TEACHERS,
-    "*teacher_rollout_model": "drop it: on-policy, so only the student samples in training",
-    "orchestrator.max_concurrent": "drop it: the engine schedules a whole step by itself",
+    "*teacher_rollout_model": "drop it: training is on-policy, so only the student samples",
+    "orchestrator.max_concurrent": "drop it: the engine schedules a whole step itself",
     "orchestrator.oversampling_factor": "drop it: every rollout that is sampled is trained on",
     "orchestrator.token_batch_size": "use `orchestrator.batch_size`, counted in rollouts",
     "orchestrator.eval.eval_base_model": "use `orchestrator.teacher_model.eval_baseline`",
@@ -82,15 +81,15 @@ _KEYS = {
     "trainer.model.fsdp_cpu_offload": (
         "drop it: with LoRA the optimizer is small; lower `trainer.micro_batch_tokens` instead"
     ),
-    "trainer.dist_timeout_seconds": "drop it: ranks start together on one machine",
-    "trainer.memory_profiler_path": "drop it: peak memory is among the metrics of every step",
+    "trainer.dist_timeout_seconds": "drop it: the time limits between ranks are fixed",
+    "trainer.memory_profiler_path": "drop it: every step logs `perf/peak_memory_gib/trainer`",
     "slurm": _LAUNCH,
     "deployment": _LAUNCH,
     "trainer.model.lora.use_dora": _NOT_SERVED,
     "trainer.model.lora.modules_to_save": _NOT_SERVED,
     "trainer.model.lora.bias": _NOT_SERVED,
     "ckpt.keep_last": "use `ckpt.keep`",
-    "ckpt.resume_step": "run again with `--resume`; it takes the latest sound checkpoint",
+    "ckpt.resume_step": "run again with `--resume`; it takes the latest valid checkpoint",
     "trainer.ckpt": "use the table `[ckpt]`",
     "orchestrator.ckpt": "use the table `[ckpt]`",
     "trainer.wandb": "use the table `[wandb]`",
@@ -100,72 +99,23 @@ _KEYS = {
 }
 
 _VALUES = {
-    ("trainer.model.impl", "custom"): 'take "auto" or "hf": both are transformers\' own modules',
-    ("trainer.model.impl", "liger_kernel"): 'take "auto" or "hf": the loss has kernels of its own',
-    ("trainer.optim.type", "muon"): 'take "adamw": muon is made for full matrices, not for LoRA',
-    ("trainer.optim.type", "sgd"): 'take "adamw"',
-}
-
-_REQUIRED = {
-    "orchestrator.env": 'add [[orchestrator.env]] with id = "sokoban-env"',
-    "orchestrator.teacher_model.context": (
-        'set context = "…" or context_file = "…" in [orchestrator.teacher_model]'
-    ),
+    ("trainer.model.impl", "custom"): 'use "auto" or "hf": both are transformers\' own modules',
+    ("trainer.model.impl", "liger_kernel"): 'use "auto" or "hf": the loss has its own kernels',
+    ("trainer.optim.type", "muon"): 'use "adamw": muon is made for full matrices, not for LoRA',
+    ("trainer.optim.type", "sgd"): 'use "adamw"',
 }
 
 
-def for_key(path: Path) -> str:
-    """What to do instead of a known foreign key (or one inside a foreign table), or ""."""
+def fix_for_key(path: Path) -> str:
+    """What to do instead of a key of the public trainer, or of one in its tables; "" for others."""
     for length in range(len(path), 0, -1):
         key = ".".join(str(part) for part in path[:length])
-        for pattern, instead in _KEYS.items():
+        for pattern, fix in _KEYS.items():
             if fnmatchcase(key, pattern):
-                return instead
+                return fix
     return ""
 
 
-def for_value(key: str, value: object) -> str:
-    """What to do instead of a known foreign value, or ""."""
+def fix_for_value(key: str, value: object) -> str:
+    """What to do instead of a value of the public trainer; "" for others."""
     return _VALUES.get((key, value), "") if isinstance(value, str) else ""
-
-
-def for_missing(key: str) -> str:
-    """How to give a required key."""
-    return _REQUIRED.get(key, f"set {key}")
-
-
-def nearest(path: Path) -> str:
-    """The valid key closest to an unknown one, or ""."""
-    wanted = [str(part) for part in path]
-    plain = tuple("*" if part.isdecimal() else part for part in wanted)
-    keys = {".".join(map(str, found)): found for found, _ in walk()}
-    # The right words with a table left out: `loss.adv_tau`, `trainer.lora.rank`, `lr`.
-    inside = [found for found in keys.values() if _is_within(plain, found)]
-    if inside:
-        return _with_indices(min(inside, key=len), wanted)
-    # In a table that exists only its own keys compare: a long common prefix is no likeness.
-    table = ".".join(plain[:-1])
-    if not table or table.removesuffix(".*") in keys:
-        siblings = {str(found[-1]): found for found in keys.values() if found[:-1] == plain[:-1]}
-        close = difflib.get_close_matches(plain[-1], siblings, n=1)
-        if close:
-            return _with_indices(siblings[close[0]], wanted)
-    else:
-        close = difflib.get_close_matches(".".join(plain), keys, n=1, cutoff=0.7)
-        if close:
-            return _with_indices(keys[close[0]], wanted)
-    # The right word, or almost, in the wrong table.
-    words = {str(found[-1]) for found in keys.values()}
-    close = difflib.get_close_matches(plain[-1], words, n=1, cutoff=0.8)
-    named = [found for found in keys.values() if close and found[-1] == close[0]]
-    return _with_indices(named[0], wanted) if len(named) == 1 else ""
-
-
-def _is_within(part: tuple[str, ...], whole: Path) -> bool:
-    rest = iter(whole)
-    return part[-1] == whole[-1] and all(word in rest for word in part)
-
-
-def _with_indices(found: Path, wanted: list[str]) -> str:
-    indices = iter([part for part in wanted if part.isdecimal()])
-    return ".".join(next(indices, "0") if part == "*" else str(part) for part in found)

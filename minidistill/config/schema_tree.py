@@ -1,11 +1,12 @@
-"""The schema as a tree of JSON Schema nodes: what exists at a dotted path and what it takes.
+"""The schema as a tree of JSON Schema nodes: which keys exist and what they take.
 
-Help, value parsing, error messages and the reference page all read this one tree.
+Command-line values, error messages and the reference page are all based on it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -16,8 +17,10 @@ Node = dict[str, Any]
 Part = str | int
 Path = tuple[Part, ...]
 
+_SINGULAR = re.compile(r"\ban? (non-empty string|string|integer|number)\b")
+
 ANY: Node = {}
-"""What a free table such as an environment's `args` takes: anything."""
+"""A free value, such as those of an environment's `args`."""
 
 
 @cache
@@ -27,7 +30,7 @@ def root() -> Node:
 
 
 def options(node: Node) -> list[Node]:
-    """The alternatives of a node with references resolved; one for a node without a union."""
+    """The members of a union with references resolved, or the node itself."""
     if "anyOf" in node:
         return [option for part in node["anyOf"] for option in options(part)]
     if "$ref" in node:
@@ -36,21 +39,21 @@ def options(node: Node) -> list[Node]:
 
 
 def kinds(node: Node) -> set[str]:
-    """JSON types the node takes; empty for ANY."""
+    """JSON types that the node takes; empty for ANY."""
     return {option["type"] for option in options(node) if "type" in option}
 
 
 def choices(node: Node) -> list[str]:
-    """Fixed strings the node takes."""
-    found: list[str] = []
+    """Fixed strings that the node takes."""
+    strings: list[str] = []
     for option in options(node):
-        found += option.get("enum", [])
-        found += [option["const"]] if isinstance(option.get("const"), str) else []
-    return found
+        strings += option.get("enum", [])
+        strings += [option["const"]] if isinstance(option.get("const"), str) else []
+    return strings
 
 
 def table(node: Node) -> Node:
-    """The table that the node is, may be, or is a list of; ANY where there is none."""
+    """The table that the node is, may be, or is a list of; ANY if there is none."""
     for option in options(node):
         if "properties" in option:
             return option
@@ -60,12 +63,12 @@ def table(node: Node) -> Node:
 
 
 def properties(node: Node) -> dict[str, Node]:
-    """Keys of a table, or of the tables in a list; empty for everything else."""
+    """The keys of a table, or of the tables in a list; empty for everything else."""
     return table(node).get("properties", {})
 
 
 def child(node: Node, part: Part) -> Node | None:
-    """The node one key or list index further down, or None."""
+    """The node at a key or a list index of `node`, or None."""
     if node is ANY:
         return ANY
     for option in options(node):
@@ -80,41 +83,43 @@ def child(node: Node, part: Part) -> Node | None:
 
 
 def locate(parts: Sequence[Part]) -> tuple[Path, Node] | None:
-    """The typed path and the node for parts as written, list indices as digits."""
+    """The path and the node of a key as written, with list indices as digits; None if unknown."""
     node = root()
     path: Path = ()
     for part in parts:
         typed: Part = part
         if isinstance(part, str) and part.isdecimal() and len(part) < 6 and "array" in kinds(node):
             typed = int(part)
-        found = child(node, typed)
-        if found is None:
+        below = child(node, typed)
+        if below is None:
             return None
-        node, path = found, (*path, typed)
+        node, path = below, (*path, typed)
     return path, node
 
 
 def walk(node: Node | None = None, path: Path = ()) -> Iterator[tuple[Path, Node]]:
-    """Every key below `node` with its path; list items have "*" for their index."""
+    """Every key below `node` with its path, in which "*" stands for list indices."""
     for key, below in properties(root() if node is None else node).items():
-        here = (*path, key)
-        yield here, below
-        yield from walk(below, (*here, "*") if "array" in kinds(below) else here)
+        key_path = (*path, key)
+        yield key_path, below
+        yield from walk(below, (*key_path, "*") if "array" in kinds(below) else key_path)
 
 
 def describe(node: Node) -> str:
     """What the node takes, in words: `a number ≥ 0`."""
     if node is ANY:
         return "any value"
-    fixed = [f'"{choice}"' for choice in choices(node)]
-    texts = [_describe(option) for option in options(node) if not _is_fixed(option)]
-    takes = fixed + [text for text in texts if text]
-    return " or ".join([", ".join(takes[:-1]), takes[-1]] if len(takes) > 1 else takes)
+    texts = [f'"{choice}"' for choice in choices(node)]
+    for option in options(node):
+        if not _is_fixed(option) and (text := _describe(option)):
+            texts.append(text)
+    return " or ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
 def _is_fixed(option: Node) -> bool:
-    fixed = "enum" in option or isinstance(option.get("const"), str)
-    return fixed or option.get("type") == "null"
+    """Whether `describe` needs no words for it: a fixed string, or null."""
+    is_string = "enum" in option or isinstance(option.get("const"), str)
+    return is_string or option.get("type") == "null"
 
 
 def _describe(option: Node) -> str:
@@ -124,11 +129,11 @@ def _describe(option: Node) -> str:
     if kind in ("integer", "number"):
         return f"{'an integer' if kind == 'integer' else 'a number'}{_bounds(option)}"
     if kind == "array":
-        few = "non-empty " if option.get("minItems") else ""
+        filled = "non-empty " if option.get("minItems") else ""
         if properties(option["items"]):
-            return f"a {few}list of tables"
-        inner = describe(option["items"]).replace("an integer", "integers")
-        return f"a {few}list of {inner.replace('a non-empty string', 'non-empty strings')}"
+            return f"a {filled}list of tables"
+        items = _SINGULAR.sub(r"\1s", describe(option["items"]))
+        return f"a {filled}list of {items}"
     if kind == "string":
         return "a non-empty string" if option.get("minLength") else "a string"
     return {"boolean": "true or false", "object": "a table"}.get(kind or "", "")

@@ -1,14 +1,42 @@
-"""TOML text for plain data: scalars, lists, tables and lists of tables. None is left out."""
+"""TOML: data as a document, a value on one line, and the line on which each key was written."""
 
 from __future__ import annotations
 
-import datetime as dt
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
+import tomli
+import tomli_w
+
+from minidistill.config.schema_tree import Path
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+# tomli gives values without positions. What follows walks the statements of a valid document.
+_STRING = r""""{3}(?:\\[\s\S]|[^\\])*?"{3}"{0,2}|'{3}[\s\S]*?'{3}'{0,2}|"(?:\\.|[^"\\])*"|'[^']*'"""
+_TOKEN = re.compile(rf"{_STRING}|#[^\n]*|(?P<open>[\[{{])|(?P<close>[\]}}])|(?P<newline>\n)")
+_SPACE = re.compile(r"(?:\s|#[^\n]*)*")
+_KEY = re.compile(r"""[ \t]*(?P<part>[A-Za-z0-9_-]+|"(?:\\.|[^"\\])*"|'[^']*')[ \t]*(?P<dot>\.?)""")
+
+
+def to_toml(data: Mapping[str, Any]) -> str:
+    """`data` as a TOML document that reads back equal, without what is None."""
+    data = _without_none(data)
+    text = tomli_w.dumps(data, multiline_strings=True)
+    # tomli_w writes "\r\n" in a string of several lines as "\n". On one line each string is exact.
+    return text if tomli.loads(text) == data else tomli_w.dumps(data)
+
+
+def inline(value: Any) -> str:
+    """A value on one line. tomli_w spreads lists and tables over several."""
+    match value:
+        case Mapping():
+            pairs = [f"{_key(key)} = {inline(v)}" for key, v in value.items() if v is not None]
+            return f"{{ {', '.join(pairs)} }}" if pairs else "{}"
+        case list() | tuple():
+            return f"[{', '.join(inline(item) for item in value)}]"
+    return tomli_w.dumps({"_": value}).removeprefix("_ = ").removesuffix("\n")
 
 
 def dotted(path: Sequence[str | int]) -> str:
@@ -16,71 +44,80 @@ def dotted(path: Sequence[str | int]) -> str:
     return ".".join(_key(str(part)) for part in path)
 
 
-def inline(value: Any) -> str:
-    """A value on one line."""
-    match value:
-        case bool():
-            return str(value).lower()
-        case str():
-            return _quoted(value)
-        case int() | float():
-            return repr(value)
-        case dt.datetime() | dt.date() | dt.time():
-            return value.isoformat()
-        case Mapping():
-            pairs = [f"{_key(key)} = {inline(v)}" for key, v in value.items() if v is not None]
-            return f"{{ {', '.join(pairs)} }}" if pairs else "{}"
-        case list() | tuple():
-            return f"[{', '.join(inline(item) for item in value)}]"
-    raise TypeError(f"TOML has no {type(value).__name__}")
+def key_lines(text: str) -> dict[Path, int]:
+    """The line, from 1, of each key, table and list item that has a statement of its own.
 
-
-def to_toml(data: Mapping[str, Any]) -> str:
-    """`data` as a TOML document that reads back equal."""
-    return "\n".join(_table(data, ())).strip("\n") + "\n"
-
-
-def _table(data: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
-    below: list[tuple[str, Any]] = []
-    for key, value in data.items():
-        if _has_header(value):
-            below.append((key, value))
-        elif value is not None:
-            yield f"{_key(key)} = {_block(value) if isinstance(value, str) else inline(value)}"
-    for key, value in below:
-        here = (*path, key)
-        if isinstance(value, Mapping):
-            # A table that holds only tables needs no header of its own.
-            if not value or not all(map(_has_header, value.values())):
-                yield f"\n[{dotted(here)}]"
-            yield from _table(value, here)
+    `text` is valid TOML. Keys within an inline table or array have no entry: they are on the line
+    of the key that holds them, or on one of the next.
+    """
+    lines: dict[Path, int] = {}
+    lengths: dict[Path, int] = {}  # of the arrays of tables, so far
+    table: Path = ()
+    position = _skip_space(text, 0)
+    while position < len(text):
+        line = text.count("\n", 0, position) + 1
+        brackets = 2 if text.startswith("[[", position) else int(text[position] == "[")
+        key, position = _read_key(text, position + brackets)
+        if brackets == 2:
+            array = (*_under_last_items(key[:-1], lengths), key[-1])
+            lines.setdefault(array, line)
+            lengths[array] = lengths.get(array, 0) + 1
+            table = (*array, lengths[array] - 1)
+            lines[table] = line
+        elif brackets:
+            table = _under_last_items(key, lengths)
+            lines.setdefault(table, line)
         else:
-            for item in value:
-                yield f"\n[[{dotted(here)}]]"
-                yield from _table(item, here)
+            for depth in range(1, len(key) + 1):
+                lines.setdefault((*table, *key[:depth]), line)
+        position = _skip_space(text, _end_of_statement(text, position + brackets))
+    return lines
 
 
-def _has_header(value: Any) -> bool:
-    return isinstance(value, Mapping) or _is_tables(value)
-
-
-def _is_tables(value: Any) -> bool:
-    return (
-        isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
-    )
+def _without_none(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {key: _without_none(v) for key, v in value.items() if v is not None}
+        case list() | tuple():
+            return [_without_none(item) for item in value]
+    return value
 
 
 def _key(key: str) -> str:
-    return key if _BARE.fullmatch(key) else _quoted(key)
+    return key if _BARE_KEY.fullmatch(key) else inline(key)
 
 
-def _quoted(text: str) -> str:
-    # JSON's escapes are TOML's, but for DEL, which JSON leaves alone and TOML forbids.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+def _skip_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    assert match is not None, "it matches the empty string too"
+    return match.end()
 
 
-def _block(text: str) -> str:
-    """A string; one of several lines keeps them, as somebody would write a context."""
-    if "\n" not in text:
-        return _quoted(text)
-    return '"""\n' + "\n".join(_quoted(line)[1:-1] for line in text.split("\n")) + '"""'
+def _read_key(text: str, position: int) -> tuple[tuple[str, ...], int]:
+    """The parts of the dotted key at `position`, and the position after it."""
+    parts: list[str] = []
+    while (match := _KEY.match(text, position)) is not None:
+        position = match.end()
+        parts.append(next(iter(tomli.loads(f"{match['part']} = 0"))))  # unquotes it
+        if not match["dot"]:
+            break
+    return tuple(parts), position
+
+
+def _under_last_items(key: tuple[str, ...], lengths: dict[Path, int]) -> Path:
+    """A header's key as a path: within an array of tables it means the latest item."""
+    path: Path = ()
+    for part in key:
+        path = (*path, part)
+        if path in lengths:
+            path = (*path, lengths[path] - 1)
+    return path
+
+
+def _end_of_statement(text: str, position: int) -> int:
+    depth = 0
+    for token in _TOKEN.finditer(text, position):
+        depth += (token.lastgroup == "open") - (token.lastgroup == "close")
+        if token.lastgroup == "newline" and depth <= 0:
+            return token.end()
+    return len(text)

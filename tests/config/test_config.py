@@ -157,7 +157,7 @@ REFUSED = [  # file, line, key and value in `what`, part of `fix`
     (BASE + '[trainer.model]\nname = "x"', 7, "trainer.model.name", "use `model.name`"),
     (BASE + '[trainer.optim]\ntype = "muon"', 7, 'trainer.optim.type = "muon"', '"adamw"'),
     (BASE + "[trainer.model.lora]\nrank = 513", 7, "lora.rank = 513", "≥ 1 and ≤ 512"),
-    (BASE + "[slurm]\nnodes = 2", 6, "slurm", "one machine"),
+    (BASE + "[slurm]\nnodes = 2", 6, "slurm", "torchrun starts it on several"),
     (BASE + "[orchestrator.sampling]\ntop_p = 0.9", 7, "sampling.top_p", "full distribution"),
     (BASE + "[orchestrator.buffer]\neasy_threshold = 1.0", 7, "easy_threshold", "drop it"),
     (ORCH.format("seq_len = 5"), 2, "orchestrator.seq_len", "use `seq_len`"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from minidistill.config.overrides import parse
 from minidistill.config.schema_tree import child, properties, root
 from minidistill.config.toml import inline, to_toml
-from minidistill.config.toml_lines import key_lines
+from minidistill.config.toml import key_lines
 from minidistill.errors import UserError
 
 
