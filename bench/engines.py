@@ -1,11 +1,11 @@
-"""Sampling and scoring, the embedded engine next to vLLM, in turn and in one run.
+"""Compares the embedded engine and vLLM at sampling and scoring, in alternating rounds.
 
     python -m bench.engines [--model tiny-sokoban|smollm2|FOLDER] [--batch N] [--threads N]
 
-Both engines run the same fp32 weights on the CPU. No prompt is used twice, so vLLM finds in its
-cache what a training step would leave there: the base's context, and the student's within a step.
-Rates are of tokens that came out (sampling) or of own tokens read, the context not counted
-(scoring). Writes bench/results/engines.json. Exit code 1, and no figures, where log-probs differ.
+Both engines run the same fp32 weights on the CPU. No prompt is used twice, so vLLM's prefix cache
+has what it has in a training step: the base's context, and the student's prompts within a round.
+Rates count sampled tokens, or for scoring the tokens read without the context. Writes
+bench/results/engines.json. Exit code 1 and no results if the engines' log-probs differ.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from minidistill.trainer.forward import PrefixCache
 from minidistill.types import Request, Role, SamplingParams
 
 Tokens = tuple[int, ...]
-WARM_UP = 1  # rounds that are not counted; in it the base's context is read
+WARM_UP = 1  # rounds that are not counted; the base's context is cached in it
 
 
 @dataclass(frozen=True)
 class Work:
-    """One row of the table. `call` makes the work of a round; asked again, that of the next."""
+    """One row of the table. Each `call` prepares the next round, a function of an engine."""
 
     what: str
     role: Role
@@ -44,7 +44,7 @@ class Work:
 
 
 class Draws:
-    """Token ids at random: every call gives others."""
+    """Random token ids, new ones at every call."""
 
     def __init__(self, vocabulary: int) -> None:
         self._random, self._vocabulary = random.Random(0), vocabulary
@@ -62,11 +62,11 @@ def works(draws: Draws, args: argparse.Namespace, context: Tokens) -> Iterator[W
 
     def sampling(role: Role) -> Callable[[Engine], tuple[int, Any]]:
         prompts = draws.rows(args.batch // args.group, args.prompt)
-        asked = [Request(prompt, draws.seed()) for prompt in prompts for _ in range(args.group)]
+        requests = [Request(prompt, draws.seed()) for prompt in prompts for _ in range(args.group)]
 
         def call(engine: Engine) -> tuple[int, Any]:
-            found = engine.generate(asked, SamplingParams(args.new), role)
-            return sum(len(c.token_ids) for c in found), (asked, found)
+            completions = engine.generate(requests, SamplingParams(args.new), role)
+            return sum(len(c.token_ids) for c in completions), (requests, completions)
 
         return call
 
@@ -75,8 +75,8 @@ def works(draws: Draws, args: argparse.Namespace, context: Tokens) -> Iterator[W
         prompts, completions = [(*context, *r[:half]) for r in rows], [r[half:] for r in rows]
 
         def call(engine: Engine) -> tuple[int, Any]:
-            found = engine.score(prompts, completions, role)
-            return args.batch * args.own, found
+            logprobs = engine.score(prompts, completions, role)
+            return args.batch * args.own, logprobs
 
         return call
 
@@ -91,41 +91,41 @@ def works(draws: Draws, args: argparse.Namespace, context: Tokens) -> Iterator[W
         )
 
 
-def difference(found: dict[str, Any], engines: dict[str, Engine], role: Role) -> float:
-    """The largest between the engines' log-probs: of given tokens, or of those that one sampled."""
-    if isinstance(found["vllm"], tuple):
-        asked, sampled = found["vllm"]
+def difference(results: dict[str, Any], engines: dict[str, Engine], role: Role) -> float:
+    """The largest difference between the engines' log-probs of the same tokens."""
+    if isinstance(results["vllm"], tuple):
+        requests, sampled = results["vllm"]
         ours = [c.logprobs for c in sampled]
         theirs = engines["embedded"].score(
-            [r.prompt_ids for r in asked],
+            [r.prompt_ids for r in requests],
             [c.token_ids for c in sampled],
             role,
         )
     else:
-        ours, theirs = found["vllm"], found["embedded"]
+        ours, theirs = results["vllm"], results["embedded"]
     pairs = zip(ours, theirs, strict=True)
     return max(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True))
 
 
 def measure(work: Work, engines: dict[str, Engine], repeats: int) -> dict[str, Any]:
-    """Tokens a second of each engine, medians, and of the rounds' ratios the median.
+    """The median of each engine's tokens per second, and the median of the rounds' ratios.
 
-    Raises SystemExit where log-probs differ.
+    Raises SystemExit if the log-probs differ.
     """
     rates: dict[str, list[float]] = {name: [] for name in engines}
     worst = 0.0
     for round in range(WARM_UP + repeats):
-        call, found = work.call(), {}
-        # who goes first alternates too
+        call, results = work.call(), {}
+        # the engines take turns at going first
         for name in sorted(engines, reverse=bool(round % 2)):
             began = time.perf_counter()
-            tokens, found[name] = call(engines[name])
+            tokens, results[name] = call(engines[name])
             rates[name].append(tokens / (time.perf_counter() - began))
-        worst = max(worst, difference(found, engines, work.role))
+        worst = max(worst, difference(results, engines, work.role))
     if not worst < TOLERANCE:
         raise SystemExit(f"{work.name}: log-probs of the engines differ by {worst:.3g}")
     medians = {name: statistics.median(values[WARM_UP:]) for name, values in rates.items()}
-    # within a round, for a shared machine is faster in one than in another
+    # ratios within a round, because the speed of a shared machine varies between rounds
     pairs = list(zip(rates["vllm"], rates["embedded"], strict=True))[WARM_UP:]
     return {
         "what": work.name,
@@ -147,7 +147,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=600, help="tokens shared in scoring")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="", help="rows whose name has this")
+    parser.add_argument("--only", default="", help="only rows whose name contains this")
     return parser.parse_args(argv)
 
 
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     longest = max(args.prompt + args.new, args.context + args.own)
     vllm, policy = build(named_model(args.model), longest)
     try:
-        policy.eos_ids = frozenset()  # completions run to their limit in both
+        policy.eos_ids = frozenset()  # so that both sample to the limit
         change_adapter(policy)
         vllm.sync(1)
         embedded = EmbeddedEngine(policy, PrefixCache(policy, shares=True))
@@ -173,11 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.only in work.name:
                 print(work.name, flush=True)
                 rows.append(measure(work, engines, args.repeats))
-                # now, for a long run may be ended
+                # saved at once, in case a long run is interrupted
                 save("engines", f"{args.model}, {work.name}", about | rows[-1])
     finally:
         vllm.close()
-    title = f"{args.model}, {args.batch} sequences, {args.threads} threads: tokens a second"
+    title = f"{args.model}, {args.batch} sequences, {args.threads} threads: tokens per second"
     table = Table("", "embedded", "vLLM", "vLLM / embedded", title=title)
     for row in rows:
         rates = (f"{row['embedded']:.0f}", f"{row['vllm']:.0f}", f"{row['ratio']:.2f}")

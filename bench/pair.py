@@ -1,4 +1,4 @@
-"""A policy and a vLLM engine that has its weights: what the benchmarks of engines start from."""
+"""A policy and a vLLM engine with its weights, for the benchmarks of engines."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from minidistill.types import Role
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 CPU = torch.device("cpu")
-TOLERANCE = 1e-4  # of log-probs, between the engines
+TOLERANCE = 1e-4  # between the engines' log-probs
 
 
 def named_model(name: str) -> str:
-    """A built-in model, a folder, or `smollm2` for the one from the package index."""
+    """A built-in model, a folder, or `smollm2` for SmolLM2-135M from the package index."""
     return str(smollm2()) if name == "smollm2" else name
 
 
 def use_threads(threads: int) -> None:
-    """In this process, and in the engines' that it starts."""
+    """Set the number of threads of this process and of the engines that it starts."""
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def build(model: str, longest: int | None = None, lora: bool = True) -> tuple[VllmEngine, Policy]:
-    """Both in fp32 on the CPU. Without `lora` the engine takes full weights alone.
+    """An engine and a policy, both in fp32 on the CPU. Without `lora` every weight is synced.
 
-    `longest` is the most tokens of a prompt and its completion.
+    `longest` is the largest number of tokens of a prompt with its completion.
     """
     flags = ["--model.name", model, "--inference.engine", "vllm", "--model.dtype", "float32"]
     flags += [] if lora else ["--no-trainer.model.lora"]
@@ -58,14 +58,14 @@ def build(model: str, longest: int | None = None, lora: bool = True) -> tuple[Vl
 
 @torch.no_grad()
 def change_adapter(policy: Policy) -> None:
-    """Another adapter, which makes a difference."""
+    """Give the policy a random adapter that changes its outputs."""
     for name, parameter in policy.parameters:
         if "lora_B" in name:
             parameter.normal_(0, 0.01)
 
 
 def save(name: str, key: str, result: dict[str, Any]) -> None:
-    """Put figures among the others of bench/results, in place of those of the same key."""
+    """Write a result to bench/results/NAME.json under its key, beside the results of others."""
     target = RESULTS / f"{name}.json"
-    found = json.loads(target.read_text()) if target.exists() else {}
-    target.write_text(json.dumps(found | {key: result}, indent=2) + "\n")
+    results = json.loads(target.read_text()) if target.exists() else {}
+    target.write_text(json.dumps(results | {key: result}, indent=2) + "\n")

@@ -1,9 +1,10 @@
-"""One weight sync, trainer to vLLM: in memory against through a file, adapter and full weights.
+"""Compares two ways to send weights from the trainer to vLLM: in memory and through a file.
 
     python -m bench.sync [--model smollm2|FOLDER] [--repeats N] [--threads N]
 
-Without a model: random weights in SmolLM2-135M's shape, for the time does not depend on them.
-Writes bench/results/sync.json. Says nothing of speed where the weights did not arrive.
+Measures the adapter and full weights. Without --model, they are random in SmolLM2-135M's shape; the
+time does not depend on the values. Writes bench/results/sync.json. Fails without a result if the
+engine does not have the trainer's weights after a sync.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Step = Callable[[], None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.sync", description=__doc__)
-    parser.add_argument("--model", help="built in, smollm2 or a folder; by default made at random")
+    parser.add_argument("--model", help="built in, smollm2 or a folder; default: random weights")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
@@ -61,10 +62,17 @@ def make_model(folder: Path) -> str:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
-        max_position_embeddings=2048, eos_token_id=2, bos_token_id=1,
-    )  # fmt: skip
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        eos_token_id=2,
+        bos_token_id=1,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
@@ -93,32 +101,34 @@ def full_routes(engine: VllmEngine, policy: Policy, folder: Path, repeats: int) 
         save_file({n: p.detach() for n, p in weights()}, folder / "model.safetensors")
         engine.process.call("reload", path=str(folder))
 
-    found = compare(engine, policy, change, engine.sync, file, repeats)
-    return found | {"pack": pack_seconds(weights, policy.dtype)}
+    result = compare(engine, policy, change, engine.sync, file, repeats)
+    return result | {"pack": pack_seconds(weights, policy.dtype)}
 
 
 def pack_seconds(weights: Callable[[], Any], dtype: torch.dtype) -> float:
-    """The trainer's part of a full sync: copying into a buffer that is there already."""
-    outbox, seconds = SendBuffer(dtype, CPU), 0.0
+    """Seconds of the trainer's part of a full sync: copying into an allocated buffer."""
+    buffer, seconds = SendBuffer(dtype, CPU), 0.0
     for _ in range(2):
         began = time.perf_counter()
-        outbox.pack(list(weights()))
+        buffer.pack(list(weights()))
         seconds = time.perf_counter() - began
     return seconds
 
 
 @torch.no_grad()
-def arrived(engine: VllmEngine, policy: Policy) -> None:
-    """Raise where the engine's log-probs are not the trainer's."""
-    # drawn from all, for after special tokens alone fp32 itself is off by more than the tolerance
+def check_weights(engine: VllmEngine, policy: Policy) -> None:
+    """Raise SystemExit unless the engine's log-probs are the trainer's."""
+    # random ids: after special tokens alone, fp32's own error exceeds the tolerance
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(policy.config.vocab_size, (40,), generator=drawn).tolist()
-    found = engine.score([ids[:8]], [ids[8:]], Role.STUDENT)[0]
+    scores = engine.score([ids[:8]], [ids[8:]], Role.STUDENT)[0]
     logp = policy.model(input_ids=torch.tensor([ids])).logits[0, 7:-1].log_softmax(-1)
     truth = logp.gather(1, torch.tensor(ids[8:])[:, None])[:, 0]
-    error = float((truth - torch.tensor(found)).abs().max())
+    error = float((truth - torch.tensor(scores)).abs().max())
     if not error < TOLERANCE:
-        raise SystemExit(f"the weights did not arrive: log-probs differ by {error:.3g}")
+        raise SystemExit(
+            f"the engine does not have the trainer's weights: log-probs differ by {error:.3g}"
+        )
 
 
 def compare(
@@ -129,9 +139,9 @@ def compare(
     file: Step,
     repeats: int,
 ) -> dict[str, Any]:
-    """Seconds of each route, taken in turn, the ratio of the medians, bytes of a sync in memory.
+    """Seconds of each route, in alternating rounds; their ratio; and bytes of a sync in memory.
 
-    The weights are looked for in the engine after the first and the last round.
+    The engine's weights are checked after the first and the last round.
     """
     times: dict[str, list[float]] = {"memory": [], "file": []}
     size = 0
@@ -146,7 +156,7 @@ def compare(
             times[name].append(time.perf_counter() - began)
             size = max(size, engine.bytes_synced - before)
             if name == "memory" and version in (1, repeats + 1):
-                arrived(engine, policy)
+                check_weights(engine, policy)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     ratio = medians["file"] / medians["memory"]
     return medians | {"ratio": ratio, "runs": times, "bytes": size}
