@@ -188,7 +188,7 @@ def test_an_interrupt_keeps_the_step_and_resumes(
             break
     rest = process.stdout.read()
     assert process.wait() == EXIT_INTERRUPTED, rest
-    assert "--resume goes on from here" in rest
+    assert "--resume continues from here" in rest
     assert not (path / "scoreboard.json").exists()
     assert run(path, "--resume") == EXIT_OK
     assert records(path) == records(finished)
@@ -210,7 +210,7 @@ def test_a_directory_that_holds_a_run_is_not_written_over(
 ) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     assert run(finished) == EXIT_USAGE
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
