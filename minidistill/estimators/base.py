@@ -8,9 +8,10 @@ Shapes: `_N` completion tokens, `_K` ids scored at each token, `_H` hidden, `_V`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
 from minidistill.types import Completion, TeacherScores
@@ -101,41 +102,16 @@ class Estimator:
         """
         raise ValueError(f"{self.name} needs {self.needs.value}, which no engine gives")
 
-    def loss(
-        self,
-        hidden_NH: Tensor,
-        head_VH: Tensor,
-        targets_N: Tensor,
-        teacher: TeacherInputs,
-        *,
-        advantage_N: Tensor,
-        sampler_logp_N: Tensor,
-        settings: LossSettings,
-    ) -> DistillOutput:
-        """The loss of each sampled token and the figures behind it.
+    def loss_function(self, settings: LossSettings) -> Callable[..., DistillOutput]:
+        """A function that computes the loss of each sampled token and the figures behind it.
 
-        `hidden_NH` and `head_VH` are the student's, `targets_N` the sampled tokens.
+        It takes the arguments of `minidistill_kernels.linear_distill` that change from batch to
+        batch: the student's hidden states (N, H), the head (V, H), the sampled tokens (N,), the
+        teacher's inputs, `advantage_N` and `sampler_logp_N`.
         """
         from minidistill_kernels import linear_distill
 
-        return linear_distill(
-            hidden_NH,
-            head_VH,
-            targets_N,
-            **teacher,
-            advantage_N=advantage_N,
-            sampler_logp_N=sampler_logp_N,
-            estimator=self.kernel_mode,
-            top_k=min(settings.top_k, len(head_VH)),
-            adv_tau=settings.adv_tau,
-            teacher_tau=settings.teacher_tau,
-            student_tau=settings.student_tau,
-            temperature=settings.temperature,
-            ratio_clip_high=settings.ratio_clip_high,
-            token_mask_low=settings.token_mask_low,
-            token_mask_high=settings.token_mask_high,
-            kl_clip=settings.kl_clip,
-        )
+        return partial(linear_distill, estimator=self.kernel_mode, **asdict(settings))
 
     def split(
         self, output: DistillOutput, advantage_N: Tensor, settings: LossSettings

@@ -34,7 +34,7 @@ def refusal(metrics: Metrics, step: int, max_mismatch: float) -> UserError | Non
             f"step {step}: the loss is {total}, its gradient's norm {norm}",
             where="training",
             fix='lower trainer.optim.lr, or use model.dtype = "float32"; '
-            "--resume goes on from the last checkpoint",
+            "--resume continues from the last checkpoint",
             exit_code=EXIT_HEALTH,
         )
     if metrics["kl/sampler_mismatch"] > max_mismatch:

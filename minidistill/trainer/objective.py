@@ -14,8 +14,8 @@ from minidistill.types import TokenFigures
 from minidistill_kernels import DistillOutput
 
 
-def loss_settings(config: Config, estimator: Estimator) -> LossSettings:
-    """The configured numbers of the objective, `auto` resolved."""
+def loss_settings(config: Config, estimator: Estimator, vocabulary: int) -> LossSettings:
+    """The configured numbers of the objective, `auto` resolved, for a head of that many rows."""
     loss = config.trainer.loss
     if loss.kl_clip == "auto":
         kl_clip = estimator.default_kl_clip
@@ -26,7 +26,7 @@ def loss_settings(config: Config, estimator: Estimator) -> LossSettings:
         teacher_tau=loss.teacher_tau,
         student_tau=loss.student_tau,
         temperature=config.orchestrator.sampling.temperature,
-        top_k=loss.top_k,
+        top_k=min(loss.top_k, vocabulary),
         ratio_clip_high=loss.ratio_clip_high,
         token_mask_low=loss.token_mask_low,
         token_mask_high=loss.token_mask_high,

@@ -1,4 +1,4 @@
-"""One optimizer step from a batch of rollouts: gradients, guards, AdamW, a moving average."""
+"""One optimizer step from a batch of rollouts: passes of teacher and student, the loss, AdamW."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ import torch
 from torch import Tensor
 
 from minidistill.config import Config
-from minidistill.estimators import Estimator
+from minidistill.estimators import Estimator, TeacherInputs
+from minidistill.trainer.batching import collate
 from minidistill.trainer.distributed.fsdp import full_tensor, is_sharded
-from minidistill.trainer.forward import PrefixCache
-from minidistill.trainer.gradients import Gradients
-from minidistill.trainer.guards import mismatch_limit, refusal
+from minidistill.trainer.forward import KeysValues, PrefixCache, hidden_states
+from minidistill.trainer.guards import is_out_of_memory, mismatch_limit, refusal
 from minidistill.trainer.memory import peak_gib, reset_peak
 from minidistill.trainer.metrics import summarize
+from minidistill.trainer.micro_batches import MicroBatches, OutOfMemory, sequence_too_long
+from minidistill.trainer.objective import figures_by_rollout, loss_settings
 from minidistill.trainer.optim import Optimizer, learning_rate
 from minidistill.trainer.policy import Policy, Weights
-from minidistill.types import Advance, Metrics, Rollout, TokenFigures
+from minidistill.types import Advance, Metrics, Role, Rollout, TokenFigures
+from minidistill_kernels import DistillOutput
 
 logger = logging.getLogger(__name__)
+
+TeacherContext = tuple[tuple[int, ...], KeysValues | None]
+"""The ids that all of a step's teacher prompts begin with, and their keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,9 @@ class Trainer:
     ) -> None:
         self.policy, self.config, self.estimator = policy, config, estimator
         self.rank_group = policy.rank_group
-        self.gradients = Gradients(policy, config, estimator, prefixes)
+        self.prefixes = prefixes
+        self.loss = loss_settings(config, estimator, len(policy.head_VH))
+        self.micro_batches = MicroBatches(config, policy.rank_group)
         self.optimizer = Optimizer(policy, config)
         self.max_mismatch = mismatch_limit(config, policy.dtype)
 
@@ -63,7 +71,7 @@ class Trainer:
     def _step(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> StepResult:
         began = time.perf_counter()
         reset_peak(self.policy.device)
-        local_figures = self.gradients.compute(rollouts, step, advance)
+        local_figures = self._gradient(rollouts, step, advance)
         self.rank_group.sum_gradients([p for _, p in self.optimizer.named if not is_sharded(p)])
         rate = learning_rate(self.config, step)
         norm = self.optimizer.clip()
@@ -71,7 +79,7 @@ class Trainer:
         metrics: Metrics = {}
         error = None
         if figures:
-            metrics = summarize(rollouts, figures, self.estimator, self.gradients.loss)
+            metrics = summarize(rollouts, figures, self.estimator, self.loss)
             metrics |= {"optim/lr": rate, "optim/grad_norm": norm}
             error = refusal(metrics, step, self.max_mismatch)
         if self.rank_group.broadcast_object(error is not None):
@@ -114,6 +122,177 @@ class Trainer:
             "perf/train_tokens_per_second": tokens / seconds,
             "perf/peak_memory_gib/trainer": max(peaks),
         }
+
+    # -- the gradient --------------------------------------------------------------------------
+
+    def _gradient(
+        self, rollouts: Sequence[Rollout], step: int, advance: Advance
+    ) -> dict[int, TokenFigures]:
+        """Add the loss's gradient to the parameters. Returns this rank's figures by rollout.
+
+        On OOM the step starts again with smaller micro-batches. Raises UserError (exit code 3) if a
+        single sequence does not fit.
+        """
+        reported = 0
+        while True:
+            done = 0
+
+            def progress(count: int) -> None:
+                nonlocal done, reported
+                done += count
+                if done > reported:
+                    advance(done - reported)
+                    reported = done
+
+            figures, failure = self._accumulate(rollouts, step, progress)
+            if self.policy.sharded is None:
+                failures = {self.rank_group.rank: failure} if failure else {}
+            else:  # every pass needs all ranks, so all of them start again
+                by_rank = self.rank_group.all_gather_object(failure)
+                failures = {rank: failure for rank, failure in enumerate(by_rank) if failure}
+            if not failures:
+                return figures
+            self._discard_gradients()
+            self.micro_batches.shrink(failures, sharded=self.policy.sharded is not None)
+
+    def _accumulate(
+        self, rollouts: Sequence[Rollout], step: int, advance: Advance
+    ) -> tuple[dict[int, TokenFigures], OutOfMemory | None]:
+        """Try the step once.
+
+        On OOM a sharded rank continues with its shortest rollout, because collectives need every
+        rank. Other ranks stop.
+        """
+        sharded = self.policy.sharded
+        lengths = [max(r.student_length, r.teacher_length) for r in rollouts]
+        shortest = [rollouts[lengths.index(min(lengths))]]
+        total = sum(len(r.completion.token_ids) for r in rollouts)
+        context = self._teacher_context(rollouts)
+        passes = self.micro_batches.passes(lengths, sharded=sharded is not None)
+        figures: dict[int, TokenFigures] = {}
+        message = None
+        for index, rows in enumerate(passes):
+            self._seed_dropout(step, index)
+            if sharded is not None:
+                sharded.begin_pass()
+            if message is None:
+                batch = [rollouts[i] for i in rows] or shortest
+                batch_figures, message = self._try_pass(batch, context, 1 / total if rows else 0.0)
+                figures.update(zip(rows, batch_figures, strict=False))
+                advance(sum(len(f.loss) for f in batch_figures) if rows else 0)
+                if message is not None:
+                    self._discard_gradients()
+                    if sharded is not None:
+                        sharded.repeat_pass()
+            if message is not None and sharded is None:
+                break
+            if message is not None and self._try_pass(shortest, context, 0.0)[1] is not None:
+                raise sequence_too_long(min(lengths), message)
+        self.policy.reshard()
+        if message is None:
+            return figures, None
+        batches = [rows for rows in passes if rows]
+        batch_lengths = [lengths[i] for rows in batches for i in rows] or [min(lengths)]
+        return {}, OutOfMemory(
+            message=message,
+            tokens=sum(batch_lengths),
+            longest=max(batch_lengths),
+            single_sequences=max(map(len, batches), default=1) == 1,
+        )
+
+    def _seed_dropout(self, step: int, index: int) -> None:
+        """Give each micro-batch of a step its own dropout, the same on every try."""
+        number = index * self.rank_group.size + self.rank_group.rank
+        torch.manual_seed(self.config.seed * 1_000_003 + step * 1009 + number)
+
+    def _try_pass(
+        self, batch: Sequence[Rollout], context: TeacherContext, weight: float
+    ) -> tuple[list[TokenFigures], str | None]:
+        """Run a micro-batch forward and backward.
+
+        Returns each rollout's figures, or what the allocator said on OOM. The error is not raised,
+        because its traceback would keep the graph in memory.
+        """
+        try:
+            output = self._objective(batch, context)
+            (output.loss.sum() * weight).backward()
+            return figures_by_rollout(output, [len(r.completion.token_ids) for r in batch]), None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return [], str(error).strip().partition("\n")[0] or "out of memory"
+
+    def _discard_gradients(self) -> None:
+        parameters = list(self.policy.model.parameters())
+        if self.policy.sharded is not None:
+            parameters += self.policy.sharded.parameters()
+        for parameter in parameters:
+            parameter.grad = None
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _objective(self, rollouts: Sequence[Rollout], context: TeacherContext) -> DistillOutput:
+        policy = self.policy
+        completions = [r.completion.token_ids for r in rollouts]
+        student = collate(
+            [r.prompt.student_ids for r in rollouts],
+            completions,
+            pad_id=policy.pad_id,
+            packed=self.config.trainer.packing,
+        ).to(policy.device)
+        teacher = self._teacher_inputs(rollouts, context)
+        student_NH = hidden_states(policy, student)
+        sizes = torch.tensor([len(c) for c in completions])
+        advantage_N = torch.tensor([r.advantage for r in rollouts]).repeat_interleave(sizes)
+        sampler_N = torch.tensor([p for r in rollouts for p in r.completion.logprobs])
+        return self.estimator.loss_function(self.loss)(
+            student_NH,
+            policy.head_VH,
+            student.targets_N,
+            **teacher,
+            advantage_N=advantage_N.to(policy.device),
+            sampler_logp_N=sampler_N.to(policy.device),
+        )
+
+    @torch.no_grad()
+    def _teacher_context(self, rollouts: Sequence[Rollout]) -> TeacherContext:
+        """What the teacher reads once for all of the step, if it runs in the trainer."""
+        if any(r.teacher is not None for r in rollouts):
+            return (), None
+        policy = self.policy
+        prefix = self.prefixes.common([r.prompt.teacher_ids for r in rollouts])
+        try:
+            with policy.running_as(Role.TEACHER), policy.inference():
+                return prefix, self.prefixes.states(prefix, Role.TEACHER)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise sequence_too_long(len(prefix), str(error)) from error
+            raise
+
+    @torch.no_grad()
+    def _teacher_inputs(
+        self, rollouts: Sequence[Rollout], context: TeacherContext
+    ) -> TeacherInputs:
+        """The teacher's part of the objective: an engine's scores, or a pass in the trainer."""
+        policy = self.policy
+        completions = [r.completion for r in rollouts]
+        scores = [r.teacher for r in rollouts if r.teacher is not None]
+        if scores:
+            return self.estimator.engine_scores(scores, completions, policy.device)
+        prefix, states = context
+        tokens = collate(
+            [r.prompt.teacher_ids for r in rollouts],
+            [c.token_ids for c in completions],
+            pad_id=policy.pad_id,
+            prefix=prefix,
+        )
+        student = policy.causal
+        with policy.running_as(Role.TEACHER), policy.inference():
+            hidden_NH = hidden_states(policy, tokens, states)
+            head_VH = None if policy.causal is student else policy.head_VH
+            return {"h_t_NH": hidden_NH, "teacher_weight": head_VH}
+
+    # -- checkpoints ---------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
         """What training changes, as full tensors by name, for a checkpoint."""

@@ -8,16 +8,16 @@ from typing import Any
 
 import minidistill_kernels
 from minidistill.trainer.distributed import worker
-from minidistill.trainer.gradients import Gradients
+from minidistill.trainer.trainer import Trainer
 
-compute, distill = Gradients.compute, minidistill_kernels.linear_distill
+step, distill = Trainer._step, minidistill_kernels.linear_distill
 current_step = 0
 
 
-def counting(self: Any, rollouts: Any, step: int, *rest: Any) -> Any:
+def counting(self: Any, rollouts: Any, number: int, *rest: Any) -> Any:
     global current_step
-    current_step = step
-    return compute(self, rollouts, step, *rest)
+    current_step = number
+    return step(self, rollouts, number, *rest)
 
 
 def failing(*arguments: Any, **named: Any) -> Any:
@@ -29,6 +29,6 @@ def failing(*arguments: Any, **named: Any) -> Any:
     return distill(*arguments, **named)
 
 
-Gradients.compute = counting  # type: ignore[method-assign]
+Trainer._step = counting  # type: ignore[method-assign]
 minidistill_kernels.linear_distill = failing
 worker.main(sys.argv[1:])

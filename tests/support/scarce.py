@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import minidistill_kernels
-from minidistill.trainer import gradients
+from minidistill.trainer import trainer
 from minidistill.trainer.distributed import worker
 from minidistill.trainer.distributed.fsdp import decoder_layers
 
@@ -22,7 +22,7 @@ ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 def limit(place: str, size: int) -> Callable[[], None]:
     """Make passes of more than `size` tokens fail at `place`. Returns a function that undoes it."""
-    states, distill = gradients.hidden_states, minidistill_kernels.linear_distill
+    states, distill = trainer.hidden_states, minidistill_kernels.linear_distill
     too_large = False
 
     def fail(*anything: Any) -> None:
@@ -53,9 +53,9 @@ def limit(place: str, size: int) -> Callable[[], None]:
         return distill(*arguments, **named)
 
     def undo() -> None:
-        gradients.hidden_states, minidistill_kernels.linear_distill = states, distill
+        trainer.hidden_states, minidistill_kernels.linear_distill = states, distill
 
-    gradients.hidden_states, minidistill_kernels.linear_distill = limited, limited_loss
+    trainer.hidden_states, minidistill_kernels.linear_distill = limited, limited_loss
     return undo
 
 

@@ -10,7 +10,7 @@ import torch
 from support.lab import Lab, make_lab
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.trainer import gradients as module
+from minidistill.trainer import trainer as module
 
 SMALL = ("--orchestrator.batch_size", "12", "--orchestrator.env.0.args.num_train_examples", "8")
 CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"
@@ -60,12 +60,12 @@ def test_the_step_is_repeated_with_the_same_result(
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
     assert sum(told) == sum(len(r.completion.token_ids) for r in lab.rollouts)
-    assert lab.trainer.gradients.budget < 600
-    assert f"trainer.micro_batch_tokens is {lab.trainer.gradients.budget}" in caplog.messages[-1]
-    kept, warned = lab.trainer.gradients.budget, len(caplog.messages)
+    assert lab.trainer.micro_batches.budget < 600
+    kept, warned = lab.trainer.micro_batches.budget, len(caplog.messages)
+    assert f"trainer.micro_batch_tokens is {kept}" in caplog.messages[-1]
     lab.trainer.max_mismatch = float("inf")
     lab.trainer.step(lab.rollouts, 2, lambda count: None)
-    assert (lab.trainer.gradients.budget, len(caplog.messages)) == (kept, warned), (
+    assert (lab.trainer.micro_batches.budget, len(caplog.messages)) == (kept, warned), (
         "the new size is kept"
     )
 

@@ -68,7 +68,7 @@ def test_divided_ranks_repeat_the_step_together(
         for name, value in alone.trainer.state().items():
             torch.testing.assert_close(state[name], value, rtol=1e-3, atol=2e-5, msg=name)
         where = f" on rank {number}" if number else ""
-        size = lab.trainer.gradients.budget
+        size = lab.trainer.micro_batches.budget
         assert warned[-1] == (
             f"out of memory{where} ({scarce.ERROR}): "
             f"trainer.micro_batch_tokens is {size} from here on"

@@ -68,7 +68,7 @@ def test_the_cached_context_gives_the_same_gradient(plain: Lab, configure: Confi
     lab = make_lab(configure(*SMALL), shares=False)
     lab.rollouts = plain.rollouts
     views = [r.prompt.teacher_ids for r in plain.rollouts]
-    assert plain.trainer.gradients.prefixes.common(views), "the context is not shared at all"
+    assert plain.trainer.prefixes.common(views), "the context is not shared at all"
     assert_same_gradients(lab, plain)
 
 
@@ -76,7 +76,7 @@ def test_the_context_is_read_once_a_run(configure: Configure) -> None:
     lab = make_lab(configure(*SMALL, *STALE))
     for step in (1, 2, 3):
         lab.trainer.step(lab.rollouts, step, lambda count: None)
-    assert lab.trainer.gradients.prefixes.computed == 1
+    assert lab.trainer.prefixes.computed == 1
 
 
 def test_rollouts_of_other_weights_stop_the_run(configure: Configure) -> None:

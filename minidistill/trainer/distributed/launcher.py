@@ -107,7 +107,7 @@ def _torchrun_error(seconds: float) -> UserError | None:
     return UserError(
         "another rank of the trainer ended, or cannot be reached",
         where="torchrun",
-        fix="torchrun says which and why; --resume goes on from the last checkpoint",
+        fix="torchrun says which and why; --resume continues from the last checkpoint",
         exit_code=EXIT_FAILED,
     )
 
@@ -131,7 +131,7 @@ class RankProcess(Subprocess):
         return UserError(
             f"rank {self.rank} of the trainer ended: {report}",
             where="training",
-            fix=f"{advice}--resume goes on from the last checkpoint",
+            fix=f"{advice}--resume continues from the last checkpoint",
             exit_code=EXIT_ENVIRONMENT if memory else EXIT_FAILED,
         )
 

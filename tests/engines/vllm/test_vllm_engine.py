@@ -126,7 +126,9 @@ def test_what_vllm_refuses_is_one_clear_error_and_it_lives_on(bench: Bench) -> N
     assert bench.engine.restarts == 0
 
 
-def test_a_killed_process_is_started_again_with_the_current_weights(bench: Bench) -> None:
+def test_a_killed_process_is_started_again_with_the_current_weights(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
     """Last of those that share the engine, for it has no start left."""
     engine = bench.engine
     bench.change(seed=70)
@@ -137,7 +139,7 @@ def test_a_killed_process_is_started_again_with_the_current_weights(bench: Bench
     after = engine.generate(asked, SamplingParams(8), Role.STUDENT)
     assert [c.token_ids for c in after] == [c.token_ids for c in before]
     assert after[0].logprobs == pytest.approx(before[0].logprobs, abs=1e-4)
-    assert "SIGKILL" in bench.warnings[0]
+    assert "SIGKILL" in caplog.messages[0]
     os.killpg(engine.process.popen.pid, signal.SIGKILL)
     with pytest.raises(UserError, match="restarted 1 times") as caught:
         engine.sync(71)

@@ -116,7 +116,7 @@ def test_a_live_teacher_is_the_student_of_now() -> None:
 def assert_the_trainer_teaches_the_same(trainer: Trainer, rollouts: list[Any]) -> None:
     found = []
     for batch in (rollouts, [replace(r, teacher=None) for r in rollouts]):
-        output = trainer.gradients._objective(batch, ((), None))
+        output = trainer._objective(batch, ((), None))
         (output.loss.sum() / output.loss.numel()).backward()
         found.append({n: p.grad.clone() for n, p in trainer.policy.parameters})
         trainer.optimizer.zero_grad()

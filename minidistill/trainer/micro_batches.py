@@ -1,0 +1,83 @@
+"""A step's micro-batches: which rollouts go together, and what happens on OOM."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minidistill.config import Config
+from minidistill.errors import UserError
+from minidistill.trainer.batching import share_out, split_by_tokens
+from minidistill.trainer.distributed.rank_group import RankGroup
+from minidistill.trainer.guards import too_large
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfMemory:
+    """A try at a step in which a micro-batch did not fit in a rank's memory."""
+
+    message: str
+    tokens: int
+    """Of the rank's rollouts in this step."""
+    longest: int
+    """The tokens of the longest of them."""
+    single_sequences: bool
+    """Every micro-batch of the rank was one sequence."""
+
+
+class MicroBatches:
+    """Divides a step's rollouts among ranks and micro-batches of at most `budget` tokens.
+
+    On OOM the budget is halved for the rest of the run.
+    """
+
+    def __init__(self, config: Config, rank_group: RankGroup) -> None:
+        self.budget, self.packing = config.trainer.micro_batch_tokens, config.trainer.packing
+        self.rank_group = rank_group
+
+    def passes(self, lengths: Sequence[int], *, sharded: bool) -> list[list[int]]:
+        """The rollouts of each of this rank's micro-batches.
+
+        `lengths` are those of the step's rollouts. With `sharded` weights every rank runs the same
+        number of passes; some may be empty.
+        """
+        passes = []
+        for share in share_out(lengths, self.rank_group.size):
+            share_lengths = [lengths[i] for i in share]
+            groups = split_by_tokens(share_lengths, self.budget, self.packing)
+            passes.append([[share[i] for i in group] for group in groups])
+        if sharded:
+            most = max(map(len, passes))
+            passes = [groups + [[]] * (most - len(groups)) for groups in passes]
+        return passes[self.rank_group.rank]
+
+    def shrink(self, failures: dict[int, OutOfMemory], *, sharded: bool) -> None:
+        """Halve the budget by the rank with the least room.
+
+        Raises UserError (exit code 3) if a rank could not hold a single sequence.
+        """
+        for failure in failures.values():
+            if failure.single_sequences:
+                raise sequence_too_long(failure.longest, failure.message)
+        # by what a micro-batch held: a much larger budget would have to be halved several times
+        rank, worst = min(failures.items(), key=lambda item: item[1].tokens)
+        self.budget = min(self.budget, worst.tokens) // 2
+        if sharded and self.rank_group.rank:
+            return  # the driver warns for all
+        where = f" on rank {rank}" if rank != self.rank_group.rank else ""
+        logger.warning(
+            f"out of memory{where} ({worst.message}): "
+            f"trainer.micro_batch_tokens is {self.budget} from here on"
+        )
+
+
+def sequence_too_long(tokens: int, message: str) -> UserError:
+    """The error of a sequence that does not fit by itself."""
+    return too_large(
+        f"one sequence of {tokens} tokens does not fit in memory: {message}",
+        "set trainer.model.ac.freq = 1, shorten the context or "
+        "orchestrator.sampling.max_tokens, or train on more GPUs",
+    )
