@@ -58,13 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(args: list[str]) -> int:
     parser, commands = _parsers()
-    if not args:
+    name = next((arg for arg in args if arg != "--traceback"), "")
+    if not name:
         parser.print_help(sys.stderr)
         return EXIT_USAGE
-    name = next((arg for arg in args if arg != "--traceback"), "")
     if name == "help":
         args = ["--help"]
-    elif name and not name.startswith("-") and name not in commands:
+    elif name not in (*commands, "-h", "--help", "--version"):
         # argparse would list all commands. "rl" is what the public trainer calls `run`.
         close = ["run"] if name == "rl" else difflib.get_close_matches(name, commands, 1, 0.4)
         fix = f"did you mean `minidistill {close[0]}`?" if close else "see minidistill --help"
@@ -113,7 +113,7 @@ examples:
   minidistill run --help""",
     )
     parser.add_argument("--version", action="version", version=f"minidistill {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", prog="minidistill", metavar="COMMAND")
 
     run = commands.add_parser(
         "run",

@@ -60,12 +60,37 @@ def test_module_runs_as_a_command() -> None:
     assert done.stdout == f"minidistill {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "config", "report"])
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([command, "--help"]) == 0
-    out = capsys.readouterr().out
-    assert f"usage: minidistill {command}" in out
+HELP = [
+    ("run", ["FILES…", "--key VALUE", "--resume"]),
+    ("plan", ["FILES…", "--key VALUE", "--gpus N", "--gpu-memory GiB", "--json"]),
+    ("config", ["FILES…", "--key VALUE", "--json"]),
+    ("report", ["DIR"]),
+    ("bench", ["NAME", "schedule"]),
+]
+
+
+@pytest.mark.parametrize(("command", "words"), HELP)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_command_has_help(
+    command: str, words: list[str], flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, flag]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith(f"usage: minidistill {command} ")
+    _, _, options = out.partition("\n\n")
+    assert not [word for word in [*words, "--traceback"] if word not in options]
     assert "example" in out
+    assert "gpu_memory" not in out  # also accepted, but not shown
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["help"]])
+def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: minidistill COMMAND")
+    listed = [line.split()[0] for line in out.splitlines() if line.startswith("    ")]
+    assert listed == [command for command, _ in HELP]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +102,15 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["zzzz"], "minidistill --help"),
         (["run"], "configs/sokoban.toml"),
         (["report"], "report runs/"),
+        (["report", "a", "b"], "report runs/"),
+        (["report", "--x"], "report runs/"),
         (["report", "/nowhere"], "directory of a run"),
+        (["bench"], "minidistill bench kernels"),
+        (["bench", "x"], "minidistill bench kernels"),
+        (["--x"], "minidistill --help"),
+        (["--x", "run"], "minidistill --help"),
+        (["plan", "x", "--gpus"], "minidistill plan --help"),
+        (["config", "x", "--json=1"], "minidistill config --help"),
     ],
 )
 def test_usage_errors(argv: list[str], fix: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,12 +118,18 @@ def test_usage_errors(argv: list[str], fix: str, capsys: pytest.CaptureFixture[s
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
-    assert fix in err
+    assert "usage:" not in err
+    assert fix in err.partition("\n  fix: ")[2]
 
 
-def test_no_arguments_print_help_and_fail(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([]) == 2
-    assert "usage: minidistill COMMAND" in capsys.readouterr().err
+@pytest.mark.parametrize("argv", [[], ["--traceback"]])
+def test_no_command_prints_help_and_fails(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: minidistill COMMAND")
 
 
 def test_run_hands_over_the_configuration(config: str, loop: types.ModuleType) -> None:
@@ -100,6 +139,37 @@ def test_run_hands_over_the_configuration(config: str, loop: types.ModuleType) -
     ((loaded, resume),) = seen
     assert resume is True
     assert loaded.config.seed == 5
+
+
+def test_files_and_overrides_keep_their_order(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Options of the command may stand anywhere between them."""
+    line = "@ a.toml --seed -3 --inference_gpu_ids 0 1 --js x b.toml --no-wandb --model.name=--x"
+    rest = ["--orchestrator.teacher_model.context", "two words", "@d.toml", "", "-", "-x"]
+    arguments = line.split() + rest
+    seen = []
+
+    def load(argv: list[str]) -> None:
+        seen.append(argv)
+        raise UserError("stop")
+
+    monkeypatch.setattr("minidistill.config.load_config", load)
+    for position in range(len(arguments) + 1):
+        argv = [*arguments[:position], "--json", "--traceback", *arguments[position:]]
+        assert cli.main(["config", *argv]) == 2
+    assert seen == [arguments] * (len(arguments) + 1)
+    assert cli.main(["run", "--json", "--resume", "--", "--resume"]) == 2
+    assert seen[-1] == ["--json", "--", "--resume"]  # and load_config refuses these
+    capsys.readouterr()
+
+
+def test_traceback_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--traceback", "run", "x"], ["run", "--traceback", "x"], ["rn", "--traceback"]):
+        assert cli.main(argv) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("Traceback")
+        assert err.count("\nerror: ") == 1
 
 
 @pytest.mark.parametrize(
@@ -154,9 +224,9 @@ def test_config_prints_value_and_origin(config: str, capsys: pytest.CaptureFixtu
 
 def test_config_as_json(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", config, "--json", "--orchestrator.env.0.args.x", "inf"]) == 0
-    shown = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert shown["config"]["orchestrator"]["env"][0]["args"] == {"x": "Infinity"}
-    assert shown["provenance"]["orchestrator.teacher_model.context"] == f"{config}:2"
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert printed["config"]["orchestrator"]["env"][0]["args"] == {"x": "Infinity"}
+    assert printed["provenance"]["orchestrator.teacher_model.context"] == f"{config}:2"
 
 
 def test_config_on_a_terminal_is_a_table_that_takes_no_markup(
@@ -214,7 +284,7 @@ ckpt.keep_last ckpt.resume_step
 
 
 @pytest.mark.parametrize("key", FOREIGN.split())
-def test_keys_of_the_public_trainer_are_refused_with_a_way_on(tmp_path: Path, key: str) -> None:
+def test_keys_of_the_public_trainer_are_refused_with_a_fix(tmp_path: Path, key: str) -> None:
     head, _, leaf = key.rpartition(".")
     path = tmp_path / "b.toml"
     path.write_text(f"[{head}]\n{leaf} = 1\n" if head else f"{leaf} = 1\n")

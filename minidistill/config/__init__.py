@@ -1,4 +1,4 @@
-"""Configuration: schema, TOML files, command-line overrides, errors that name file and line."""
+"""The configuration: schema, TOML files, command-line overrides, errors with file and line."""
 
 from minidistill.config.load import LoadedConfig, load_config
 from minidistill.config.schema import Config

@@ -1,4 +1,4 @@
-"""What every configuration table shares: strict, closed, frozen, documented by docstrings."""
+"""What the tables of the configuration share: value types and validation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Weight = Annotated[float, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 Fraction = Annotated[float, Gt(0), Lt(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]
-# no user or password: URLs are shown and written down
+# without user and password: URLs are printed and recorded
 Urls = Annotated[
     list[Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@]+(/[^\s@]*)?$")]], MinLen(1)
 ]
@@ -22,14 +22,14 @@ GpuIds = Annotated[list[Count], MinLen(1)]
 
 
 class Table(BaseModel):
-    """A TOML table. Unknown keys, numbers as strings, infinities and NaNs are all refused."""
+    """A TOML table. Refuses unknown keys, numbers as strings, infinities and NaNs."""
 
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
         frozen=True,
         allow_inf_nan=False,
-        # `args` of an environment may hold any TOML value: keep the JSON valid whatever it is.
+        # An environment's `args` may hold infinities and NaNs, for which JSON has no numbers.
         ser_json_inf_nan="strings",
         use_attribute_docstrings=True,
         protected_namespaces=(),

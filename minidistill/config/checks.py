@@ -1,4 +1,4 @@
-"""What one key alone cannot tell: settings that contradict each other."""
+"""Settings that are valid alone but contradict each other."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-from minidistill.config.schema import Config, ParallelConfig
+from minidistill.config.engine_kinds import ENGINE_KINDS
+from minidistill.config.schema import Config, EngineConfig, ParallelConfig
 from minidistill.config.schema_tree import Path
 from minidistill.estimators import ESTIMATORS, TeacherNeeds
 
 
 class Problem(NamedTuple):
-    """A contradiction: what it is, how to fix it, and the keys it is between."""
+    """A contradiction: what is wrong, how to fix it, and the keys that contradict each other."""
 
     what: str
     fix: str
@@ -21,7 +22,7 @@ class Problem(NamedTuple):
 
 
 def contradictions(config: Config) -> Iterator[Problem]:
-    """Every pair of settings in `config` that cannot hold together."""
+    """The contradictions in `config`."""
     yield from _objective(config)
     yield from _rollouts(config)
     yield from _environments(config)
@@ -43,17 +44,16 @@ def _objective(config: Config) -> Iterator[Problem]:
             "set trainer.loss.teacher_tau above 0 to distil",
             ("trainer.loss.teacher_tau", "trainer.loss.adv_tau"),
         )
-    other = config.teacher_inference.model.name
-    if other is not None and other != config.model.name and teacher.update != "frozen":
+    if config.separate_teacher is not None and teacher.update != "frozen":
         yield Problem(
-            f"the teacher is another model ({other}), which training does not change, but "
-            f'orchestrator.teacher_model.update = "{teacher.update}"',
-            'take update = "frozen", or leave teacher_inference.model.name out',
+            f"the teacher is another model ({config.separate_teacher}), which training does not "
+            f'change, but orchestrator.teacher_model.update = "{teacher.update}"',
+            'set update = "frozen", or remove teacher_inference.model.name',
             ("teacher_inference.model.name", "orchestrator.teacher_model.update"),
         )
     if config.orchestrator.buffer.skip_verification and loss.adv_tau != 0:
         yield Problem(
-            "orchestrator.buffer.skip_verification = true leaves no reward to weigh, "
+            "orchestrator.buffer.skip_verification = true leaves no reward to weight, "
             f"but trainer.loss.adv_tau = {loss.adv_tau}",
             "set trainer.loss.adv_tau = 0",
             ("orchestrator.buffer.skip_verification", "trainer.loss.adv_tau"),
@@ -62,7 +62,7 @@ def _objective(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"trainer.scheduler.min_lr = {config.trainer.scheduler.min_lr} is above "
             f"trainer.optim.lr = {config.trainer.optim.lr}",
-            "give a min_lr of at most lr",
+            "set min_lr to at most lr",
             ("trainer.scheduler.min_lr", "trainer.optim.lr"),
         )
 
@@ -72,21 +72,21 @@ def _rollouts(config: Config) -> Iterator[Problem]:
     size, group = orchestrator.batch_size, orchestrator.rollouts_per_example
     if size % group:
         below, above = size // group * group, (size // group + 1) * group
-        near = f"{below} or {above}" if below else f"{above}"
+        multiples = f"{below} or {above}" if below else f"{above}"
         yield Problem(
             f"orchestrator.batch_size = {size} is not a multiple of rollouts_per_example = {group}",
-            f"set orchestrator.batch_size to {near}",
+            f"set orchestrator.batch_size to {multiples}",
             ("orchestrator.batch_size", "orchestrator.rollouts_per_example"),
         )
     lengths = {"orchestrator.sampling.max_tokens": orchestrator.sampling.max_tokens}
     if orchestrator.eval is not None:
-        in_eval = orchestrator.eval.sampling.max_tokens
-        lengths["orchestrator.eval.sampling.max_tokens"] = in_eval or 0
+        eval_length = orchestrator.eval.sampling.max_tokens
+        lengths["orchestrator.eval.sampling.max_tokens"] = eval_length or 0
     for key, length in lengths.items():
         if length >= config.seq_len:
             yield Problem(
                 f"{key} = {length} leaves no room for a prompt in seq_len = {config.seq_len}",
-                f"set {key} below seq_len, which counts context, prompt and completion",
+                f"set {key} below seq_len, which includes context, prompt and completion",
                 (key, "seq_len"),
             )
     if orchestrator.teacher_model.eval_baseline and orchestrator.eval is None:
@@ -98,10 +98,10 @@ def _rollouts(config: Config) -> Iterator[Problem]:
 
 
 def _environments(config: Config) -> Iterator[Problem]:
-    evals = config.orchestrator.eval
+    evaluation = config.orchestrator.eval
     tables = {"orchestrator.env": config.orchestrator.env}
-    if evals is not None and evals.env is not None:
-        tables["orchestrator.eval.env"] = evals.env
+    if evaluation is not None and evaluation.env is not None:
+        tables["orchestrator.eval.env"] = evaluation.env
     for table, envs in tables.items():
         for name, count in Counter(env.name for env in envs).items():
             if count > 1:
@@ -114,39 +114,39 @@ def _environments(config: Config) -> Iterator[Problem]:
 
 
 def _gpus(config: Config) -> Iterator[Problem]:
-    given = {
-        key: ids
-        for key in ("inference_gpu_ids", "teacher_gpu_ids", "trainer_gpu_ids")
-        if (ids := getattr(config, key)) is not None
+    settings = {
+        "inference_gpu_ids": config.inference_gpu_ids,
+        "teacher_gpu_ids": config.teacher_gpu_ids,
+        "trainer_gpu_ids": config.trainer_gpu_ids,
     }
-    for key, ids in given.items():
-        twice = sorted(gpu for gpu, count in Counter(ids).items() if count > 1)
-        if twice:
-            yield Problem(f"{key} names GPU {_list(twice)} twice", "name each GPU once", (key,))
-    for (one, ids), (other, others) in combinations(given.items(), 2):
-        shared = sorted(set(ids) & set(others))
-        if shared and set(ids) != set(others):
+    gpu_ids = {key: ids for key, ids in settings.items() if ids is not None}
+    for key, ids in gpu_ids.items():
+        repeated = sorted(gpu for gpu, count in Counter(ids).items() if count > 1)
+        if repeated:
+            yield Problem(f"{key} names GPU {_list(repeated)} twice", "name each GPU once", (key,))
+    for (key, ids), (other_key, other_ids) in combinations(gpu_ids.items(), 2):
+        shared = sorted(set(ids) & set(other_ids))
+        if shared and set(ids) != set(other_ids):
             yield Problem(
-                f"GPU {_list(shared)} is in {one} and {other}",
-                "give each list its own GPUs, or the same ones to both to share them",
-                (one, other),
+                f"GPU {_list(shared)} is in {key} and {other_key}",
+                "give each list its own GPUs, or both the same ones to share them",
+                (key, other_key),
             )
-    yield from _parallel("inference", config.inference.parallel, given)
-    teacher = config.teacher_inference.parallel
-    yield from _parallel("teacher_inference", teacher, given)
+    for table, engine, ids_key in (
+        ("inference", config.inference, "inference_gpu_ids"),
+        ("teacher_inference", config.teacher_inference, "teacher_gpu_ids"),
+    ):
+        if ids_key in gpu_ids:
+            yield from _parallel(table, engine.parallel, ids_key, len(gpu_ids[ids_key]))
 
 
-def _parallel(
-    table: str, parallel: ParallelConfig, given: dict[str, list[int]]
-) -> Iterator[Problem]:
-    ids_key = "teacher_gpu_ids" if table.startswith("teacher") else "inference_gpu_ids"
-    if ids_key not in given:
-        return
-    count, tp, dp = len(given[ids_key]), parallel.tp, parallel.dp
+def _parallel(table: str, parallel: ParallelConfig, ids_key: str, count: int) -> Iterator[Problem]:
+    """Whether an engine's replicas fit the `count` GPUs of `ids_key`."""
+    tp, dp = parallel.tp, parallel.dp
     keys = (f"{table}.parallel.tp", f"{table}.parallel.dp", ids_key)
     if dp is not None and dp * tp != count:
         yield Problem(
-            f"{table}.parallel asks for dp {dp} × tp {tp} = {dp * tp} GPUs, "
+            f"{table}.parallel needs dp {dp} × tp {tp} = {dp * tp} GPUs, "
             f"but {ids_key} names {count}",
             f"make dp × tp equal to {count}, or name {dp * tp} GPUs",
             keys,
@@ -154,82 +154,102 @@ def _parallel(
     elif count % tp:
         yield Problem(
             f"{table}.parallel.tp = {tp} does not divide the {count} GPUs of {ids_key}",
-            f"take a tp that divides {count}",
+            f"set a tp that divides {count}",
             keys,
         )
 
 
 def _servers(config: Config) -> Iterator[Problem]:
-    """What servers that somebody else has started cannot do, or have no use for."""
-    tables = {"inference": config.inference, "teacher_inference": config.teacher_inference}
-    given = [f"{name}.server_urls" for name, table in tables.items() if table.server_urls]
-    students, teachers = "inference.server_urls", "teacher_inference.server_urls"
-    for name, table in tables.items():
-        url, ids = f"{name}.server_urls", "teacher_gpu_ids" if "_" in name else "inference_gpu_ids"
-        if url not in given:
-            continue
-        useless = [f"{name}.parallel"] if table.parallel != ParallelConfig() else []
-        if getattr(config, ids) is not None:
-            useless.append(ids)
-        for key in useless:
-            fix = f"leave {key} out; how a server uses its GPUs is said where it is started"
-            yield Problem(f"{key} is for an engine of this run, {url} for servers", fix, (url, key))
-    full, teacher = config.trainer.model.lora is False, config.orchestrator.teacher_model
-    shared = config.teacher_inference.share
-    estimator = ESTIMATORS.get(config.trainer.loss.estimator)  # None is "auto"
-    if students in given:
-        if config.inference.engine == "embedded":
-            yield Problem(
-                f'inference.engine = "embedded" samples in the trainer, {students} on servers',
-                "leave one of them out",
-                ("inference.engine", students),
-            )
-        if full:
-            yield Problem(
-                f"trainer.model.lora = false trains every weight, which {students} cannot be sent: "
-                "whole models travel in memory, on one machine",
-                "train an adapter, or let the run start its own engine",
-                ("trainer.model.lora", students),
-            )
-        other = config.teacher_inference.model.name not in (None, config.model.name)
-        apart = other or shared is False or config.teacher_gpu_ids is not None
-        in_trainer = estimator is not None and estimator.needs is TeacherNeeds.ALL_LOGITS
-        if apart and teachers not in given and not in_trainer:
-            yield Problem(
-                f"{students} serve the student, and the teacher is asked to be in an engine apart",
-                f"give it servers of its own with {teachers}",
-                (students,),
-            )
-    if teachers not in given:
+    """What running servers cannot do, and settings that do not apply to them."""
+    yield from _engine_settings("inference", config.inference, config.inference_gpu_ids)
+    teacher = config.teacher_inference
+    yield from _engine_settings("teacher_inference", teacher, config.teacher_gpu_ids)
+    if config.inference.server_urls:
+        yield from _student_servers(config)
+    if config.teacher_inference.server_urls:
+        yield from _teacher_servers(config)
+
+
+def _engine_settings(
+    table: str, engine: EngineConfig, gpu_ids: list[int] | None
+) -> Iterator[Problem]:
+    if not engine.server_urls:
         return
-    temperature = config.orchestrator.sampling.temperature
+    urls = f"{table}.server_urls"
+    unused = [f"{table}.parallel"] if engine.parallel != ParallelConfig() else []
+    if gpu_ids is not None:
+        unused.append("teacher_gpu_ids" if table == "teacher_inference" else "inference_gpu_ids")
+    for key in unused:
+        yield Problem(
+            f"{key} is for an engine that the run starts, {urls} for running servers",
+            f"remove {key}; a server's GPUs are set where it is started",
+            (urls, key),
+        )
+
+
+def _student_servers(config: Config) -> Iterator[Problem]:
+    urls, teacher = "inference.server_urls", config.teacher_inference
+    engine = ENGINE_KINDS.get(config.inference.engine)  # None is "auto"
+    if engine is not None and engine.in_trainer:
+        yield Problem(
+            f'inference.engine = "{engine.name}" samples in the trainer, {urls} on servers',
+            "remove one of them",
+            ("inference.engine", urls),
+        )
+    if config.trainer.model.lora is False:
+        yield Problem(
+            f"trainer.model.lora = false trains every weight, but {urls} cannot receive them: "
+            "whole models are sent in memory, on one machine",
+            "train an adapter, or let the run start its own engine",
+            ("trainer.model.lora", urls),
+        )
+    estimator = ESTIMATORS.get(config.trainer.loss.estimator)  # None is "auto"
+    in_trainer = estimator is not None and estimator.needs is TeacherNeeds.ALL_LOGITS
+    needs_engine = (
+        config.separate_teacher is not None
+        or teacher.share is False
+        or config.teacher_gpu_ids is not None
+    )
+    if needs_engine and not teacher.server_urls and not in_trainer:
+        yield Problem(
+            f"{urls} serve the student, but the settings give the teacher an engine of its own",
+            "set teacher_inference.server_urls to the teacher's servers",
+            (urls,),
+        )
+
+
+def _teacher_servers(config: Config) -> Iterator[Problem]:
+    urls = "teacher_inference.server_urls"
+    estimator = ESTIMATORS.get(config.trainer.loss.estimator)  # None is "auto"
     if estimator is not None and estimator.needs is not TeacherNeeds.SAMPLED_LOGPROBS:
         yield Problem(
-            f'trainer.loss.estimator = "{estimator}" needs more of the teacher than '
-            f"{teachers} give: log-probs of the sampled tokens",
-            f'set trainer.loss.estimator = "sampled", or leave {teachers} out',
-            ("trainer.loss.estimator", teachers),
+            f'trainer.loss.estimator = "{estimator}" needs more from the teacher than '
+            f"{urls} give: log-probs of the sampled tokens",
+            f'set trainer.loss.estimator = "sampled", or remove {urls}',
+            ("trainer.loss.estimator", urls),
         )
+    temperature = config.orchestrator.sampling.temperature
     if temperature != 1:
         yield Problem(
-            f"{teachers} score at temperature 1 alone, but orchestrator.sampling.temperature = "
+            f"{urls} score only at temperature 1, but orchestrator.sampling.temperature = "
             f"{temperature}",
-            f"set it to 1, or leave {teachers} out",
-            ("orchestrator.sampling.temperature", teachers),
+            f"set it to 1, or remove {urls}",
+            ("orchestrator.sampling.temperature", urls),
         )
-    if full and teacher.update != "frozen":
+    update = config.orchestrator.teacher_model.update
+    if config.trainer.model.lora is False and update != "frozen":
         yield Problem(
-            f'orchestrator.teacher_model.update = "{teacher.update}" changes every weight of the '
-            f"teacher, which {teachers} cannot be sent",
+            f'orchestrator.teacher_model.update = "{update}" changes every weight of the '
+            f"teacher, but {urls} cannot receive them",
             'set update = "frozen", or train an adapter',
-            ("orchestrator.teacher_model.update", teachers),
+            ("orchestrator.teacher_model.update", urls),
         )
-    if shared:
+    if config.teacher_inference.share:
         yield Problem(
-            f"teacher_inference.share = true lets the student's engine serve the teacher, "
-            f"{teachers} name its own",
-            "leave one of them out",
-            ("teacher_inference.share", teachers),
+            f"teacher_inference.share = true lets the student's engine serve the teacher, but "
+            f"{urls} name the teacher's own servers",
+            "remove one of them",
+            ("teacher_inference.share", urls),
         )
 
 

@@ -16,27 +16,27 @@ class SamplingConfig(Table):
     temperature: PositiveFloat = 1.0
     """Temperature of the sampler, and of both distributions in the objective."""
     max_tokens: Positive = 512
-    """Longest completion."""
+    """Longest completion, in tokens."""
 
 
 class EvalSamplingConfig(Table):
     """How both models sample in evaluations."""
 
     temperature: Weight | None = None
-    """By default as in training; 0 is greedy."""
+    """By default the one of training; 0 is greedy."""
     max_tokens: Positive | None = None
-    """By default as in training."""
+    """By default the one of training."""
 
 
 class BufferConfig(Table):
-    """What happens to rollouts before training."""
+    """What is done with rollouts before training."""
 
     skip_verification: bool = False
     """Pure distillation: no rewards in training; `trainer.loss.adv_tau` must be 0."""
 
 
 class TeacherConfig(Table):
-    """The teacher: the same model, with a context in front of the student's prompt."""
+    """The teacher: the model that reads the context in addition to the student's prompt."""
 
     model_config = ConfigDict(
         json_schema_extra={"oneOf": [{"required": ["context"]}, {"required": ["context_file"]}]}
@@ -45,62 +45,62 @@ class TeacherConfig(Table):
     context: str = ""
     """The context. This or `context_file` is required."""
     context_file: Text | None = None
-    """A text file to take the context from, relative to the TOML file that names it. `load_config`
-    puts its text into `context`."""
+    """A text file with the context, relative to the TOML file that names it. When the configuration
+    is loaded, `context` takes its text."""
     context_placement: Literal["user", "system"] = "user"
-    """In front of the first user message, or at the end of the system message."""
+    """Before the first user message, or at the end of the system message."""
     eval_baseline: bool = False
     """Evaluate student and teacher before training; needs `[orchestrator.eval]`."""
     update: Literal["frozen", "live", "ema"] = "frozen"
-    """The teacher's weights: the base model's, the student's, or a moving average of those."""
+    """The teacher's weights: the base model's, the student's, or a moving average of the latter."""
     ema_decay: Fraction = 0.99
-    """Decay of the moving average when `update = "ema"`."""
+    """Decay of the moving average with `update = "ema"`."""
 
 
 class EnvConfig(Table):
     """A task and its arguments."""
 
     id: Text
-    """Which environment."""
+    """The name of a built-in or installed environment, or `module:function`."""
     name: Text = Field(default_factory=lambda data: data["id"])
-    """Name in the metrics, unique; by default the id."""
+    """Unique name in the metrics; by default the id."""
     args: dict[str, Any] = Field(default={})
-    """Arguments of the environment, as it defines them."""
+    """Arguments that the environment defines."""
 
 
 class EvalConfig(Table):
-    """Evaluation on held-out problems; off unless the table is there."""
+    """Evaluation on held-out problems; off unless the table is present."""
 
     interval: Count = 50
     """Steps between evaluations; 0 evaluates only before and after the run."""
     num_examples: Positive = 256
-    """Problems of each environment."""
+    """Problems from each environment."""
     rollouts_per_example: Positive = 1
     """Samples of each problem."""
     batch_size: Positive = 256
     """Rollouts sampled at a time."""
     env: Annotated[list[EnvConfig], MinLen(1)] | None = None
-    """A list of tables, one for each environment to evaluate; by default the training ones'
-    evaluation split."""
+    """A list of tables, one for each environment to evaluate; by default those of training, with
+    their evaluation split."""
     sampling: EvalSamplingConfig = EvalSamplingConfig()
 
 
 class AdvantageConfig(Table):
-    """The task advantage: the reward minus the mean of its group."""
+    """The task advantage: the reward minus the mean reward of its group."""
 
     std_norm: bool = False
-    """Divide it by the group's standard deviation."""
+    """Divide it by the standard deviation of the group."""
 
 
 class OrchestratorConfig(Table):
     """Rollouts and where they come from."""
 
     batch_size: Positive = 64
-    """Rollouts a step; a multiple of `rollouts_per_example`."""
+    """Rollouts per step; a multiple of `rollouts_per_example`."""
     rollouts_per_example: Positive = 4
-    """Samples of each prompt: the group that a reward is compared with."""
+    """Samples of each prompt: the group whose mean reward is the baseline."""
     max_env_error_frac: Annotated[float, Ge(0), Le(1)] = 0.1
-    """Share of a step's rollouts whose environment may fail before the run stops."""
+    """The run stops if the environment fails for a larger share of a step's rollouts."""
     sampling: SamplingConfig = SamplingConfig()
     buffer: BufferConfig = BufferConfig()
     teacher_model: TeacherConfig

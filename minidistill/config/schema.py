@@ -1,4 +1,7 @@
-"""The configuration: top level, trainer and engines. A docstring under a field is its help."""
+"""The configuration: top level, trainer and engines.
+
+To add a setting, add a field. The docstring below it becomes its help in docs/configuration.md.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +22,29 @@ from minidistill.config.base import (
     Urls,
     Weight,
 )
+from minidistill.config.engine_kinds import ENGINE_KINDS
 from minidistill.config.orchestrator import OrchestratorConfig
 from minidistill.estimators import ESTIMATORS
 
 if TYPE_CHECKING:
+    EngineName = str
     EstimatorName = str
-else:
+else:  # type checkers cannot read the registries
+    EngineName = Literal["auto", *ENGINE_KINDS]
     EstimatorName = Literal["auto", *ESTIMATORS]
 
 
 class ModelConfig(Table):
-    """The model: student and teacher are the same one, with and without the adapter."""
+    """The model to train. Without its adapter it is by default also the teacher."""
 
     name: Text = "tiny-sokoban"
     """A built-in model's name, a local directory, or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' dtype; `auto` is bfloat16 on a GPU that has it and float32 on a CPU."""
+    """Dtype of the weights; `auto` is bfloat16 on a GPU that supports it, else float32."""
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation of the trainer."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for a model whose author you trust."""
+    """Run Python code that comes with the model. Only for models whose authors you trust."""
     revision: Text | None = None
     """Branch, tag or commit of a hub model."""
 
@@ -47,13 +53,13 @@ class CkptConfig(Table):
     """Checkpoints: adapter, optimizer and counters, enough for `--resume`."""
 
     interval: Count = 50
-    """Steps between checkpoints; 0 writes only the one at the end, which is always written."""
+    """Steps between checkpoints; one is always written at the end, and with 0 only that one."""
     keep: Positive = 2
-    """How many of the latest checkpoints stay on disk."""
+    """How many of the latest checkpoints to keep on disk."""
 
 
 class WandbConfig(Table):
-    """Weights & Biases; off unless the table is there (`--wandb`, `--no-wandb`)."""
+    """Weights & Biases; off unless the table is present (`--wandb`, `--no-wandb`)."""
 
     project: Text = "minidistill"
     """Project to log to."""
@@ -77,21 +83,21 @@ class LoraConfig(Table):
     dropout: Decay = 0.0
     """Dropout on the adapter's input."""
     target_modules: Literal["all-linear"] | Annotated[list[Text], MinLen(1)] = "all-linear"
-    """Layers that get an adapter: every linear one but the head, or a list of module names."""
+    """Layers that get an adapter: all linear layers except the head, or a list of module names."""
 
 
 class AcConfig(Table):
-    """Activation checkpointing: less memory for more compute; off unless the table is there."""
+    """Activation checkpointing: less memory, more compute; off unless the table is present."""
 
     freq: Positive = 1
-    """Checkpoint every freq-th layer."""
+    """Checkpoint every n-th layer."""
 
 
 class TrainerModelConfig(Table):
     """How the trainer holds the model."""
 
     impl: Literal["auto", "hf"] = "auto"
-    """Model implementation; both values mean transformers."""
+    """Model implementation; both values mean the one in transformers."""
     lora: LoraConfig | Literal[False] = LoraConfig()
     """`false` (`--no-trainer.model.lora`) trains every weight of the model instead."""
     ac: AcConfig | None = None
@@ -101,15 +107,15 @@ class OptimConfig(Table):
     """The optimizer."""
 
     type: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    """Which optimizer."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate."""
     weight_decay: Weight = 0.0
     """Decoupled weight decay."""
     betas1: Decay = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay of the running mean of the gradient."""
     betas2: Decay = 0.999
-    """Decay of the squared gradient's running mean."""
+    """Decay of the running mean of the squared gradient."""
     max_norm: PositiveFloat = 1.0
     """Gradients are clipped to this global norm."""
 
@@ -118,55 +124,56 @@ class SchedulerConfig(Table):
     """The learning rate over the run."""
 
     type: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up."""
+    """Schedule after the warm-up."""
     warmup_steps: Count = 0
     """Steps of linear warm-up from 0."""
     decay_steps: Positive | None = None
     """Steps of decay; by default the rest of the run."""
     min_lr: Weight = 0.0
-    """Where the decay ends."""
+    """Learning rate at the end of the decay."""
 
 
 class LossConfig(Table):
     """The objective: adv_tau * A + teacher_tau * log q - student_tau * log π, per token."""
 
     adv_tau: Weight = 0.5
-    """Weight of the task reward's advantage."""
+    """Weight of the advantage of the task reward."""
     teacher_tau: Weight = 0.5
     """Weight of the teacher's log-probability (distillation)."""
     student_tau: Weight = 0.5
     """Weight of the student's log-probability (entropy bonus)."""
     estimator: EstimatorName = "auto"
-    """How the log-probability terms become a gradient: from the sampled token, the full
-    distribution, or the top k and a bucket for the rest. `auto` is `full` where the teacher runs
-    in the trainer, else `sampled`."""
+    """How the log-probability terms become a gradient: from the sampled token, from the full
+    distribution, or from the top k tokens and a bucket for the rest. `auto` is `full` if the
+    teacher runs in the trainer, else `sampled`."""
     top_k: Positive = 64
-    """Tokens kept by `top_k`."""
+    """How many tokens the `top_k` estimator keeps."""
     ratio_clip_high: Annotated[float, Ge(1)] = 2.0
-    """The trainer / sampler ratio is truncated here."""
+    """Upper bound of the ratio of trainer and sampler probability; higher ones are truncated."""
     token_mask_low: Annotated[float, Ge(0), Lt(1)] = 0.125
-    """Tokens whose ratio is below are left out of the loss, and counted."""
+    """Tokens with a lower ratio are left out of the loss, and counted."""
     token_mask_high: Annotated[float, Gt(1)] = 8.0
-    """Tokens whose ratio is above are left out of the loss, and counted."""
+    """Tokens with a higher ratio are left out of the loss, and counted."""
     kl_clip: Literal["auto", "off"] | PositiveFloat = "auto"
-    """Clip of one token's distillation term; `auto` is 5.0 with `sampled` and off otherwise."""
+    """Clip of the distillation term of a token; `auto` is 5.0 with `sampled`, else off."""
     max_sampler_mismatch: Literal["auto", "off"] | PositiveFloat = "auto"
-    """The run stops where `kl/sampler_mismatch` is above: the sampler runs other weights. `auto` is
-    1e-6 in float32, 0.01 in bfloat16 and float16, and off with adapter dropout or `async`."""
+    """The run stops if `kl/sampler_mismatch` is higher: the sampler then has other weights. `auto`
+    is 1e-6 in float32, 0.01 in bfloat16 and float16, and off with adapter dropout or `async`."""
 
 
 class TrainerConfig(Table):
     """The trainer."""
 
     micro_batch_tokens: Positive = 16384
-    """Padded tokens in one forward pass. Less of it needs less memory; the result is the same."""
+    """Tokens in one forward pass, padding included. Fewer need less memory and give the same
+    result."""
     packing: bool = False
     """Put several sequences in one row instead of padding."""
     world_size: Positive | None = None
-    """Processes that train together; by default one a GPU of the trainer, on a CPU 1."""
+    """Training processes (ranks); by default one for each GPU of the trainer, and 1 on a CPU."""
     shard: Literal["auto"] | bool = "auto"
-    """Divide the weights among the ranks (FSDP2) instead of holding all of them on each; `auto`
-    where every weight is trained. Each rank loads the whole model first."""
+    """Shard the weights across the ranks (FSDP2) instead of replicating them; `auto` does if every
+    weight is trained. Each rank first loads the whole model."""
     model: TrainerModelConfig = TrainerModelConfig()
     optim: OptimConfig = OptimConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -174,12 +181,12 @@ class TrainerConfig(Table):
 
 
 class ParallelConfig(Table):
-    """Engines over GPUs: dp replicas of tp GPUs each."""
+    """Parallelism of the engine: dp replicas of tp GPUs each."""
 
     tp: Positive = 1
     """GPUs that share one replica of the model."""
     dp: Positive | None = None
-    """Replicas; by default as many as the GPUs allow."""
+    """Replicas; by default as many as fit on the GPUs."""
 
 
 class EngineConfig(Table):
@@ -187,37 +194,37 @@ class EngineConfig(Table):
 
     parallel: ParallelConfig = ParallelConfig()
     gpu_memory_utilization: Fraction = 0.9
-    """Share of each GPU's memory that the engine may take."""
+    """Share of each GPU's memory that the engine may use."""
     server_urls: Urls | None = None
-    """vLLM servers to use instead, started by somebody else, here or on other machines: see
-    `docs/servers.md`. Several share the work. An API key is taken from `VLLM_API_KEY`."""
+    """URLs of running vLLM servers to use instead, on this machine or others: see
+    `docs/servers.md`. Several share the work. The API key is read from `VLLM_API_KEY`."""
 
 
 class TeacherInferenceModelConfig(Table):
-    """The teacher's model, where it is not the student's base."""
+    """The teacher's model, if it is not the student's base model."""
 
     name: Text | None = None
-    """A model with the student's tokenizer; by default the teacher is the student's own base."""
+    """A model with the student's tokenizer; by default the student's base model."""
 
 
 class TeacherInferenceConfig(EngineConfig):
-    """The teacher's engine, where it is not the student's."""
+    """The teacher's engine, if it is not the student's."""
 
     model: TeacherInferenceModelConfig = TeacherInferenceModelConfig()
     share: bool | None = None
-    """Whether student and teacher are served by one engine, adapter on and off. By default they
-    are on up to 3 GPUs, and have engines of their own on more."""
+    """Whether one engine serves student and teacher, with the adapter on and off. By default one
+    does on up to 3 GPUs; on more, each has its own."""
 
 
 class InferenceConfig(EngineConfig):
     """The engine that samples."""
 
-    engine: Literal["auto", "embedded", "vllm"] = "auto"
-    """`embedded` samples with the trainer's own weights, `vllm` in a process of its own; `auto` is
-    `vllm` where there is a GPU and a vLLM that fits, else `embedded`."""
+    engine: EngineName = "auto"
+    """`embedded` samples with the trainer's model, `vllm` in its own process; `auto` is `vllm` if
+    there are a GPU and a supported vLLM, else `embedded`."""
     max_restarts: Count = 2
-    """How often in a run vLLM's process is started again after it died, or a server that has gone
-    away is waited for."""
+    """How many times in a run a vLLM process that died is restarted, or a server that does not
+    answer is waited for."""
 
 
 class Config(Table):
@@ -230,12 +237,12 @@ class Config(Table):
     output_dir: Text | None = None
     """The run's directory; by default `runs/<name of the first configuration file>`."""
     seed: Count = 0
-    """Seed of everything random."""
+    """Seed of all randomness."""
     schedule: Literal["sync", "async"] = "sync"
-    """`sync` samples, then trains, and is exactly reproducible. `async` samples the next step's
-    rollouts with vLLM while this one is trained on: they are up to one update old."""
+    """`sync` samples, then trains, and is exactly reproducible. `async` samples the rollouts of the
+    next step with vLLM while this one trains: they are at most one update old."""
     inference_gpu_ids: GpuIds | None = None
-    """GPUs that sample; by default chosen from what the machine has."""
+    """GPUs of the engine that samples; by default chosen from those of the machine."""
     teacher_gpu_ids: GpuIds | None = None
     """GPUs of the teacher's engine."""
     trainer_gpu_ids: GpuIds | None = None
@@ -250,6 +257,6 @@ class Config(Table):
 
     @property
     def separate_teacher(self) -> str | None:
-        """The teacher's model where it is not the student's base, else None."""
+        """The teacher's model if it is not the student's base model, else None."""
         name = self.teacher_inference.model.name
         return None if name == self.model.name else name

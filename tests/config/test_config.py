@@ -1,4 +1,4 @@
-"""Files, layers, provenance, and every refusal with its file, line, key and way on."""
+"""Files, layers, provenance, and each error with its file, line, key and fix."""
 
 import json
 from pathlib import Path
@@ -212,7 +212,7 @@ def test_required_keys_are_asked_for_by_name() -> None:
 
 GPUS = [
     ("--inference_gpu_ids 0,1,2 --inference.parallel.tp 2", "does not divide"),
-    ("--inference_gpu_ids 0,1 --inference.parallel.dp 3", "asks for dp 3 × tp 1 = 3 GPUs"),
+    ("--inference_gpu_ids 0,1 --inference.parallel.dp 3", "needs dp 3 × tp 1 = 3 GPUs"),
     ("--teacher_gpu_ids 0 --teacher_inference.parallel.tp 2", "does not divide"),
 ]
 

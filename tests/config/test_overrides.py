@@ -1,16 +1,15 @@
-"""The forms that settings may take on the command line, and TOML written and found again."""
+"""The forms of a setting on the command line; TOML that is written and read again."""
 
 from typing import Any
 
 import pytest
 import tomli
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minidistill.config.overrides import parse
 from minidistill.config.schema_tree import child, properties, root
-from minidistill.config.toml import inline, to_toml
-from minidistill.config.toml import key_lines
+from minidistill.config.toml import inline, key_lines, to_toml
 from minidistill.errors import UserError
 
 
@@ -90,9 +89,9 @@ def test_values(argv: str, value: object) -> None:
     tokens = argv.replace("[0, 1]", "[0,\x001]").split()
     if "=[" in argv:  # one token with a space in it, as from a quoted argument
         tokens = [argv]
-    got = only(*(token.replace("\x00", "") for token in tokens))
-    assert got == value
-    assert type(got) is type(value)
+    parsed = only(*(token.replace("\x00", "") for token in tokens))
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 def test_paths_are_typed_and_flags_kept_as_typed() -> None:
@@ -193,7 +192,7 @@ z = 1
 '''
 
 
-def test_line_finder() -> None:
+def test_key_lines() -> None:
     lines = key_lines(LINES)
     expected = {
         ("top",): 2,
@@ -213,13 +212,22 @@ def test_line_finder() -> None:
 
 
 @given(st.dictionaries(text, tables, max_size=4))
-def test_emitted_toml_reads_back_equal_and_every_key_has_its_line(data: dict) -> None:
+@example({"lines": "a\n\tb\\ \n", "tables": [{"long": "x" * 100}, {"a": {"b": []}}]})
+@example({"carriage returns": "a\r\nb\r\n", "lines": "a\nb"})
+@example({"table": {"x": "\r\n"}})
+def test_written_toml_reads_back_equal_and_every_key_has_its_line(data: dict) -> None:
     written = to_toml(data)
     assert tomli.loads(written) == data
     lines = key_lines(written)
     for key in data:
         if data[key] != {} and not isinstance(data[key], dict | list):
             assert written.split("\n")[lines[(key,)] - 1].startswith(to_toml({key: 0})[:-4])
+
+
+def test_none_is_not_written() -> None:
+    data = {"a": None, "b": {"c": None, "d": [{"e": None}]}}
+    assert tomli.loads(to_toml(data)) == {"b": {"d": [{}]}}
+    assert inline(data) == "{ b = { d = [{}] } }"
 
 
 def test_tree_finds_optional_tables_and_list_items() -> None:

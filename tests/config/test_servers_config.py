@@ -1,4 +1,4 @@
-"""What servers that somebody else started cannot be combined with."""
+"""Settings that running servers cannot be combined with."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TEACHER = ("--teacher_inference.server_urls", '["http://localhost:8001"]')
         ((*TEACHER, "--teacher_gpu_ids", "0"), "teacher_gpu_ids is for an engine"),
         ((*STUDENT, "--inference.engine", "embedded"), "samples in the trainer"),
         ((*STUDENT, "--no-trainer.model.lora"), "trains every weight"),
-        ((*STUDENT, "--no-teacher_inference.share"), "in an engine apart"),
-        ((*TEACHER, "--trainer.loss.estimator", "full"), "needs more of the teacher"),
-        ((*TEACHER, "--trainer.loss.estimator", "top_k"), "needs more of the teacher"),
-        ((*TEACHER, "--orchestrator.sampling.temperature", "0.7"), "temperature 1 alone"),
+        ((*STUDENT, "--no-teacher_inference.share"), "an engine of its own"),
+        ((*TEACHER, "--trainer.loss.estimator", "full"), "needs more from the teacher"),
+        ((*TEACHER, "--trainer.loss.estimator", "top_k"), "needs more from the teacher"),
+        ((*TEACHER, "--orchestrator.sampling.temperature", "0.7"), "only at temperature 1"),
         (
             (*TEACHER, "--no-trainer.model.lora", "--orchestrator.teacher_model.update", "live"),
             "changes every weight of the teacher",

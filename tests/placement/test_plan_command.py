@@ -1,4 +1,4 @@
-"""The `plan` command: what it prints, and what it refuses."""
+"""The `plan` command: what it prints and what it refuses."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ pytestmark = pytest.mark.usefixtures("offline")
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["plan", LARGE, "--gpus", "4", "--gpu-memory=80", "--json"]
     assert cli.main(argv) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["fits"] is True
-    assert said["change"] == {}
-    assert said["inference_gpu_ids"] == [0]
-    assert said["teacher_gpu_ids"] == [1]
-    assert said["trainer_gpu_ids"] == [2, 3]
-    assert said["trainer"] == {"ranks": 2, "sharded": False}
-    assert said["estimator"] == "sampled"
-    assert [device["gpu"] for device in said["memory"]] == [0, 1, 2, 3]
-    for device in said["memory"]:
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["fits"] is True
+    assert printed["change"] == {}
+    assert printed["inference_gpu_ids"] == [0]
+    assert printed["teacher_gpu_ids"] == [1]
+    assert printed["trainer_gpu_ids"] == [2, 3]
+    assert printed["trainer"] == {"ranks": 2, "sharded": False}
+    assert printed["estimator"] == "sampled"
+    assert [device["gpu"] for device in printed["memory"]] == [0, 1, 2, 3]
+    for device in printed["memory"]:
         sums = [sum(parts.values()) for parts in device["phases"].values()]
         assert device["peak"] == max(sums) <= device["usable"] <= 80 * GIB
     batch, layers = 128, 4_022_468_096 - 151936 * 2560
-    assert said["tokens_per_step"]["train"] == batch * 2048
-    assert said["tokens_per_step"]["sample"] == batch // 8 * 1024 + batch * 1024
+    assert printed["tokens_per_step"]["train"] == batch * 2048
+    assert printed["tokens_per_step"]["sample"] == batch // 8 * 1024 + batch * 1024
     head = 151936 * 2560 * batch * 1024
-    assert said["flops_per_step"]["train"] == 4 * layers * batch * 2048 + 4 * head
+    assert printed["flops_per_step"]["train"] == 4 * layers * batch * 2048 + 4 * head
 
 
 def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +47,7 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"does not fit; it would with {change}" in out
 
 
-def test_a_division_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpus_that_the_machine_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", LARGE, "--gpus", "2", "--trainer_gpu_ids", "2"]) == 3
     assert "trainer_gpu_ids names GPU 2, the machine has 2" in capsys.readouterr().err
 
@@ -75,16 +75,48 @@ def test_what_a_run_would_refuse(
     ("file", "gpus", "flags"),
     [(LARGE, "2", "--schedule async"), (SOKOBAN, "0", "--schedule async --inference.engine vllm")],
 )
-def test_what_can_be_one_step_ahead(file: str, gpus: str, flags: str) -> None:
+def test_what_can_be_async(file: str, gpus: str, flags: str) -> None:
     assert cli.main(["plan", file, "--gpus", gpus, *flags.split()]) == 0
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [[], ["--gpus", "-1"], ["--gpus"], ["--gpus", "two"], ["--gpu-memory", "0"],
-     ["--gpu-memory", "nan"]],
-)  # fmt: skip
-def test_options_that_cannot_be(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+INVALID_OPTIONS = [
+    ([], "no configuration file is given", "minidistill plan configs/sokoban.toml"),
+    (["--gpus", "-1"], "--gpus '-1' cannot be used", "a whole number of GPUs, 0 for a CPU"),
+    (["--gpus=-1"], "--gpus '-1' cannot be used", "a whole number of GPUs, 0 for a CPU"),
+    (["--gpus", "two"], "--gpus 'two' cannot be used", "a whole number of GPUs, 0 for a CPU"),
+    (["--gpus", "1.5"], "--gpus '1.5' cannot be used", "a whole number of GPUs, 0 for a CPU"),
+    (["--gpus"], "--gpus: expected one argument", "minidistill plan --help"),
+    (["--gpu-memory", "0"], "--gpu-memory '0' cannot be used", "GiB above 0"),
+    (["--gpu-memory", "nan"], "--gpu-memory 'nan' cannot be used", "GiB above 0"),
+    (["--gpu_memory=inf"], "--gpu-memory 'inf' cannot be used", "GiB above 0"),
+    (
+        ["--gpu", "1"],
+        "there is no gpu",
+        "the top level takes: max_steps",
+    ),  # options are not abbreviated
+]
+
+
+@pytest.mark.parametrize(("argv", "what", "fix"), INVALID_OPTIONS)
+def test_invalid_options(
+    argv: list[str], what: str, fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [LARGE] if argv else []
     assert cli.main(["plan", *files, *argv]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert "usage:" not in err
+    error, _, rest = err.partition("\n")
+    assert what in error
+    assert fix in rest
+
+
+@pytest.mark.parametrize("flag", ["--gpu-memory", "--gpu_memory"])
+def test_the_memory_of_a_gpu_in_both_spellings(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv in ([flag, "24", LARGE], [LARGE, f"{flag}=24"]):
+        assert cli.main(["plan", "--gpus", "1", "--json", *argv]) == 3
+        (device,) = json.loads(capsys.readouterr().out)["memory"]
+        assert device["usable"] <= 24 * GIB
