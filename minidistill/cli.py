@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from minidistill import __version__
 from minidistill.errors import (
@@ -28,8 +27,9 @@ from minidistill.errors import (
 if TYPE_CHECKING:
     from minidistill.config import LoadedConfig
 
-Handler = Callable[[argparse.Namespace, list[str]], int]
-"""A command: takes its options and the arguments that are not options, returns the exit code."""
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+_Handler = Callable[[argparse.Namespace, list[str]], int]
+"""A command: takes its options and all other arguments in their order, returns the exit code."""
 
 _BENCHMARKS = ("kernels", "sync", "engines", "schedule")
 
@@ -73,8 +73,29 @@ def _dispatch(args: list[str]) -> int:
         options, rest = parser.parse_known_args(args)
     except SystemExit:  # after --help and --version
         return EXIT_OK
-    handler: Handler = options.handler
+    handler: _Handler = options.handler
     return handler(options, rest)
+
+
+def _print_error(error: Exception) -> int:
+    """Print what is wrong and how to fix it, and return the exit code."""
+    package = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+    if package and not package.startswith("minidistill"):
+        error = UserError(
+            f"the package {package} is missing", "", f"pip install {package}", EXIT_ENVIRONMENT
+        )
+    if isinstance(error, UserError):
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        if isinstance(error, UserErrors) and error.hidden:
+            print(f"(and {error.hidden} more)", file=sys.stderr)
+        return error.exit_code
+    first_line, *_ = str(error).strip().splitlines() or [""]
+    problem = UserError(
+        f"{type(error).__name__}: {first_line}", fix="--traceback shows where it was raised"
+    )
+    print(f"error: {problem}", file=sys.stderr)
+    return EXIT_ENVIRONMENT if isinstance(error, MemoryError) else EXIT_FAILED
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,8 +135,13 @@ examples:
     )
     parser.add_argument("--version", action="version", version=f"minidistill {__version__}")
     commands = parser.add_subparsers(title="commands", prog="minidistill", metavar="COMMAND")
+    for add in (_add_run, _add_plan, _add_config, _add_report, _add_bench):
+        add(commands)
+    return parser, commands.choices
 
-    run = commands.add_parser(
+
+def _add_run(commands: _Commands) -> None:
+    parser = commands.add_parser(
         "run",
         help="train",
         usage="minidistill run FILES… [--key VALUE]… [--resume] [--traceback]",
@@ -126,13 +152,30 @@ examples:
   minidistill run @ base.toml @ more.toml --inference_gpu_ids 0,1 --trainer_gpu_ids 2 3
   minidistill run configs/sokoban.toml --wandb --no-orchestrator.eval""",
     )
-    run.set_defaults(handler=_run)
-    run.add_configuration()
-    run.add_argument(
+    parser.set_defaults(handler=_run)
+    parser.add_configuration()
+    parser.add_argument(
         "--resume", action="store_true", help="continue from the run directory's latest checkpoint"
     )
 
-    plan = commands.add_parser(
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    loaded = _load("run", rest)
+    # Read once, when torch loads OpenMP: idle threads that spin make a busy machine many times
+    # slower (docs/decisions/0005).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+        from minidistill.trainer.distributed.worker import follow
+
+        return follow(loaded)  # torchrun: rank 0 is the driver, the other ranks only train
+    from minidistill.run.loop import run
+
+    return run(loaded, resume=options.resume)
+
+
+def _add_plan(commands: _Commands) -> None:
+    parser = commands.add_parser(
         "plan",
         help="show what would run on which GPU, and whether it fits",
         usage="minidistill plan FILES… [--gpus N] [--gpu-memory GiB] [--json] [--key VALUE]… "
@@ -145,73 +188,32 @@ examples:
   minidistill plan configs/sokoban-qwen3-4b.toml --gpus 4 --gpu-memory 80
   minidistill plan configs/sokoban-qwen3-4b.toml --gpus 1 --gpu-memory 24 --json""",
     )
-    plan.set_defaults(handler=_plan)
-    plan.add_configuration()
-    plan.add_argument(
+    parser.set_defaults(handler=_plan)
+    parser.add_configuration()
+    parser.add_argument(
         "--gpus",
         type=_gpu_count,
         metavar="N",
         help="GPUs of the machine, 0 for a CPU; by default those of this one",
     )
-    plan.add_argument(
+    parser.add_argument(
         "--gpu-memory",
         type=_gib,
         metavar="GiB",
         help="memory of each GPU, or of the machine for a CPU; by default this machine's, "
         "or 80 if it has no GPU",
     )
-    plan.add_argument("--gpu_memory", type=_gib, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    plan.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
+    parser.add_argument(
+        "--gpu_memory", type=_gib, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
 
-    config = commands.add_parser(
-        "config",
-        help="show every setting and where it comes from",
-        usage="minidistill config FILES… [--key VALUE]… [--json] [--traceback]",
-        description="Show the configuration that `run` would use, and where each setting is from.",
-        epilog="""\
-examples:
-  minidistill config configs/sokoban.toml --trainer.optim.lr 1e-3
-  minidistill config configs/sokoban.toml --json""",
-    )
-    config.set_defaults(handler=_config)
-    config.add_configuration()
-    config.add_argument(
-        "--json",
-        action="store_true",
-        help='print {"config": {…}, "provenance": {"dotted.key": "file:line"}}',
-    )
 
-    report = commands.add_parser(
-        "report",
-        help="write a run's HTML report again",
-        usage="minidistill report DIR [--traceback]",
-        description="Write the HTML report of the run in DIR again and print its path.",
-        epilog="example:\n  minidistill report runs/sokoban",
-    )
-    report.set_defaults(handler=_report)
-    report.add_argument("directory", nargs="?", metavar="DIR", help="directory of a run")
+def _plan(options: argparse.Namespace, rest: list[str]) -> int:
+    loaded = _load("plan", rest)
+    from minidistill.placement.command import run_plan
 
-    bench = commands.add_parser(
-        "bench",
-        help="measure on this machine: kernels, sync, engines, schedule",
-        usage="minidistill bench NAME [options]",
-        description="""\
-Measure on this machine. The same as `python -m bench.NAME` in a checkout, whose --help has the
-options.""",
-        epilog="""\
-examples:
-  minidistill bench kernels
-  minidistill bench engines --model smollm2""",
-    )
-    bench.set_defaults(handler=_bench)
-    bench.add_argument(
-        "benchmark",
-        nargs="?",
-        metavar="NAME",
-        help="kernels (and other implementations of them), sync (weights in memory and through a "
-        "file), engines (vLLM and embedded) or schedule (async and sync)",
-    )
-    return parser, commands.choices
+    return run_plan(loaded, gpus=options.gpus, gpu_memory=options.gpu_memory, as_data=options.json)
 
 
 def _gpu_count(text: str) -> int:
@@ -240,36 +242,44 @@ def _gib(text: str) -> float:
     return size
 
 
-def _run(options: argparse.Namespace, rest: list[str]) -> int:
-    loaded = _load("run", rest)
-    # Read once, when torch loads OpenMP: idle threads that spin make a busy machine many times
-    # slower (docs/decisions/0005).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
-        from minidistill.trainer.distributed.worker import follow
-
-        return follow(loaded)  # torchrun: rank 0 is the driver, the other ranks only train
-    from minidistill.run.loop import run
-
-    return run(loaded, resume=options.resume)
-
-
-def _plan(options: argparse.Namespace, rest: list[str]) -> int:
-    loaded = _load("plan", rest)
-    from minidistill.placement.command import run_plan
-
-    return run_plan(loaded, gpus=options.gpus, gpu_memory=options.gpu_memory, as_data=options.json)
+def _add_config(commands: _Commands) -> None:
+    parser = commands.add_parser(
+        "config",
+        help="show every setting and where it comes from",
+        usage="minidistill config FILES… [--key VALUE]… [--json] [--traceback]",
+        description="Show the configuration that `run` would use, and where each setting is from.",
+        epilog="""\
+examples:
+  minidistill config configs/sokoban.toml --trainer.optim.lr 1e-3
+  minidistill config configs/sokoban.toml --json""",
+    )
+    parser.set_defaults(handler=_config)
+    parser.add_configuration()
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help='print {"config": {…}, "provenance": {"dotted.key": "file:line"}}',
+    )
 
 
 def _config(options: argparse.Namespace, rest: list[str]) -> int:
     loaded = _load("config", rest)
-    if options.json:
-        print(json.dumps({"config": loaded.resolved(), "provenance": loaded.provenance}, indent=2))
-    else:
-        _print_settings(_settings(loaded))
-    sys.stdout.flush()
+    from minidistill.config.command import show_config
+
+    show_config(loaded, as_data=options.json)
     return EXIT_OK
+
+
+def _add_report(commands: _Commands) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="write a run's HTML report again",
+        usage="minidistill report DIR [--traceback]",
+        description="Write the HTML report of the run in DIR again and print its path.",
+        epilog="example:\n  minidistill report runs/sokoban",
+    )
+    parser.set_defaults(handler=_report)
+    parser.add_argument("directory", nargs="?", metavar="DIR", help="directory of a run")
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
@@ -284,6 +294,29 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
 
     print(printable(str(write_report(directory))))
     return EXIT_OK
+
+
+def _add_bench(commands: _Commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure on this machine: kernels, sync, engines, schedule",
+        usage="minidistill bench NAME [options]",
+        description="""\
+Measure on this machine. The same as `python -m bench.NAME` in a checkout, whose --help has the
+options.""",
+        epilog="""\
+examples:
+  minidistill bench kernels
+  minidistill bench engines --model smollm2""",
+    )
+    parser.set_defaults(handler=_bench)
+    parser.add_argument(
+        "benchmark",
+        nargs="?",
+        metavar="NAME",
+        help="kernels (and other implementations of them), sync (weights in memory and through a "
+        "file), engines (vLLM and embedded) or schedule (async and sync)",
+    )
 
 
 def _bench(options: argparse.Namespace, rest: list[str]) -> int:
@@ -312,55 +345,3 @@ def _load(command: str, args: list[str]) -> LoadedConfig:
     from minidistill.config import load_config
 
     return load_config(args)
-
-
-def _settings(loaded: LoadedConfig) -> list[tuple[str, str, str]]:
-    """Key, value and origin of each setting, ready to print."""
-    from minidistill.config.errors import short
-    from minidistill.config.layers import leaves
-    from minidistill.config.toml import dotted
-
-    rows = []
-    for path, value in leaves(loaded.resolved()):
-        key = dotted(path)
-        text = "-" if value is None else short(value)
-        rows.append((printable(key), text, printable(loaded.provenance[key])))
-    return rows
-
-
-def _print_settings(rows: list[tuple[str, str, str]]) -> None:
-    if not sys.stdout.isatty():
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        for key, value, origin in rows:
-            print(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("setting", "value", "from", box=None, pad_edge=False, header_style="bold")
-    for key, value, origin in rows:
-        style = "dim" if origin == "default" else ""
-        table.add_row(Text(key, style), Text(value, style), Text(origin, style))
-    Console().print(table)
-
-
-def _print_error(error: Exception) -> int:
-    """Print what is wrong and how to fix it, and return the exit code."""
-    package = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
-    if package and not package.startswith("minidistill"):
-        error = UserError(
-            f"the package {package} is missing", "", f"pip install {package}", EXIT_ENVIRONMENT
-        )
-    if isinstance(error, UserError):
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        if isinstance(error, UserErrors) and error.hidden:
-            print(f"(and {error.hidden} more)", file=sys.stderr)
-        return error.exit_code
-    first_line, *_ = str(error).strip().splitlines() or [""]
-    problem = UserError(
-        f"{type(error).__name__}: {first_line}", fix="--traceback shows where it was raised"
-    )
-    print(f"error: {problem}", file=sys.stderr)
-    return EXIT_ENVIRONMENT if isinstance(error, MemoryError) else EXIT_FAILED
