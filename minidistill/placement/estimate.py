@@ -1,8 +1,8 @@
-"""Whether a placement fits into memory, from the configuration and the model's alone."""
+"""Whether a placement fits into memory, estimated without loading any weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +18,17 @@ from minidistill.placement.memory import (
     cpu_engines,
     embedded_cache,
     engine_memory,
+    largest_micro_batch,
     sync_buffer,
     trainer_memory,
-    worst_load,
 )
 from minidistill.placement.model_shape import ModelShape, Shapes
 from minidistill.placement.placement import Models, Placement, place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FILL = 0.95  # of a GPU with a trainer: its allocator needs headroom
+FILL = 0.95  # of a device with a trainer: its allocator needs headroom
+RESIDENT = ("weights", "reference copy", "adapter", "optimizer")  # in the trainer between steps
+OTHER_RANKS = "trainer: other ranks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,8 @@ class Device:
     bytes: int
     usable: int
     phases: Mapping[str, MemoryBreakdown]
-    """Bytes by phase of a step and by "owner: part". Engines sleep where they share with a trainer,
-    so what must fit is the largest phase, not the sum."""
+    """Bytes by phase of a step and by "owner: part". Engines that share a GPU with the trainer
+    sleep while it trains, so the largest phase must fit, not the sum."""
 
     @property
     def name(self) -> str:
@@ -61,7 +63,7 @@ class Plan:
     """Of the student."""
     devices: tuple[Device, ...]
     sequences: Mapping[str, int]
-    """Sequences of `seq_len` whose keys and values each engine holds, all replicas together."""
+    """How many sequences of `seq_len` the KV cache of each engine holds, over all replicas."""
     work: Mapping[str, Work]
     problems: tuple[str, ...]
     """Why it does not fit; empty if it does."""
@@ -77,91 +79,42 @@ class Plan:
 def estimate(config: Config, shapes: Shapes, models: Models, machine: Machine) -> Plan:
     """The plan of a configuration as it is. Raises UserError as `place` does."""
     placement = place(config, models, machine)
-    ranks = placement.ranks
-    local_ranks = len(placement.devices)
-    shape, itemsize = shapes.student, DTYPES[placement.dtype].itemsize
-    device = torch.device(machine.device_type)
-    context = {"trainer: CUDA context": CONTEXT} if machine.gpus else {}
-    needs = trainer_memory(
-        config,
-        shape,
-        placement.teacher,
-        worst_load(config, ranks),
-        device,
-        itemsize,
-        ranks if placement.sharded else 1,
-        shapes.teacher if config.separate_teacher else None,
-    )
-    training = {**context, **_owned("trainer", needs)}
-    resident = {
-        **context,
-        **_owned("trainer", {k: needs[k] for k in RESIDENT if k in needs}),
-    }
+    itemsize = DTYPES[placement.dtype].itemsize
+    trainer = _trainer(config, shapes, machine, placement, itemsize)
+    engines = _engines(config, shapes, machine, placement, itemsize)
     problems: list[str] = []
     warnings = list(placement.warnings)
-    engines = _engines(config, shapes, machine, placement, itemsize)
-    sequences = {}
     for engine in engines:
-        sequences[engine.owner] = engine.sequences(config)
         engine.judge(config, problems, warnings)
-    devices = []
-    for gpu in sorted({g for e in engines for g in e.gpus} | {*placement.trainer_gpus}):
-        local = [engine for engine in engines if gpu in engine.gpus]
-        phases: dict[str, MemoryBreakdown] = {}
-        trains = gpu in placement.trainer_gpus
-        buffer = {}
-        if trains and gpu == placement.trainer_gpus[0] and engines:
-            buffer = {"trainer: sync buffer": sync_buffer(config, shape, itemsize)}
-        awake: MemoryBreakdown = {}
-        for engine in local:
-            awake |= _owned(engine.owner, engine.memory)
-        if awake:
-            phases["sampling"] = awake | (resident | buffer if trains else {})
-        elif trains and not engines:
-            cache = {"trainer: keys and values": embedded_cache(placement, config, itemsize)}
-            phases["sampling"] = resident | cache
-        if trains:
-            asleep = {f"{engine.owner}: CUDA context": CONTEXT for engine in local}
-            phases["training"] = training | buffer | asleep
-        usable = int(FILL * machine.bytes) if trains else machine.bytes
-        devices.append(Device(gpu, machine.bytes, usable, phases))
-    if not machine.gpus:
-        held: MemoryBreakdown = {}
-        cache = {"engine: keys and values": embedded_cache(placement, config, itemsize)}
-        if not placement.student.in_trainer:
-            held, cache = cpu_engines(placement, shapes, itemsize), {}
-        phases = {
-            "sampling": _all_ranks(resident, local_ranks - 1) | held | cache,
-            "training": _all_ranks(training, local_ranks - 1) | held,
-        }
-        devices.append(Device(None, machine.bytes, int(FILL * machine.bytes), phases))
+    if machine.gpus:
+        gpus = {*trainer.gpus}.union(*(engine.gpus for engine in engines))
+        devices = [_gpu(gpu, machine, trainer, engines) for gpu in sorted(gpus)]
+    else:
+        devices = [_cpu(machine, trainer, cpu_engines(placement, shapes, itemsize))]
     problems += _overfull(devices)
     return Plan(
         config=config,
         placement=placement,
-        shape=shape,
+        shape=shapes.student,
         devices=tuple(devices),
-        sequences=sequences,
-        work=step_work(config, shape, shapes.teacher),
+        sequences={engine.owner: engine.sequences(config) for engine in engines},
+        work=step_work(config, shapes.student, shapes.teacher),
         problems=tuple(problems),
         warnings=tuple(warnings),
     )
 
 
-OTHER_RANKS = "trainer: other ranks"
-# What the trainer holds between steps
-RESIDENT = ("weights", "reference copy", "adapter", "optimizer")
-
-
 @dataclass(frozen=True, slots=True)
 class _Engine:
+    """An engine on this machine's GPUs."""
+
     owner: str
     gpus: tuple[int, ...]
     dp: int
     kv_bytes: int
     """Of a token's keys and values on one GPU."""
     memory: MemoryBreakdown
-    """On each of its GPUs."""
+    """On each of its GPUs. The size of keys and values is negative if nothing is left for them."""
 
     def sequences(self, config: Config) -> int:
         room = self.memory["keys and values"]
@@ -175,7 +128,6 @@ class _Engine:
                 f"the {self.owner}'s engine has no room for one sequence of "
                 f"{config.seq_len} tokens on GPU {', '.join(map(str, self.gpus))}"
             )
-            self.memory["keys and values"] = 0
         elif held < batch:
             warnings.append(
                 f"the {self.owner}'s engine holds {held} sequences of {config.seq_len} tokens: "
@@ -189,9 +141,9 @@ def _engines(
     """The engines on this machine's GPUs, with the memory of each GPU."""
     update, engines = config.orchestrator.teacher_model.update, []
     student, teacher = placement.student, placement.teacher_engine
-    apart = teacher is not None and bool(teacher.gpus)
+    separate = teacher is not None and bool(teacher.gpus)
     adapters = {
-        "student": 2 if update == "ema" and not apart else 1,
+        "student": 2 if update == "ema" and not separate else 1,
         "teacher": 0 if update == "frozen" or config.separate_teacher else 1,
     }
     for owner, engine, shape in (
@@ -206,16 +158,94 @@ def _engines(
     return engines
 
 
+@dataclass(frozen=True, slots=True)
+class _Trainer:
+    """The trainer's ranks on this machine. Memory is by "owner: part"."""
+
+    gpus: tuple[int, ...]
+    other_ranks: int
+    """Besides the first one."""
+    training: MemoryBreakdown
+    """Of one rank at its peak."""
+    sampling: MemoryBreakdown
+    """Of one rank while engines sample."""
+    cache: MemoryBreakdown
+    """Keys and values, if the trainer's own model samples."""
+    buffer: MemoryBreakdown
+    """For syncs. Only the first of its GPUs has one."""
+
+
+def _trainer(
+    config: Config, shapes: Shapes, machine: Machine, placement: Placement, itemsize: int
+) -> _Trainer:
+    parts = trainer_memory(
+        config,
+        shapes.student,
+        placement.teacher,
+        largest_micro_batch(config, placement.ranks),
+        torch.device(machine.device_type),
+        itemsize,
+        placement.ranks if placement.sharded else 1,
+        shapes.teacher if config.separate_teacher else None,
+    )
+    context = {"CUDA context": CONTEXT} if machine.gpus else {}
+    resident = {name: parts[name] for name in RESIDENT if name in parts}
+    cache, buffer = {}, {}
+    if placement.student.in_trainer:
+        owner = "trainer" if machine.gpus else "engine"
+        size = embedded_cache(placement, config, itemsize)
+        cache = {f"{owner}: keys and values": size}
+    if placement.student.gpus:
+        buffer = {"trainer: sync buffer": sync_buffer(config, shapes.student, itemsize)}
+    return _Trainer(
+        gpus=placement.trainer_gpus,
+        other_ranks=len(placement.devices) - 1,
+        training=_owned("trainer", context | parts),
+        sampling=_owned("trainer", context | resident),
+        cache=cache,
+        buffer=buffer,
+    )
+
+
+def _gpu(gpu: int, machine: Machine, trainer: _Trainer, engines: Sequence[_Engine]) -> Device:
+    local = [engine for engine in engines if gpu in engine.gpus]
+    sampling: MemoryBreakdown = {}
+    for engine in local:
+        sampling |= _owned(engine.owner, engine.memory)
+    if gpu not in trainer.gpus:
+        return Device(gpu, machine.bytes, machine.bytes, {"sampling": sampling})
+    buffer = trainer.buffer if gpu == trainer.gpus[0] else {}
+    phases = {"training": trainer.training | buffer}
+    if local:
+        asleep = {f"{engine.owner}: CUDA context": CONTEXT for engine in local}
+        phases = {
+            "sampling": sampling | trainer.sampling | buffer,
+            "training": trainer.training | buffer | asleep,
+        }
+    elif trainer.cache:
+        phases = {"sampling": trainer.sampling | trainer.cache, **phases}
+    return Device(gpu, machine.bytes, int(FILL * machine.bytes), phases)
+
+
+def _cpu(machine: Machine, trainer: _Trainer, engines: MemoryBreakdown) -> Device:
+    """The CPU's memory, which holds all ranks and engines. Engines do not sleep there."""
+    phases = {
+        "sampling": _all_ranks(trainer.sampling, trainer.other_ranks) | engines | trainer.cache,
+        "training": _all_ranks(trainer.training, trainer.other_ranks) | engines,
+    }
+    return Device(None, machine.bytes, int(FILL * machine.bytes), phases)
+
+
 def _all_ranks(driver: MemoryBreakdown, others: int) -> MemoryBreakdown:
-    """What the trainer's processes on one machine take together."""
+    """The memory of all of the trainer's processes on one machine."""
     return {**driver, OTHER_RANKS: others * sum(driver.values())} if others else driver
 
 
 def _owned(owner: str, parts: MemoryBreakdown) -> MemoryBreakdown:
-    return {f"{owner}: {name}": size for name, size in parts.items() if size}
+    return {f"{owner}: {name}": size for name, size in parts.items() if size > 0}
 
 
-def _overfull(devices: list[Device]) -> list[str]:
+def _overfull(devices: Sequence[Device]) -> list[str]:
     problems = []
     for device in devices:
         for phase, parts in device.phases.items():

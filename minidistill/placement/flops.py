@@ -10,7 +10,7 @@ from minidistill.placement.model_shape import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A stage's tokens and operations in one step, at most: where every sequence is `seq_len`."""
+    """Upper bounds for a stage in one step, with every sequence of `seq_len` tokens."""
 
     tokens: int
     flops: int
@@ -19,34 +19,34 @@ class Work:
 def step_work(config: Config, shape: ModelShape, teacher: ModelShape) -> dict[str, Work]:
     """The work of sampling, of the teacher and of training.
 
-    With P parameters a token meets in the layers and D = vocabulary × hidden in the LM head:
+    With P parameters in the layers and D = vocabulary × hidden in the LM head:
 
-    sample   2 P (prompts read once a group + completions) + 2 D completions
+    sample   2 P (one prompt per group + completions) + 2 D completions
     teacher  2 P tokens + 2 D completions
-    train    4 P tokens + 4 D completions: forward, and backward without the frozen weights' own
-             gradients. Training all weights adds 2 P tokens, each checkpointed layer its forward.
+    train    4 P tokens + 4 D completions: the forward pass, and a backward pass without weight
+             gradients. Training all weights adds 2 P tokens, checkpointing a layer its forward.
 
-    Attention's products between tokens are left out; the teacher's context, read once a run where
-    it is cached, is counted with every sequence.
+    Attention between tokens is left out. The teacher's context is counted with every sequence,
+    although it is prefilled once per run if it is cached.
     """
     orchestrator = config.orchestrator
     rollouts, longest = orchestrator.batch_size, config.seq_len
     completions = rollouts * orchestrator.sampling.max_tokens
     groups = rollouts // orchestrator.rollouts_per_example
-    read = groups * (longest - orchestrator.sampling.max_tokens) + completions
+    sampled = groups * (longest - orchestrator.sampling.max_tokens) + completions
     tokens = rollouts * longest
-    body, head = _met(shape)
+    body, head = _parameters(shape)
     passes = 4.0 if config.trainer.model.lora else 6.0
     if (ac := config.trainer.model.ac) is not None:
         passes += 2 * -(-shape.layers // ac.freq) / shape.layers
-    teacher_body, teacher_head = _met(teacher if config.separate_teacher else shape)
+    teacher_body, teacher_head = _parameters(teacher if config.separate_teacher else shape)
     return {
-        "sample": Work(read, 2 * body * read + 2 * head * completions),
+        "sample": Work(sampled, 2 * body * sampled + 2 * head * completions),
         "teacher": Work(tokens, 2 * teacher_body * tokens + 2 * teacher_head * completions),
         "train": Work(tokens, int(passes * body * tokens) + 4 * head * completions),
     }
 
 
-def _met(shape: ModelShape) -> tuple[int, int]:
-    """Parameters in the layers, and of the product with the LM head."""
+def _parameters(shape: ModelShape) -> tuple[int, int]:
+    """P and D of `step_work`."""
     return shape.parameters - shape.embedding - shape.head, shape.vocab * shape.hidden

@@ -31,16 +31,16 @@ def lay_out_gpus(
     config: Config,
     gpus: int,
     teacher: TeacherPlacement,
-    heads: int | None,
+    heads: int,
     *,
-    engine_on_gpus: bool = True,
+    engine_on_gpus: bool,
 ) -> GpuLayout:
     """Divide GPUs 0 to `gpus` - 1 among the student's engine, the teacher's and the trainer.
 
     Lists from the configuration are used as they are. Of the remaining GPUs the trainer gets half
     (as many as divide the batch) and the engines the other half, each in multiples of its tp. A
-    single GPU is shared by all. `heads` are the model's attention heads, None if unknown;
-    `engine_on_gpus` whether the student samples with an engine of its own on this machine.
+    single GPU is shared by all. `heads` is the number of the model's attention heads.
+    `engine_on_gpus`: the student samples with its own engine on this machine.
 
     Raises UserError for impossible layouts: exit code 3 for missing GPUs, otherwise 2.
     """
@@ -50,12 +50,12 @@ def lay_out_gpus(
     if not engine_on_gpus:
         trainer, warnings = _trainer_only(config, gpus)
         return GpuLayout((), (), trainer, tuple(warnings))
-    own = _teacher_has_engine(config, gpus, teacher)
-    _check_heads(config, heads, own)
+    own_teacher = _teacher_has_engine(config, gpus, teacher)
+    _check_heads(config, heads, own_teacher)
     if gpus == 0:
         return GpuLayout((), (), ())
     warnings = []
-    student, teacher_gpus, trainer = _divide(config, gpus, own, warnings)
+    student, teacher_gpus, trainer = _divide(config, gpus, own_teacher, warnings)
     check_ranks(config, len(trainer))
     if config.trainer_gpu_ids and {*student, *teacher_gpus} & set(trainer) and gpus > 1:
         warnings.append("engines and trainer share GPUs: the engines sleep while it trains")
@@ -75,7 +75,10 @@ def memory_shares(config: Config, layout: GpuLayout) -> tuple[float, float]:
 
 
 def _teacher_has_engine(config: Config, gpus: int, teacher: TeacherPlacement) -> bool:
-    """Whether the teacher has its own engine here. Raises UserError for settings against it."""
+    """Whether the teacher gets its own engine on this machine's GPUs or CPU.
+
+    Raises UserError for settings that contradict that.
+    """
     teacher_ids, student_ids = config.teacher_gpu_ids, config.inference_gpu_ids
     share = config.teacher_inference.share
     if teacher.scorer == "trainer":
@@ -106,21 +109,23 @@ def _teacher_has_engine(config: Config, gpus: int, teacher: TeacherPlacement) ->
     return teacher.needs_own_engine or (gpus >= 4 and share is not True and not same)
 
 
-def _divide(config: Config, gpus: int, own: bool, warnings: list[str]) -> tuple[Ids, Ids, Ids]:
+def _divide(
+    config: Config, gpus: int, own_teacher: bool, warnings: list[str]
+) -> tuple[Ids, Ids, Ids]:
     """GPUs of the student's engine, the teacher's and the trainer."""
     first, second = config.inference.parallel, config.teacher_inference.parallel
-    given = [getattr(config, key) for key in KEYS]
-    student, teacher, trainer = (None if ids is None else tuple(ids) for ids in given)
-    teacher = teacher if own else ()
+    named = [getattr(config, key) for key in KEYS]
+    student, teacher, trainer = (None if ids is None else tuple(ids) for ids in named)
+    teacher = teacher if own_teacher else ()
     if gpus == 1:
         _check_room("inference", first, 1)
-        if own:
+        if own_teacher:
             _check_room("teacher_inference", second, 1)
-        return student or (0,), (0,) if own else (), trainer or (0,)
-    taken = {id for ids in given for id in ids or ()}
+        return student or (0,), (0,) if own_teacher else (), trainer or (0,)
+    taken = {id for ids in named for id in ids or ()}
     free = [id for id in range(gpus) if id not in taken]
     if student and teacher is None and len(free) < _least(second) + (trainer is None):
-        # too few for an engine apart
+        # too few are left for a separate engine
         teacher = student if len(student) % _least(second) == 0 else None
     missing = [p for p, ids in ((first, student), (second, teacher)) if ids is None]
     count = 0
@@ -131,20 +136,20 @@ def _divide(config: Config, gpus: int, own: bool, warnings: list[str]) -> tuple[
         _check_room("inference", first, rest)
     if teacher is None:
         _check_room("teacher_inference", second, rest)
-    rooms, together = (rest, rest), False
+    rooms, shared = (rest, rest), False
     if len(missing) == 2:
-        together = rest < _least(first) + _least(second)
-        if not together:
+        shared = rest < _least(first) + _least(second)
+        if not shared:
             half = min(max(rest // 2, _least(second)), rest - _least(first))
             rooms = rest - half, half
     idle = bool(missing) or trainer is None
     at = 0
     if student is None:
-        student = tuple(free[: _whole(first, rooms[0])])
+        student = tuple(free[: _most(first, rooms[0])])
         at = len(student)
     if teacher is None:
-        start = 0 if together else at
-        teacher = tuple(free[start : start + _whole(second, rooms[1])])
+        start = 0 if shared else at
+        teacher = tuple(free[start : start + _most(second, rooms[1])])
         at = max(at, start + len(teacher))
     if trainer is None:
         trainer = tuple(free[at : at + count])
@@ -156,13 +161,13 @@ def _divide(config: Config, gpus: int, own: bool, warnings: list[str]) -> tuple[
 
 def _trainer_only(config: Config, gpus: int) -> tuple[Ids, list[str]]:
     """The trainer's GPUs if no engine of the student needs any, and warnings."""
-    given = {key: ids for key in KEYS if (ids := getattr(config, key)) is not None}
-    trainer = config.trainer_gpu_ids or next(iter(given.values()), None)
+    named = {key: ids for key in KEYS if (ids := getattr(config, key)) is not None}
+    trainer = config.trainer_gpu_ids or next(iter(named.values()), None)
     if trainer is None:
         count = _dividing(config.orchestrator.batch_size, gpus)
         idle = [*range(count, gpus)]
         return tuple(range(count)), [f"GPU {_list(idle)} stays idle"] if idle else []
-    for key, ids in given.items():
+    for key, ids in named.items():
         if set(ids) != set(trainer):
             raise UserError(
                 f"{key} = {ids}, but the embedded engine is the trainer's own model",
@@ -174,9 +179,10 @@ def _trainer_only(config: Config, gpus: int) -> tuple[Ids, list[str]]:
 
 
 def _trainer_count(config: Config, gpus: int, free: int, needs: Sequence[int]) -> int:
-    """GPUs of a trainer whose GPUs were not named: half of the machine, less what engines need.
+    """How many GPUs the trainer gets if none are named: up to half of the machine.
 
-    If that is not enough for an engine each, the engines share GPUs.
+    `needs` are the fewest GPUs of each engine without named ones. If there are too few for separate
+    engines, the engines share GPUs.
     """
     for_engines = sum(needs) if free > sum(needs) else max(needs, default=0)
     most = min(free - for_engines, -(-gpus // 2)) if needs else free
@@ -191,17 +197,17 @@ def _trainer_count(config: Config, gpus: int, free: int, needs: Sequence[int]) -
 
 
 def _dividing(batch: int, most: int) -> int:
-    """The largest count of at most `most` ranks that divides the batch."""
+    """The largest number of ranks, up to `most`, that divides the batch; 0 if there is none."""
     return next((count for count in range(most, 0, -1) if batch % count == 0), 0)
 
 
 def _least(parallel: ParallelConfig) -> int:
-    """GPUs that an engine needs."""
+    """The fewest GPUs that an engine can have."""
     return parallel.tp * (parallel.dp or 1)
 
 
-def _whole(parallel: ParallelConfig, room: int) -> int:
-    """GPUs that an engine takes of `room`."""
+def _most(parallel: ParallelConfig, room: int) -> int:
+    """How many of `room` GPUs an engine takes."""
     return parallel.tp * (parallel.dp or room // parallel.tp)
 
 
@@ -245,12 +251,12 @@ def check_schedule(config: Config, *, separate_engine: bool, sleeps: bool) -> No
         )
 
 
-def _check_heads(config: Config, heads: int | None, own: bool) -> None:
+def _check_heads(config: Config, heads: int, own_teacher: bool) -> None:
     tables = {"inference": config.inference.parallel}
-    if own and config.separate_teacher is None:
+    if own_teacher and config.separate_teacher is None:
         tables["teacher_inference"] = config.teacher_inference.parallel
     for table, parallel in tables.items():
-        if heads is not None and heads % parallel.tp:
+        if heads % parallel.tp:
             fits = [tp for tp in range(1, parallel.tp) if heads % tp == 0]
             raise UserError(
                 f"{table}.parallel.tp = {parallel.tp} does not divide "
@@ -263,7 +269,7 @@ def _check_heads(config: Config, heads: int | None, own: bool) -> None:
 def check_ranks(
     config: Config, count: int, what: str = "GPUs", key: str = "trainer_gpu_ids"
 ) -> None:
-    """Raise UserError where `count` ranks of the trainer do not divide a batch."""
+    """Raise UserError if `count` ranks of the trainer do not divide a batch."""
     batch = config.orchestrator.batch_size
     if batch % count:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Sizes that the plan counts with and the engines are started with."""
+"""Sizes that the memory estimate and the engines share."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from fractions import Fraction
 from typing import Any
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as `max_lora_rank`."""
+"""Values that vLLM accepts as `max_lora_rank`."""
 MAX_SEQUENCES = 256
 """Sequences that a vLLM engine decodes at a time."""
 CPU_BLOCK = 32
-"""Tokens in a cache block on a CPU: the smallest that vLLM takes."""
+"""Tokens in a KV cache block on a CPU: the smallest block that vLLM accepts."""
 CPU_CACHE_BYTES = 2 << 30
-"""Keys and values of a vLLM engine on a CPU, at most."""
+"""Largest KV cache of a vLLM engine on a CPU."""
 EMBEDDED_CACHE_BYTES = 2 << 30
-"""Keys and values of the sequences that the embedded engine decodes at a time."""
+"""Largest KV cache of the sequences that the embedded engine decodes at a time."""
 SYNC_CHUNK_BYTES = 1 << 30
 """The trainer's buffer for a sync of all weights."""
 
 
 def kv_bytes_per_token(model_config: Any, itemsize: int, tp: int = 1) -> int:
-    """Bytes of one token's keys and values on one of `tp` GPUs; a head is never split."""
+    """Bytes of one token's keys and values on one of `tp` GPUs. Heads are not split."""
     text = model_config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -30,16 +30,17 @@ def kv_bytes_per_token(model_config: Any, itemsize: int, tp: int = 1) -> int:
 
 
 def cpu_cache_bytes(kv_bytes: int, max_length: int) -> int:
-    """Bytes of a vLLM engine's cache on a CPU: room for a full batch, within bounds.
+    """Bytes of a vLLM engine's KV cache on a CPU: room for a full batch, within bounds.
 
-    `kv_bytes` is what one token takes, `max_length` the run's longest sequence.
+    `kv_bytes` is the size of one token, `max_length` the engine's longest sequence in tokens.
     """
-    blocks = -(-(max_length + 1) // CPU_BLOCK)
+    blocks = -(-max_length // CPU_BLOCK)
     one_sequence = blocks * CPU_BLOCK * kv_bytes
     return max(one_sequence + (64 << 20), min(MAX_SEQUENCES * one_sequence, CPU_CACHE_BYTES))
 
 
 def longest_sequence(model_config: Any, tokens: int) -> int:
     """`tokens`, or the model's own limit if that is lower."""
-    limit = getattr(model_config, "max_position_embeddings", None) or tokens
+    text = model_config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or tokens
     return min(tokens, limit)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from minidistill.placement import vllm_version
 
 GIB = 1 << 30
-GPU_BYTES = 80 * GIB  # of a GPU that is not here to be asked
+GPU_BYTES = 80 * GIB  # of an imagined GPU, unless it is said
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,37 +37,43 @@ class Machine:
         import torch
 
         gpus = torch.cuda.device_count()
+        ranks, local_ranks = _torchrun()
         return cls(
             gpus=gpus,
             bytes=_local_bytes(gpus),
             vllm=gpus > 0 and vllm_version.is_supported(vllm_version.installed()),
             bf16=gpus > 0 and torch.cuda.is_bf16_supported(),
-            torchrun_ranks=int(os.environ.get("WORLD_SIZE") or 1),
-            torchrun_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE") or 1),
+            torchrun_ranks=ranks,
+            torchrun_local_ranks=local_ranks,
         )
 
     @classmethod
     def imagined(cls, gpus: int | None, bytes: int | None) -> Machine:
-        """A machine to plan for, with vLLM and bfloat16 on its GPUs. None is what is here."""
+        """A machine to plan for. Its GPUs have vLLM and bfloat16. None takes this machine's."""
         import torch
 
-        here = torch.cuda.device_count()
-        count = here if gpus is None else gpus
+        local_gpus = torch.cuda.device_count()
+        gpus = local_gpus if gpus is None else gpus
         if bytes is None:
-            bytes = _local_bytes(min(count, here)) if here or not count else GPU_BYTES
-        local = cls.local()
+            bytes = GPU_BYTES if gpus and not local_gpus else _local_bytes(gpus)
+        ranks, local_ranks = _torchrun()
         return cls(
-            gpus=count,
+            gpus=gpus,
             bytes=bytes,
-            vllm=count > 0,
-            bf16=count > 0,
-            torchrun_ranks=local.torchrun_ranks,
-            torchrun_local_ranks=local.torchrun_local_ranks,
+            vllm=gpus > 0,
+            bf16=gpus > 0,
+            torchrun_ranks=ranks,
+            torchrun_local_ranks=local_ranks,
         )
 
 
+def _torchrun() -> tuple[int, int]:
+    """Processes that torchrun started on all machines, and on this one."""
+    return int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
 def _local_bytes(gpus: int) -> int:
-    """The smallest GPU's memory, or the CPU's."""
+    """The memory of this machine's smallest GPU, or the CPU's if `gpus` is 0."""
     import torch
 
     if not gpus:

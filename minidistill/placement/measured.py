@@ -1,4 +1,4 @@
-"""The plan's estimate beside what a step really took."""
+"""The plan's memory estimate next to a measured step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import torch
 from minidistill.placement.estimate import OTHER_RANKS, Plan
 from minidistill.placement.machine import GIB
 
-NOT_HERE = ("trainer: CUDA context", OTHER_RANKS)
+UNMEASURED = ("trainer: CUDA context", OTHER_RANKS)
 
 
 def planned_and_measured(plan: Plan, device: torch.device) -> str:
-    """A line for people. On a GPU what torch allocated there at most; on a CPU the process's peak,
-    which counts libraries too."""
+    """A sentence about the trainer's planned and measured memory.
+
+    Measured is torch's peak allocation on a GPU, and on a CPU the process's peak, which includes
+    libraries.
+    """
     phases = next(d.phases for d in plan.devices if d.id == device.index)
     parts = phases.get("training", {})
-    own = (v for k, v in parts.items() if k.startswith("trainer: ") and k not in NOT_HERE)
-    planned = f"memory: the trainer was planned at {sum(own) / GIB:.2f} GiB at most"
+    trainer = {name: size for name, size in parts.items() if name.startswith("trainer: ")}
+    total = sum(size for name, size in trainer.items() if name not in UNMEASURED)
+    planned = f"memory: the trainer was planned at {total / GIB:.2f} GiB at most"
     if device.type == "cuda":
         measured = torch.cuda.max_memory_allocated(device) / GIB
         return f"{planned}, after a step its peak is {measured:.2f} GiB"

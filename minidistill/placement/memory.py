@@ -1,8 +1,8 @@
-"""Bytes that the trainer and the engines need, part by part, from a model's sizes.
+"""Estimates of the memory that the trainer and the engines need, by part, from a model's sizes.
 
-What the backward pass keeps of a layer is spelt out for the dense decoder of Llama and Qwen as
-transformers and peft run it; tests measure it. Widths a token: H hidden, I intermediate, Q queries,
-K keys, L the longest sequence, w bytes a weight.
+The activations are those of a dense decoder like Llama's and Qwen's, as transformers and peft run
+it; tests compare them with a measured step. Widths per token: H hidden, I intermediate, Q queries,
+K keys. L is the longest sequence, w the bytes of a weight.
 """
 
 from __future__ import annotations
@@ -26,111 +26,113 @@ from minidistill.placement.teacher import TeacherPlacement
 from minidistill_kernels.distill import chunk_tokens
 
 MemoryBreakdown = dict[str, int]
-"""Bytes by what they hold."""
-# Of a process on a GPU: CUDA's context, its libraries' workspaces. An assumption, not measured.
+"""Bytes by the name of a part."""
+# Each process on a GPU: CUDA's context and its libraries' workspaces. Assumed, not measured.
 CONTEXT = 1 << 30
-ENGINE_TOKENS = 8192  # that vLLM reads in one pass on a GPU
+ENGINE_TOKENS = 8192  # that vLLM prefills in one pass on a GPU
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What a trainer's process is given to work on."""
+class MicroBatchSize:
+    """How much of each kind of token is in a micro-batch."""
 
     tokens: int
-    """Padded tokens of a micro-batch."""
+    """All of them, padding included."""
     longest: int
-    """Tokens of its longest sequence."""
+    """Tokens of the longest sequence."""
     completions: int
-    """Its completion tokens: what reaches the LM head."""
+    """Completion tokens. Only these reach the LM head."""
 
 
-def worst_load(config: Config, ranks: int) -> Load:
-    """The largest micro-batch that a step can come to."""
+def largest_micro_batch(config: Config, ranks: int) -> MicroBatchSize:
+    """The largest micro-batch that a step can have: every sequence has `seq_len` tokens."""
     longest, orchestrator = config.seq_len, config.orchestrator
-    own = orchestrator.batch_size // ranks * longest
-    tokens = min(max(config.trainer.micro_batch_tokens, longest), own)
+    rank_tokens = orchestrator.batch_size // ranks * longest
+    tokens = min(max(config.trainer.micro_batch_tokens, longest), rank_tokens)
     sequences = tokens // longest
-    return Load(tokens, longest, sequences * orchestrator.sampling.max_tokens)
+    return MicroBatchSize(tokens, longest, sequences * orchestrator.sampling.max_tokens)
 
 
 def trainer_memory(
     config: Config,
     shape: ModelShape,
     teacher_placement: TeacherPlacement,
-    load: Load,
+    size: MicroBatchSize,
     device: torch.device,
     itemsize: int,
-    sharded: int = 1,
+    shards: int = 1,
     teacher_shape: ModelShape | None = None,
 ) -> MemoryBreakdown:
-    """Bytes at the trainer's peak, in the backward pass.
+    """Bytes on one rank at the trainer's peak, which is in the backward pass.
 
-    `itemsize` is the base's, `sharded` over how many ranks its weights (and under full fine-tuning
-    gradients and optimizer) are split; a layer, and the embedding, are then gathered for use.
-    `teacher_shape` is that of a teacher that is another model.
+    `itemsize` is that of a base weight. The weights, and under full fine-tuning the gradients and
+    the optimizer's state, are split into `shards`; with more than one, layers and the embedding are
+    gathered for use. `teacher_shape` is given if the teacher is another model.
     """
     lora, teacher = config.trainer.model.lora, config.orchestrator.teacher_model
     weights, in_trainer = shape.parameters * itemsize, teacher_placement.scorer == "trainer"
     trained = shape.adapter(lora.rank, lora.target_modules) if lora else shape.parameters
-    parts: MemoryBreakdown = {"weights": weights // sharded}
-    if sharded > 1:
-        whole = 2 * shape.a_layer + shape.embedding + shape.head
-        parts["gathered layers"] = whole * itemsize
+    parts: MemoryBreakdown = {"weights": weights // shards}
+    if shards > 1:
+        unsharded = 2 * shape.layer_parameters + shape.embedding + shape.head
+        parts["gathered layers"] = unsharded * itemsize
     if lora:
         parts["adapter"] = 4 * trained * (2 if teacher.update == "ema" else 1)
         parts["gradients"], parts["optimizer"] = 4 * trained, 8 * trained
     else:
         if teacher.update == "ema" or (teacher.update == "frozen" and in_trainer):
-            parts["reference copy"] = weights // sharded
+            parts["reference copy"] = weights // shards
         master = 4 if itemsize < 4 else 0
-        parts["gradients"] = weights // sharded
-        parts["optimizer"] = (8 + master) * trained // sharded
+        parts["gradients"] = weights // shards
+        parts["optimizer"] = (8 + master) * trained // shards
     if teacher_shape is not None and in_trainer:
-        parts["reference copy"] = teacher_shape.parameters * itemsize // sharded
-    parts["activations"] = activations(config, shape, load, itemsize)
-    parts["head chunk"] = head_chunk(config, shape, teacher_placement, load, device, itemsize)
+        parts["reference copy"] = teacher_shape.parameters * itemsize // shards
+    parts["activations"] = activations(config, shape, size, itemsize)
+    parts["head chunk"] = head_chunk(config, shape, teacher_placement, size, device, itemsize)
     if in_trainer:
-        parts["teacher's hidden states"] = load.completions * shape.hidden * itemsize
+        parts["teacher's hidden states"] = size.completions * shape.hidden * itemsize
     return parts
 
 
-def activations(config: Config, shape: ModelShape, load: Load, itemsize: int) -> int:
-    """Bytes that the backward pass of a micro-batch keeps, and works with.
+def activations(config: Config, shape: ModelShape, size: MicroBatchSize, itemsize: int) -> int:
+    """Bytes that are saved for a micro-batch's backward pass, and those it works with.
 
-    Checkpointed layers keep their input alone, and one of them at a time is computed again.
+    A checkpointed layer saves only its input. One such layer at a time is recomputed.
     """
-    kept = layer_activations(config, shape, load, itemsize)
+    saved = layer_activations(config, shape, size, itemsize)
     layers, inputs = shape.layers, shape.hidden * itemsize
-    total = kept * layers
+    total = saved * layers
     if (ac := config.trainer.model.ac) is not None:
         checkpointed = -(-layers // ac.freq)
-        whole = layers - checkpointed
-        # those after the last checkpointed one are done with when it is computed again
+        others = layers - checkpointed
+        # the layers after the last checkpointed one are done when that one is recomputed
         after = layers - 1 - (checkpointed - 1) * ac.freq
-        total = kept * max(whole, whole - after + 1) + inputs * checkpointed
-    # the last norm's input and output, and the gradients that stand beside what is kept
+        total = saved * max(others, others - after + 1) + inputs * checkpointed
+    # the last norm's input and output, and the gradients in flight
     ends = shape.hidden * (4 + itemsize)
     working = 4 * (2 * shape.intermediate + 2 * shape.hidden)
-    return load.tokens * (total + ends + working)
+    return size.tokens * (total + ends + working)
 
 
-def layer_activations(config: Config, shape: ModelShape, load: Load, itemsize: int) -> int:
-    """Bytes a token that one layer keeps for its backward pass.
+def layer_activations(
+    config: Config, shape: ModelShape, size: MicroBatchSize, itemsize: int
+) -> int:
+    """Bytes per token that one layer saves for its backward pass.
 
     norms        2 · 4H in fp32, and w · 2H of outputs that fp32 adapters or trained weights read
-    q, k norm    4 (Q + K) where there are any
+    q, k norm    4 (Q + K) if the model has them
     attention    w (Q + 2 keys and values + Q), keys and values widened to Q under a mask; 4 a head
     mask         w L with padding, w · tokens with packing, none with flash attention
     MLP          w · 3I: gate, its activation, up
-    adapters     4 · inputs + 4 · rank for each layer that has one, in fp32 whatever the base
+    adapters     4 · inputs + 4 · rank for each adapted layer, in fp32 whatever the base's dtype
     """
     w, lora, attn = itemsize, config.trainer.model.lora, config.model.attn
     h, i, q, k = shape.hidden, shape.intermediate, shape.attention, shape.keys
     flash = attn == "flash_attention_2"
     total = 2 * 4 * h + 3 * w * i + w * (2 * q + 2 * (k if flash else q)) + 4 * shape.heads + 8
-    width = load.tokens if config.trainer.packing else load.longest
+    width = size.tokens if config.trainer.packing else size.longest
     if attn == "eager":
-        total += shape.heads * load.longest * (4 if w == 4 else 4 + w)
+        total += shape.heads * size.longest * (4 if w == 4 else 4 + w)
     elif not flash:
         total += w * width
     if shape.qk_norm:
@@ -143,7 +145,7 @@ def layer_activations(config: Config, shape: ModelShape, load: Load, itemsize: i
     total += 4 * lora.rank * len(adapted) // shape.layers
     if w < 4:
         return total + 4 * sum(x.inputs for x in adapted) // shape.layers
-    # in fp32 the adapters read what is there, each input once
+    # with an fp32 base, adapters save no copies: each input counts once
     blocks = {(x.name.rpartition(".")[0], x.inputs) for x in adapted}
     attended = {name for name, _ in blocks if name.endswith("attn")}
     distinct = sum(inputs for name, inputs in blocks if name not in attended)
@@ -154,19 +156,20 @@ def head_chunk(
     config: Config,
     shape: ModelShape,
     teacher_placement: TeacherPlacement,
-    load: Load,
+    size: MicroBatchSize,
     device: torch.device,
     itemsize: int,
 ) -> int:
-    """Bytes of a chunk of logits in fp32, of the teacher's or the gradient's, and d hidden."""
-    size = chunk_tokens(load.completions, shape.vocab, 0, device)
+    """Bytes of a chunk of the student's logits in fp32, of the teacher's logits or the gradient's,
+    and of the hidden states and their gradient."""
+    chunk = chunk_tokens(size.completions, shape.vocab, 0, device)
     narrow = device.type == "cuda" and itemsize < 4
     second = itemsize if narrow else 4 * (teacher_placement.scorer == "trainer")
-    return size * shape.vocab * (4 + second) + 2 * load.completions * shape.hidden * itemsize
+    return chunk * shape.vocab * (4 + second) + 2 * size.completions * shape.hidden * itemsize
 
 
 def sync_buffer(config: Config, shape: ModelShape, itemsize: int) -> int:
-    """Bytes set aside to hand weights to the engines: the adapter, or a chunk of all weights."""
+    """Bytes of the buffer for a sync: the adapter, or a chunk of all weights."""
     lora = config.trainer.model.lora
     if lora:
         return shape.adapter(lora.rank, lora.target_modules) * itemsize
@@ -176,31 +179,31 @@ def sync_buffer(config: Config, shape: ModelShape, itemsize: int) -> int:
 def engine_memory(
     config: Config, shape: ModelShape, itemsize: int, tp: int, budget: int, adapters: int
 ) -> MemoryBreakdown:
-    """Parts of what one of an engine's GPUs may take; the keys and values get what is left.
+    """Bytes on one of an engine's GPUs. The keys and values get what the other parts leave.
 
-    `budget` is that GPU's bytes, `adapters` how many are held. A negative rest means that the
-    engine cannot start.
+    `budget` is what the engine may take of that GPU, `adapters` how many it holds. If nothing is
+    left for keys and values, their size is negative and the engine cannot start.
     """
     lora = config.trainer.model.lora
-    held = 0
+    slots = 0
     if lora and adapters:
         rank = min(rank for rank in LORA_RANKS if rank >= lora.rank)
-        held = adapters * shape.adapter(rank, lora.target_modules) * itemsize
-    reading = ENGINE_TOKENS * 2 * (shape.intermediate + shape.hidden) * itemsize
+        slots = adapters * shape.adapter(rank, lora.target_modules) * itemsize
+    prefill = ENGINE_TOKENS * 2 * (shape.intermediate + shape.hidden) * itemsize
     logits = 2 * 4 * MAX_SEQUENCES * shape.vocab
     parts: MemoryBreakdown = {
         "weights": shape.parameters * itemsize // tp,
-        "adapter slots": held // tp,
-        "activations": (reading + logits) // tp,
+        "adapter slots": slots // tp,
+        "activations": (prefill + logits) // tp,
         "CUDA context": CONTEXT,
     }
     return {**parts, "keys and values": budget - sum(parts.values())}
 
 
 def cpu_engines(placement: Placement, shapes: Shapes, itemsize: int) -> MemoryBreakdown:
-    """Bytes of the engines beside a trainer on a CPU, by "owner: part".
+    """Bytes of the engines next to a trainer on a CPU, by "owner: part".
 
-    Each replica has a copy of the weights, whatever its tp. Its working memory is not counted.
+    Each replica has a copy of the weights, whatever its tp. Activations are not counted.
     """
     parts: MemoryBreakdown = {}
     for owner, engine, shape in (
@@ -209,14 +212,14 @@ def cpu_engines(placement: Placement, shapes: Shapes, itemsize: int) -> MemoryBr
     ):
         if engine is not None and engine.kind.on_run_gpus:
             kv_bytes = kv_bytes_per_token(engine.model_config, itemsize)
-            cache = cpu_cache_bytes(kv_bytes, placement.max_length)
+            cache = cpu_cache_bytes(kv_bytes, engine.max_length)
             parts[f"{owner}: weights"] = engine.dp * shape.parameters * itemsize
             parts[f"{owner}: keys and values"] = engine.dp * cache
     return parts
 
 
 def embedded_cache(placement: Placement, config: Config, itemsize: int) -> int:
-    """Bytes of keys and values while the trainer's own model samples."""
+    """Bytes of keys and values while the trainer's own model samples, at most."""
     one_sequence = kv_bytes_per_token(placement.student.model_config, itemsize) * config.seq_len
     return max(
         one_sequence, min(EMBEDDED_CACHE_BYTES, one_sequence * config.orchestrator.batch_size)

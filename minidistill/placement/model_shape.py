@@ -1,4 +1,4 @@
-"""A model's sizes from its configuration alone: built without memory and counted."""
+"""A model's sizes, from its configuration. No weights are loaded or allocated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ModelShape:
     embedding: int
     """Parameters of the input embedding."""
     head: int
-    """Parameters of the LM head; 0 where it is the input embedding's own."""
+    """Parameters of the LM head; 0 if it is tied to the input embedding."""
     layers: int
     hidden: int
     intermediate: int
@@ -37,7 +37,7 @@ class ModelShape:
     head_dim: int
     vocab: int
     qk_norm: bool
-    """Queries and keys are normed before attention."""
+    """Queries and keys are normalized before attention."""
     linears: tuple[Linear, ...]
     """Of all layers."""
 
@@ -52,12 +52,12 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     @property
-    def a_layer(self) -> int:
+    def layer_parameters(self) -> int:
         """Parameters of a layer, on average."""
         return (self.parameters - self.embedding - self.head) // self.layers
 
     def adapted(self, targets: str | list[str]) -> tuple[Linear, ...]:
-        """The layers that an adapter on `targets` is put on, as peft matches their names."""
+        """The layers that `targets` selects for an adapter. Names are matched as peft does."""
         if targets == "all-linear":
             return self.linears
         return tuple(
@@ -86,7 +86,7 @@ class Shapes:
 
 
 def read_shape(model_config: Any) -> ModelShape:
-    """Count a model that is never filled: on torch's meta device. Exact for any architecture."""
+    """Build the model on torch's meta device and count it. Exact for any architecture."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -43,7 +43,7 @@ class EnginePlacement:
     """The name of the model that it runs."""
     model_config: Any
     gpus: Ids = ()
-    """Of all replicas. Empty on a CPU, on servers and in the trainer."""
+    """Of all replicas. Empty on a CPU, for servers and for the trainer's own model."""
     tp: int = 1
     dp: int = 1
     """Replicas."""
@@ -52,7 +52,7 @@ class EnginePlacement:
     sleeps: bool = False
     """It gives its GPUs' memory to the trainer between its calls."""
     urls: tuple[str, ...] = ()
-    """Of the servers."""
+    """Of running servers, if the kind is a server."""
     dtype: str = "float32"
     max_length: int = 0
     """Tokens that a sequence may have. Scoring needs one more than the run's longest sequence."""
@@ -79,7 +79,7 @@ class Placement:
     teacher_engine: EnginePlacement | None
     """The teacher's own engine. None: the teacher is in the trainer or in the student's engine."""
     trainer_gpus: Ids
-    """Of this machine. Empty on a CPU."""
+    """On this machine. Empty on a CPU."""
     ranks: int
     """Processes of the trainer, on all machines."""
     sharded: bool
@@ -87,15 +87,16 @@ class Placement:
     dtype: str
     """Of the base weights."""
     max_length: int
-    """Tokens that context, prompt and completion may have together."""
+    """Tokens that context, prompt and completion may have together: `seq_len`, or the limit of the
+    student's or the teacher's model if that is lower."""
     warnings: tuple[str, ...] = ()
 
     @property
     def devices(self) -> list[torch.device]:
         """The device of each rank on this machine, the driver's first.
 
-        Each rank holds the trainer and its teacher; the driver also samples with its model if the
-        engine is the embedded one.
+        Each rank holds the trained model and a teacher that is scored in the trainer. The driver's
+        model also samples if the engine is the embedded one.
         """
         import torch
 
@@ -105,13 +106,13 @@ class Placement:
 
     @property
     def sleeps(self) -> bool:
-        """Engines and trainer share GPUs, so the engines sleep while it trains."""
+        """Some engine shares GPUs with the trainer and sleeps while it trains."""
         engines = (self.student, self.teacher_engine)
         return any(engine.sleeps for engine in engines if engine is not None)
 
     @property
     def teacher_text(self) -> str:
-        """Where the teacher is scored, for people."""
+        """Where the teacher is scored, in words."""
         if self.teacher.scorer == "trainer":
             return f"in the trainer: {self.teacher.reason}"
         if self.teacher_engine is None:
@@ -119,7 +120,7 @@ class Placement:
         return "on a server of its own" if self.teacher_engine.urls else "in an engine of its own"
 
     def with_teacher_in_trainer(self, config: Config) -> Placement:
-        """The placement for a student's engine that turns out not to score chosen ids."""
+        """The placement if the student's engine turns out not to score chosen ids."""
         teacher = place_teacher(config, separate_engine=True, scores_ids=False)
         return replace(self, teacher=teacher, teacher_engine=None)
 
@@ -134,7 +135,9 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
     teacher = place_teacher(config, separate_engine=separate, scores_ids=machine.gpus > 0)
     heads = models.student.get_text_config().num_attention_heads
     layout = lay_out_gpus(config, machine.gpus, teacher, heads, engine_on_gpus=kind.on_run_gpus)
-    max_length = longest_sequence(models.student, config.seq_len)
+    max_length = min(
+        longest_sequence(model, config.seq_len) for model in (models.student, models.teacher)
+    )
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if machine.bf16 else "float32"
@@ -219,7 +222,8 @@ def _ranks(config: Config, machine: Machine, trainer: Ids) -> int:
 
 
 def check_settings(loaded: LoadedConfig, placement: Placement, machine: Machine) -> None:
-    """Raise UserError for settings that the run would ignore, and for impossible rank counts."""
+    """Raise UserError for settings that the run would ignore, and for numbers of ranks that
+    contradict each other."""
     _check_engine_settings(loaded, placement)
     _check_ranks(loaded, placement, machine)
 
@@ -274,7 +278,7 @@ def _check_ranks(loaded: LoadedConfig, placement: Placement, machine: Machine) -
 
 
 def _origins(loaded: LoadedConfig, prefixes: tuple[str, ...]) -> str:
-    """Where settings under these keys were written, "" if none was."""
+    """Where settings under these keys were made; empty if none was."""
     origins = {
         f"{key} ({origin})"
         for key, origin in loaded.provenance.items()

@@ -1,4 +1,4 @@
-"""A plan for people and as JSON."""
+"""A plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLORS = {"student": "cyan", "teacher": "magenta", "trainer": "green", "engine":
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan in plain types; bytes, tokens and operations as whole numbers."""
+    """The plan in JSON's types. Bytes, tokens and operations are integers."""
     placement = plan.placement
     student, teacher = placement.student, placement.teacher_engine
     return {
@@ -58,7 +58,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print the plan: who runs where, memory by GPU, work, and whether it fits."""
+    """Print the plan: what runs where, memory by device, work, and whether it fits."""
     for title, text in _head(plan):
         console.print(Text(f"{title:<10}{printable(text)}"))
     console.print()
@@ -92,7 +92,7 @@ def flags(settings: Mapping[str, Any]) -> str:
 
 
 def summary(plan: Plan) -> str:
-    """Each device: what is placed there, and how much of its memory is planned for."""
+    """What is on each device, and how much of its memory is planned."""
     lines = []
     for device in plan.devices:
         names = {name.partition(":")[0] for parts in device.phases.values() for name in parts}
@@ -147,23 +147,22 @@ def _memory(plan: Plan) -> Table:
 
 
 def _parts(parts: Mapping[str, int]) -> str:
-    """`student: weights 7.49, …; trainer: …` in GiB, the largest first."""
+    """`student: weights 7.49, …; trainer: …` in GiB, largest first."""
     texts = []
     for owner in COLORS:
-        own = {name: size for name, size in parts.items() if name.startswith(f"{owner}: ")}
-        largest = sorted(own.items(), key=lambda part: -part[1])
-        shown = [
+        owned = {name: size for name, size in parts.items() if name.startswith(f"{owner}: ")}
+        sizes = [
             f"{name.partition(': ')[2]} {size / GIB:.2f}"
-            for name, size in largest
+            for name, size in sorted(owned.items(), key=lambda part: -part[1])
             if size >= GIB / 100
         ]
-        if shown:
-            texts.append(f"{owner}: {', '.join(shown)}")
+        if sizes:
+            texts.append(f"{owner}: {', '.join(sizes)}")
     return "; ".join(texts)
 
 
 def _bar(device: Device, parts: Mapping[str, int]) -> Text:
-    """One cell a part of the device's memory, coloured by who holds it."""
+    """The device's memory as a bar, colored by owner."""
     bar = Text()
     for owner, color in COLORS.items():
         size = sum(size for name, size in parts.items() if name.startswith(f"{owner}:"))

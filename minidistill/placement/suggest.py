@@ -1,4 +1,4 @@
-"""The smallest change of settings with which a plan fits, found by planning again."""
+"""The smallest change of settings with which a plan fits, found by trying."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Search:
     machine: Machine
 
     def plan(self, start: Config, settings: Settings) -> Plan | None:
-        """The plan with `settings`, None if they contradict others."""
+        """The plan with `settings`; None if they contradict others or cannot be placed."""
         config = with_settings(start, settings)
         if next(contradictions(config), None) is not None:
             return None
@@ -39,11 +39,11 @@ class _Search:
 def smallest_change(
     plan: Plan, shapes: Shapes, models: Models, machine: Machine
 ) -> Mapping[str, Any] | None:
-    """Settings that make `plan` fit: the fewest, earlier `LEVERS` first; None if none do."""
+    """The fewest settings that make `plan` fit, earlier `LEVERS` first; None if there are none."""
     search = _Search(shapes, models, machine)
     for count in range(1, len(LEVERS) + 1):
         for levers in combinations(LEVERS, count):
-            # how much is left to the engines depends on all the rest
+            # last, because what is left for the engines depends on all other settings
             order = sorted(levers, key=lambda lever: lever is _utilization)
             for candidate, settings in _pull(search, plan, plan, order, {}):
                 if candidate.fits:
@@ -52,7 +52,7 @@ def smallest_change(
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """`config` with settings by their dotted names; tables that are off are switched on."""
+    """`config` with settings by their dotted keys. Tables that are off are switched on."""
     data = config.model_dump()
     for key, value in settings.items():
         *tables, name = key.split(".")
@@ -70,7 +70,7 @@ Lever = Callable[[Plan], Iterator[Settings]]
 def _pull(
     search: _Search, start: Plan, plan: Plan, levers: Sequence[Lever], settings: Settings
 ) -> Iterator[tuple[Plan, Settings]]:
-    """Every plan that changes a setting of each lever, the smallest changes first."""
+    """Every plan with one change by each lever, smallest changes first."""
     first, *others = levers
     for change in first(plan):
         changed = settings | change
@@ -84,7 +84,7 @@ def _pull(
 
 
 def _micro_batch(plan: Plan) -> Iterator[Settings]:
-    """Half as many tokens, down to one sequence."""
+    """Halve the tokens, down to one sequence."""
     tokens = plan.config.trainer.micro_batch_tokens
     while tokens > plan.config.seq_len:
         tokens = max(tokens // 2, plan.config.seq_len)
@@ -98,7 +98,7 @@ def _checkpointing(plan: Plan) -> Iterator[Settings]:
 
 
 def _utilization(plan: Plan) -> Iterator[Settings]:
-    """Give engines what the trainer leaves of the GPUs that they share."""
+    """Give the engines what the trainer leaves on shared GPUs."""
     placement, room = plan.placement, 1.0
     trainer = set(placement.trainer_gpus)
     if not placement.sleeps:
@@ -120,7 +120,7 @@ def _utilization(plan: Plan) -> Iterator[Settings]:
 
 
 def _tensor_parallel(plan: Plan) -> Iterator[Settings]:
-    """Each engine of the model over more GPUs."""
+    """Split each engine over more GPUs."""
     tp = plan.placement.student.tp
     while (tp := 2 * tp) < len(plan.devices) + 1:
         settings: Settings = {"inference.parallel.tp": tp}
@@ -130,7 +130,7 @@ def _tensor_parallel(plan: Plan) -> Iterator[Settings]:
 
 
 def _ranks(plan: Plan) -> Iterator[Settings]:
-    """More GPUs that train, the last ones, where none are named."""
+    """Train on more GPUs, the last ones, if the configuration names none."""
     config, gpus = plan.config, [d.id for d in plan.devices if d.id is not None]
     named = config.inference_gpu_ids or config.teacher_gpu_ids or config.trainer_gpu_ids
     if named or config.trainer.world_size or not plan.placement.student.gpus:

@@ -17,9 +17,9 @@ class TeacherPlacement:
     """What computes the teacher's log-probs of the student's completions."""
     estimator: Estimator
     needs_own_engine: bool
-    """The student's engine cannot serve the teacher, or must not."""
+    """The student's engine cannot serve the teacher, or was configured not to."""
     reason: str
-    """For the header."""
+    """Why it is scored there, for people."""
 
 
 def place_teacher(config: Config, *, separate_engine: bool, scores_ids: bool) -> TeacherPlacement:
@@ -59,6 +59,6 @@ def place_teacher(config: Config, *, separate_engine: bool, scores_ids: bool) ->
     estimator = chosen or SAMPLED
     if on_servers:
         return TeacherPlacement("engine", estimator, True, "it has a server of its own")
-    own = asks_for_engine or (all_weights and update == "frozen")
-    reason = "it has an engine of its own" if own else "it shares the student's engine"
-    return TeacherPlacement("engine", estimator, own, reason)
+    needs_own = asks_for_engine or (all_weights and update == "frozen")
+    reason = "it has an engine of its own" if needs_own else "it shares the student's engine"
+    return TeacherPlacement("engine", estimator, needs_own, reason)

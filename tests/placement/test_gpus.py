@@ -29,7 +29,7 @@ class FakeModel:
         return self
 
 
-def divide(
+def placed(
     configure: Configure, gpus: int, flags: str = "", heads: int = 32, vllm: bool = True
 ) -> Placement:
     model = FakeModel(heads)
@@ -41,7 +41,7 @@ def teacher_gpus(placement: Placement) -> tuple[int, ...]:
     return placement.teacher_engine.gpus if placement.teacher_engine else ()
 
 
-def shown(placement: Placement) -> str:
+def as_text(placement: Placement) -> str:
     """`0,1 | 2 | 3`: student, teacher, trainer."""
     parts = placement.student.gpus, teacher_gpus(placement), placement.trainer_gpus
     return " | ".join(",".join(map(str, ids)) for ids in parts)
@@ -82,10 +82,10 @@ TABLE = [
     (7, FULL_FT, "0,1 | 2 | 3,4,5,6"),
     (8, FULL_FT, "0,1 | 2,3 | 4,5,6,7"),
     (0, SAMPLED, " |  | "),
-    # asked for
+    # the configuration asks for an engine of the teacher's own
     (2, f"{SAMPLED} --no-teacher_inference.share", "0 | 0 | 1"),
     (3, f"{SAMPLED} --no-teacher_inference.share", "0 | 1 | 2"),
-    # the batch decides how many train
+    # the number of ranks divides the batch
     (8, f"{SAMPLED} --orchestrator.batch_size 12", "0,1 | 2,3 | 4,5,6,7"),
     (7, f"{SAMPLED} --orchestrator.batch_size 12", "0,1 | 2 | 3,4,5,6"),
     (6, f"{SAMPLED} --orchestrator.batch_size 12", "0,1 | 2 | 3,4,5"),
@@ -93,7 +93,7 @@ TABLE = [
     (4, f"{SAMPLED} --inference.parallel.tp 2", "0,1 | 2 | 3"),
     (8, f"{SAMPLED} --inference.parallel.tp 4", "0,1,2,3 | 4,5 | 6,7"),
     (8, "--inference.parallel.tp 2 --inference.parallel.dp 1", "0,1 |  | 2,3,4,5"),
-    # some ids given: the rest in the same proportions
+    # some ids are named: the rest is divided in the same proportions
     (8, f"{SAMPLED} --inference_gpu_ids 6,7", "6,7 | 0,1 | 2,3,4,5"),
     (8, f"{SAMPLED} --trainer_gpu_ids 0,1,2,3", "4,5 | 6,7 | 0,1,2,3"),
     (8, f"{SAMPLED} --teacher_gpu_ids 0", "1,2,3 | 0 | 4,5,6,7"),
@@ -102,13 +102,13 @@ TABLE = [
     (4, "--trainer_gpu_ids 3", "0,1,2 |  | 3"),
     (4, "--inference_gpu_ids 3", "3 |  | 0,1"),
     (2, f"{FULL_FT} --inference_gpu_ids 1", "1 | 1 | 0"),
-    # the same ones on purpose
+    # shared on purpose
     (2, "--inference_gpu_ids 0,1 --trainer_gpu_ids 0,1", "0,1 |  | 0,1"),
     (2, f"{SAMPLED} --inference_gpu_ids 0 --teacher_gpu_ids 0 --trainer_gpu_ids 1", "0 |  | 1"),
     (4, f"{SAMPLED} --inference_gpu_ids 0 --teacher_gpu_ids 0", "0 |  | 1,2"),
     (4, f"{FULL_FT} --inference_gpu_ids 0 --teacher_gpu_ids 0", "0 | 0 | 1,2"),
     (1, "--inference_gpu_ids 0 --teacher_gpu_ids 0 --trainer_gpu_ids 0", "0 |  | 0"),
-    # the trainer samples
+    # the trainer's own model samples
     (4, "--inference.engine embedded", " |  | 0,1,2,3"),
     (3, "--inference.engine embedded", " |  | 0,1"),
     (2, "--inference.engine embedded --inference_gpu_ids 1", " |  | 1"),
@@ -117,8 +117,8 @@ TABLE = [
 
 @pytest.mark.parametrize(("gpus", "flags", "expected"), TABLE)
 def test_table(configure: Configure, gpus: int, flags: str, expected: str) -> None:
-    placement = divide(configure, gpus, flags)
-    assert shown(placement) == expected
+    placement = placed(configure, gpus, flags)
+    assert as_text(placement) == expected
     engines = [placement.student, placement.teacher_engine]
     for engine in engines:
         if engine is not None and engine.gpus:
@@ -129,25 +129,25 @@ def test_table(configure: Configure, gpus: int, flags: str, expected: str) -> No
     assert placement.sleeps == bool(used & {*placement.trainer_gpus})
 
 
-def test_the_launch_lines_of_four_and_eight_gpus(configure: Configure) -> None:
+def test_documented_command_lines_for_four_and_eight_gpus(configure: Configure) -> None:
     line = "--inference_gpu_ids 0,1 --teacher_gpu_ids 2 --trainer_gpu_ids 3"
-    four = divide(configure, 4, f"{line} --inference.parallel.dp 2")
+    four = placed(configure, 4, f"{line} --inference.parallel.dp 2")
     assert four.teacher_engine is not None
-    assert (shown(four), four.student.dp, four.teacher_engine.dp) == ("0,1 | 2 | 3", 2, 1)
+    assert (as_text(four), four.student.dp, four.teacher_engine.dp) == ("0,1 | 2 | 3", 2, 1)
     assert four.warnings == ()
     line = "--inference_gpu_ids 0 1 --teacher_gpu_ids 2 3 --trainer_gpu_ids 4 5 6 7"
     tp = "--inference.parallel.tp 2 --teacher_inference.parallel.tp 2"
-    eight = divide(configure, 8, f"{line} {tp}")
-    assert shown(eight) == "0,1 | 2,3 | 4,5,6,7"
+    eight = placed(configure, 8, f"{line} {tp}")
+    assert as_text(eight) == "0,1 | 2,3 | 4,5,6,7"
     assert eight.teacher_engine is not None
     assert (eight.student.dp, eight.teacher_engine.dp, eight.ranks) == (1, 1, 4)
     assert not eight.sleeps
     # and the same without the lists
-    assert shown(divide(configure, 8, f"{SAMPLED} {tp}")) == shown(eight)
+    assert as_text(placed(configure, 8, f"{SAMPLED} {tp}")) == as_text(eight)
 
 
-def test_without_vllm_the_trainer_takes_all(configure: Configure) -> None:
-    assert shown(divide(configure, 2, vllm=False)) == " |  | 0,1"
+def test_without_vllm_the_trainer_gets_all_gpus(configure: Configure) -> None:
+    assert as_text(placed(configure, 2, vllm=False)) == " |  | 0,1"
 
 
 WARNINGS = [
@@ -163,8 +163,8 @@ WARNINGS = [
 
 
 @pytest.mark.parametrize(("gpus", "flags", "text"), WARNINGS)
-def test_what_is_worth_a_word(configure: Configure, gpus: int, flags: str, text: str) -> None:
-    warnings = divide(configure, gpus, flags).warnings
+def test_warnings(configure: Configure, gpus: int, flags: str, text: str) -> None:
+    warnings = placed(configure, gpus, flags).warnings
     assert len(warnings) == bool(text)
     assert text in " ".join(warnings)
 
@@ -196,14 +196,14 @@ def test_refusals(
     configure: Configure, gpus: int, flags: str, code: int, what: str, fix: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        divide(configure, gpus, flags)
+        placed(configure, gpus, flags)
     assert caught.value.exit_code == code
     assert what in caught.value.what
     assert fix in caught.value.fix
     assert caught.value.where
 
 
-def test_lists_that_overlap_in_part_are_refused_with_the_configuration(
+def test_lists_that_overlap_in_part_are_configuration_errors(
     configure: Configure,
 ) -> None:
     flags = "--inference_gpu_ids 0 --teacher_gpu_ids 0 --trainer_gpu_ids 0,1"

@@ -16,14 +16,14 @@ from minidistill.errors import UserError
 from minidistill.models.registry import BUILT_IN
 from minidistill.placement.estimate import OTHER_RANKS
 from minidistill.placement.machine import GIB, Machine
-from minidistill.placement.memory import Load, trainer_memory
+from minidistill.placement.memory import MicroBatchSize, trainer_memory
 from minidistill.placement.model_shape import read_shape
 from minidistill.placement.planner import load_models, plan
 from minidistill.placement.teacher import place_teacher
 from minidistill.trainer.batching import split_by_tokens
 
 Configure = Callable[..., Any]
-# no engine takes over what the first of two steps has learnt
+# no engine is synced after the first of two steps
 COMMON = ("--orchestrator.sampling.max_tokens", "24", "--trainer.loss.max_sampler_mismatch", "off")
 SIZES = {
     "llama": {
@@ -64,7 +64,7 @@ def measured(lab: Lab) -> int:
     """Peak bytes of live tensors in a training step, by the allocator's own record."""
     from torch.profiler import ProfilerActivity, profile
 
-    lab.trainer.step(lab.rollouts, 1, lambda count: None)  # from now on there are moments
+    lab.trainer.step(lab.rollouts, 1, lambda count: None)  # from now on the optimizer has moments
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         lab.trainer.step(lab.rollouts, 2, lambda count: None)
     assert recorded.profiler is not None
@@ -81,20 +81,20 @@ def measured(lab: Lab) -> int:
 
 def estimated(lab: Lab, config: Any) -> dict[str, int]:
     """The estimate for the largest micro-batch of the lab's step."""
-    loads = []
+    sizes = []
     trainer = config.trainer
-    sizes = [max(r.student_length, r.teacher_length) for r in lab.rollouts]
-    for rows in split_by_tokens(sizes, trainer.micro_batch_tokens, trainer.packing):
+    lengths = [max(r.student_length, r.teacher_length) for r in lab.rollouts]
+    for rows in split_by_tokens(lengths, trainer.micro_batch_tokens, trainer.packing):
         batch = [lab.rollouts[i] for i in rows]
-        lengths = [r.student_length for r in batch]
-        tokens = sum(lengths) if config.trainer.packing else max(lengths) * len(batch)
+        student = [r.student_length for r in batch]
+        tokens = sum(student) if trainer.packing else max(student) * len(batch)
         completions = sum(len(r.completion.token_ids) for r in batch)
-        loads.append(Load(tokens, max(lengths), completions))
-    load = max(loads, key=lambda load: load.tokens)
+        sizes.append(MicroBatchSize(tokens, max(student), completions))
+    largest = max(sizes, key=lambda size: size.tokens)
     shape = read_shape(lab.policy.config)
     teacher = place_teacher(config, separate_engine=False, scores_ids=False)
     return trainer_memory(
-        config, shape, teacher, load, torch.device("cpu"), lab.policy.dtype.itemsize
+        config, shape, teacher, largest, torch.device("cpu"), lab.policy.dtype.itemsize
     )
 
 
@@ -131,7 +131,7 @@ def test_the_estimate_is_within_a_fifth_of_the_measured_peak(
     lab = make_lab(loaded)
     parts = estimated(lab, loaded.config)
     peak = measured(lab)
-    # the profiler is worth nothing where it misses a part that is known exactly
+    # a profile that misses a part whose size is known exactly proves nothing
     assert peak > sum(parts[name] for name in ("weights", "adapter", "gradients", "optimizer"))
     assert sum(parts.values()) == pytest.approx(peak, rel=0.2)
 
@@ -156,7 +156,7 @@ def on_a_cpu(config: Any) -> Any:
     return device
 
 
-def test_processes_on_a_cpu_share_its_memory(configure: Configure) -> None:
+def test_all_processes_on_a_cpu_count(configure: Configure) -> None:
     """Ranks hold a trainer each, replicas of an engine a copy of the weights and a cache each."""
     small = ("--trainer.micro_batch_tokens", "256", "--trainer.world_size")
     one, two = (on_a_cpu(configure(*small, n).config) for n in "12")

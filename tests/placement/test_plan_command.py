@@ -37,7 +37,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed["flops_per_step"]["train"] == 4 * layers * batch * 2048 + 4 * head
 
 
-def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", LARGE, "--gpus", "1", "--gpu-memory", "24"]) == 3
     out = capsys.readouterr().out
     assert "4,022,468,096 parameters, bfloat16; adapter of rank 16, 33,030,144" in out
@@ -52,7 +52,7 @@ def test_gpus_that_the_machine_does_not_have(capsys: pytest.CaptureFixture[str])
     assert "trainer_gpu_ids names GPU 2, the machine has 2" in capsys.readouterr().err
 
 
-RUN_REFUSES = [
+REFUSED_BY_A_RUN = [
     (LARGE, "1", "--schedule async", "they take turns on the same GPU"),
     (SOKOBAN, "0", "--schedule async", "here the trainer itself samples"),
     (SOKOBAN, "0", "--inference.parallel.dp 2", "the run samples with the embedded engine"),
@@ -63,8 +63,8 @@ RUN_REFUSES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("file", "gpus", "flags", "words"), RUN_REFUSES)
-def test_what_a_run_would_refuse(
+@pytest.mark.parametrize(("file", "gpus", "flags", "words"), REFUSED_BY_A_RUN)
+def test_plan_refuses_what_a_run_would(
     file: str, gpus: str, flags: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["plan", file, "--gpus", gpus, *flags.split()]) == 2

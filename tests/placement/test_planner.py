@@ -40,7 +40,7 @@ def planned(file: str, gpus: int, gib: float, flags: str = "") -> Plan:
 # -- counting ----------------------------------------------------------------------------------
 
 
-def test_the_count_of_qwen3_4b_by_hand() -> None:
+def test_qwen3_4b_is_counted_as_by_hand() -> None:
     model = load_model_config(load_config([LARGE]).config, shipped=True)
     shape = read_shape(model)
     embedding = 151936 * 2560
@@ -56,7 +56,7 @@ def test_the_count_of_qwen3_4b_by_hand() -> None:
     assert shape.adapter(8, ["q_proj"]) == 36 * 8 * (2560 + 4096)
 
 
-def test_the_count_of_qwen3_06b() -> None:
+def test_qwen3_06b_is_counted_as_by_hand() -> None:
     shape = read_shape(load_model_config(load_config([SMALL]).config, shipped=True))
     layer = 1024 * (2048 + 2 * 1024) + 2048 * 1024 + 2 * 128 + 3 * 1024 * 3072 + 2 * 1024
     assert shape.parameters == 151936 * 1024 + 28 * layer + 1024 == 596_049_920
@@ -70,7 +70,7 @@ def test_the_count_of_qwen3_06b() -> None:
         ("gpt_neox", {"rotary_pct": 1.0}),
     ],
 )
-def test_other_architectures_are_counted_as_they_are_built(
+def test_other_architectures_are_counted_like_built_models(
     kind: str, settings: dict[str, Any]
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -91,7 +91,7 @@ def test_other_architectures_are_counted_as_they_are_built(
     )
 
 
-def test_a_model_that_is_nowhere_is_refused() -> None:
+def test_a_missing_model_is_refused() -> None:
     config = load_config([LARGE, "--model.name", "no/such-model"]).config
     with pytest.raises(UserError, match="cannot load the model 'no/such-model'"):
         load_model_config(config, shipped=True)
@@ -112,24 +112,24 @@ def test_a_model_that_is_nowhere_is_refused() -> None:
         (str(CONFIGS / "sokoban.toml"), 0, 4, ""),
     ],
 )
-def test_the_configurations_fit_the_machines_they_are_for(
+def test_shipped_configurations_fit_their_machines(
     file: str, gpus: int, gib: float, flags: str
 ) -> None:
-    found = planned(file, gpus, gib, flags)
-    assert found.fits, found.problems
-    assert found.change == {}
-    assert all(device.peak <= device.usable for device in found.devices)
+    result = planned(file, gpus, gib, flags)
+    assert result.fits, result.problems
+    assert result.change == {}
+    assert all(device.peak <= device.usable for device in result.devices)
 
 
-def test_the_reference_machine_has_a_teacher_engine() -> None:
-    found = planned(LARGE, 4, 80)
-    assert found.placement.teacher_engine is not None
-    assert found.placement.teacher_engine.gpus == (1,)
-    assert found.placement.teacher.estimator.name == "sampled"
-    assert found.placement.teacher_text == "in an engine of its own"
+def test_four_gpus_have_a_teacher_engine() -> None:
+    result = planned(LARGE, 4, 80)
+    assert result.placement.teacher_engine is not None
+    assert result.placement.teacher_engine.gpus == (1,)
+    assert result.placement.teacher.estimator.name == "sampled"
+    assert result.placement.teacher_text == "in an engine of its own"
 
 
-def test_what_an_engine_leaves_for_keys_and_values() -> None:
+def test_keys_and_values_get_what_an_engine_leaves() -> None:
     student = planned(LARGE, 4, 80).devices[0].phases["sampling"]
     left = int(0.9 * 80 * GIB) - 2 * 4_022_468_096 - 2 * 33_030_144 - GIB
     left -= ENGINE_TOKENS * 2 * (9728 + 2560) * 2 + 2 * 4 * 256 * 151936
@@ -145,9 +145,9 @@ def test_tensor_parallel_engines_split_weights_and_cache() -> None:
     assert two.sequences["student"] > one.sequences["student"]
 
 
-def test_shared_gpus_count_phases_not_their_sum() -> None:
-    found = planned(SMALL, 1, 24)
-    (device,) = found.devices
+def test_shared_gpus_must_fit_the_largest_phase_not_the_sum() -> None:
+    result = planned(SMALL, 1, 24)
+    (device,) = result.devices
     assert set(device.phases) == {"sampling", "training"}
     assert device.peak == max(sum(parts.values()) for parts in device.phases.values())
     assert not any("activations" in n for n in device.phases["sampling"] if n[:7] == "trainer")
@@ -175,16 +175,16 @@ def test_a_frozen_teacher_in_the_trainer_is_a_second_copy_under_full_fine_tuning
 
 
 def test_two_engines_on_one_gpu_split_its_memory() -> None:
-    found = planned(LARGE, 2, 80, "--no-teacher_inference.share")
-    (both, _) = found.devices
+    result = planned(LARGE, 2, 80, "--no-teacher_inference.share")
+    (both, _) = result.devices
     assert both.peak == pytest.approx(0.9 * 80 * GIB, abs=2)
-    assert min(found.sequences.values()) > 0
+    assert min(result.sequences.values()) > 0
 
 
 def test_an_engine_without_room_for_a_sequence_does_not_fit() -> None:
-    found = planned(LARGE, 4, 80, "--inference.gpu_memory_utilization 0.1")
-    assert not found.fits
-    assert "student's engine has no room for one sequence of 2048 tokens" in found.problems[0]
+    result = planned(LARGE, 4, 80, "--inference.gpu_memory_utilization 0.1")
+    assert not result.fits
+    assert "student's engine has no room for one sequence of 2048 tokens" in result.problems[0]
 
 
 # -- changes -----------------------------------------------------------------------------------
@@ -209,15 +209,15 @@ CHANGES = [
 def test_the_smallest_change_makes_it_fit(
     file: str, gpus: int, gib: float, flags: str, change: dict[str, Any] | None
 ) -> None:
-    found = planned(file, gpus, gib, flags)
-    assert not found.fits
-    assert found.change == change
+    result = planned(file, gpus, gib, flags)
+    assert not result.fits
+    assert result.change == change
     if change is not None:
-        # as it would be typed
+        # as a user would type it
         assert planned(file, gpus, gib, f"{flags} {as_flags(change)}").fits
 
 
-def test_nothing_of_cuda_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_asks_nothing_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     def refuse(*args: Any) -> None:
@@ -228,7 +228,7 @@ def test_nothing_of_cuda_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned(LARGE, 8, 80).fits
 
 
-def test_environment_arguments_make_levels() -> None:
+def test_environment_arguments_reach_the_environment() -> None:
     from minidistill.envs.registry import load_environments
 
     for file in (SMALL, LARGE):

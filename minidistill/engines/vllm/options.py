@@ -94,7 +94,7 @@ def build_options(
         arguments |= {
             "enforce_eager": True,
             "kv_cache_memory_bytes": cpu_cache_bytes(
-                kv_bytes_per_token(model, ITEMSIZES[engine.dtype]), engine.max_length - 1
+                kv_bytes_per_token(model, ITEMSIZES[engine.dtype]), engine.max_length
             ),
             # small blocks let a group's samples share more of their prompt, and prefill with an
             # adapter is what vLLM's CPU kernels are slow at
