@@ -67,7 +67,7 @@ def test_the_default_clip(name: str) -> None:
     estimator = ESTIMATORS[name]
 
     def clip(*flags: str) -> float | None:
-        return loss_settings(load_config([SOKOBAN, *flags]).config, estimator).kl_clip
+        return loss_settings(load_config([SOKOBAN, *flags]).config, estimator, 640).kl_clip
 
     assert clip() == (5.0 if name == "sampled" else None)
     assert clip("--trainer.loss.kl_clip", "off") is None

@@ -18,11 +18,11 @@ class HalfDivergence(Full):
 
     name = "half_divergence"
 
-    def loss(self, *inputs: Any, settings: LossSettings, **more_inputs: Any) -> Any:
+    def loss_function(self, settings: LossSettings) -> Any:
         halved = replace(
             settings, teacher_tau=settings.teacher_tau / 2, student_tau=settings.student_tau / 2
         )
-        return super().loss(*inputs, settings=halved, **more_inputs)
+        return super().loss_function(halved)
 
 
 ESTIMATORS[HalfDivergence.name] = HalfDivergence()

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Bench:
     config: Config
     policy: Policy
     engine: Any
+    versions: Iterator[int] = field(default_factory=lambda: count(1))
 
     def prompts(self, rows: int, length: int = 20) -> list[tuple[int, ...]]:
         """Token ids drawn at random: log-probs of all sizes."""
@@ -67,6 +69,12 @@ class Bench:
         builder = PromptBuilder(self.policy.tokenizer, teacher.context, teacher.context_placement)
         ((name, environment),) = load_environments(orchestrator.env, "").items()
         return [builder.build(name, environment.train[i]).student_ids for i in range(rows)]
+
+    def sync(self) -> int:
+        """Send the weights to the engine as a new version, whose number is returned."""
+        version = next(self.versions)
+        self.engine.sync(version)
+        return version
 
     def change(self, seed: int, scale: float = 0.03) -> None:
         """Other values in the adapter's B."""
