@@ -1,3 +1,3 @@
-"""Reverse-KL on-policy context distillation on one machine."""
+"""Reverse-KL on-policy context distillation."""
 
 __version__ = "0.1.0"

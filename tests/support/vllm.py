@@ -130,6 +130,16 @@ def make_bench(*flags: str, max_restarts: int = 2) -> Bench:
     return Bench(config, policy, engine)
 
 
+def student_error(bench: Bench) -> float:
+    """The largest difference of any of the student's log-probs from the trainer's."""
+    prompts = bench.prompts(4, length=24)
+    heads, tails = [p[:12] for p in prompts], [p[12:] for p in prompts]
+    scores = bench.engine.score(heads, tails, Role.STUDENT)
+    truth = [bench.truth(h, t, Role.STUDENT) for h, t in zip(heads, tails, strict=True)]
+    pairs = zip(scores, truth, strict=True)
+    return max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
+
+
 @dataclass
 class Run:
     """A run in a process of its own. Whatever it starts inherits a mark in its environment."""

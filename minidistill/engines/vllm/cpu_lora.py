@@ -1,8 +1,8 @@
-"""Adapters in vLLM on a CPU: a product for each adapter of a batch.
+"""LoRA in vLLM on a CPU: one product for each adapter in a batch.
 
-vLLM's own functions for the CPU copy an adapter's matrices once for every token, which makes
-reading and decoding with one many times slower than without, and give rows without an adapter
-(index -1) the one in the last slot.
+vLLM's own CPU functions copy an adapter's matrices once for every token, which makes prefill and
+decoding many times slower with an adapter than without. They also give rows without an adapter
+(index -1) the one in the last slot. This module replaces them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 Group = tuple[int, Tensor | None]
-"""An adapter's slot and its rows, None where it is all of them."""
+"""An adapter's slot and its rows; None for all rows."""
 
 
 def groups(indices: Tensor) -> list[Group]:
-    """The batch's rows by adapter; those with index -1 have none."""
+    """The rows of a batch by adapter. Rows with index -1 have none."""
     slots = indices.unique().tolist()
     if len(slots) == 1:
         return [(slots[0], None)] if slots[0] >= 0 else []
@@ -26,7 +26,7 @@ def groups(indices: Tensor) -> list[Group]:
 
 
 def update_metadata(self: Any, *arguments: Any, **named: Any) -> None:
-    """As vLLM's, once a step; and the groups, which every layer then uses."""
+    """Like vLLM's, which runs once a step; also computes the groups that every layer uses."""
     _update_metadata(self, *arguments, **named)
     self.groups = groups(self.token_lora_indices)
 
@@ -47,15 +47,15 @@ def add_lora_linear(
     """
     rows_in, rows_out = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for slot, rows in self.groups:
-        own = rows_in if rows is None else rows_in[rows]
+        inputs = rows_in if rows is None else rows_in[rows]
         start = 0
         for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            part = (own @ a[slot, 0].T) @ b[slot, 0].T[:, :size] * scale
-            place = rows_out[:, start : start + size]
+            part = (inputs @ a[slot, 0].T) @ b[slot, 0].T[:, :size] * scale
+            outputs = rows_out[:, start : start + size]
             if rows is None:
-                place += part
+                outputs += part
             else:
-                place.index_add_(0, rows, part)
+                outputs.index_add_(0, rows, part)
             start += size
 
 

@@ -1,9 +1,9 @@
-"""Full weights into a model that vLLM runs on a CPU, a layer packed as soon as it is whole.
+"""Loading full weights into a model that vLLM runs on a CPU: each layer is packed once complete.
 
-vLLM's layer-wise reload allocates every layer anew, loads it twice (once to count), packs the
-embedding and copies it back; and it leaves packed experts and a tied head as they were. Here
-vLLM's `load_weights` and loaders fill the layers, each is packed once, and a model with anything
-but plain linear layers, embeddings and parameters used as they are is refused.
+vLLM's layer-wise reload reallocates every layer, loads it twice (once to count), packs the
+embedding and copies it back, and leaves packed experts and a tied head unchanged. Here vLLM's
+`load_weights` and loaders fill the layers and each is packed once. Models with anything but plain
+linear layers, embeddings and unpacked parameters are refused.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor, to_meta_tensor
 from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
-Layer = Any  # a module with vLLM's own attributes
+Layer = Any  # a module with vLLM's attributes
 
 
 class Repacker:
     """Takes a whole model's weights between `start` and `finish`.
 
-    In between, a packed layer's weight is a tensor without storage whose loader fills a real one;
-    everything else is loaded into the parameter that the model runs.
+    In between, a packed layer's weight is a meta tensor whose loader fills a real one. Everything
+    else is loaded into the parameter that the model runs.
     """
 
     def __init__(self, linear: list[Layer], embeddings: list[Layer]) -> None:
@@ -41,7 +41,7 @@ class Repacker:
 
     @classmethod
     def of(cls, model: nn.Module) -> Repacker:
-        """Raises ValueError for a model with a layer whose packing is not known here."""
+        """Raises ValueError for a model with a layer of unknown packing."""
         linear, embeddings = [], []
         for name, layer in model.named_modules():
             method = type(getattr(layer, "quant_method", None))
@@ -51,7 +51,7 @@ class Repacker:
                 embeddings.append(layer)
             elif not _plain(layer, method):
                 kind = type(layer).__name__
-                raise ValueError(f"no new weights for {name} ({kind}) while vLLM runs on a CPU")
+                raise ValueError(f"{name} ({kind}) takes no new weights while vLLM runs on a CPU")
         return cls(linear, embeddings)
 
     def start(self) -> None:
@@ -59,7 +59,7 @@ class Repacker:
             self._missing[layer] = self._expect(layer)
 
     def finish(self) -> None:
-        """Pack the LM head. Raises ValueError where a layer's weights did not all come."""
+        """Pack the LM head. Raises ValueError if a layer's weights did not all arrive."""
         if self._missing:
             raise ValueError(f"the weights of {len(self._missing)} layers are incomplete")
         heads = [layer for layer in self._embeddings if isinstance(layer, ParallelLMHead)]
@@ -67,12 +67,12 @@ class Repacker:
         for layer in self._embeddings:
             if layer in heads or not any(layer.weight is weight for weight in tied):
                 _pack(layer)
-            else:  # looked up, never multiplied by: its packed copy would be one of old weights
+            else:  # only looked up; its packed copy would hold old weights
                 layer.cpu_linear = nn.functional.linear
 
     def _expect(self, layer: Layer) -> int:
-        """Let the layer's weight be loaded; returns how many elements it has."""
-        # vLLM's description of the weight before it was packed, whose own loader stays as it is
+        """Prepare the layer's weight for loading; returns its number of elements."""
+        # vLLM's description of the weight before packing, whose loader stays unchanged
         weight: Any = restore_layer_refs(to_meta_tensor(_described(layer)["weight"]), layer)
         load = _get_original_loader(weight)
 
@@ -91,20 +91,20 @@ class Repacker:
 
 
 def _described(layer: Layer) -> dict[str, Tensor]:
-    """The parameters as they were when vLLM had loaded and not yet processed them, by name."""
+    """The parameters by name, as they were after loading and before processing."""
     return get_layerwise_info(layer).restore_metadata[0]
 
 
 def _packed(layer: Layer) -> bool:
-    """Whether the weight is a matrix of which the packed copy alone was kept."""
+    """Whether the weight is a matrix of which only the packed copy was kept."""
     described = _described(layer).get("weight")
     return described is not None and described.ndim == 2 and layer.weight.numel() == 0
 
 
 def _plain(layer: Layer, method: type) -> bool:
-    """Whether the model runs the layer's own parameters as vLLM loads them."""
+    """Whether the model uses the layer's parameters exactly as vLLM loads them."""
     if is_deferred_attention_layer(layer):
-        return type(layer) is Attention  # others may keep products of weights
+        return type(layer) is Attention  # other kinds may cache products of weights
     if isinstance(layer, BaseLayerWithLoRA) or method is not type(None):
         return False
     if callable(getattr(layer, "process_weights_after_loading", None)):
@@ -118,5 +118,5 @@ def _plain(layer: Layer, method: type) -> bool:
 
 
 def _pack(layer: Layer) -> None:
-    layer.cpu_linear = None  # frees the old copy, whose memory the new one takes
+    layer.cpu_linear = None  # frees the old copy first, to reuse its memory
     layer.quant_method.process_weights_after_loading(layer)

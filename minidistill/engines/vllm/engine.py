@@ -56,7 +56,7 @@ class VllmEngine(Engine):
             self._asleep = False
             return EngineProcess(options.arguments, options.environment)
 
-        self._restarting = RestartingProcess(start, self._send, max_restarts)
+        self.restarting = RestartingProcess(start, self._send, max_restarts)
 
     @property
     def location(self) -> str:
@@ -70,12 +70,12 @@ class VllmEngine(Engine):
     @property
     def process(self) -> EngineProcess:
         """The engine's current process."""
-        return self._restarting.process
+        return self.restarting.process
 
     @property
     def restarts(self) -> int:
         """How often the process was restarted."""
-        return self._restarting.restarts
+        return self.restarting.restarts
 
     def attach(self, policy: Policy, roles: Sequence[Role]) -> None:
         self._policy, self._roles = policy, tuple(roles)
@@ -83,7 +83,7 @@ class VllmEngine(Engine):
         self._buffer = SendBuffer(policy.dtype, policy.device, gpus, workers)
 
     def wait_until_ready(self) -> None:
-        self._restarting.call(lambda: None)
+        self.restarting.call(lambda: None)
 
     # -- sampling and scoring ------------------------------------------------------------------
 
@@ -180,8 +180,8 @@ class VllmEngine(Engine):
                 self.sync_weights(version, self._policy.weights)
             return
         self._version = version
-        if self._restarting.ready:
-            self._restarting.call(self._send)
+        if self.restarting.ready:
+            self.restarting.call(self._send)
 
     def sync_weights(self, version: int, weights: Callable[[], NamedTensors]) -> None:
         """Take over a whole model's weights, under Hugging Face's names, in bounded chunks.
@@ -189,8 +189,8 @@ class VllmEngine(Engine):
         `weights` is kept and called again for a restarted process.
         """
         self._version, self._weights = version, weights
-        if self._restarting.ready:
-            self._restarting.call(self._send)
+        if self.restarting.ready:
+            self.restarting.call(self._send)
 
     def _send(self) -> None:
         """Send the current weights to the process."""
@@ -236,15 +236,15 @@ class VllmEngine(Engine):
 
     def sleep(self) -> None:
         """On a GPU shared with the trainer, free its memory. The next call wakes it."""
-        if self.options.sleeps and self._restarting.ready and not self._asleep:
+        if self.options.sleeps and self.restarting.ready and not self._asleep:
             self._call("sleep")
             self._asleep = True
 
     def peak_memory(self) -> int | None:
-        return self._restarting.call(lambda: self.process.command("peak_memory"))
+        return self.restarting.call(lambda: self.process.command("peak_memory"))
 
     def close(self) -> None:
-        self._restarting.close()
+        self.restarting.close()
 
     def _call(self, method: str, advance: Advance | None = None, **arguments: Any) -> Any:
         reported = 0
@@ -263,7 +263,7 @@ class VllmEngine(Engine):
             self._wake()
             return self.process.call(method, progress, **arguments)
 
-        return self._restarting.call(call)
+        return self.restarting.call(call)
 
     def _wake(self) -> None:
         if self._asleep:

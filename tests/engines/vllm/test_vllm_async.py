@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from support.vllm import (
     NEEDS_VLLM,
     Bench,
     assert_tokens_are_as_old_as_said,
-    make_bench,
     start,
     steps,
 )
@@ -50,31 +48,20 @@ def sample_while(bench: Bench, change: Any) -> list[tuple[Request, Any]]:
     return [(r, c) for r, c in zip(asked, found, strict=True) if len(c.versions) == 2]
 
 
-@pytest.fixture(scope="module")
-def one() -> Iterator[Bench]:
-    made = make_bench(*FEW)
-    yield made
-    made.engine.close()
+def test_completions_continue_with_a_new_adapter(adapter_bench: Bench) -> None:
+    check_completions_continue(adapter_bench)
 
 
-def test_completions_go_on_under_a_new_adapter(one: Bench) -> None:
-    check_completions_go_on(one)
+def test_completions_continue_with_new_weights(weights_bench: Bench) -> None:
+    check_completions_continue(weights_bench)
 
 
-def test_completions_go_on_under_new_weights() -> None:
-    bench = make_bench(*FEW, "--no-trainer.model.lora")
-    try:
-        check_completions_go_on(bench)
-    finally:
-        bench.engine.close()
-
-
-def check_completions_go_on(bench: Bench) -> None:
+def check_completions_continue(bench: Bench) -> None:
     """Each token's log-prob is that of the version noted for it. All weights: exactly, for keys
     and values are computed again; an adapter: up to the switch, for they are kept."""
-    engine, policy, lora = bench.engine, bench.policy, bench.policy.lora
+    policy, lora = bench.policy, bench.policy.lora
     bench.change(seed=1)
-    engine.sync(1)
+    version = bench.sync()
     before = {n: p.detach().clone() for n, p in policy.parameters}
 
     def change() -> None:
@@ -85,7 +72,7 @@ def check_completions_go_on(bench: Bench) -> None:
                     noise = torch.randn(parameter.shape, generator=generator)
                     # so much that no token is as likely as before, whichever the switch leaves
                     parameter.add_((0.3 if lora else 0.2) * noise)
-        engine.sync(2)
+        assert bench.sync() == version + 1
 
     found = sample_while(bench, change)
     after = {n: p.detach().clone() for n, p in policy.parameters}
@@ -100,9 +87,9 @@ def check_completions_go_on(bench: Bench) -> None:
     gaps = []
     for (_, completion), old, new in zip(found, *truth, strict=True):
         (start, first), (switch, second) = completion.versions
-        assert (start, first, second) == (0, 1, 2)
+        assert (start, first, second) == (0, version, version + 1)
         rest = len(completion.token_ids) - switch
-        assert completion.token_versions(0) == [1] * switch + [2] * rest
+        assert completion.token_versions(0) == [version] * switch + [version + 1] * rest
         assert completion.logprobs[:switch] == pytest.approx(tuple(old[:switch]), abs=1e-4)
         gaps += [a - b for a, b in zip(completion.logprobs[switch:], old[switch:], strict=True)]
         if not lora:
@@ -111,16 +98,16 @@ def check_completions_go_on(bench: Bench) -> None:
     assert max(map(abs, gaps)) > 1e-2
 
 
-def test_replicas_are_one_engine(one: Bench) -> None:
-    """Two processes give what one gives, each with the samples of its own prompts, and both take
-    over the weights."""
-    replicas = Replicas([VllmEngine(one.engine.options, 0) for _ in range(2)])
+def test_replicas_are_one_engine(adapter_bench: Bench) -> None:
+    """A second process gives what the first gives, each has the samples of its own prompts, and
+    both take over the weights."""
+    one = adapter_bench
+    replicas = Replicas([one.engine, VllmEngine(one.engine.options, 0)])
     try:
         replicas.attach(one.policy, (Role.STUDENT, Role.TEACHER))
-        for version in (3, 4):  # `one` had the first two
-            one.change(seed=version)
-            for engine in (one.engine, replicas):
-                engine.sync(version)
+        for seed in (3, 4):
+            one.change(seed)
+            replicas.sync(next(one.versions))
             puzzles = one.puzzles(5)
             asked = [Request(p, 10 * i + s) for i, p in enumerate(puzzles) for s in range(3)]
             told: list[int] = []
@@ -138,7 +125,7 @@ def test_replicas_are_one_engine(one: Bench) -> None:
                 for ours, theirs in zip(*both, strict=True):
                     assert ours == pytest.approx(theirs, abs=1e-4)
     finally:
-        replicas.close()
+        replicas.engines[1].close()
 
 
 @pytest.fixture(scope="module")

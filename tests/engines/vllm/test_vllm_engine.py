@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
 import torch
-from support.vllm import NEEDS_VLLM, Bench, make_bench
+from support.vllm import NEEDS_VLLM, Bench, make_bench, student_error
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.types import Request, Role, SamplingParams
@@ -16,16 +15,14 @@ from minidistill.types import Request, Role, SamplingParams
 pytestmark = NEEDS_VLLM
 
 
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    made = make_bench("--orchestrator.env.0.args.num_train_examples", "8", max_restarts=1)
-    try:
-        yield made
-    finally:
-        made.engine.close()
+@pytest.fixture
+def bench(adapter_bench: Bench) -> Bench:
+    adapter_bench.change(seed=11)
+    adapter_bench.sync()
+    return adapter_bench
 
 
-def worst(bench: Bench, version: int) -> float:
+def worst(bench: Bench) -> float:
     """The largest difference of any log-prob, roles mixed in one batch."""
     prompts = bench.prompts(8, length=24)
     rows = [(p[:12], p[12:], own) for p in prompts for own in (Role.TEACHER, Role.STUDENT)]
@@ -40,14 +37,13 @@ def worst(bench: Bench, version: int) -> float:
 
 
 def test_both_roles_agree_with_peft_after_1_2_and_50_syncs(bench: Bench) -> None:
-    for version in range(1, 51):
-        bench.change(seed=version)
-        bench.engine.sync(version)
-        if version in (1, 2, 50):
-            assert worst(bench, version) < 1e-4
+    for number in range(1, 51):
+        bench.change(seed=number)
+        bench.sync()
+        if number in (1, 2, 50):
+            assert worst(bench) < 1e-4
     bench.change(seed=51)  # not synced: the engine must now be wrong
-    assert worst(bench, 51) > 1e-2
-    bench.engine.sync(51)
+    assert worst(bench) > 1e-2
 
 
 @pytest.mark.parametrize("role", [Role.TEACHER, Role.STUDENT])
@@ -119,20 +115,21 @@ def test_scoring_at_another_temperature_is_refused(bench: Bench) -> None:
 
 
 def test_what_vllm_refuses_is_one_clear_error_and_it_lives_on(bench: Bench) -> None:
+    restarts = bench.engine.restarts
     with pytest.raises(UserError, match="vLLM") as caught:
         bench.engine.score([(5,) * 300], [(6,)], Role.TEACHER)
     assert caught.value.exit_code == EXIT_FAILED
     assert bench.engine.score([(5, 6)], [(7,)], Role.TEACHER)
-    assert bench.engine.restarts == 0
+    assert bench.engine.restarts == restarts
 
 
-def test_a_killed_process_is_started_again_with_the_current_weights(
-    bench: Bench, caplog: pytest.LogCaptureFixture
+def test_a_killed_process_restarts_with_the_current_weights(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Last of those that share the engine, for it has no start left."""
-    engine = bench.engine
+    engine, process = bench.engine, bench.engine.restarting
+    monkeypatch.setattr(process, "max_restarts", process.restarts + 1)
     bench.change(seed=70)
-    engine.sync(70)
+    bench.sync()
     asked = [Request(p, i) for i, p in enumerate(bench.puzzles(4))]
     before = engine.generate(asked, SamplingParams(8), Role.STUDENT)
     os.killpg(engine.process.popen.pid, signal.SIGKILL)
@@ -140,44 +137,50 @@ def test_a_killed_process_is_started_again_with_the_current_weights(
     assert [c.token_ids for c in after] == [c.token_ids for c in before]
     assert after[0].logprobs == pytest.approx(before[0].logprobs, abs=1e-4)
     assert "SIGKILL" in caplog.messages[0]
-    os.killpg(engine.process.popen.pid, signal.SIGKILL)
-    with pytest.raises(UserError, match="restarted 1 times") as caught:
-        engine.sync(71)
+    assert "restarted with the current weights" in caplog.messages[0]
+
+
+def test_a_process_that_dies_too_often_is_an_error(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = bench.engine.restarting
+    monkeypatch.setattr(process, "max_restarts", process.restarts)
+    os.killpg(bench.engine.process.popen.pid, signal.SIGKILL)
+    times = f"restarted {process.restarts} times" if process.restarts else "process died: "
+    with pytest.raises(UserError, match=times) as caught:
+        bench.sync()
     assert caught.value.exit_code == EXIT_ENVIRONMENT
 
 
-@pytest.mark.parametrize("tp", ["1", "2"])
-def test_full_weights_reach_the_engine_tied_embeddings_too(tp: str) -> None:
-    """In one chunk, in several, to every worker, and again to a process that replaces a killed
-    one."""
-    flags = ("--no-trainer.model.lora", "--inference.parallel.tp", tp)
-    bench = make_bench("--orchestrator.env.0.args.num_train_examples", "8", *flags, max_restarts=1)
-    engine, policy = bench.engine, bench.policy
+def test_full_weights_reach_the_engine_tied_embeddings_too(weights_bench: Bench) -> None:
+    check_full_weights(weights_bench)
+    os.killpg(weights_bench.engine.process.popen.pid, signal.SIGKILL)
+    assert student_error(weights_bench) < 1e-4, "the process that replaces it gets them too"
+    with torch.no_grad():
+        weights_bench.policy.student.get_input_embeddings().weight.mul_(0.9)
+    assert student_error(weights_bench) > 1e-2, "not synced: the engine must now be wrong"
+
+
+def test_full_weights_reach_both_workers() -> None:
+    bench = make_bench("--no-trainer.model.lora", "--inference.parallel.tp", "2")
     try:
         assert student_error(bench) < 1e-4, "before the first step it has them from the disk"
-        assert "lm_head.weight" not in dict(policy.weights()), "the shipped model's are tied"
-        for version, engine.chunk_bytes in ((1, 1 << 30), (2, 1 << 20)):
-            generator = torch.Generator().manual_seed(version)
-            with torch.no_grad():
-                for _, parameter in policy.weights():
-                    parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
-            engine.sync(version)
-            assert student_error(bench) < 1e-4
-        os.killpg(engine.process.popen.pid, signal.SIGKILL)
-        assert student_error(bench) < 1e-4
-        with torch.no_grad():
-            policy.student.get_input_embeddings().weight.mul_(0.9)
-        assert student_error(bench) > 1e-2, "not synced: the engine must now be wrong"
+        check_full_weights(bench)
     finally:
-        engine.close()
+        bench.engine.close()
 
 
-def student_error(bench: Bench) -> float:
-    prompts = bench.prompts(4, length=24)
-    found = bench.engine.score([p[:12] for p in prompts], [p[12:] for p in prompts], Role.STUDENT)
-    truth = [bench.truth(p[:12], p[12:], Role.STUDENT) for p in prompts]
-    pairs = zip(found, truth, strict=True)
-    return max(abs(a - b) for mine, its in pairs for a, b in zip(mine, its, strict=True))
+def check_full_weights(bench: Bench) -> None:
+    """In one chunk and in several."""
+    policy = bench.policy
+    assert "lm_head.weight" not in dict(policy.weights()), "the shipped model's are tied"
+    for seed, bench.engine.chunk_bytes in ((1, 1 << 30), (2, 1 << 20)):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _, parameter in policy.weights():
+                parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+        bench.sync()
+        assert student_error(bench) < 1e-4
 
 
 def test_two_workers_give_what_one_does() -> None:
@@ -185,7 +188,7 @@ def test_two_workers_give_what_one_does() -> None:
     bench = make_bench("--inference.parallel.tp", "2")
     try:
         bench.change(seed=3)
-        bench.engine.sync(1)
+        bench.sync()
         prompts = bench.prompts(4, length=24)
         heads, tails = [p[:12] for p in prompts], [p[12:] for p in prompts]
         for role in (Role.STUDENT, Role.TEACHER):

@@ -139,7 +139,7 @@ def test_nothing_listening(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_a_server_with_too_short_sequences(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="allows 257 tokens, the run needs 258"):
-        engine_at(bench.engine.location, tmp_path, min_length=258).wait()
+        engine_at(bench.engine.location, tmp_path, min_length=258).wait_until_ready()
 
 
 def test_another_model_is_refused(bench: Bench) -> None:

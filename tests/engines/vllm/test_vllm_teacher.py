@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.vllm import NEEDS_VLLM, SOKOBAN, placement_of
+from support.vllm import NEEDS_VLLM, SOKOBAN, Bench, placement_of
 
 from minidistill.config import load_config
 from minidistill.engines.launch import EngineLauncher
@@ -24,6 +25,7 @@ from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.loading import load_policy
 from minidistill.trainer.trainer import Trainer
+from minidistill.types import Role
 
 pytestmark = NEEDS_VLLM
 SMALL = (
@@ -34,12 +36,17 @@ SMALL = (
 
 
 @contextmanager
-def made(*flags: str) -> Iterator[tuple[Trainer, Collector, Any]]:
+def made(*flags: str, shared: Bench | None = None) -> Iterator[tuple[Trainer, Collector, Any]]:
+    """A run's trainer, collector and engine; the student's is the `shared` one if there is one."""
     config = load_config([SOKOBAN, *SMALL, *flags]).config
     tokenizer = load_tokenizer(config)
     launcher = EngineLauncher(config, placement_of(config), Path("sync"))
     try:
-        placement = launcher.start()
+        if shared is None:
+            placement = launcher.start()
+        else:
+            placement, launcher.student = launcher.placement, shared.engine
+            assert placement.teacher_engine is None
         policy = load_policy(config, tokenizer, placement)
         prefixes = PrefixCache(policy, shares=True)
         trainer = Trainer(policy, config, placement.teacher.estimator, prefixes)
@@ -49,7 +56,12 @@ def made(*flags: str) -> Iterator[tuple[Trainer, Collector, Any]]:
         collector = Collector(config, environments, builder, placement, open_display())
         yield trainer, collector, launcher.attach(policy, prefixes)
     finally:
-        launcher.close()
+        if shared is None:
+            launcher.close()
+        else:  # as it was
+            lora = shared.policy.lora
+            roles = (Role.STUDENT, Role.TEACHER) if lora else (Role.STUDENT,)
+            shared.engine.attach(shared.policy, roles)
 
 
 @torch.no_grad()
@@ -65,52 +77,65 @@ def base() -> Any:
     return AutoModelForCausalLM.from_pretrained(resolve("tiny-sokoban"), dtype=torch.float32)
 
 
+def test_the_frozen_teacher_is_the_base_in_the_students_engine(adapter_bench: Bench) -> None:
+    with made(shared=adapter_bench) as (trainer, collector, engine):
+        assert engine is adapter_bench.engine
+        check_the_frozen_teacher(trainer, collector, engine, adapter_bench.versions)
+
+
 @pytest.mark.parametrize(
-    ("flags", "processes"),
-    [
-        ((), 1),
-        (("--no-teacher_inference.share",), 2),
-        (("--no-trainer.model.lora",), 2),
-    ],
-    ids=["shared engine", "own engine", "every weight trained"],
+    "flags",
+    [("--no-teacher_inference.share",), ("--no-trainer.model.lora",)],
+    ids=["own engine", "every weight trained"],
 )
-def test_the_frozen_teacher_is_the_base(flags: tuple[str, ...], processes: int) -> None:
+def test_the_frozen_teacher_is_the_base_in_an_engine_of_its_own(flags: tuple[str, ...]) -> None:
+    with made(*flags) as (trainer, collector, engine):
+        assert len({e.process.popen.pid for e in (engine.student, engine.teacher)}) == 2
+        check_the_frozen_teacher(trainer, collector, engine, count())
+
+
+def check_the_frozen_teacher(
+    trainer: Trainer, collector: Collector, engine: Any, versions: Iterator[int]
+) -> None:
     """Its log-probs, and with an adapter the gradient from them: it does not depend on who scored
     the teacher."""
     model = base()
-    with made(*flags) as (trainer, collector, engine):
-        assert len({e.process.popen.pid for e in engines(engine)}) == processes
-        for step in (1, 2, 3):
-            engine.sync(step - 1)
-            rollouts, metrics = collector.collect(engine, step, step - 1)
-            assert metrics["time/teacher"] > 0
-            for rollout in rollouts:
-                completion = rollout.completion.token_ids
-                expected = truth(model, rollout.prompt.teacher_ids, completion)
-                assert list(rollout.teacher.logprobs) == pytest.approx(expected, abs=1e-4)
-                with trainer.policy.inference():
-                    own = truth(trainer.policy.model, rollout.prompt.student_ids, completion)
-                assert rollout.completion.logprobs == pytest.approx(tuple(own), abs=1e-4)
-            if trainer.policy.lora:
-                assert_the_trainer_teaches_the_same(trainer, rollouts)
-            found = trainer.step(rollouts, step, lambda count: None).metrics
-            assert found["kl/sampler_mismatch"] < 1e-8
-            assert "entropy/teacher" not in found
+    for step in (1, 2, 3):
+        version = next(versions)
+        engine.sync(version)
+        rollouts, metrics = collector.collect(engine, step, version)
+        assert metrics["time/teacher"] > 0
+        for rollout in rollouts:
+            completion = rollout.completion.token_ids
+            expected = truth(model, rollout.prompt.teacher_ids, completion)
+            assert rollout.teacher is not None
+            assert list(rollout.teacher.logprobs) == pytest.approx(expected, abs=1e-4)
+            with trainer.policy.inference():
+                own = truth(trainer.policy.model, rollout.prompt.student_ids, completion)
+            assert rollout.completion.logprobs == pytest.approx(tuple(own), abs=1e-4)
+        if trainer.policy.lora:
+            assert_the_trainer_teaches_the_same(trainer, rollouts)
+        metrics = trainer.step(rollouts, step, lambda count: None).metrics
+        assert metrics["kl/sampler_mismatch"] < 1e-8
+        assert "entropy/teacher" not in metrics
 
 
-def test_a_live_teacher_is_the_student_of_now() -> None:
-    for flags in ((), ("--no-trainer.model.lora",)):
-        with made("--orchestrator.teacher_model.update", "live", *flags) as parts:
-            trainer, collector, engine = parts
-            for step in (1, 2):
-                engine.sync(step - 1)
-                rollouts, _ = collector.collect(engine, step, step - 1)
-                for r in rollouts:
-                    expected = truth(
-                        trainer.policy.model, r.prompt.teacher_ids, r.completion.token_ids
-                    )
-                    assert list(r.teacher.logprobs) == pytest.approx(expected, abs=1e-4)
-                trainer.step(rollouts, step, lambda count: None)
+@pytest.mark.parametrize("weights", ["adapter_bench", "weights_bench"])
+def test_a_live_teacher_is_the_student_of_now(weights: str, request: pytest.FixtureRequest) -> None:
+    shared = request.getfixturevalue(weights)
+    flags = ("--no-trainer.model.lora",) if weights == "weights_bench" else ()
+    live = ("--orchestrator.teacher_model.update", "live", *flags)
+    with made(*live, shared=shared) as (trainer, collector, engine):
+        for step in (1, 2):
+            version = next(shared.versions)
+            engine.sync(version)
+            rollouts, _ = collector.collect(engine, step, version)
+            for r in rollouts:
+                model, completion = trainer.policy.model, r.completion.token_ids
+                expected = truth(model, r.prompt.teacher_ids, completion)
+                assert r.teacher is not None
+                assert list(r.teacher.logprobs) == pytest.approx(expected, abs=1e-4)
+            trainer.step(rollouts, step, lambda count: None)
 
 
 def assert_the_trainer_teaches_the_same(trainer: Trainer, rollouts: list[Any]) -> None:
@@ -144,7 +169,7 @@ def test_a_teacher_of_another_model_has_its_own_engine(other: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
     with made("--teacher_inference.model.name", str(other)) as (trainer, collector, engine):
-        assert len(engines(engine)) == 2
+        assert engine.student.process.popen.pid != engine.teacher.process.popen.pid
         engine.sync(0)
         rollouts, _ = collector.collect(engine, 1, 0)
         for r in rollouts:
@@ -160,7 +185,3 @@ def test_a_teacher_with_another_vocabulary_is_refused(other: Path) -> None:
     tokenizer.add_tokens(["<another>"])
     with pytest.raises(UserError, match="have different vocabularies"):
         check_same_tokens(config, tokenizer)
-
-
-def engines(engine: Any) -> list[Any]:
-    return [engine.student, engine.teacher] if hasattr(engine, "teacher") else [engine]
