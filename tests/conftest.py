@@ -26,10 +26,23 @@ def pytest_xdist_auto_num_workers() -> int:
     return 0 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
 
 
+# Files that share engines or a server, and so a worker
+TOGETHER = {
+    "test_vllm_engine.py": "vLLM's engines",
+    "test_vllm_async.py": "vLLM's engines",
+    "test_vllm_teacher.py": "vLLM's engines",
+    "test_vllm_server.py": "vLLM's servers",
+    "test_vllm_servers.py": "vLLM's servers",
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
-    # files that take minutes first: else one of two workers has nothing to do at the end
+    for item in items:
+        group = TOGETHER.get(item.path.name, str(item.path))
+        item.add_marker(pytest.mark.xdist_group(group))
+    # what takes minutes first: otherwise one of two workers has nothing to do at the end
     items.sort(key=lambda item: "slow" not in item.keywords)
     if torch.cuda.is_available():
         return

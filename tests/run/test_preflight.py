@@ -12,6 +12,7 @@ from support.lab import Lab, make_lab
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.run import preflight
+from minidistill.tasks.lengths import check_lengths
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.policy import Policy
 
@@ -24,15 +25,13 @@ def lab(configure: Configure) -> Lab:
     return make_lab(configure(*SMALL), trained=False)
 
 
-def check_model(lab: Lab) -> tuple[bool, list[str]]:
-    warnings: list[str] = []
-    prompts = [r.prompt for r in lab.rollouts[::4]]
-    shares = preflight.check_model(lab.policy, prompts, warnings.append)
-    return shares, warnings
+def check_model(lab: Lab) -> bool:
+    return preflight.check_model(lab.policy, [r.prompt for r in lab.rollouts[::4]])
 
 
-def test_a_sound_model_passes(lab: Lab) -> None:
-    assert check_model(lab) == (True, [])
+def test_a_sound_model_passes(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    assert check_model(lab) is True
+    assert not caplog.messages
 
 
 def test_a_trained_adapter_is_noticed(configure: Configure) -> None:
@@ -51,20 +50,23 @@ def test_logits_that_are_not_the_heads_are_noticed(lab: Lab) -> None:
 
 def test_a_tokenizer_of_another_model_is_noticed(lab: Lab) -> None:
     lab.policy.tokenizer.add_tokens([f"<extra {i}>" for i in range(9)])
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="they do not match"):
         check_model(lab)
 
 
-def test_a_wrong_prefix_cache_is_not_used(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_prefix_cache_is_not_used(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     right = preflight.prefix_states
 
     def wrong(policy: Policy, prefix: tuple[int, ...]) -> Any:
         return [(keys + 1.0, values) for keys, values in right(policy, prefix)]
 
     monkeypatch.setattr(preflight, "prefix_states", wrong)
-    shares, warnings = check_model(lab)
-    assert shares is False
-    assert "read anew" in warnings[0]
+    assert check_model(lab) is False
+    (message,) = caplog.messages
+    assert "do not reproduce the model" in message
+    assert "read again each time" in message
 
 
 def test_lengths(lab: Lab, configure: Configure) -> None:
@@ -72,32 +74,40 @@ def test_lengths(lab: Lab, configure: Configure) -> None:
     prompts = [r.prompt for r in lab.rollouts]
     longest = max(len(p.teacher_ids) for p in prompts)
     tokens = config.orchestrator.sampling.max_tokens
-    preflight.check_lengths(config, longest + tokens, prompts)
+    check_lengths(config, longest + tokens, prompts)
     with pytest.raises(UserError, match=f"{longest + tokens} tokens") as caught:
-        preflight.check_lengths(config, longest + tokens - 1, prompts)
+        check_lengths(config, longest + tokens - 1, prompts)
     assert caught.value.exit_code == EXIT_USAGE
-    long = configure(*SMALL, "--seq_len", "100000").config
-    assert preflight.length_limit(long, lab.policy.config) == 1024
 
 
-def warnings_of(lab: Lab, configure: Configure, *flags: str) -> list[str]:
-    config = configure(*SMALL, *flags).config
-    teacher = config.orchestrator.teacher_model
-    builder = PromptBuilder(lab.policy.tokenizer, teacher.context, teacher.context_placement)
-    prompts = [builder.build("x", lab.rollouts[0].prompt.task)]
-    return preflight.check_prompts(config, builder, prompts)
+@pytest.fixture
+def warnings_of(
+    lab: Lab, configure: Configure, caplog: pytest.LogCaptureFixture
+) -> Callable[..., list[str]]:
+    """The warnings about the prompts of a configuration with these flags."""
+
+    def warnings_of(*flags: str) -> list[str]:
+        config = configure(*SMALL, *flags).config
+        teacher = config.orchestrator.teacher_model
+        builder = PromptBuilder(lab.policy.tokenizer, teacher.context, teacher.context_placement)
+        prompts = [builder.build("x", lab.rollouts[0].prompt.task)]
+        caplog.clear()
+        preflight.check_prompts(config, builder, prompts)
+        return list(caplog.messages)
+
+    return warnings_of
 
 
-def test_prompt_warnings(lab: Lab, configure: Configure) -> None:
+def test_prompt_warnings(warnings_of: Callable[..., list[str]]) -> None:
     context = "--orchestrator.teacher_model.context"
-    assert warnings_of(lab, configure) == []
-    (joint,) = warnings_of(lab, configure, context, "You are an expert")
-    assert "'tS'" in joint
-    assert warnings_of(lab, configure, context, "You are an expert. ") == []
-    (taus,) = warnings_of(lab, configure, "--trainer.loss.teacher_tau", "1.0")
+    assert warnings_of() == []
+    (boundary,) = warnings_of(context, "You are an expert")
+    assert "'tS'" in boundary
+    assert warnings_of(context, "You are an expert. ") == []
+    (taus,) = warnings_of("--trainer.loss.teacher_tau", "1.0")
     assert "sharpened" in taus
     assert "q^2" in taus
-    (taus,) = warnings_of(lab, configure, "--trainer.loss.student_tau", "1.0")
+    (taus,) = warnings_of("--trainer.loss.student_tau", "1.0")
     assert "flattened" in taus
 
 

@@ -18,15 +18,19 @@ def scoreboard(path: Path, *argv: str) -> dict[str, Any]:
     return json.loads((path / "scoreboard.json").read_text())
 
 
+# As many tasks as the targets ask for, and no evaluation in between
+TASKS = ("--orchestrator.eval.num_examples", "256", "--orchestrator.eval.interval", "0")
+
+
 @pytest.mark.slow
 def test_hybrid(tmp_path: Path) -> None:
-    assert_gap_closed(scoreboard(tmp_path / "hybrid"))
+    assert_gap_closed(scoreboard(tmp_path / "hybrid", *TASKS))
 
 
 @pytest.mark.slow
 def test_pure(tmp_path: Path) -> None:
     board = scoreboard(
-        tmp_path / "pure", "--trainer.loss.adv_tau", "0", "--trainer.loss.teacher_tau", "1",
+        tmp_path / "pure", *TASKS, "--trainer.loss.adv_tau", "0", "--trainer.loss.teacher_tau", "1",
         "--trainer.loss.student_tau", "1", "--orchestrator.buffer.skip_verification",
     )  # fmt: skip
     assert_gap_closed(board)
@@ -35,7 +39,7 @@ def test_pure(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_placebo_closes_nothing(tmp_path: Path) -> None:
     placebo = str(ROOT / "configs" / "overlays" / "placebo.toml")
-    board = scoreboard(tmp_path / "null", "@", placebo, "--max_steps", "40")
+    board = scoreboard(tmp_path / "null", "@", placebo, "--max_steps", "40", *TASKS)
     assert abs(board["baseline_diff"]) < 0.05
     assert board["gap_closed"] is None
     assert "no gap" in board["verdict"]

@@ -24,8 +24,8 @@ WHOLE = (
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--max_steps", "100"),
-        ("--max_steps", "100", "--no-trainer.model.lora", "--trainer.optim.lr", "3e-4"),
+        ("--max_steps", "80"),
+        ("--max_steps", "80", "--no-trainer.model.lora", "--trainer.optim.lr", "3e-4"),
         ("--max_steps", "100", "--schedule", "async"),
     ],
     ids=["adapter", "every weight", "one step ahead"],

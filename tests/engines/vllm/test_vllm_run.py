@@ -31,6 +31,8 @@ def test_every_sync_took(finished: Path) -> None:
     found = steps(finished)
     assert [record["step"] for record in found] == [1, 2, 3, 4, 5]
     assert all(record["kl/sampler_mismatch"] < 1e-8 for record in found)
+    for process in ("trainer", "engine"):
+        assert all(0 < record[f"perf/peak_memory_gib/{process}"] < 64 for record in found)
 
 
 def test_a_stale_adapter_stops_the_run(
