@@ -23,9 +23,12 @@ def bench(adapter_bench: Bench) -> Bench:
 
 
 def worst(bench: Bench) -> float:
-    """The largest difference of any log-prob, roles mixed in one batch."""
-    prompts = bench.prompts(8, length=24)
-    rows = [(p[:12], p[12:], own) for p in prompts for own in (Role.TEACHER, Role.STUDENT)]
+    """The largest difference of any log-prob, roles mixed in one batch.
+
+    Prompts fill a block of 32 tokens, which the prefix cache keeps from one version to the next.
+    """
+    prompts = bench.prompts(8, length=60)
+    rows = [(p[:48], p[48:], own) for p in prompts for own in (Role.TEACHER, Role.STUDENT)]
     found = bench.engine.score_rows(*map(list, zip(*rows, strict=True)))
     errors = [
         abs(a - b)
