@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.sokoban import STEPS, brute_force, replay, shove, symmetric
+from support.sokoban import STEPS, brute_force, play_move, replay, symmetric
 
 from minidistill.envs.sokoban.board import RG, XSB, Board
 from minidistill.envs.sokoban.levels import Difficulty, LevelSet
@@ -88,7 +88,7 @@ def test_a_malformed_board_is_refused(text: str) -> None:
 def test_moves(text: str, moves: str) -> None:
     board = Board.parse(text)
     for move in moves:
-        after, expected = board.step(move), shove(text, move)
+        after, expected = board.step(move), play_move(text, move)
         assert (after and after.render()) == expected
         board, text = after or board, expected or text
 

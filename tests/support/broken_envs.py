@@ -1,4 +1,4 @@
-"""Environments that fail, and one without tasks: named in tests as `broken_envs:crashing`."""
+"""Environments that fail. Configurations name them as `support.broken_envs:crashing`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minidistill.types import Reward, Task
 
 
 class Crashing:
-    """Sokoban whose scoring raises on a share of tasks, by the task's number."""
+    """Sokoban whose scoring raises for every `every`-th training task."""
 
     def __init__(self, inner: Environment, every: int) -> None:
         self.inner, self.every = inner, every
@@ -28,6 +28,8 @@ def crashing(every: int, **args: object) -> Crashing:
 
 
 class Empty:
+    """An environment without tasks."""
+
     train: Sequence[Task] = ()
     eval: Sequence[Task] = ()
 

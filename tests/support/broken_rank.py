@@ -1,4 +1,4 @@
-"""A rank of the trainer that fails in its second step, in the way that FAULT says."""
+"""A trainer rank that fails in its second step. The variable FAULT selects the error."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import minidistill_kernels
 from minidistill.trainer.distributed import worker
 from minidistill.trainer.trainer import Trainer
 
-step, distill = Trainer._step, minidistill_kernels.linear_distill
+original_step, original_distill = Trainer._step, minidistill_kernels.linear_distill
 current_step = 0
 
 
-def counting(self: Any, rollouts: Any, number: int, *rest: Any) -> Any:
+def counting_step(self: Any, rollouts: Any, number: int, *rest: Any) -> Any:
     global current_step
     current_step = number
-    return step(self, rollouts, number, *rest)
+    return original_step(self, rollouts, number, *rest)
 
 
-def failing(*arguments: Any, **named: Any) -> Any:
+def failing_distill(*args: Any, **kwargs: Any) -> Any:
     if current_step == 2:
         raise {
             "error": ValueError("no such layer"),
             "memory": MemoryError("the machine is full"),
         }[os.environ["FAULT"]]
-    return distill(*arguments, **named)
+    return original_distill(*args, **kwargs)
 
 
-Trainer._step = counting  # type: ignore[method-assign]
-minidistill_kernels.linear_distill = failing
+Trainer._step = counting_step  # type: ignore[method-assign]
+minidistill_kernels.linear_distill = failing_distill
 worker.main(sys.argv[1:])

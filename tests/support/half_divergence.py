@@ -1,4 +1,4 @@
-"""An estimator as somebody would add it, registered before the command line runs.
+"""An estimator added by a user, registered before the command line runs.
 
 python -m support.half_divergence run FILES… --trainer.loss.estimator half_divergence
 """
@@ -14,7 +14,7 @@ from minidistill.estimators.full import Full
 
 
 class HalfDivergence(Full):
-    """`full` with half of both taus."""
+    """The `full` estimator with both taus halved."""
 
     name = "half_divergence"
 

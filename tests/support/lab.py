@@ -1,4 +1,4 @@
-"""Builds a trainer on the shipped model, with rollouts sampled by it."""
+"""A trainer on the shipped model, with rollouts sampled from it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,18 @@ from minidistill.trainer.policy import Policy
 from minidistill.trainer.trainer import Trainer
 from minidistill.types import Request, Role, Rollout, SamplingParams
 
+# A step of 12 rollouts of 8 puzzles
+SMALL_STEP = (
+    "--orchestrator.batch_size", "12", "--orchestrator.env.0.args.num_train_examples", "8",
+)  # fmt: skip
+# For training on the same rollouts again, which otherwise looks like an engine with stale weights
+NO_MISMATCH_LIMIT = ("--trainer.loss.max_sampler_mismatch", "off")
+
 
 @dataclass
 class Lab:
+    """A policy, its trainer and embedded engine, and the rollouts of one step."""
+
     policy: Policy
     trainer: Trainer
     engine: EmbeddedEngine
@@ -33,29 +42,33 @@ class Lab:
     rollouts: list[Rollout]
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """The step's gradient by parameter, without taking the step."""
-        caught = {}
+        """The step's gradient of each parameter. The weights do not change."""
+        gradients = {}
         optimizer = self.trainer.optimizer
 
-        def catch(rate: float) -> None:
-            caught.update({n: p.grad.clone() for n, p in optimizer.named if p.grad is not None})
+        def record(rate: float) -> None:
+            gradients.update({n: p.grad.clone() for n, p in optimizer.named if p.grad is not None})
             optimizer.zero_grad()
 
-        kept = optimizer.step, optimizer.clip
-        optimizer.step, optimizer.clip = catch, lambda: 0.0  # type: ignore[method-assign]
+        original = optimizer.step, optimizer.clip
+        optimizer.step, optimizer.clip = record, lambda: 0.0  # type: ignore[method-assign]
         self.trainer.step(self.rollouts, 1, lambda count: None)
-        optimizer.step, optimizer.clip = kept  # type: ignore[method-assign]
-        return caught
+        optimizer.step, optimizer.clip = original  # type: ignore[method-assign]
+        return gradients
 
 
 def cpu_placement(loaded: LoadedConfig) -> Placement:
-    """Where a run on a CPU has its parts, whatever machine the tests run on."""
+    """The placement on a machine without GPUs, whatever machine the tests run on."""
     machine = Machine(gpus=0, bytes=16 << 30, vllm=False, bf16=False)
     return plan_run(loaded, machine).placement
 
 
 def make_lab(loaded: LoadedConfig, *, shares: bool | None = None, trained: bool = True) -> Lab:
-    """A lab whose adapter has left its initialization, unless `trained` is off: B is random."""
+    """A lab of this configuration.
+
+    With `trained` the weights differ from their initial values, as after some training. `shares`
+    sets whether the prefix cache is used; by default it is if the model supports it.
+    """
     config = loaded.config
     tokenizer = load_tokenizer(config)
     placement = cpu_placement(loaded)
@@ -76,12 +89,12 @@ def make_lab(loaded: LoadedConfig, *, shares: bool | None = None, trained: bool 
 
 
 def sample(loaded: LoadedConfig, engine: Any, builder: PromptBuilder) -> list[Rollout]:
-    """One step's rollouts, scored, with advantages."""
+    """The scored rollouts of one step, with their advantages."""
     config, orchestrator = loaded.config, loaded.config.orchestrator
     environments = load_environments(orchestrator.env, "")
     groups = orchestrator.batch_size // orchestrator.rollouts_per_example
-    drawn = TaskSampler(environments, config.seed).draw(1, groups)
-    prompts = [builder.build(name, task) for name, task in drawn]
+    tasks = TaskSampler(environments, config.seed).draw(1, groups)
+    prompts = [builder.build(name, task) for name, task in tasks]
     jobs = [(p, s) for p in prompts for s in range(orchestrator.rollouts_per_example)]
     completions = engine.generate(
         [Request(p.student_ids, 100 + i) for i, (p, _) in enumerate(jobs)],

@@ -1,4 +1,4 @@
-"""The objective in plain torch on logits, for any dtype: what the fused one is held against."""
+"""The objective on logits in plain torch, for any dtype: the reference for the fused one."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def objective(
     token_mask_high: float = 8.0,
     kl_clip: float | None = None,
 ) -> Objective:
-    """Per-token loss and figures; the gradient is autograd's, through `student_NV` alone."""
+    """Loss and metrics of each token. Only `student_NV` gets a gradient, from autograd."""
     s = torch.log_softmax(student_NV / temperature, dim=-1)
     t = torch.log_softmax(teacher_NV / temperature, dim=-1).detach()
-    picked = ids_N[:, None]
-    logp, teacher_logp = s.gather(1, picked)[:, 0], t.gather(1, picked)[:, 0]
+    ids_N1 = ids_N[:, None]
+    logp, teacher_logp = s.gather(1, ids_N1)[:, 0], t.gather(1, ids_N1)[:, 0]
     advantage = torch.zeros_like(logp) if advantage_N is None else advantage_N
     sampler = logp.detach() if sampler_logp_N is None else sampler_logp_N
     ratio = (logp.detach() - sampler).exp()
@@ -68,7 +68,7 @@ def objective(
 
 
 def _with_rest(logp_NV: Tensor, top_NK: Tensor) -> Tensor:
-    """Log-probs of the chosen ids and of everything else together, (N, K + 1)."""
+    """Log-probs of the K chosen ids, and of all other ids together, (N, K + 1)."""
     rest = torch.ones_like(logp_NV, dtype=torch.bool).scatter(1, top_NK, False)
     others = logp_NV.masked_fill(~rest, float("-inf")).logsumexp(-1, keepdim=True)
     return torch.cat([logp_NV.gather(1, top_NK), others], dim=1)

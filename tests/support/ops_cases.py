@@ -18,7 +18,7 @@ searched = settings(
     max_examples=12 if INTERPRETED else 60,
     suppress_health_check=[HealthCheck.too_slow],
 )
-# The interpreter truncates fp32 to bf16, a GPU rounds.
+# The interpreter truncates fp32 to bf16, where a GPU rounds.
 BF16_GRADIENT = 6e-3 if INTERPRETED else 5e-3
 
 
@@ -41,7 +41,7 @@ def states(
     seed: int = 0,
     temperature: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Student's and teacher's hidden states, a head each, ids, advantages, a stale sampler."""
+    """Hidden states and heads of student and teacher, ids, advantages, a sampler's log-probs."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -66,7 +66,7 @@ def states(
 
 
 def both(case: dict[str, Tensor], **options: Any) -> tuple[Any, Tensor, dict[str, Tensor], Tensor]:
-    """linear_distill and its reference: outputs and gradients of an uneven weighted sum."""
+    """Outputs of linear_distill and of its reference, and their gradients of a weighted sum."""
     upstream = torch.linspace(0.5, 1.5, len(case["ids"]))
     ours = case["h_s"].clone().requires_grad_()
     got = linear_distill(ours, case["weight"], case["ids"], **options)
@@ -81,7 +81,7 @@ def both(case: dict[str, Tensor], **options: Any) -> tuple[Any, Tensor, dict[str
 
 
 def same_outputs(got: Any, want: dict[str, Tensor], tolerance: float = 2e-5) -> None:
-    """Every field within `tolerance`; what is multiplied by the ratio, relative to it."""
+    """Every field agrees within `tolerance`, relative where the ratio is a factor."""
     for name, value in got._asdict().items():
         if value is None:
             assert want[name] is None

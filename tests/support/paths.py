@@ -1,4 +1,4 @@
-"""Where the checkout, its tests and its configuration are."""
+"""Paths of the checkout, its tests and the shipped configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of the command line on the shipped model, in this process or in one that can be killed."""
+"""Runs on the shipped model, in this process or in a subprocess that can be killed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from minidistill import cli
 from support.paths import ROOT, SOKOBAN
 
-# A run of seconds: few puzzles, few rollouts, everything switched on.
+# A run of a few seconds: few puzzles, few rollouts, every feature enabled
 TINY = (
     "--max_steps", "6", "--ckpt.interval", "2",
     "--orchestrator.batch_size", "8",
@@ -23,12 +23,12 @@ TINY = (
 
 
 def run(path: Path, *flags: str) -> int:
-    """A tiny run in this process; returns the exit code."""
+    """A tiny run in this process. Returns the exit code."""
     return cli.main(["run", SOKOBAN, *TINY, "--output_dir", str(path), *flags])
 
 
 def start(path: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
-    """A tiny run in a process of its own."""
+    """A tiny run in a subprocess."""
     command = [sys.executable, "-m", "minidistill", "run", SOKOBAN, *TINY]
     return subprocess.Popen(
         [*command, "--output_dir", str(path), *flags],
@@ -48,8 +48,8 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 def board(path: Path) -> dict[str, Any]:
     """scoreboard.json without timings."""
-    found = json.loads((path / "scoreboard.json").read_text())
-    return {k: v for k, v in found.items() if k != "seconds"}
+    scoreboard = json.loads((path / "scoreboard.json").read_text())
+    return {k: v for k, v in scoreboard.items() if k != "seconds"}
 
 
 def assert_gap_closed(board: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import httpx
 from minidistill.engines.server.engine import ServerEngine
 from minidistill.models.registry import resolve
 
-SECONDS = 300  # for a server to start
+START_SECONDS = 300
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = (
     "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--logprobs-mode",
@@ -35,7 +35,7 @@ def free_port() -> int:
 def serving(
     log: Path, *flags: str, port: int | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The URL and the process of a server, with the options that the CPU build needs."""
+    """Starts a server with the options that the CPU build needs. Yields its URL and process."""
     port = port or free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1",
@@ -49,13 +49,17 @@ def serving(
         "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
     }  # fmt: skip
-    with log.open("wb") as out:
+    with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=out, stderr=out, env=os.environ | environment, start_new_session=True
+            command,
+            stdout=output,
+            stderr=output,
+            env=os.environ | environment,
+            start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + SECONDS
+        deadline = time.monotonic() + START_SECONDS
         while True:
             try:
                 httpx.get(f"{url}/health", trust_env=False)
@@ -63,11 +67,11 @@ def serving(
             except httpx.TransportError:
                 alive = process.poll() is None
                 assert alive, log.read_text()
-                assert time.monotonic() < end, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.3)
         yield url, process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its engine is a child in the same group
+        os.killpg(process.pid, signal.SIGKILL)  # its engine is in the same process group
         process.wait()
 
 
@@ -77,13 +81,13 @@ def engine_at(url: str, folder: Path, min_length: int = 257, max_restarts: int =
 
 
 def adapters_at(url: str) -> list[str]:
-    """The names of the adapters that a server has."""
+    """The names of the adapters loaded on a server."""
     cards = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]
     return [card["id"] for card in cards if card.get("parent")]
 
 
-def answered(url: str) -> int:
-    """How many requests a server has answered so far."""
+def answered_requests(url: str) -> int:
+    """The number of requests that a server has answered."""
     lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
-    ends = [line for line in lines if line.startswith("vllm:request_success_total")]
-    return round(sum(float(line.rsplit(" ", 1)[1]) for line in ends))
+    counters = [line for line in lines if line.startswith("vllm:request_success_total")]
+    return round(sum(float(line.rsplit(" ", 1)[1]) for line in counters))

@@ -1,12 +1,17 @@
-"""An independent Sokoban that plays on the text of a board, and searches by brute force."""
+"""An independent Sokoban on the text of a board, with a brute-force solver."""
 
 from __future__ import annotations
 
 STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
-LEAVE = {"@": " ", "+": ".", "$": " ", "*": "."}
+VACATED = {"@": " ", "+": ".", "$": " ", "*": "."}
 
 
-def shove(text: str, move: str) -> str | None:
+def tagged(moves: str) -> str:
+    """A completion with these moves as its answer."""
+    return f"<answer>{moves}</answer>"
+
+
+def play_move(text: str, move: str) -> str | None:
     """The board after a move, None if the move is illegal."""
     grid = [list(row) for row in text.split("\n")]
     y, x = next((y, x) for y, row in enumerate(grid) for x, c in enumerate(row) if c in "@+")
@@ -20,7 +25,7 @@ def shove(text: str, move: str) -> str | None:
             return None
         grid[y + 2 * dy][x + 2 * dx] = "*" if beyond == "." else "$"
     grid[y + dy][x + dx] = "+" if ahead in ".*" else "@"
-    grid[y][x] = LEAVE[grid[y][x]]
+    grid[y][x] = VACATED[grid[y][x]]
     return "\n".join(map("".join, grid))
 
 
@@ -28,7 +33,7 @@ def replay(text: str, moves: str) -> list[str]:
     """The board before and after each move. Fails at an illegal move."""
     boards = [text]
     for move in moves:
-        after = shove(boards[-1], move)
+        after = play_move(boards[-1], move)
         assert after is not None
         boards.append(after)
     return boards
@@ -44,7 +49,7 @@ def brute_force(text: str) -> str | None:
         next_layer: dict[str, tuple[int, ...]] = {}
         for board, path in layer.items():
             for index, move in enumerate(STEPS):
-                after = shove(board, move)
+                after = play_move(board, move)
                 if after is not None and after not in seen:
                     longer = (*path, index)
                     next_layer[after] = min(next_layer.get(after, longer), longer)

@@ -1,4 +1,4 @@
-"""An engine beside the model it must agree with, and runs whose processes can be counted."""
+"""A vLLM engine with the model it must agree with, and runs whose processes can be listed."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ from minidistill.trainer.loading import load_policy
 from minidistill.trainer.policy import Policy
 from minidistill.types import Role
 from support.paths import ROOT, SOKOBAN
+from support.plain_forward import completion_logprobs
 
 CPU = torch.device("cpu")
 NEEDS_VLLM = [
     pytest.mark.vllm,
     pytest.mark.skipif(installed() is None, reason="needs vLLM, which is not installed here"),
 ]
-# No evaluations, few puzzles: a run of seconds, once vLLM is up
+# No evaluation, few puzzles: a few seconds once vLLM has started
 SHORT = (
     "--inference.engine", "vllm", "--max_steps", "5", "--no-orchestrator.eval",
     "--no-orchestrator.teacher_model.eval_baseline", "--orchestrator.batch_size", "8",
@@ -49,7 +50,7 @@ SHORT = (
 
 @dataclass
 class Bench:
-    """An engine, the policy whose adapter it runs, and a few prompts."""
+    """An engine, the policy whose weights it runs, and prompts for it."""
 
     config: Config
     policy: Policy
@@ -57,13 +58,13 @@ class Bench:
     versions: Iterator[int] = field(default_factory=lambda: count(1))
 
     def prompts(self, rows: int, length: int = 20) -> list[tuple[int, ...]]:
-        """Token ids drawn at random: log-probs of all sizes."""
+        """Random token ids, whose log-probs vary widely."""
         generator = torch.Generator().manual_seed(rows * 1000 + length)
         ids = torch.randint(2, 600, (rows, length), generator=generator)
         return [tuple(row) for row in ids.tolist()]
 
     def puzzles(self, rows: int) -> list[tuple[int, ...]]:
-        """Prompts of the environment, after which the model is in doubt."""
+        """The student's prompts of training puzzles, where the model is uncertain."""
         orchestrator = self.config.orchestrator
         teacher = orchestrator.teacher_model
         builder = PromptBuilder(self.policy.tokenizer, teacher.context, teacher.context_placement)
@@ -71,19 +72,18 @@ class Bench:
         return [builder.build(name, environment.train[i]).student_ids for i in range(rows)]
 
     def sync(self) -> int:
-        """Send the weights to the engine as a new version, whose number is returned."""
+        """Sync the weights as a new version. Returns its number."""
         version = next(self.versions)
         self.engine.sync(version)
         return version
 
     def change(self, seed: int, scale: float = 0.03) -> None:
-        """Other values in the adapter's B."""
+        """Set the adapter's B to random values."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.policy.parameters:
             if "lora_B" in name:
                 parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
-    @torch.no_grad()
     def truth(
         self,
         prompt: Sequence[int],
@@ -91,15 +91,14 @@ class Bench:
         role: Role,
         temperature: float = 1.0,
     ) -> list[float]:
-        """Log-probs from one plain pass of the trainer's model, adapter on or off."""
+        """Log-probs from one plain forward pass of the trainer's model in this role."""
         with self.policy.running_as(role):
-            logits = self.policy.causal(input_ids=torch.tensor([[*prompt, *completion]])).logits
-        logp = (logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
-        return logp.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
+            logprobs = completion_logprobs(self.policy.causal, prompt, completion, temperature)
+        return logprobs.tolist()
 
 
 def placement_of(config: Config, *, server: bool = False) -> Placement:
-    """Where a run of this configuration would be on this machine."""
+    """The placement on this machine; with `server`, on a server."""
     if server:
         inference = config.inference.model_copy(update={"server_urls": ["http://localhost:1"]})
         config = config.model_copy(update={"inference": inference})
@@ -107,7 +106,7 @@ def placement_of(config: Config, *, server: bool = False) -> Placement:
 
 
 def options_of(config: Config) -> Options:
-    """What the engine that samples is started with, on a CPU."""
+    """The options of the student's engine on a CPU."""
     return build_options(config, placement_of(config).student, (), teacher=False)
 
 
@@ -116,7 +115,7 @@ def policy_of(config: Config) -> Policy:
 
 
 def make_bench(*flags: str, max_restarts: int = 2) -> Bench:
-    """A ready engine that serves the student and, under LoRA, the base."""
+    """A started engine that serves the student and, with LoRA, the base."""
     config = load_config([SOKOBAN, "--inference.engine", "vllm", *flags]).config
     engine = VllmEngine(options_of(config), max_restarts)
     try:
@@ -131,7 +130,7 @@ def make_bench(*flags: str, max_restarts: int = 2) -> Bench:
 
 
 def student_error(bench: Bench) -> float:
-    """The largest difference of any of the student's log-probs from the trainer's."""
+    """The largest difference between the engine's and the trainer's student log-probs."""
     prompts = bench.prompts(4, length=24)
     heads, tails = [p[:12] for p in prompts], [p[12:] for p in prompts]
     scores = bench.engine.score(heads, tails, Role.STUDENT)
@@ -142,52 +141,54 @@ def student_error(bench: Bench) -> float:
 
 @dataclass
 class Run:
-    """A run in a process of its own. Whatever it starts inherits a mark in its environment."""
+    """A run in a subprocess. A mark in its environment is inherited by all processes it starts."""
 
     process: subprocess.Popen[str]
     path: Path
     mark: str
 
     def until(self, text: str) -> None:
-        """Read its output up to a line that begins with `text`."""
+        """Read the output up to a line that starts with `text`."""
         assert self.process.stdout is not None
-        seen = []
+        lines = []
         for line in self.process.stdout:
-            seen.append(line)
+            lines.append(line)
             if line.startswith(text):
                 return
-        raise AssertionError(f"the run ended before {text!r}: {''.join(seen)}")
+        raise AssertionError(f"the run ended before {text!r}: {''.join(lines)}")
 
     def rest(self) -> str:
+        """Read the output up to its end."""
         assert self.process.stdout is not None
         return self.process.stdout.read()
 
     def alive(self) -> dict[int, str]:
-        """Processes with the run's mark, the run's own among them, by id."""
-        found = {}
+        """The command lines of all processes with the run's mark, by process id."""
+        commands = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if self.mark.encode() in (folder / "environ").read_bytes():
                     command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                     if command:  # a zombie has none
-                        found[int(folder.name)] = command
-            except OSError:  # gone, or another user's
+                        commands[int(folder.name)] = command
+            except OSError:  # the process ended, or is another user's
                 continue
-        return found
+        return commands
 
     def engine(self) -> int:
-        """The id of vLLM's process."""
+        """The id of the vLLM process."""
         return next(id for id, text in self.alive().items() if "engines.vllm.worker" in text)
 
     def left_behind(self, seconds: float = 10) -> dict[int, str]:
-        """What of it is still there after a moment's grace."""
+        """The processes that are still alive after `seconds`."""
         deadline = time.time() + seconds
-        while (found := self.alive()) and time.time() < deadline:
+        while (processes := self.alive()) and time.time() < deadline:
             time.sleep(0.1)
-        return found
+        return processes
 
 
 def start(path: Path, *flags: str) -> Run:
+    """A short run with vLLM in a subprocess."""
     mark = f"MINIDISTILL_MARK={uuid.uuid4()}"
     name, _, value = mark.partition("=")
     command = [sys.executable, "-m", "minidistill", "run", SOKOBAN, *SHORT, *flags]
@@ -205,8 +206,8 @@ def steps(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "teacher_kl" in line]
 
 
-def assert_tokens_are_as_old_as_said(path: Path) -> None:
-    """Each token's version, an update ago at most, against the metrics' mean age."""
+def assert_token_versions_match_metrics(path: Path) -> None:
+    """Each token's version is at most one update old; the mean age is `async/staleness`."""
     for step, record in enumerate(steps(path), 1):
         tensors = load_file(path / "rollouts" / f"step_{step:06d}.safetensors")
         ages = step - 1 - tensors["versions"].double()

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which one is restored, and which are refused."""
+"""Which checkpoint is restored, and which are refused."""
 
 from __future__ import annotations
 
@@ -10,26 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from support.lab import Lab, make_lab
+from support.lab import SMALL_STEP, Lab, make_lab
+from support.paths import SOKOBAN
 
+from minidistill.config import load_config
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.trainer import checkpoint
-
-SMALL = ("--orchestrator.batch_size", "12", "--orchestrator.env.0.args.num_train_examples", "8")
 
 
 @pytest.fixture(scope="module")
 def lab() -> Lab:
-    from support.paths import SOKOBAN
-
-    from minidistill.config import load_config
-
-    return make_lab(load_config([SOKOBAN, *SMALL]))
+    return make_lab(load_config([SOKOBAN, *SMALL_STEP]))
 
 
 @pytest.fixture
 def root(lab: Lab, tmp_path: Path) -> Path:
-    """Checkpoints of steps 1 and 2, whose weights are filled with the step's number."""
+    """Checkpoints of steps 1 and 2. Every weight is the step's number; the lab's are 9."""
     for step in (1, 2):
         fill(lab, step)
         checkpoint.save(lab.trainer, tmp_path, step, {"metrics_lines": 10 * step}, keep=2)
@@ -47,7 +43,7 @@ def weights(lab: Lab) -> set[float]:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change state.json as another version of the program would write it, seal included."""
+    """Change state.json and its checksum, as another version of the program would write them."""
     state, manifest = path / "state.json", path / checkpoint.MANIFEST
     facts = json.loads(state.read_text())
     change(facts)
@@ -57,13 +53,13 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     manifest.write_text(json.dumps(sums))
 
 
-def test_the_newest_is_restored(lab: Lab, root: Path) -> None:
+def test_the_newest_checkpoint_is_restored(lab: Lab, root: Path) -> None:
     assert checkpoint.restore(lab.trainer, root) == {"format": 1, "step": 2, "metrics_lines": 20}
     assert weights(lab) == {2.0}
     assert checkpoint.restore(lab.trainer, root / "empty") is None
 
 
-def test_a_damaged_one_is_skipped_with_a_warning(
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     lab: Lab, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (root / "step_000002" / "state.json").write_text("{}")
@@ -78,7 +74,7 @@ def test_a_damaged_one_is_skipped_with_a_warning(
 
 @pytest.mark.parametrize("number", [2, 99, -1, "2025-01", 1.5, None])
 def test_an_unknown_format_is_refused(lab: Lab, root: Path, number: Any) -> None:
-    """No older checkpoint takes its place, and nothing is loaded."""
+    """No older checkpoint is restored in its place, and no weights change."""
     rewrite(root / "step_000002", lambda facts: facts.update(format=number))
     with pytest.raises(UserError) as caught:
         checkpoint.restore(lab.trainer, root)
@@ -97,7 +93,7 @@ def test_another_format_may_have_other_files(lab: Lab, root: Path) -> None:
         checkpoint.restore(lab.trainer, root)
 
 
-def test_one_from_before_formats_had_numbers_is_restored(lab: Lab, root: Path) -> None:
+def test_a_checkpoint_without_a_format_number_is_restored(lab: Lab, root: Path) -> None:
     rewrite(root / "step_000002", lambda facts: facts.pop("format"))
     assert checkpoint.restore(lab.trainer, root) == {"step": 2, "metrics_lines": 20}
     assert weights(lab) == {2.0}

@@ -1,15 +1,17 @@
-"""Training every weight: its gradient, its teachers, what is saved, half precision."""
+"""Full fine-tuning: gradients, teachers, the saved model, half precision."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.lab import make_lab
-from support.objective_reference import objective
+from support.lab import NO_MISMATCH_LIMIT, SMALL_STEP, Lab, make_lab
+from support.plain_forward import completion_logits, completion_logprobs, step_loss
 from support.runs import board, records, run
 
 from minidistill.errors import EXIT_OK
@@ -19,54 +21,37 @@ from minidistill.trainer.policy import Weights
 from minidistill.types import Role
 
 FULL = (
-    "--no-trainer.model.lora", "--trainer.optim.lr", "5e-4",
-    "--orchestrator.batch_size", "12", "--orchestrator.env.0.args.num_train_examples", "8",
-    "--trainer.loss.max_sampler_mismatch", "off",
+    "--no-trainer.model.lora", "--trainer.optim.lr", "5e-4", *SMALL_STEP, *NO_MISMATCH_LIMIT,
 )  # fmt: skip
 UPDATE = "--orchestrator.teacher_model.update"
 Configure = Callable[..., Any]
 
 
-def take_step(lab: Any, step: int = 1) -> dict[str, float]:
-    return lab.trainer.step(lab.rollouts, step, lambda count: None).metrics
+def take_step(lab: Lab, step: int = 1) -> None:
+    lab.trainer.step(lab.rollouts, step, lambda count: None)
 
 
 @pytest.mark.parametrize("estimator", ["full", "sampled", "top_k"])
 @pytest.mark.parametrize("update", ["frozen", "live"])
 def test_the_gradient_of_every_weight(configure: Configure, estimator: str, update: str) -> None:
-    """Against transformers' own logits and autograd, the tied head's share included."""
+    """Against transformers' logits and autograd, including the tied head's part."""
     flags = ("--trainer.loss.estimator", estimator, "--trainer.loss.top_k", "4", UPDATE, update)
     lab = make_lab(configure(*FULL, *flags, "--trainer.loss.kl_clip", "off"))
     policy = lab.policy
     model = policy.model
     teacher_model = policy.reference_models[Weights.BASE] if update == "frozen" else model
     assert (Weights.BASE in policy.reference_models) == (update == "frozen")
-    total, loss = sum(len(r.completion.token_ids) for r in lab.rollouts), torch.zeros(())
-    for rollout in lab.rollouts:
-        completion = list(rollout.completion.token_ids)
-
-        def logits(
-            it: Any, prompt: tuple[int, ...], completion: list[int] = completion
-        ) -> torch.Tensor:
-            ids = torch.tensor([[*prompt, *completion]])
-            return it(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-
-        with torch.no_grad():
-            teacher = logits(teacher_model, rollout.prompt.teacher_ids)
-        out = objective(
-            logits(model, rollout.prompt.student_ids), teacher, torch.tensor(completion),
-            estimator=estimator, top_k=4,
-            advantage_N=torch.full((len(completion),), rollout.advantage),
-            sampler_logp_N=torch.tensor(rollout.completion.logprobs),
-        )  # fmt: skip
-        loss = loss + out.loss.sum() / total
-    names = dict(policy.parameters)
-    assert len(names) == len(list(model.parameters())), "a weight is not trained"
-    expected = dict(zip(names, torch.autograd.grad(loss, list(names.values())), strict=True))
-    found = lab.gradients()
-    scale = max(float(g.abs().max()) for g in expected.values())
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=3e-5 * max(scale, 1.0))
+    teacher_logits = partial(completion_logits, teacher_model)
+    loss = step_loss(lab.rollouts, model, teacher_logits, estimator=estimator, top_k=4)
+    parameters = dict(policy.parameters)
+    assert len(parameters) == len(list(model.parameters())), "a weight is not trained"
+    expected = torch.autograd.grad(loss, list(parameters.values()))
+    gradients = lab.gradients()
+    scale = max(float(g.abs().max()) for g in expected)
+    for name, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(
+            gradients[name], gradient, rtol=2e-3, atol=3e-5 * max(scale, 1.0)
+        )
 
 
 def test_the_frozen_teacher_stays_the_base(configure: Configure) -> None:
@@ -78,7 +63,7 @@ def test_the_frozen_teacher_stays_the_base(configure: Configure) -> None:
     assert all(torch.equal(teacher[n], p) for n, p in start.items())
     for step in (1, 2):
         take_step(lab, step)
-    assert lab.trainer.prefixes.computed == 1, "the context is read once a run"
+    assert lab.trainer.prefixes.computed == 1, "the context is prefilled once a run"
     after = dict(lab.policy.reference_models[Weights.BASE].named_parameters())
     assert all(torch.equal(after[n], p) for n, p in teacher.items())
     assert all(not torch.equal(p, start[n]) for n, p in lab.policy.parameters)
@@ -96,7 +81,7 @@ def test_an_averaged_teacher(configure: Configure) -> None:
     assert not lab.policy.holds(Role.BASE)
 
 
-def test_the_saved_model_is_plain_transformers(configure: Configure, tmp_path: Path) -> None:
+def test_the_saved_model_loads_with_transformers(configure: Configure, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     lab = make_lab(configure(*FULL))
@@ -113,23 +98,21 @@ def test_the_saved_model_is_plain_transformers(configure: Configure, tmp_path: P
 
 @pytest.mark.parametrize("update", ["frozen", "ema"])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, update: str) -> None:
-    """Stopped after step 2 as if for good, then continued: the same metrics and scoreboard."""
+    """Without the files written after step 2, a resumed run gives the same metrics and board."""
     flags = (*FULL[:3], UPDATE, update, "--trainer.scheduler.decay_steps", "6")
     assert run(tmp_path / "whole", *flags, "--max_steps", "4") == EXIT_OK
     path = tmp_path / "cut"
     assert run(path, *flags, "--max_steps", "4") == EXIT_OK
-    for gone in ("checkpoints/step_000004", "scoreboard.json", "model"):
-        target = path / gone
-        [p.unlink() for p in sorted(target.rglob("*"), reverse=True) if p.is_file()]
-        if target.is_file():
-            target.unlink()
+    (path / "scoreboard.json").unlink()
+    for folder in ("checkpoints/step_000004", "model"):
+        shutil.rmtree(path / folder)
     assert run(path, *flags, "--max_steps", "4", "--resume") == EXIT_OK
     assert records(path) == records(tmp_path / "whole")
     assert board(path) == board(tmp_path / "whole")
 
 
-def test_half_precision_loses_no_small_update(configure: Configure) -> None:
-    """Ten updates, each below bfloat16's last digit, add up in the fp32 copy and are resumed."""
+def test_half_precision_keeps_small_updates(configure: Configure) -> None:
+    """Updates below bfloat16's resolution add up in the fp32 copy, which a checkpoint keeps."""
     config = configure(*FULL, "--model.dtype", "bfloat16", "--trainer.optim.lr", "1e-4").config
     lab = make_lab(configure(*FULL, "--model.dtype", "bfloat16"), trained=False)
     name = "model.norm.weight"
@@ -142,7 +125,7 @@ def test_half_precision_loses_no_small_update(configure: Configure) -> None:
         assert optimizer.clip() > 0
         optimizer.step(1e-4)
         if step == 0:
-            assert (weight == 1.0).all(), "one step is below the last digit"
+            assert (weight == 1.0).all(), "one update is below the resolution"
     assert (weight < 0.995).all()
     torch.testing.assert_close(optimizer.masters[name], weight.float(), rtol=4e-3, atol=0)
     again = Optimizer(lab.policy, config)
@@ -151,8 +134,8 @@ def test_half_precision_loses_no_small_update(configure: Configure) -> None:
     assert again.state().keys() == optimizer.state().keys()
 
 
-def test_a_teacher_of_another_model_in_the_trainer(configure: Configure, tmp_path: Path) -> None:
-    """Its own weights and its own head; the student's base stays for the drift."""
+def test_a_teacher_from_another_model_in_the_trainer(configure: Configure, tmp_path: Path) -> None:
+    """It has its own weights and head. The student's base is kept for the drift."""
     from transformers import AutoModelForCausalLM
 
     from minidistill.models.registry import resolve
@@ -162,19 +145,18 @@ def test_a_teacher_of_another_model_in_the_trainer(configure: Configure, tmp_pat
         for parameter in other.parameters():
             parameter.mul_(1.1)
     other.save_pretrained(tmp_path)
-    lab = make_lab(configure(*FULL[3:], "--teacher_inference.model.name", str(tmp_path)))
+    lab = make_lab(
+        configure(*SMALL_STEP, *NO_MISMATCH_LIMIT, "--teacher_inference.model.name", str(tmp_path))
+    )
     assert lab.policy.lora
     assert lab.policy.holds(Role.BASE)
     prompts = [r.prompt.teacher_ids for r in lab.rollouts]
     completions = [r.completion.token_ids for r in lab.rollouts]
     scores = lab.engine.score(prompts, completions, Role.TEACHER)
     logp = []
-    for prompt, completion, found in zip(prompts, completions, scores, strict=True):
-        with torch.no_grad():
-            ids = torch.tensor([[*prompt, *completion]])
-            rows = other(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        expected = rows.gather(1, torch.tensor(completion)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-4)
+    for prompt, completion, logprobs in zip(prompts, completions, scores, strict=True):
+        expected = completion_logprobs(other, prompt, completion)
+        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=1e-4)
         logp.append(expected)
     tokens = lab.trainer.step(lab.rollouts, 1, lambda count: None).tokens
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""The facts that the objective rests on, in float64, and the fused call against plain torch."""
+"""Properties of the objective in float64, and the fused objective against plain torch."""
 
 from __future__ import annotations
 
@@ -21,45 +21,47 @@ def gradient(loss: Tensor, of: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("teacher_tau", "student_tau"), [(0.5, 0.5), (1.0, 0.5), (0.3, 1.0)])
-def test_sampled_gradient_averages_to_the_full_one(teacher_tau: float, student_tau: float) -> None:
-    """Summed over every token, weighted by its probability, with its own advantage."""
+def test_the_expected_sampled_gradient_is_the_full_gradient(
+    teacher_tau: float, student_tau: float
+) -> None:
+    """The expectation is over every token, each with its own advantage."""
     z = logits(1, V).requires_grad_()
     teacher = logits(1, V, seed=1)
     advantage = logits(V, seed=2)
     taus = {"adv_tau": 0.7, "teacher_tau": teacher_tau, "student_tau": student_tau}
-    every = torch.arange(V)
-    wide = z.expand(V, V)
+    ids = torch.arange(V)
+    z_VV = z.expand(V, V)
     pi = torch.log_softmax(z, -1)[0].exp().detach()
 
     def expected(estimator: str) -> Tensor:
         settings = {"estimator": estimator, "advantage_N": advantage, **taus}
-        out = objective(wide, teacher.expand(V, V), every, **settings)
+        out = objective(z_VV, teacher.expand(V, V), ids, **settings)
         return gradient((pi * out.loss).sum(), z)
 
     torch.testing.assert_close(expected("sampled"), expected("full"), rtol=1e-12, atol=1e-14)
 
 
-def test_full_gradient_is_the_formula_and_the_finite_difference() -> None:
+def test_the_full_gradient_matches_its_formula_and_finite_differences() -> None:
     z, teacher = logits(1, V).requires_grad_(), logits(1, V, seed=1)
     taus = {"adv_tau": 0.0, "teacher_tau": 0.8, "student_tau": 0.3}
 
-    def loss(at: Tensor) -> Tensor:
-        return objective(at, teacher, torch.tensor([2]), estimator="full", **taus).loss.sum()
+    def loss(logits: Tensor) -> Tensor:
+        return objective(logits, teacher, torch.tensor([2]), estimator="full", **taus).loss.sum()
 
-    found = gradient(loss(z), z)[0]
+    grad = gradient(loss(z), z)[0]
     pi = z[0].softmax(-1)
     b = 0.3 * z[0] - 0.8 * teacher[0]
-    torch.testing.assert_close(found, (pi * (b - (pi * b).sum())).detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(grad, (pi * (b - (pi * b).sum())).detach(), rtol=1e-12, atol=1e-14)
     step = 1e-6
     for v in range(V):
         nudge = torch.zeros(1, V, dtype=torch.float64)
         nudge[0, v] = step
         difference = (loss(z + nudge) - loss(z - nudge)).detach() / (2 * step)
-        assert abs(float(difference - found[v])) < 1e-8
+        assert abs(float(difference - grad[v])) < 1e-8
 
 
-def test_differentiating_k1_teaches_nothing_and_k3_the_forward_kl() -> None:
-    """Why neither is the loss: their expected gradients are not the reverse KL's."""
+def test_the_expected_gradient_of_k1_is_zero_and_of_k3_the_forward_kls() -> None:
+    """Neither can be the loss: their expected gradients are not the reverse KL's."""
     z, teacher = logits(V).requires_grad_(), logits(V, seed=1)
     t = teacher.log_softmax(-1)
     pi = z.softmax(-1).detach()
@@ -75,20 +77,20 @@ def test_differentiating_k1_teaches_nothing_and_k3_the_forward_kl() -> None:
 
 
 @pytest.mark.parametrize(("teacher_tau", "student_tau"), [(1.0, 0.5), (0.5, 0.5), (0.5, 1.0)])
-def test_fixed_point_is_the_teacher_to_the_ratio_of_taus(
+def test_the_fixed_point_is_the_teacher_raised_to_the_ratio_of_taus(
     teacher_tau: float, student_tau: float
 ) -> None:
     teacher = logits(1, V, seed=1)
-    aim = (teacher_tau / student_tau * teacher.log_softmax(-1)).log_softmax(-1)
+    target = (teacher_tau / student_tau * teacher.log_softmax(-1)).log_softmax(-1)
     taus = {"adv_tau": 0.0, "teacher_tau": teacher_tau, "student_tau": student_tau}
-    z = aim.clone().requires_grad_()
+    z = target.clone().requires_grad_()
     loss = objective(z, teacher, torch.tensor([0]), estimator="full", **taus).loss.sum()
     assert float(gradient(loss, z).abs().max()) < 1e-15
     z = logits(1, V, seed=5).requires_grad_()
     for _ in range(1000):
         loss = objective(z, teacher, torch.tensor([0]), estimator="full", **taus).loss.sum()
         z = (z - 4 * gradient(loss, z)).detach().requires_grad_()
-    torch.testing.assert_close(z.log_softmax(-1).detach(), aim, atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.log_softmax(-1).detach(), target, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("estimator", ["full", "top_k", "sampled"])
@@ -114,8 +116,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_fused_objective_is_the_plain_one(case: dict) -> None:
-    """Values and gradients, with ratios that are truncated and masked."""
+def test_the_fused_objective_equals_plain_torch(case: dict) -> None:
+    """Values and gradients agree, with ratios that are clipped and masked."""
     n, h, v = 40, 8, 30
     hidden, teacher = logits(n, h).float(), logits(n, h, seed=1).float()
     weight = logits(v, h, seed=2).float() * 0.5

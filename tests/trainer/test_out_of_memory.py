@@ -1,4 +1,4 @@
-"""OOM in a micro-batch: the step starts again with smaller ones."""
+"""Out of memory in a micro-batch: the step is repeated with smaller ones."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.lab import Lab, make_lab
+from support.lab import SMALL_STEP, make_lab
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.trainer import trainer as module
+from minidistill.trainer import trainer as trainer_module
 
-SMALL = ("--orchestrator.batch_size", "12", "--orchestrator.env.0.args.num_train_examples", "8")
 CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"
 ERRORS = {
     "CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -25,16 +24,16 @@ Configure = Callable[..., Any]
 def limit_memory(
     monkeypatch: pytest.MonkeyPatch, rows: int, error: Callable[[], Any], passes: int = 2
 ) -> None:
-    """A pass of more than so many sequences fails, once there have been a few."""
-    real, calls = module.hidden_states, []
+    """After `passes` forward passes, a pass of more than `rows` sequences raises `error`."""
+    original, calls = trainer_module.hidden_states, []
 
     def limited(policy: Any, tokens: Any, *states: Any) -> torch.Tensor:
         calls.append(tokens)
         if len(calls) > passes and tokens.ids_BL.shape[0] > rows:
             raise error()
-        return real(policy, tokens, *states)
+        return original(policy, tokens, *states)
 
-    monkeypatch.setattr(module, "hidden_states", limited)
+    monkeypatch.setattr(trainer_module, "hidden_states", limited)
 
 
 @pytest.mark.parametrize("kind", ERRORS)
@@ -44,36 +43,36 @@ def test_the_step_is_repeated_with_the_same_result(
     caplog: pytest.LogCaptureFixture,
     kind: str,
 ) -> None:
-    flags = (*SMALL, "--trainer.micro_batch_tokens", "600")
+    flags = (*SMALL_STEP, "--trainer.micro_batch_tokens", "600")
     plain, lab = (make_lab(configure(*flags)) for _ in range(2))
-    told: list[int] = []
+    progress: list[int] = []
     expected = plain.trainer.step(plain.rollouts, 1, lambda count: None)
     limit_memory(monkeypatch, 2, ERRORS[kind])
     lab.rollouts = plain.rollouts
-    found = lab.trainer.step(lab.rollouts, 1, told.append)
-    assert found.metrics["loss/total"] == pytest.approx(expected.metrics["loss/total"], rel=1e-5)
-    assert found.metrics["optim/grad_norm"] == pytest.approx(
+    result = lab.trainer.step(lab.rollouts, 1, progress.append)
+    assert result.metrics["loss/total"] == pytest.approx(expected.metrics["loss/total"], rel=1e-5)
+    assert result.metrics["optim/grad_norm"] == pytest.approx(
         expected.metrics["optim/grad_norm"], rel=1e-4
     )
     for (name, ours), (_, theirs) in zip(
         lab.policy.parameters, plain.policy.parameters, strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
-    assert sum(told) == sum(len(r.completion.token_ids) for r in lab.rollouts)
+    assert sum(progress) == sum(len(r.completion.token_ids) for r in lab.rollouts)
     assert lab.trainer.micro_batches.budget < 600
-    kept, warned = lab.trainer.micro_batches.budget, len(caplog.messages)
-    assert f"trainer.micro_batch_tokens is {kept}" in caplog.messages[-1]
+    budget, warnings = lab.trainer.micro_batches.budget, len(caplog.messages)
+    assert f"trainer.micro_batch_tokens is {budget}" in caplog.messages[-1]
     lab.trainer.max_mismatch = float("inf")
     lab.trainer.step(lab.rollouts, 2, lambda count: None)
-    assert (lab.trainer.micro_batches.budget, len(caplog.messages)) == (kept, warned), (
+    assert (lab.trainer.micro_batches.budget, len(caplog.messages)) == (budget, warnings), (
         "the new size is kept"
     )
 
 
-def test_a_budget_far_above_the_step_is_cut_to_it(
+def test_a_budget_far_above_the_step_falls_below_it_at_once(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lab = make_lab(configure(*SMALL, "--trainer.micro_batch_tokens", "1000000"))
+    lab = make_lab(configure(*SMALL_STEP, "--trainer.micro_batch_tokens", "1000000"))
     limit_memory(monkeypatch, 8, ERRORS["CUDA"], passes=1)
     lab.trainer.step(lab.rollouts, 1, lambda count: None)
     lab.trainer.max_mismatch = float("inf")
@@ -81,10 +80,10 @@ def test_a_budget_far_above_the_step_is_cut_to_it(
     assert len(caplog.messages) == 1
 
 
-def test_one_sequence_that_does_not_fit_ends_the_run(
+def test_a_sequence_that_does_not_fit_ends_the_run(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lab: Lab = make_lab(configure(*SMALL))
+    lab = make_lab(configure(*SMALL_STEP))
     before = [parameter.clone() for _, parameter in lab.policy.parameters]
     limit_memory(monkeypatch, 0, ERRORS["CUDA"], passes=1)
     with pytest.raises(UserError, match="one sequence of") as caught:
@@ -93,11 +92,11 @@ def test_one_sequence_that_does_not_fit_ends_the_run(
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, lab.policy.parameters, strict=True))
 
 
-def test_other_errors_are_not_taken_for_it(
+def test_other_errors_do_not_repeat_the_step(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lab = make_lab(configure(*SMALL))
-    limit_memory(monkeypatch, 0, lambda: RuntimeError("a shape does not fit"), passes=0)
+    lab = make_lab(configure(*SMALL_STEP))
+    limit_memory(monkeypatch, 0, lambda: RuntimeError("shapes do not match"), passes=0)
     with pytest.raises(RuntimeError, match="shape"):
         lab.trainer.step(lab.rollouts, 1, lambda count: None)
     assert not caplog.messages

@@ -1,4 +1,4 @@
-"""OOM on one of several ranks: those with sharded weights start the step again together."""
+"""Out of memory on one rank: with sharded weights all ranks repeat the step together."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from support import scarce
+from support import limited_memory
 from support.lab import make_lab
 from support.paths import TESTS
-from test_ranks import FULL, SMALL, TWO, assert_close, local, steps, team
+from support.ranks import (
+    ALL_WEIGHTS,
+    SMALL,
+    TWO_RANKS,
+    assert_close,
+    local_part,
+    ranked_lab,
+    train,
+)
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.trainer.distributed import launcher
@@ -19,10 +27,10 @@ Configure = Callable[..., Any]
 FLAGS = (*SMALL, "--trainer.micro_batch_tokens", "900")
 CASES = {
     "on the driver, in the loss": (0, "loss", ()),
-    "on the other, forward": (1, "forward", ()),
-    "on the other, backward": (1, "backward", ()),
-    "on the other, recomputed": (1, "backward", ("--trainer.model.ac.freq", "1")),
-    "on the other, in another teacher": (
+    "on rank 1, forward": (1, "forward", ()),
+    "on rank 1, backward": (1, "backward", ()),
+    "on rank 1, recomputed": (1, "backward", ("--trainer.model.ac.freq", "1")),
+    "on rank 1, in an averaged teacher": (
         1,
         "teacher",
         ("--orchestrator.teacher_model.update", "ema"),
@@ -31,74 +39,79 @@ CASES = {
 
 
 @pytest.fixture
-def scarcely(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make one rank short of memory above so many tokens in a pass."""
+def limit_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Limits one rank's memory: passes of more than `size` tokens fail at `place`."""
 
     def limit(rank: int, place: str, size: int) -> None:
-        monkeypatch.setenv("SCARCE", f"{rank}:{place}:{size}")
+        monkeypatch.setenv("MEMORY_LIMIT", f"{rank}:{place}:{size}")
         monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=":")
-        monkeypatch.setattr(launcher, "MODULE", "support.scarce")
+        monkeypatch.setattr(launcher, "MODULE", "support.limited_memory")
         if rank == 0:
-            undo.append(scarce.limit(place, size))
+            undo.append(limited_memory.limit_memory(place, size))
 
     undo: list[Callable[[], None]] = []
     yield limit
-    for act in undo:
-        act()
+    for restore in undo:
+        restore()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_divided_ranks_repeat_the_step_together(
-    configure: Configure, scarcely: Any, caplog: pytest.LogCaptureFixture, case: str
+def test_sharded_ranks_repeat_the_step_together(
+    configure: Configure, limit_rank: Any, caplog: pytest.LogCaptureFixture, case: str
 ) -> None:
-    """The step's result is that of a rank with memory enough, and the size that fits is kept."""
+    """The result is that of a step with enough memory, and later steps use the smaller size."""
     number, place, flags = CASES[case]
-    alone = make_lab(configure(*FLAGS, *FULL, *flags), trained=False)
-    expected = steps(alone, 2)
-    scarcely(number, place, 150)
-    with team(configure(*FLAGS, *FULL, *flags, *TWO), alone.rollouts) as lab:
-        told: list[int] = []
+    alone = make_lab(configure(*FLAGS, *ALL_WEIGHTS, *flags), trained=False)
+    expected = train(alone, 2)
+    limit_rank(number, place, 150)
+    with ranked_lab(configure(*FLAGS, *ALL_WEIGHTS, *flags, *TWO_RANKS), alone.rollouts) as lab:
+        progress: list[int] = []
         assert lab.policy.sharded is not None
-        found = [lab.trainer.step(lab.rollouts, 1, told.append).metrics]
-        warned = list(caplog.messages)
-        found += steps(lab, 1, 2)
-        assert_close([{k: f[k] for k in e} for f, e in zip(found, expected, strict=True)], expected)
-        assert sum(told) == sum(len(r.completion.token_ids) for r in lab.rollouts)
+        records = [lab.trainer.step(lab.rollouts, 1, progress.append).metrics]
+        warnings = list(caplog.messages)
+        records += train(lab, 1, 2)
+        compared = [{k: r[k] for k in e} for r, e in zip(records, expected, strict=True)]
+        assert_close(compared, expected)
+        assert sum(progress) == sum(len(r.completion.token_ids) for r in lab.rollouts)
         state = lab.trainer.state()
         for name, value in alone.trainer.state().items():
             torch.testing.assert_close(state[name], value, rtol=1e-3, atol=2e-5, msg=name)
         where = f" on rank {number}" if number else ""
         size = lab.trainer.micro_batches.budget
-        assert warned[-1] == (
-            f"out of memory{where} ({scarce.ERROR}): "
+        assert warnings[-1] == (
+            f"out of memory{where} ({limited_memory.ERROR}): "
             f"trainer.micro_batch_tokens is {size} from here on"
         )
-        assert caplog.messages == warned, "the new size is kept"
+        assert caplog.messages == warnings, "the new size is kept"
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_one_sequence_that_does_not_fit_on_a_rank(
-    configure: Configure, scarcely: Any, number: int
+    configure: Configure, limit_rank: Any, number: int
 ) -> None:
-    """The shortest, of 73 tokens, lets the rank keep up with the others; those of 74 are too long:
-    all ranks come out of the step, nothing is stepped, and the driver says why."""
-    alone = make_lab(configure(*FLAGS, *FULL), trained=False)
-    scarcely(number, "backward", 73)
-    with team(configure(*FLAGS, *FULL, *TWO), alone.rollouts) as lab:
+    """Only the shortest rollout, of 73 tokens, fits: the rank uses it to take part in collectives.
+
+    All ranks leave the step, no weights change, and the driver raises the error.
+    """
+    alone = make_lab(configure(*FLAGS, *ALL_WEIGHTS), trained=False)
+    limit_rank(number, "backward", 73)
+    with ranked_lab(configure(*FLAGS, *ALL_WEIGHTS, *TWO_RANKS), alone.rollouts) as lab:
         lab.policy.reshard()
-        before = [local(p).clone() for _, p in lab.policy.parameters]
+        before = [local_part(p).clone() for _, p in lab.policy.parameters]
         with pytest.raises(UserError, match=r"one sequence of 109 tokens does not fit") as caught:
             lab.trainer.step(lab.rollouts, 1, lambda n: None)
         assert caught.value.exit_code == EXIT_ENVIRONMENT
-        after = [local(p) for _, p in lab.policy.parameters]
+        after = [local_part(p) for _, p in lab.policy.parameters]
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-def test_memory_that_holds_no_sequence_at_all(configure: Configure, scarcely: Any) -> None:
-    """A rank that cannot even keep up ends the run, which says so; nothing hangs."""
-    alone = make_lab(configure(*FLAGS, *FULL), trained=False)
-    scarcely(1, "forward", 0)
-    with team(configure(*FLAGS, *FULL, *TWO), alone.rollouts) as lab:
+def test_a_rank_that_cannot_run_any_sequence_fails_the_step(
+    configure: Configure, limit_rank: Any
+) -> None:
+    """A rank that cannot take part in collectives ends the run with an error and no hang."""
+    alone = make_lab(configure(*FLAGS, *ALL_WEIGHTS), trained=False)
+    limit_rank(1, "forward", 0)
+    with ranked_lab(configure(*FLAGS, *ALL_WEIGHTS, *TWO_RANKS), alone.rollouts) as lab:
         with pytest.raises(UserError, match=r"rank 1 .* one sequence of 105 tokens") as caught:
             lab.trainer.step(lab.rollouts, 1, lambda n: None)
         assert caught.value.exit_code == EXIT_ENVIRONMENT

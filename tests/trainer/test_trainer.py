@@ -1,46 +1,44 @@
-"""The step: what it must not depend on, and what it must give."""
+"""The training step: its gradient against references, its metrics, teachers and health stops."""
 
 from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.lab import Lab, make_lab
-from support.objective_reference import objective
+from support.lab import NO_MISMATCH_LIMIT, SMALL_STEP, Lab, make_lab
+from support.paths import SOKOBAN
+from support.plain_forward import completion_logits, completion_logprobs, step_loss
 
+from minidistill.config import load_config
 from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.trainer import checkpoint
 from minidistill.trainer.optim import learning_rate
 from minidistill.trainer.policy import Weights
 from minidistill.types import Role
 
-SMALL = ("--orchestrator.batch_size", "12", "--orchestrator.env.0.args.num_train_examples", "8")
-# The same rollouts trained on again, which the guard would take for an engine's old weights
-STALE = ("--trainer.loss.max_sampler_mismatch", "off")
 Configure = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def plain() -> Lab:
-    from support.paths import SOKOBAN
-
-    from minidistill.config import load_config
-
-    return make_lab(load_config([SOKOBAN, *SMALL]))
+    return make_lab(load_config([SOKOBAN, *SMALL_STEP]))
 
 
 def assert_same_gradients(ours: Lab, reference: Lab) -> None:
-    found, expected = ours.gradients(), reference.gradients()
-    assert found.keys() == expected.keys()
+    gradients, expected = ours.gradients(), reference.gradients()
+    assert gradients.keys() == expected.keys()
     scale = max(float(g.abs().max()) for g in expected.values())
     assert scale > 1e-3, "the reference has no gradient to compare"
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=2e-6 * max(scale, 1.0))
+        torch.testing.assert_close(
+            gradients[name], gradient, rtol=1e-3, atol=2e-6 * max(scale, 1.0)
+        )
 
 
 @pytest.mark.parametrize(
@@ -56,32 +54,32 @@ def assert_same_gradients(ours: Lab, reference: Lab) -> None:
     ],
     ids=" ".join,
 )
-def test_the_gradient_does_not_depend_on_how_a_step_is_cut(
+def test_the_gradient_does_not_depend_on_micro_batches(
     plain: Lab, configure: Configure, flags: tuple[str, ...]
 ) -> None:
-    lab = make_lab(configure(*SMALL, *flags))
+    lab = make_lab(configure(*SMALL_STEP, *flags))
     lab.rollouts = plain.rollouts
     assert_same_gradients(lab, plain)
 
 
 def test_the_cached_context_gives_the_same_gradient(plain: Lab, configure: Configure) -> None:
-    lab = make_lab(configure(*SMALL), shares=False)
+    lab = make_lab(configure(*SMALL_STEP), shares=False)
     lab.rollouts = plain.rollouts
     views = [r.prompt.teacher_ids for r in plain.rollouts]
-    assert plain.trainer.prefixes.common(views), "the context is not shared at all"
+    assert plain.trainer.prefixes.common(views), "the prompts share no prefix"
     assert_same_gradients(lab, plain)
 
 
-def test_the_context_is_read_once_a_run(configure: Configure) -> None:
-    lab = make_lab(configure(*SMALL, *STALE))
+def test_the_context_is_prefilled_once_a_run(configure: Configure) -> None:
+    lab = make_lab(configure(*SMALL_STEP, *NO_MISMATCH_LIMIT))
     for step in (1, 2, 3):
         lab.trainer.step(lab.rollouts, step, lambda count: None)
     assert lab.trainer.prefixes.computed == 1
 
 
-def test_rollouts_of_other_weights_stop_the_run(configure: Configure) -> None:
-    """What a sync that did not take looks like: the second step trains on the first's samples."""
-    lab = make_lab(configure(*SMALL))
+def test_rollouts_of_stale_weights_stop_the_run(configure: Configure) -> None:
+    """As after a failed sync: the second step gets rollouts sampled before the first."""
+    lab = make_lab(configure(*SMALL_STEP))
     lab.trainer.step(lab.rollouts, 1, lambda count: None)
     before = [parameter.clone() for _, parameter in lab.policy.parameters]
     with pytest.raises(UserError, match="kl/sampler_mismatch") as caught:
@@ -94,52 +92,40 @@ def test_rollouts_of_other_weights_stop_the_run(configure: Configure) -> None:
     ("flags", "limit"),
     [((), 1e-6), (("0.5",), 0.5), (("off",), math.inf), (("auto", "dropout"), math.inf)],
 )
-def test_the_limit_of_the_mismatch(
+def test_the_limit_of_the_sampler_mismatch(
     configure: Configure, flags: tuple[str, ...], limit: float
 ) -> None:
-    named = ("--trainer.loss.max_sampler_mismatch", *flags[:1]) if flags else ()
+    limit_flags = ("--trainer.loss.max_sampler_mismatch", *flags[:1]) if flags else ()
     dropout = ("--trainer.model.lora.dropout", "0.1") if "dropout" in flags else ()
-    assert make_lab(configure(*SMALL, *named, *dropout)).trainer.max_mismatch == limit
+    assert make_lab(configure(*SMALL_STEP, *limit_flags, *dropout)).trainer.max_mismatch == limit
 
 
 @pytest.mark.parametrize("estimator", ["full", "sampled", "top_k"])
-def test_a_step_is_the_plain_objective_of_the_whole_model(
-    configure: Configure, estimator: str
-) -> None:
-    """Loss and gradient against transformers' own logits, one rollout at a time, no kernels."""
-    flags = (*SMALL, "--trainer.loss.estimator", estimator, "--trainer.loss.top_k", "4")
+def test_loss_and_gradient_equal_plain_torch(configure: Configure, estimator: str) -> None:
+    """Against transformers' logits and autograd, one rollout at a time, without the kernels."""
+    flags = (*SMALL_STEP, "--trainer.loss.estimator", estimator, "--trainer.loss.top_k", "4")
     lab = make_lab(configure(*flags, "--trainer.loss.kl_clip", "off"))
-    total = sum(len(r.completion.token_ids) for r in lab.rollouts)
-    model, loss = lab.policy.model, 0.0
-    for rollout in lab.rollouts:
-        completion = list(rollout.completion.token_ids)
+    model = lab.policy.model
 
-        def logits(prompt: tuple[int, ...], completion: list[int] = completion) -> torch.Tensor:
-            ids = torch.tensor([[*prompt, *completion]])
-            return model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+    def teacher_logits(prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
+        with model.disable_adapter():
+            return completion_logits(model, prompt, completion)
 
-        with torch.no_grad(), model.disable_adapter():
-            teacher = logits(rollout.prompt.teacher_ids)
-        out = objective(
-            logits(rollout.prompt.student_ids), teacher, torch.tensor(completion),
-            estimator=estimator, top_k=4,
-            advantage_N=torch.full((len(completion),), rollout.advantage),
-            sampler_logp_N=torch.tensor(rollout.completion.logprobs),
-        )  # fmt: skip
-        assert not out.masked.any()
-        loss = loss + out.loss.sum() / total
-    names = dict(lab.policy.parameters)
-    expected = torch.autograd.grad(loss, list(names.values()))
-    found = lab.gradients()
+    loss = step_loss(lab.rollouts, model, teacher_logits, estimator=estimator, top_k=4)
+    parameters = dict(lab.policy.parameters)
+    expected = torch.autograd.grad(loss, list(parameters.values()))
+    gradients = lab.gradients()
     scale = max(float(g.abs().max()) for g in expected)
-    for name, gradient in zip(names, expected, strict=True):
-        torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=1e-5 * max(scale, 1.0))
+    for name, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(
+            gradients[name], gradient, rtol=2e-3, atol=1e-5 * max(scale, 1.0)
+        )
     metrics = lab.trainer.step(lab.rollouts, 1, lambda count: None).metrics
-    assert metrics["loss/total"] == pytest.approx(float(loss), rel=1e-4, abs=1e-6)
+    assert metrics["loss/total"] == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
 
 
 def test_metrics_have_the_documented_signs_and_values(configure: Configure) -> None:
-    lab = make_lab(configure(*SMALL))
+    lab = make_lab(configure(*SMALL_STEP))
     result = lab.trainer.step(lab.rollouts, 1, lambda count: None)
     metrics = result.metrics
     kl = [k for tokens in result.tokens for k in tokens.kl.tolist()]
@@ -160,11 +146,9 @@ def test_metrics_have_the_documented_signs_and_values(configure: Configure) -> N
     assert 0.5 * process_peak < metrics["perf/peak_memory_gib/trainer"] <= process_peak
 
 
-def test_no_context_no_gradient(configure: Configure) -> None:
+def test_without_a_context_there_is_no_gradient(configure: Configure) -> None:
     """Teacher and student see the same prompt and are the same model before the first step."""
-    lab = make_lab(configure(*SMALL, "--trainer.loss.adv_tau", "0"), trained=False)
-    from dataclasses import replace
-
+    lab = make_lab(configure(*SMALL_STEP, "--trainer.loss.adv_tau", "0"), trained=False)
     same = [
         replace(r, prompt=replace(r.prompt, teacher_ids=r.prompt.student_ids)) for r in lab.rollouts
     ]
@@ -173,13 +157,13 @@ def test_no_context_no_gradient(configure: Configure) -> None:
     assert lab.trainer.step(same, 1, lambda count: None).metrics["teacher_kl"] < 1e-6
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_weights(
+def test_a_nan_loss_stops_the_run_and_keeps_the_weights(
     configure: Configure,
 ) -> None:
-    lab = make_lab(configure(*SMALL))
+    lab = make_lab(configure(*SMALL_STEP))
     before = {n: p.detach().clone() for n, p in lab.policy.parameters}
-    weight = dict(lab.policy.model.named_parameters())
-    norm = next(p for n, p in weight.items() if n.endswith("model.norm.weight"))
+    named = lab.policy.model.named_parameters()
+    norm = next(p for n, p in named if n.endswith("model.norm.weight"))
     norm.data[0] = float("nan")
     with pytest.raises(UserError) as caught:
         lab.trainer.step(lab.rollouts, 7, lambda count: None)
@@ -190,14 +174,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_weights(
         assert parameter.grad is None
 
 
-def test_the_saved_adapter_is_plain_peft(configure: Configure, tmp_path: Path) -> None:
-    """peft and transformers alone give the log-probs that ours gives."""
+def test_the_saved_adapter_loads_with_peft(configure: Configure, tmp_path: Path) -> None:
+    """peft and transformers compute the same log-probs from the saved files."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from minidistill.models.registry import resolve
 
-    lab = make_lab(configure(*SMALL))
+    lab = make_lab(configure(*SMALL_STEP))
     lab.trainer.step(lab.rollouts, 1, lambda count: None)
     folder = checkpoint.save_model(lab.policy, tmp_path)
     base = AutoModelForCausalLM.from_pretrained(resolve("tiny-sokoban"), dtype=torch.float32)
@@ -206,19 +190,18 @@ def test_the_saved_adapter_is_plain_peft(configure: Configure, tmp_path: Path) -
     completions = [r.completion.token_ids for r in lab.rollouts]
     ours = lab.engine.score(prompts, completions, Role.STUDENT)
     for prompt, completion, logprobs in zip(prompts, completions, ours, strict=True):
-        with torch.no_grad():
-            ids = torch.tensor([[*prompt, *completion]])
-            logp = theirs(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        expected = logp.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        expected = completion_logprobs(theirs, prompt, completion)
         torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=1e-5)
 
 
 def test_live_and_averaged_teachers(configure: Configure) -> None:
-    """live: the student's own weights; ema: weights that follow it by the decay."""
-    live = make_lab(configure(*SMALL, *STALE, "--orchestrator.teacher_model.update", "live"))
+    """live: the student's weights; ema: their moving average."""
+    live = make_lab(
+        configure(*SMALL_STEP, *NO_MISMATCH_LIMIT, "--orchestrator.teacher_model.update", "live")
+    )
     assert live.policy.teacher_weights is Weights.STUDENT
     flags = ("--orchestrator.teacher_model.update", "ema", "--orchestrator.teacher_model.ema_decay")
-    lab = make_lab(configure(*SMALL, *STALE, *flags, "0.75"))
+    lab = make_lab(configure(*SMALL_STEP, *NO_MISMATCH_LIMIT, *flags, "0.75"))
     named = dict(lab.policy.model.named_parameters())
     student, ema = f".{Weights.STUDENT.value}.", f".{Weights.EMA.value}."
     pairs = [(p, named[n.replace(student, ema)]) for n, p in lab.policy.parameters]

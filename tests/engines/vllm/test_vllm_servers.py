@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.servers import ADAPTERS, adapters_at, answered, engine_at, serving
+from support.servers import ADAPTERS, adapters_at, answered_requests, engine_at, serving
 from support.vllm import (
     NEEDS_VLLM,
     SHORT,
     SOKOBAN,
     Bench,
-    assert_tokens_are_as_old_as_said,
+    assert_token_versions_match_metrics,
     policy_of,
     start,
     steps,
@@ -78,12 +78,12 @@ def test_two_servers_share_prompts_and_get_every_version(
             asked.clear()
             bench.change(seed=version)
             replicas.sync(version)
-            before = [answered(one) for one in both]
+            before = [answered_requests(one) for one in both]
             requests = [
                 Request(p, 10 * i + s) for i, p in enumerate(bench.puzzles(5)) for s in range(3)
             ]
             found = replicas.generate(requests, SamplingParams(9), Role.STUDENT)
-            done = [answered(one) - old for one, old in zip(both, before, strict=True)]
+            done = [answered_requests(one) - old for one, old in zip(both, before, strict=True)]
             assert sorted(done) == [6, 9], "three samples of two prompts, and of three"
             assert not asked[0] & asked[1]
             for request, completion in zip(requests, found, strict=True):
@@ -107,15 +107,15 @@ def test_two_servers_share_prompts_and_get_every_version(
 def test_a_run_on_two_servers(
     url: str, second: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = answered(url), answered(second[0])
+    before = answered_requests(url), answered_requests(second[0])
     flags = [*SHORT[2:], *LR, "--inference.server_urls", urls(url, second[0])]
     assert cli.main(["run", SOKOBAN, *flags, "--output_dir", str(tmp_path / "run")]) == EXIT_OK
     found = steps(tmp_path / "run")
     assert len(found) == 5
     assert all(record["kl/sampler_mismatch"] < 1e-8 for record in found)
     assert "2 × vLLM server on " in capsys.readouterr().out
-    assert answered(url) > before[0]
-    assert answered(second[0]) > before[1]
+    assert answered_requests(url) > before[0]
+    assert answered_requests(second[0]) > before[1]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_run_one_step_ahead_of_two_servers(url: str, second: Any, tmp_path: Pa
     assert found[0]["kl/sampler_mismatch"] < 1e-8
     assert found[0]["async/staleness"] == 0
     assert any(record["async/overlap"] > 0 for record in found[1:])
-    assert_tokens_are_as_old_as_said(path)
+    assert_token_versions_match_metrics(path)
     assert [adapters_at(one) for one in (url, second[0])] == [[], []]
     assert not (path / "sync").exists()
 

@@ -1,6 +1,7 @@
 """A trainer rank that runs out of memory, in place of `minidistill.trainer.distributed.worker`.
 
-The variable SCARCE says on which rank, where in the pass, and above how many tokens.
+The variable MEMORY_LIMIT is RANK:PLACE:TOKENS: the rank, the place in the pass, and the largest
+number of tokens that fit.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from minidistill.trainer.distributed.fsdp import decoder_layers
 ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
-def limit(place: str, size: int) -> Callable[[], None]:
-    """Make passes of more than `size` tokens fail at `place`. Returns a function that undoes it."""
-    states, distill = trainer.hidden_states, minidistill_kernels.linear_distill
+def limit_memory(place: str, size: int) -> Callable[[], None]:
+    """Make passes of more than `size` tokens fail at `place`. Returns a function to undo this."""
+    original_states, original_distill = trainer.hidden_states, minidistill_kernels.linear_distill
     too_large = False
 
-    def fail(*anything: Any) -> None:
+    def fail(*args: Any) -> None:
         raise torch.OutOfMemoryError(ERROR)
 
     def fail_in_backward(module: Any, inputs: Any, output: Any) -> None:
         output.register_hook(fail)
 
-    def limited(policy: Any, tokens: Any, *context: Any) -> torch.Tensor:
+    def limited_states(policy: Any, tokens: Any, *context: Any) -> torch.Tensor:
         nonlocal too_large
         too_large = tokens.ids_BL.numel() > size
         student = torch.is_grad_enabled()
@@ -41,26 +42,28 @@ def limit(place: str, size: int) -> Callable[[], None]:
         elif too_large and student and place == "backward":
             handle = layer.register_forward_hook(fail_in_backward)
         else:
-            return states(policy, tokens, *context)
+            return original_states(policy, tokens, *context)
         try:
-            return states(policy, tokens, *context)
+            return original_states(policy, tokens, *context)
         finally:
             handle.remove()
 
-    def limited_loss(*arguments: Any, **named: Any) -> Any:
+    def limited_distill(*args: Any, **kwargs: Any) -> Any:
         if too_large and place == "loss":
             fail()
-        return distill(*arguments, **named)
+        return original_distill(*args, **kwargs)
 
     def undo() -> None:
-        trainer.hidden_states, minidistill_kernels.linear_distill = states, distill
+        trainer.hidden_states = original_states
+        minidistill_kernels.linear_distill = original_distill
 
-    trainer.hidden_states, minidistill_kernels.linear_distill = limited, limited_loss
+    trainer.hidden_states = limited_states
+    minidistill_kernels.linear_distill = limited_distill
     return undo
 
 
 if __name__ == "__main__":
-    number, place, size = os.environ["SCARCE"].split(":")
-    if sys.argv[1] == number:
-        limit(place, int(size))
+    rank, place, size = os.environ["MEMORY_LIMIT"].split(":")
+    if sys.argv[1] == rank:
+        limit_memory(place, int(size))
     worker.main(sys.argv[1:])
