@@ -1,4 +1,4 @@
-"""Files, layers, provenance, and each error with its file, line, key and fix."""
+"""Configuration files, their order, provenance, and errors with file, line, key and fix."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ args = { max_w = 6 }
 """
 
 
-def test_defaults_of_the_reference(tmp_path: Path) -> None:
+def test_defaults_of_the_public_experiment(tmp_path: Path) -> None:
     config = load(tmp_path, BASE).config
     loss = config.trainer.loss
     assert (loss.adv_tau, loss.teacher_tau, loss.student_tau) == (0.5, 0.5, 0.5)
@@ -60,7 +60,7 @@ def test_defaults_of_the_reference(tmp_path: Path) -> None:
     assert config.wandb is config.orchestrator.eval is config.trainer.model.ac is None
 
 
-def test_later_files_beat_earlier_ones_and_flags_beat_files(tmp_path: Path) -> None:
+def test_later_files_override_earlier_ones_and_flags_override_files(tmp_path: Path) -> None:
     first = write(tmp_path, BASE + "[trainer.optim]\nlr = 1e-3\nweight_decay = 0.1\n", "a.toml")
     second = write(tmp_path, "[trainer.optim]\nlr = 2e-3\nbetas1 = 0.8\n", "b.toml")
     argv = ["--trainer.optim.betas1", "0.5", first, "@", second, "--trainer.optim.betas1=0.6"]
@@ -74,7 +74,7 @@ def test_later_files_beat_earlier_ones_and_flags_beat_files(tmp_path: Path) -> N
     assert loaded.provenance["trainer.optim.betas2"] == "default"
 
 
-def test_lists_are_replaced_not_merged(tmp_path: Path) -> None:
+def test_lists_are_replaced_and_not_merged(tmp_path: Path) -> None:
     two = BASE + '[orchestrator.env.args]\nmax_w = 5\n[[orchestrator.env]]\nid = "other"\n'
     first = write(tmp_path, two, "a.toml")
     second = write(tmp_path, '[[orchestrator.env]]\nid = "third"\n', "b.toml")
@@ -85,7 +85,7 @@ def test_lists_are_replaced_not_merged(tmp_path: Path) -> None:
     assert not [key for key in loaded.provenance if ".env.1" in key]
 
 
-def test_provenance_names_every_setting(tmp_path: Path) -> None:
+def test_every_setting_has_provenance(tmp_path: Path) -> None:
     loaded = load(tmp_path, HYBRID, "--wandb")
     assert '"max_w": 6' in json.dumps(loaded.resolved())
     for path, node in walk():
@@ -106,7 +106,7 @@ def test_text_loads_again_to_the_same_configuration(tmp_path: Path) -> None:
 
 
 def test_optional_settings_default_to_none() -> None:
-    # `text` leaves out what is None: it would come back as the default.
+    # `text` omits settings that are None, so loading it gives their default
     for path, node in walk():
         if "null" in kinds(node):
             assert node.get("default", 0) is None, path
@@ -125,7 +125,7 @@ def test_context_file_is_relative_to_its_toml_file(tmp_path: Path) -> None:
     assert flag.config.orchestrator.teacher_model.context == "Now."
 
 
-def test_context_file_of_a_flag_beats_a_context_in_a_file(
+def test_a_context_file_flag_overrides_a_context_in_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, "From here.", "context.txt")
@@ -189,7 +189,7 @@ REFUSED = [  # file, line, key and value in `what`, part of `fix`
 
 
 @pytest.mark.parametrize(("text", "line", "what", "fix"), REFUSED)
-def test_refusals_say_what_where_and_how_to_fix(
+def test_refusals_have_what_where_and_fix(
     tmp_path: Path, text: str, line: int, what: str, fix: str
 ) -> None:
     error = refusal(tmp_path, text)
@@ -205,7 +205,7 @@ def test_several_problems_are_reported_at_once(tmp_path: Path) -> None:
     assert str(error).count("fix:") == 3
 
 
-def test_required_keys_are_asked_for_by_name() -> None:
+def test_missing_required_keys_are_named() -> None:
     with pytest.raises(UserError, match=r"orchestrator\.env is required"):
         load_config(["--seed", "1"])
 
@@ -218,22 +218,22 @@ GPUS = [
 
 
 @pytest.mark.parametrize(("flags", "what"), GPUS)
-def test_parallel_must_fit_the_gpus(tmp_path: Path, flags: str, what: str) -> None:
+def test_parallelism_must_match_the_gpus(tmp_path: Path, flags: str, what: str) -> None:
     assert what in refusal(tmp_path, BASE, *flags.split()).what
 
 
-def test_a_list_grows_by_one_entry_at_a_time(tmp_path: Path) -> None:
-    more = load(tmp_path, BASE, "--orchestrator.env.1.id", "b").config.orchestrator.env
-    assert [env.name for env in more] == ["sokoban-env", "b"]
+def test_a_flag_may_append_one_entry_to_a_list(tmp_path: Path) -> None:
+    environments = load(tmp_path, BASE, "--orchestrator.env.1.id", "b").config.orchestrator.env
+    assert [env.name for env in environments] == ["sokoban-env", "b"]
     assert "no entry 2" in refusal(tmp_path, BASE, "--orchestrator.env.2.id", "b").what
 
 
-def test_gpus_may_be_shared_on_purpose(tmp_path: Path) -> None:
+def test_roles_may_share_the_same_gpus(tmp_path: Path) -> None:
     shared = "--inference_gpu_ids 0,1 --teacher_gpu_ids 1,0 --trainer_gpu_ids 0,1"
     assert load(tmp_path, BASE, *shared.split()).config.trainer_gpu_ids == [0, 1]
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files(tmp_path: Path) -> None:
     error = refusal(tmp_path, "max_steps = 1\nseed = = 2\n")
     assert "a.toml:2, column 8" in error.where
     assert "cannot read" in refusal(tmp_path, BASE, "missing.toml").what

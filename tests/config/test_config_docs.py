@@ -1,4 +1,4 @@
-"""The generated reference is current and covers the schema; the shipped configurations fit it."""
+"""The generated reference is current and complete; shipped and public configurations load."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.toml"))
 
 
-def test_reference_is_current() -> None:
+def test_the_reference_is_current() -> None:
     assert docs.main(["--check"]) == 0, "run python -m minidistill.config.docs"
 
 
@@ -28,7 +28,7 @@ def test_check_fails_on_a_stale_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert docs.main(["--check"]) == 1
 
 
-def test_every_key_is_explained() -> None:
+def test_every_key_is_documented() -> None:
     text = docs.markdown()
     for path, node in walk():
         if not properties(node):
@@ -37,20 +37,20 @@ def test_every_key_is_explained() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_shipped_configurations_load_and_fit_the_schema(path: Path) -> None:
+def test_shipped_configurations_load_and_match_the_schema(path: Path) -> None:
     load_config([str(path)])
     jsonschema.validate(tomli.loads(path.read_text()), json.loads(docs.json_schema()))
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
 def test_shipped_overlays_load_over_every_configuration(path: Path) -> None:
-    """And change them all, but for the one that is pure already."""
-    same = [
+    """Each overlay changes each configuration, except for `pure` on one that is already pure."""
+    unchanged = [
         (path.name, base.name)
         for base in CONFIGS
         if load_config([str(base), "@", str(path)]).config == load_config([str(base)]).config
     ]
-    assert same == [("pure.toml", "own-prompts.toml")] * (path.name == "pure.toml")
+    assert unchanged == [("pure.toml", "own-prompts.toml")] * (path.name == "pure.toml")
 
 
 def test_there_are_shipped_configurations() -> None:
@@ -67,7 +67,7 @@ def test_there_are_shipped_configurations() -> None:
         '[orchestrator]\nenv = []\nteacher_model = { context = "x" }',
     ],
 )
-def test_schema_refuses_what_the_loader_refuses(text: str) -> None:
+def test_the_schema_refuses_what_the_loader_refuses(text: str) -> None:
     schema = json.loads(docs.json_schema())
     data = tomli.loads('[orchestrator]\nenv = [{ id = "x" }]\nteacher_model = { context = "x" }')
     jsonschema.validate(data, schema)
@@ -75,7 +75,7 @@ def test_schema_refuses_what_the_loader_refuses(text: str) -> None:
         jsonschema.validate({**data, **tomli.loads(text)}, schema)
 
 
-# The snippets and launch lines of the public experiment's page, with its `...` filled in.
+# The snippets and launch lines of the public experiment's page, with values for its `...`
 BASE = """\
 [orchestrator.eval]
 [[orchestrator.env]]
@@ -142,7 +142,7 @@ EIGHT_GPUS = (
 
 @pytest.mark.parametrize("snippet", [HYBRID, PURE, STEPS, PERSONA, BASELINE])
 @pytest.mark.parametrize("launch", [FOUR_GPUS, EIGHT_GPUS])
-def test_reference_files_and_launch_lines_run(tmp_path: Path, snippet: str, launch: str) -> None:
+def test_public_snippets_and_launch_lines_load(tmp_path: Path, snippet: str, launch: str) -> None:
     base, experiment = tmp_path / "base.toml", tmp_path / "rl.toml"
     base.write_text(BASE)
     experiment.write_text(snippet)

@@ -1,4 +1,4 @@
-"""The forms of a setting on the command line; TOML that is written and read again."""
+"""Settings on the command line in all their forms, and TOML round trips."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from minidistill.config.toml import inline, key_lines, to_toml
 from minidistill.errors import UserError
 
 
-def only(*argv: str) -> Any:
+def parse_one(*argv: str) -> Any:
     """The value of the one override in `argv`."""
     (override,) = parse(argv)[1]
     return override.value
@@ -85,22 +85,22 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("argv", "value"), VALUES)
-def test_values(argv: str, value: object) -> None:
+def test_values_of_flags(argv: str, value: object) -> None:
     tokens = argv.replace("[0, 1]", "[0,\x001]").split()
     if "=[" in argv:  # one token with a space in it, as from a quoted argument
         tokens = [argv]
-    parsed = only(*(token.replace("\x00", "") for token in tokens))
+    parsed = parse_one(*(token.replace("\x00", "") for token in tokens))
     assert parsed == value
     assert type(parsed) is type(value)
 
 
-def test_paths_are_typed_and_flags_kept_as_typed() -> None:
+def test_an_override_has_its_path_and_its_flag() -> None:
     (override,) = parse(["--orchestrator.env.0.args.max-w", "6"])[1]
     assert override.path == ("orchestrator", "env", 0, "args", "max_w")
     assert override.flag == "--orchestrator.env.0.args.max-w"
 
 
-def test_lists_and_flags_end_where_files_and_flags_begin() -> None:
+def test_lists_end_at_files_and_flags() -> None:
     assert parse(["--wandb.tags", "x", "y", "a.toml"])[0] == ["a.toml"]
     line = "--wandb --inference_gpu_ids 0 1 a.toml --wandb.tags x y @ b.toml --wandb.offline c.toml"
     files, overrides = parse(line.split())
@@ -142,26 +142,26 @@ tables = st.recursive(
 
 
 @given(text)
-def test_any_text_reaches_a_string_setting_as_it_is(value: str) -> None:
-    assert only(f"--orchestrator.teacher_model.context={value}") == value
+def test_any_text_is_a_value_of_a_string_setting(value: str) -> None:
+    assert parse_one(f"--orchestrator.teacher_model.context={value}") == value
 
 
 @given(st.lists(st.integers(0, 64), min_size=1), st.sampled_from([",", " ", ", "]))
 def test_lists_of_ids_round_trip(ids: list[int], separator: str) -> None:
     joined = separator.join(map(str, ids))
-    assert only(f"--trainer_gpu_ids={joined}") == ids
-    assert only("--trainer_gpu_ids", *joined.split()) == ids
-    assert only("--trainer_gpu_ids", f"[{joined.replace(' ', ',').replace(',,', ',')}]") == ids
+    assert parse_one(f"--trainer_gpu_ids={joined}") == ids
+    assert parse_one("--trainer_gpu_ids", *joined.split()) == ids
+    assert parse_one("--trainer_gpu_ids", f"[{joined.replace(' ', ',').replace(',,', ',')}]") == ids
 
 
 @given(tables)
-def test_free_values_round_trip_through_toml(value: object) -> None:
-    assert only(f"--orchestrator.env.0.args.key={inline(value)}") == value
+def test_environment_arguments_round_trip_through_toml(value: object) -> None:
+    assert parse_one(f"--orchestrator.env.0.args.key={inline(value)}") == value
 
 
 @given(text)
-def test_no_value_of_a_free_argument_fails(value: str) -> None:
-    only(f"--orchestrator.env.0.args.key={value}")
+def test_any_text_is_a_value_of_an_environment_argument(value: str) -> None:
+    parse_one(f"--orchestrator.env.0.args.key={value}")
 
 
 LINES = '''\
@@ -192,7 +192,7 @@ z = 1
 '''
 
 
-def test_key_lines() -> None:
+def test_lines_of_keys() -> None:
     lines = key_lines(LINES)
     expected = {
         ("top",): 2,
@@ -215,7 +215,7 @@ def test_key_lines() -> None:
 @example({"lines": "a\n\tb\\ \n", "tables": [{"long": "x" * 100}, {"a": {"b": []}}]})
 @example({"carriage returns": "a\r\nb\r\n", "lines": "a\nb"})
 @example({"table": {"x": "\r\n"}})
-def test_written_toml_reads_back_equal_and_every_key_has_its_line(data: dict) -> None:
+def test_toml_round_trips_and_every_key_has_its_line(data: dict) -> None:
     written = to_toml(data)
     assert tomli.loads(written) == data
     lines = key_lines(written)
@@ -230,7 +230,7 @@ def test_none_is_not_written() -> None:
     assert inline(data) == "{ b = { d = [{}] } }"
 
 
-def test_tree_finds_optional_tables_and_list_items() -> None:
+def test_the_schema_tree_has_optional_tables_and_list_items() -> None:
     env = child(properties(root())["orchestrator"], "env")
     assert env is not None
     assert child(child(env, 0) or {}, "id") is not None

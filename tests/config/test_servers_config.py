@@ -1,4 +1,4 @@
-"""Settings that running servers cannot be combined with."""
+"""Settings that external servers cannot be combined with."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_refusals(configure: Callable[..., Any], flags: tuple[str, ...], what: s
     assert what in str(caught.value)
 
 
-def test_servers_for_both_roles_and_one_step_ahead_are_allowed(
+def test_servers_for_both_roles_and_the_async_schedule_are_allowed(
     configure: Callable[..., Any],
 ) -> None:
     config = configure(*STUDENT, *TEACHER, "--schedule", "async").config

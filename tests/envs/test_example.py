@@ -1,4 +1,4 @@
-"""The example environment does what its docstring says."""
+"""The example environment: its tasks, its rewards, and a run with its documented settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ context = "You are good at sums.\\n\\n"
 """
 
 
-def test_it_holds_out_tasks_and_scores_answers() -> None:
+def test_tasks_are_held_out_and_answers_scored() -> None:
     env = load_environment("minidistill.envs.example:load", {"largest": 9, "num_eval_examples": 20})
     train, held_out = ({task.id for task in split} for split in (env.train, env.eval))
     assert (len(train), len(held_out)) == (80, 20)
@@ -41,13 +41,13 @@ def test_it_holds_out_tasks_and_scores_answers() -> None:
     assert has_rewards(env)
 
 
-def test_a_run_with_the_configuration_that_it_shows(
+def test_a_run_with_the_configuration_of_the_docstring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shown = re.search(r"(?ms)^ +\[\[orchestrator\.env\]\].*?^ +args = .*?$", example.__doc__ or "")
-    assert shown is not None
-    Path("sums.toml").write_text(RUN + re.sub("(?m)^ +", "", shown[0]) + "\n")
+    table = re.search(r"(?ms)^ +\[\[orchestrator\.env\]\].*?^ +args = .*?$", example.__doc__ or "")
+    assert table is not None
+    Path("sums.toml").write_text(RUN + re.sub("(?m)^ +", "", table[0]) + "\n")
     assert cli.main(["run", "sums.toml", "--output_dir", "out"]) == EXIT_OK
     rollouts = Path("out/rollouts/step_000001.jsonl").read_text().splitlines()
     contents = {json.loads(line)["messages"][0]["content"] for line in rollouts}

@@ -1,4 +1,4 @@
-"""A file of prompts: its splits, its rewards, and the errors for what cannot be used."""
+"""A file of prompts: its lines, splits and rewards, and errors for invalid input."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def length(task, completion):
     return len(completion) / task.data["longest"]
 
 def parts(task, completion):
-    return Reward(0.5, {"said": completion.count(task.answer)})
+    return Reward(0.5, {"count": completion.count(task.answer)})
 
 NUMBER = 3
 """
 
 
 @pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paths are relative to the current directory; a module with rewards is importable."""
+def _working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets an empty current directory with an importable module of rewards."""
     (tmp_path / "own_rewards.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -38,7 +38,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(lines: list[Any], name: str = "prompts.jsonl") -> None:
-    """Write a file of these lines; those that are not text are written as JSON."""
+    """Write a file of these lines, as JSON unless they are text."""
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     Path(name).write_text("\n".join(texts) + "\n", encoding="utf-8")
 
@@ -83,17 +83,17 @@ def test_a_line_becomes_a_task() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "asked", "held_out"), [(2, None, 1), (19, None, 1), (20, None, 2), (20, 7, 7)]
+    ("count", "requested", "held_out"), [(2, None, 1), (19, None, 1), (20, None, 2), (20, 7, 7)]
 )
-def test_how_many_are_held_out(count: int, asked: int | None, held_out: int) -> None:
-    env = load(prompts(count), num_eval_examples=asked)
+def test_the_number_of_held_out_prompts(count: int, requested: int | None, held_out: int) -> None:
+    env = load(prompts(count), num_eval_examples=requested)
     assert (len(env.train), len(env.eval)) == (count - held_out, held_out)
     assert last_messages(env.train) | last_messages(env.eval) == {
         f"question {i}" for i in range(count)
     }
 
 
-def test_the_seed_decides_the_split_and_the_order_does_not() -> None:
+def test_the_split_depends_on_the_seed_and_not_on_the_order() -> None:
     lines = prompts(40)
     first = load(lines, num_eval_examples=10)
     again = load(num_eval_examples=10)
@@ -111,7 +111,7 @@ def test_the_seed_decides_the_split_and_the_order_does_not() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_equal_messages_stay_on_one_side(seed: int) -> None:
+def test_equal_prompts_are_in_one_split(seed: int) -> None:
     lines = [{"prompt": f"question {i % 6}", "answer": str(i)} for i in range(15)]
     lines[7] = {"messages": [{"content": "question 1", "role": "user"}]}
     env = load(lines, num_eval_examples=5, seed=seed)
@@ -120,7 +120,7 @@ def test_equal_messages_stay_on_one_side(seed: int) -> None:
     assert not last_messages(env.train) & last_messages(env.eval)
 
 
-def test_where_every_prompt_is_there_more_often_than_asked() -> None:
+def test_duplicates_of_every_prompt_exceed_the_requested_number() -> None:
     env = load([*prompts(3), *prompts(3)], num_eval_examples=1)
     assert (len(env.train), len(env.eval)) == (4, 2)
     assert not last_messages(env.train) & last_messages(env.eval)
@@ -146,7 +146,7 @@ def score(completion: str, reward: str | None, **line: Any) -> Reward:
     ("completion", "earned"),
     [("yes", 1.0), (" yes\n", 1.0), ("Yes", 0.0), ("yes.", 0.0), ("", 0.0), ("y", 0.0)],
 )
-def test_exact(completion: str, earned: float) -> None:
+def test_the_exact_reward(completion: str, earned: float) -> None:
     assert score(completion, "exact", answer="\tyes ") == Reward(earned)
 
 
@@ -154,14 +154,14 @@ def test_exact(completion: str, earned: float) -> None:
     ("completion", "earned"),
     [("it is 12.", 1.0), ("12", 1.0), ("123", 0.0), ("no number", 0.0), ("", 0.0)],
 )
-def test_regex(completion: str, earned: float) -> None:
+def test_the_regex_reward(completion: str, earned: float) -> None:
     assert score(completion, "regex", answer=r"\b1[0-9]\b") == Reward(earned)
 
 
-def test_a_function() -> None:
+def test_a_reward_function() -> None:
     assert score("abc", "own_rewards:length", longest=4) == Reward(0.75)
-    found = score("a b a", "own_rewards:parts", answer="a")
-    assert found == Reward(0.5, {"said": 2})
+    reward = score("a b a", "own_rewards:parts", answer="a")
+    assert reward == Reward(0.5, {"count": 2})
 
 
 @pytest.mark.parametrize("reward", [None, "none"])
@@ -183,15 +183,15 @@ def chat(*messages: Any) -> dict[str, Any]:
 
 USER = {"role": "user", "content": "x"}
 LINES: dict[str, tuple[Any, str]] = {
-    "no JSON": ("{prompt: a}", "not JSON"),
+    "not JSON": ("{prompt: a}", "not JSON"),
     "half a line": ('{"prompt": "a', "not JSON"),
-    "nested without end": ("[" * 100_000, "not JSON"),
+    "nested too deeply": ("[" * 100_000, "not JSON"),
     "a list": (["a"], "not a JSON object"),
     "no prompt": ({"text": "a"}, "neither `prompt` nor `messages`"),
     "two prompts": ({"prompt": "b", "messages": [USER]}, "both `prompt` and `messages`"),
     "a number as prompt": ({"prompt": 3}, "`prompt` is 3, not text"),
     "an empty prompt": ({"prompt": " \n"}, "`prompt` is empty"),
-    "half a character": ('{"prompt": "\\ud83d"}', "surrogate"),
+    "a lone surrogate": ('{"prompt": "\\ud83d"}', "surrogate"),
     "messages as text": ({"messages": "hello"}, "not a list of messages"),
     "no messages": (chat(), "not a list of messages"),
     "a message as text": (chat("hello"), "`messages[0]` is not an object"),
@@ -220,14 +220,14 @@ def refusal(lines: list[Any] | None = None, **args: Any) -> UserError:
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_a_line_that_cannot_be_used(name: str) -> None:
+def test_an_invalid_line_is_refused(name: str) -> None:
     line, what = LINES[name]
     error = refusal([GOOD, "", line, GOOD])
     assert what in error.what
     assert error.where == "prompts.jsonl:3"
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     error = refusal(path="absent.jsonl")
     assert error.what == "jsonl: cannot read absent.jsonl: No such file or directory"
     assert error.where == str(tmp_path / "absent.jsonl")
@@ -239,7 +239,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert (error.what, error.where) == ("jsonl: the text is not UTF-8", "latin.jsonl:3")
 
 
-def test_splits_that_cannot_be() -> None:
+def test_impossible_splits_are_refused() -> None:
     assert "no prompts" in refusal(["", " "]).what
     assert "leaves none to train on" in refusal([GOOD]).what
     assert "1 different prompts" in refusal([GOOD, GOOD]).what
@@ -262,13 +262,13 @@ def test_splits_that_cannot_be() -> None:
         ("seed", "a"), ("seed", None),
     ],
 )  # fmt: skip
-def test_an_argument_that_cannot_be_used(name: str, value: Any) -> None:
+def test_an_invalid_argument_is_refused(name: str, value: Any) -> None:
     error = refusal(prompts(4), **{name: value})
     assert error.what == f"jsonl: {name} = {value!r} cannot be used"
     assert error.where == f"args.{name}"
 
 
-def test_a_reward_that_cannot_be_given() -> None:
+def test_a_reward_that_does_not_fit_the_lines_is_refused() -> None:
     without = {"prompt": "b"}
     for reward in ("exact", "regex"):
         error = refusal([GOOD, without, without], reward=reward)

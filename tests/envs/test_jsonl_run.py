@@ -1,4 +1,4 @@
-"""Runs over a file of prompts: with a reward, and without one."""
+"""Runs on a file of prompts, with and without a reward."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ eval_baseline = {baseline}
 interval = 1
 [[orchestrator.env]]
 id = "jsonl"
-args = {{ path = "prompts.jsonl", num_eval_examples = 4{more} }}
+args = {{ path = "prompts.jsonl", num_eval_examples = 4{reward} }}
 """
 
 
 @pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paths are relative to the current directory."""
+def _working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets an empty current directory."""
     monkeypatch.chdir(tmp_path)
 
 
-def run(name: str, *, reward: bool, adv_tau: float, baseline: bool, more: str = "") -> int:
+def run(name: str, *, reward: bool, adv_tau: float, baseline: bool, tables: str = "") -> int:
     lines = [{"prompt": f"Tell me about {i} cats.", "answer": "c.ts|sea$"} for i in range(12)]
     Path("prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     text = TOML.format(
         adv_tau=adv_tau,
         skip="false" if adv_tau else "true",
         baseline="true" if baseline else "false",
-        more=', reward = "regex"' if reward else "",
+        reward=', reward = "regex"' if reward else "",
     )
-    Path("own.toml").write_text(text + more)
+    Path("own.toml").write_text(text + tables)
     return cli.main(["run", "own.toml", "--output_dir", name])
 
 
@@ -66,16 +66,14 @@ def rollouts(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def load() -> Any:
-    return load_environment("jsonl", {"path": "prompts.jsonl", "num_eval_examples": 4})
-
-
-def check_prompts(found: list[dict[str, Any]]) -> None:
-    trained = {task.id: task for task in load().train}
-    assert len(found) == 8
-    assert len({rollout["task_id"] for rollout in found}) == 4
-    for rollout in found:
-        assert rollout["messages"] == list(trained[rollout["task_id"]].messages)
+def check_prompts(records: list[dict[str, Any]]) -> None:
+    """The rollouts are of training tasks, with the context in the teacher's prompt alone."""
+    env = load_environment("jsonl", {"path": "prompts.jsonl", "num_eval_examples": 4})
+    tasks = {task.id: task for task in env.train}
+    assert len(records) == 8
+    assert len({rollout["task_id"] for rollout in records}) == 4
+    for rollout in records:
+        assert rollout["messages"] == list(tasks[rollout["task_id"]].messages)
         content = rollout["messages"][0]["content"]
         assert rollout["prompt_text"] == f"<|user|>{content}<|end|><|assistant|>"
         assert rollout["teacher_prompt_text"] == f"<|user|>{CONTEXT}{content}<|end|><|assistant|>"
@@ -83,40 +81,40 @@ def check_prompts(found: list[dict[str, Any]]) -> None:
 
 def test_a_run_with_a_reward() -> None:
     assert run("out", reward=True, adv_tau=0.5, baseline=True) == EXIT_OK
-    found = rollouts("out")
-    check_prompts(found)
-    for rollout in found:
+    written = rollouts("out")
+    check_prompts(written)
+    for rollout in written:
         assert rollout["reward"] == bool(re.search("c.ts|sea$", rollout["completion"]))
-    assert {rollout["reward"] for rollout in found} == {0.0, 1.0}
-    shown = board(Path("out"))
-    assert shown["env"] == "jsonl"
-    assert shown["eval_tasks"] == 4
+    assert {rollout["reward"] for rollout in written} == {0.0, 1.0}
+    scoreboard = board(Path("out"))
+    assert scoreboard["env"] == "jsonl"
+    assert scoreboard["eval_tasks"] == 4
     for key in ("baseline_student", "baseline_teacher", "student", "student_with_context"):
-        assert shown[key] in (0, 0.25, 0.5, 0.75, 1)
+        assert scoreboard[key] in (0, 0.25, 0.5, 0.75, 1)
     assert [r["step"] for r in records(Path("out")) if "eval/jsonl/student/avg" in r] == [1, 2]
 
 
-def test_a_run_without_a_reward_shows_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_reward_reports_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("out", reward=False, adv_tau=0, baseline=False) == EXIT_OK
-    found = rollouts("out")
-    check_prompts(found)
-    assert {rollout["reward"] for rollout in found} == {None}
-    shown = board(Path("out"))
+    written = rollouts("out")
+    check_prompts(written)
+    assert {rollout["reward"] for rollout in written} == {None}
+    scoreboard = board(Path("out"))
     for key in ("student", "baseline_student", "baseline_teacher", "baseline_diff", "gap_closed"):
-        assert shown[key] is None, key
+        assert scoreboard[key] is None, key
     for key in ("teacher_kl_first", "heldout_kl_before", "heldout_kl_after", "length_after"):
-        assert shown[key] > 0, key
+        assert scoreboard[key] > 0, key
     for record in records(Path("out")):
         assert not any(key.startswith(("reward/", "eval/jsonl/")) for key in record), record
     assert "student after" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["one more", "another prompt", "another answer"])
-def test_a_file_that_was_changed_is_not_resumed_with(
+def test_a_run_with_a_changed_file_is_not_resumed(
     change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("out", reward=True, adv_tau=0.5, baseline=False) == EXIT_OK
-    Path("out/scoreboard.json").unlink()  # as if it had not come to its end
+    Path("out/scoreboard.json").unlink()  # as if the run had not finished
     before = Path("out/metrics.jsonl").read_bytes()
     file, text = Path("prompts.jsonl"), Path("prompts.jsonl").read_text()
     extra = '\n{"prompt": "Tell me more.", "answer": "x"}'
@@ -136,13 +134,13 @@ def test_a_file_that_was_changed_is_not_resumed_with(
     assert Path("out/scoreboard.json").exists()
 
 
-def test_beside_an_environment_with_a_reward_only_that_one_is_shown() -> None:
+def test_only_environments_with_a_reward_are_on_the_scoreboard() -> None:
     args = '{ rules = "omit", min_moves = 2, max_depth = 6, num_eval_examples = 8 }'
     sokoban = f'[[orchestrator.env]]\nid = "sokoban-env"\nargs = {args}\n'
-    assert run("out", reward=False, adv_tau=0, baseline=False, more=sokoban) == EXIT_OK
-    shown = board(Path("out"))
-    assert shown["env"] == "sokoban-env"
-    assert shown["student"] * 8 in range(9)
+    assert run("out", reward=False, adv_tau=0, baseline=False, tables=sokoban) == EXIT_OK
+    scoreboard = board(Path("out"))
+    assert scoreboard["env"] == "sokoban-env"
+    assert scoreboard["student"] * 8 in range(9)
     names = {key for r in records(Path("out")) for key in r if key.endswith("/avg")}
     assert names == {"eval/sokoban-env/student/avg"}
 
@@ -154,7 +152,7 @@ def test_beside_an_environment_with_a_reward_only_that_one_is_shown() -> None:
         ({"adv_tau": 0.0, "baseline": True}, "eval_baseline = true", "eval_baseline = false"),
     ],
 )
-def test_a_run_that_asks_for_a_reward_there_is_none_of(
+def test_settings_that_need_a_reward_are_refused_without_one(
     flags: dict[str, Any], what: str, fix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("out", reward=False, **flags) == EXIT_USAGE
@@ -165,28 +163,28 @@ def test_a_run_that_asks_for_a_reward_there_is_none_of(
     assert not Path("out").exists()
 
 
-def test_the_shipped_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_prompts_load_and_fit_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     config = load_config(["configs/own-prompts.toml"]).config
     [env] = config.orchestrator.env
-    found = load_environment(env.id, env.args)
-    assert (len(found.train), len(found.eval)) == (14, 4)
-    check_rewards(config, {"jsonl": found})
-    check_rewards(config, {"jsonl": found}, evaluated=True)
+    loaded = load_environment(env.id, env.args)
+    assert (len(loaded.train), len(loaded.eval)) == (14, 4)
+    check_rewards(config, {"jsonl": loaded})
+    check_rewards(config, {"jsonl": loaded}, evaluated=True)
     small = ["configs/own-prompts.toml", "--gpus", "1", "--gpu-memory", "24"]
     assert cli.main(["plan", *small]) == EXIT_OK
 
 
-def test_every_prompt_of_a_file_is_measured_before_the_run(
+def test_every_prompt_of_a_file_is_checked_against_seq_len(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     lines = [{"prompt": f"Tell me about {i} cats."} for i in range(80)]
-    text = TOML.format(adv_tau=0, skip="true", baseline="false", more="")
+    text = TOML.format(adv_tau=0, skip="true", baseline="false", reward="")
     Path("own.toml").write_text(text)
-    for long in (10, 70):
-        lines[long] = {"prompt": "cats and dogs " * 40}
+    for index in (10, 70):
+        lines[index] = {"prompt": "cats and dogs " * 40}
         Path("prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
         assert cli.main(["run", "own.toml", "--output_dir", "out"]) == EXIT_USAGE
         assert "seq_len" in capsys.readouterr().err
         assert not Path("out").exists()
-        lines[long] = {"prompt": "Tell me about dogs."}
+        lines[index] = {"prompt": "Tell me about dogs."}

@@ -1,4 +1,4 @@
-"""Where environments are found, and what is said of those that are not."""
+"""Environments by built-in name, entry point and path, and errors for those that do not load."""
 
 import subprocess
 import sys
@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from minidistill.envs import load_environment
-from minidistill.envs import registry as base
+from minidistill.envs import load_environment, registry
 from minidistill.envs.sokoban import SokobanEnv
 from minidistill.errors import EXIT_USAGE, UserError
 
@@ -25,16 +24,17 @@ def make(word, times=1):
 
 @pytest.fixture
 def echo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An importable module with an environment of somebody else's."""
+    """An importable module with a third-party environment."""
     (tmp_path / "echo_env.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "echo_env", raising=False)
     return "echo_env"
 
 
-def install(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
-    found = EntryPoints(EntryPoint(n, v, base.ENTRY_POINTS) for n, v in points.items())
-    monkeypatch.setattr(base, "entry_points", lambda group: found.select(group=group))
+def install(monkeypatch: pytest.MonkeyPatch, **paths: str) -> None:
+    """Install entry points with these paths."""
+    points = EntryPoints(EntryPoint(n, v, registry.ENTRY_POINTS) for n, v in paths.items())
+    monkeypatch.setattr(registry, "entry_points", lambda group: points.select(group=group))
 
 
 def refusal(id: str, args: dict[str, Any] | None = None) -> UserError:
@@ -50,20 +50,20 @@ def word(id: str, args: dict[str, Any]) -> str:
     return env.word
 
 
-def test_built_in() -> None:
+def test_a_built_in_environment() -> None:
     env = load_environment("sokoban-env", {"num_train_examples": 2, "num_eval_examples": 1})
     assert isinstance(env, SokobanEnv)
     assert (len(env.train), len(env.eval)) == (2, 1)
     assert len(load_environment("sokoban-env").train) == 1000
 
 
-def test_module_and_function(echo: str) -> None:
+def test_a_module_and_a_function(echo: str) -> None:
     assert word(f"{echo}:make", {"word": "a", "times": 3}) == "aaa"
     assert word(f"{echo}:Echo", {"word": "b"}) == "b"
 
 
 def test_a_module_of_the_current_directory(tmp_path: Path) -> None:
-    """As `minidistill` finds it, whose own folder is where the script is installed."""
+    """As for the installed script, where the current directory is not on the import path."""
     (tmp_path / "mine.py").write_text(MODULE)
     code = (
         "import sys; sys.path.remove(''); from minidistill.envs import load_environment as load; "
@@ -75,7 +75,7 @@ def test_a_module_of_the_current_directory(tmp_path: Path) -> None:
     assert done.stdout.strip() == "a", done.stderr
 
 
-def test_entry_point(echo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_point(echo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, parrot=f"{echo}:make")
     assert word("parrot", {"word": "a"}) == "a"
 
@@ -97,29 +97,29 @@ def test_an_unknown_id_lists_the_known(echo: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("id", ["no_such_module:make", "echo_env:absent", "echo_env:"])
-def test_a_path_to_nothing(echo: str, id: str) -> None:
+def test_a_path_that_does_not_load_is_named(echo: str, id: str) -> None:
     assert repr(id) in refusal(id).what
 
 
 @pytest.mark.parametrize("args", [{}, {"word": "a", "color": "red"}, {"color": "red"}], ids=str)
-def test_args_that_do_not_fit(echo: str, args: dict[str, Any]) -> None:
+def test_args_that_do_not_match_the_signature(echo: str, args: dict[str, Any]) -> None:
     error = refusal(f"{echo}:make", args)
     assert "'word'" in error.what or "'color'" in error.what
     assert "(word, times=1)" in error.fix
 
 
-def test_a_built_in_refuses_its_args() -> None:
+def test_a_built_in_environment_refuses_invalid_args() -> None:
     assert "'levels'" in refusal("sokoban-env", {"levels": 3}).what
     assert "min_w = 9" in refusal("sokoban-env", {"min_w": 9}).what
 
 
-def test_an_error_of_the_environment_is_its_own(echo: str) -> None:
+def test_an_error_of_the_environment_is_raised_as_it_is(echo: str) -> None:
     with pytest.raises(TypeError, match="multiply"):
         load_environment(f"{echo}:make", {"word": "a", "times": "b"})
 
 
 @pytest.mark.parametrize("id", ["minidistill:__version__", ":x", ".a:b", "broken_here:make"])
-def test_a_path_that_leads_nowhere_is_refused(id: str) -> None:
+def test_a_path_without_a_function_is_refused(id: str) -> None:
     assert "cannot load the environment" in refusal(id).what
 
 

@@ -1,4 +1,4 @@
-"""Boards and solver against an independent Sokoban that plays on the text of a board."""
+"""Boards and solvers against an independent Sokoban on the text of a board."""
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +23,7 @@ FOUR_BOXES = """\
 
 @st.composite
 def rooms(draw: st.DrawFn, most_boxes: int = 3) -> str:
-    """Walled rooms of up to 4 x 3 cells, solvable or not, solved or not."""
+    """Walled rooms of up to 4 × 3 cells, possibly solved or unsolvable."""
     width, height = draw(st.integers(2, 4)), draw(st.integers(2, 3))
     cells = [(y, x) for y in range(height) for x in range(width)]
     count = draw(st.integers(1, min(most_boxes, len(cells) - 2)))
@@ -50,7 +50,7 @@ def rooms(draw: st.DrawFn, most_boxes: int = 3) -> str:
 
 @FEW
 @given(rooms())
-def test_text_survives_the_board_in_every_notation(text: str) -> None:
+def test_boards_round_trip_in_every_notation(text: str) -> None:
     board = Board.parse(text)
     assert board.render() == text
     assert board.solved == ("$" not in text)
@@ -103,7 +103,7 @@ def test_only_symmetric_boards_share_a_key(one: str, other: str) -> None:
 
 
 def lone_pushes(text: str) -> dict[tuple[int, int], int]:
-    """Fewest pushes to a goal from each cell, by trying forwards (relaxing until all is still)."""
+    """Fewest pushes of a lone box to a goal from each cell, by relaxation."""
     grid = text.split("\n")
     free = {(y, x) for y, row in enumerate(grid) for x, c in enumerate(row) if c != "#"}
     pushes = {(y, x): 0 if grid[y][x] in ".+*" else UNREACHABLE for y, x in free}
@@ -119,14 +119,14 @@ def lone_pushes(text: str) -> dict[tuple[int, int], int]:
 @given(rooms())
 def test_push_distances(text: str) -> None:
     board = Board.parse(text)
-    found = push_distances(board)
+    distances = push_distances(board)
     for (y, x), pushes in lone_pushes(text).items():
-        assert found[y * board.width + x] == pushes
+        assert distances[y * board.width + x] == pushes
 
 
 @FEW
 @given(rooms())
-def test_solutions_are_the_first_of_the_shortest(text: str) -> None:
+def test_the_solution_is_the_first_of_the_shortest(text: str) -> None:
     expected, board = brute_force(text), Board.parse(text)
     assert solve(board) == expected
     if expected:
@@ -136,17 +136,17 @@ def test_solutions_are_the_first_of_the_shortest(text: str) -> None:
 
 @FEW
 @given(rooms())
-def test_a_star_is_as_short(text: str) -> None:
+def test_a_star_solutions_are_the_shortest(text: str) -> None:
     board, expected = Board.parse(text), brute_force(text)
     distance = push_distances(board)
-    found = a_star(board, distance, 10**6, 10**6)
-    if expected is None or found is None:
-        assert found is expected
+    solution = a_star(board, distance, 10**6, 10**6)
+    if expected is None or solution is None:
+        assert solution is expected
         return
-    assert len(found) == len(expected)
-    assert "$" not in replay(text, found)[-1]
-    if found:
-        assert a_star(board, distance, len(found) - 1, 10**6) is None
+    assert len(solution) == len(expected)
+    assert "$" not in replay(text, solution)[-1]
+    if solution:
+        assert a_star(board, distance, len(solution) - 1, 10**6) is None
 
 
 def test_ties_go_to_the_first_move() -> None:
@@ -154,14 +154,14 @@ def test_ties_go_to_the_first_move() -> None:
     assert solve(Board.parse(text)) == brute_force(text) == "DRRURD"  # and RDLDRR
 
 
-def test_a_star_is_as_short_on_levels_of_many_moves() -> None:
+def test_a_star_solutions_of_long_levels_are_the_shortest() -> None:
     levels = LevelSet(Difficulty(6, 7, 6, 7, 2, 3, min_moves=12), 0, "train", 25)
     for level in (levels[i] for i in range(25)):
         board = Board.parse(level.board)
-        found = a_star(board, push_distances(board), 10**6, 10**6)
-        assert found is not None
-        assert len(found) == len(level.solution)
-        assert "$" not in replay(level.board, found)[-1]
+        solution = a_star(board, push_distances(board), 10**6, 10**6)
+        assert solution is not None
+        assert len(solution) == len(level.solution)
+        assert "$" not in replay(level.board, solution)[-1]
 
 
 def test_four_boxes() -> None:

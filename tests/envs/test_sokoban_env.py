@@ -1,9 +1,10 @@
-"""What a Sokoban answer earns, and which arguments the environment takes."""
+"""The rewards of Sokoban answers, and the environment's arguments."""
 
 import inspect
 from typing import Any, Literal
 
 import pytest
+from support.sokoban import tagged
 
 from minidistill.envs.sokoban import SokobanEnv, load
 from minidistill.envs.sokoban.board import RG, XSB, Board
@@ -12,19 +13,15 @@ from minidistill.errors import EXIT_USAGE, UserError
 from minidistill.types import Reward, Task
 
 
-def tagged(text: str) -> str:
-    return f"<answer>{text}</answer>"
-
-
-def test_the_prompt_asks_for_what_is_accepted() -> None:
-    ways: tuple[Literal["tag", "bare"], ...] = ("tag", "bare")
-    for answer in ways:
+def test_the_prompt_asks_for_the_accepted_format() -> None:
+    formats: tuple[Literal["tag", "bare"], ...] = ("tag", "bare")
+    for answer in formats:
         env = load(num_train_examples=1, num_eval_examples=1, answer=answer)
         task = env.train[0]
         moves = task.answer.solution
-        asked = tagged(moves) if "<answer>" in task.messages[0]["content"] else moves
-        other = moves if asked != moves else tagged(moves)
-        assert env.score(task, asked).value == 1.0
+        requested = tagged(moves) if "<answer>" in task.messages[0]["content"] else moves
+        other = moves if requested != moves else tagged(moves)
+        assert env.score(task, requested).value == 1.0
         assert env.score(task, other).value == 0.0
 
 
@@ -101,14 +98,14 @@ def test_weights_add_up() -> None:
     assert score(board, "R", "R", solved=0).value == 0.0
 
 
-def test_shortest_solutions_earn_all() -> None:
+def test_shortest_solutions_earn_the_full_reward() -> None:
     env = load(8, 4, max_boxes=2, weights={"length_vs_optimal": 1.0})
     for task in (*env.train, *env.eval):
         assert env.score(task, tagged(task.answer.solution)).value == 2.0
         assert env.score(task, tagged("")).value == 0.0
 
 
-def test_the_public_environments_arguments() -> None:
+def test_arguments_of_the_public_environment_are_supported() -> None:
     public = {
         "num_train_examples": 6, "num_eval_examples": 3, "seed": 7, "min_w": 6, "max_w": 7,
         "min_h": 6, "max_h": 7, "min_boxes": 4, "max_boxes": 4, "max_depth": 60,

@@ -1,4 +1,4 @@
-"""Generated levels: bounds, order, splits, and a cache that can only save time."""
+"""Generated levels: their bounds, order and splits, and the cache."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.sokoban import brute_force, replay, symmetric
 
-from minidistill.envs.sokoban import levels as module
+from minidistill.envs.sokoban import levels as levels_module
 from minidistill.envs.sokoban.levels import Difficulty, Level, LevelSet
 from minidistill.errors import EXIT_USAGE, UserError
 
@@ -26,7 +26,7 @@ def take(
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "bounds",
     [
         {},
         {"min_w": 5, "max_w": 7, "min_h": 4, "max_h": 5},
@@ -40,35 +40,35 @@ def take(
     ],
     ids=str,
 )
-def test_every_bound_holds(knobs: dict[str, int]) -> None:
-    bounds = Difficulty(**knobs)
+def test_every_bound_holds(bounds: dict[str, int]) -> None:
+    difficulty = Difficulty(**bounds)
     sizes, counts = set(), set()
-    for level in take(8 if bounds.max_boxes == 4 else 25, bounds):
+    for level in take(8 if difficulty.max_boxes == 4 else 25, difficulty):
         rows = level.board.split("\n")
         assert {len(row) for row in rows} == {len(rows[0])}
-        assert bounds.min_w <= len(rows[0]) <= bounds.max_w
-        assert bounds.min_h <= len(rows) <= bounds.max_h
+        assert difficulty.min_w <= len(rows[0]) <= difficulty.max_w
+        assert difficulty.min_h <= len(rows) <= difficulty.max_h
         edge = rows[0] + rows[-1] + "".join(row[0] + row[-1] for row in rows)
         assert set(edge) == {"#"}
         off_goal, boxes = level.board.count("$"), level.board.count("$") + level.board.count("*")
-        assert off_goal >= bounds.min_boxes_off_goal >= 1
-        assert bounds.min_boxes <= boxes <= bounds.max_boxes
+        assert off_goal >= difficulty.min_boxes_off_goal >= 1
+        assert difficulty.min_boxes <= boxes <= difficulty.max_boxes
         boards = replay(level.board, level.solution)
         assert "$" not in boards[-1]
         places = [[i for i, c in enumerate(board) if c in "$*"] for board in boards]
         pushes = sum(a != b for a, b in pairwise(places))
-        assert bounds.min_pushes <= pushes <= (bounds.max_pushes or pushes)
-        most = min(bounds.max_depth, bounds.max_moves or bounds.max_depth)
-        assert bounds.min_moves <= len(level.solution) <= most
+        assert difficulty.min_pushes <= pushes <= (difficulty.max_pushes or pushes)
+        most = min(difficulty.max_depth, difficulty.max_moves or difficulty.max_depth)
+        assert difficulty.min_moves <= len(level.solution) <= most
         sizes.add((len(rows[0]), len(rows)))
         counts.add(boxes)
     # the whole range is used
-    assert {w for w, _ in sizes} == set(range(bounds.min_w, bounds.max_w + 1))
-    assert {h for _, h in sizes} == set(range(bounds.min_h, bounds.max_h + 1))
-    assert counts == set(range(bounds.min_boxes, bounds.max_boxes + 1))
+    assert {w for w, _ in sizes} == set(range(difficulty.min_w, difficulty.max_w + 1))
+    assert {h for _, h in sizes} == set(range(difficulty.min_h, difficulty.max_h + 1))
+    assert counts == set(range(difficulty.min_boxes, difficulty.max_boxes + 1))
 
 
-def test_every_floor_cell_can_be_walked_to() -> None:
+def test_every_floor_cell_is_reachable() -> None:
     for level in take(40, Difficulty()):
         rows = level.board.split("\n")
         floor = {(y, x) for y, row in enumerate(rows) for x, c in enumerate(row) if c != "#"}
@@ -108,7 +108,7 @@ def test_levels_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     assert outputs.pop().count("Level(") == 40
 
 
-def test_a_level_depends_on_seed_split_and_index_alone() -> None:
+def test_a_level_depends_only_on_seed_split_and_index() -> None:
     few, many = take(5), take(40)
     assert many[:5] == few
     backwards = LevelSet(SMALL, 0, "train", 40)
@@ -120,13 +120,13 @@ def test_a_level_depends_on_seed_split_and_index_alone() -> None:
         backwards[-1]
 
 
-def test_splits_share_no_level_turned_or_mirrored() -> None:
-    tiny = Difficulty(5, 5, 5, 5)  # few levels exist, so that careless splits would meet
+def test_splits_share_no_level_up_to_symmetry() -> None:
+    tiny = Difficulty(5, 5, 5, 5)  # few levels exist, so splits could overlap
     train = [v.board for seed in (0, 1) for v in take(60, tiny, seed)]
     evaluation = [v.board for seed in (0, 7) for v in take(25, tiny, seed, "eval")]
-    turned = {form for board in train for form in symmetric(board)}
-    assert not turned & set(evaluation)
-    assert set(train[:60]) & set().union(*map(symmetric, train[60:]))  # careless seeds do meet
+    forms = {form for board in train for form in symmetric(board)}
+    assert not forms & set(evaluation)
+    assert set(train[:60]) & set().union(*map(symmetric, train[60:]))  # other seeds do overlap
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
@@ -137,7 +137,7 @@ def test_a_split_has_no_duplicates(split: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "bounds",
     [
         {"min_w": 7},
         {"min_h": 3},
@@ -157,15 +157,15 @@ def test_a_split_has_no_duplicates(split: str) -> None:
     ],
     ids=str,
 )
-def test_contradictions_are_refused_at_once(knobs: dict[str, Any]) -> None:
+def test_contradictory_bounds_are_refused_at_once(bounds: dict[str, Any]) -> None:
     with pytest.raises(UserError) as caught:
-        Difficulty(**knobs)
+        Difficulty(**bounds)
     assert caught.value.exit_code == EXIT_USAGE
-    assert any(name in caught.value.what for name in (*knobs, "4 x 4"))
+    assert any(name in caught.value.what for name in (*bounds, "4 x 4"))
 
 
 @pytest.mark.parametrize("difficulty", [Difficulty(4, 4, 4, 4), Difficulty(4, 4, 5, 5)], ids=str)
-def test_more_levels_than_there_are(difficulty: Difficulty) -> None:
+def test_asking_for_more_levels_than_exist_is_refused(difficulty: Difficulty) -> None:
     with pytest.raises(UserError, match="no new level") as caught:
         take(200, difficulty)
     assert caught.value.exit_code == EXIT_USAGE
@@ -173,39 +173,41 @@ def test_more_levels_than_there_are(difficulty: Difficulty) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The path of the one cache file; every generation counts as slow enough to be cached."""
+    """The path of the cache file of `take()`. All levels count as slow enough to be cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(levels_module, "SLOW_SECONDS", 0.0)
     path = LevelSet(SMALL, 0, "train", 1).cache_path
     assert path.is_relative_to(tmp_path)
     return path
 
 
-def test_the_cache_saves_the_work(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_levels_are_not_generated_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fresh = take(4)
     assert [file.name for file in cache.parent.iterdir()] == [cache.name]
     assert take(6)[:4] == fresh
     everything = take(6)
 
     def refuse(*_: object) -> Level:
-        raise AssertionError("generated although it was kept")
+        raise AssertionError("generated although it is cached")
 
-    monkeypatch.setattr(module, "generate", refuse)
+    monkeypatch.setattr(levels_module, "generate", refuse)
     assert take(6) == everything
     assert take(2) == fresh[:2]
     for other in ({"seed": 1}, {"split": "eval"}, {"difficulty": Difficulty(max_depth=9)}):
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="although it is cached"):
             take(1, **other)  # type: ignore[arg-type]
 
 
-def test_fast_levels_are_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SLOW_SECONDS", 60.0)
+def test_fast_levels_are_not_cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levels_module, "SLOW_SECONDS", 60.0)
     take(4)
     assert not cache.exists()
 
 
-def changed(**values: object) -> bytes:
-    """A cache file whose second level was changed."""
+def changed_cache(**values: object) -> bytes:
+    """A cache file with changed values of the second level."""
     lines = [{"board": v.board, "solution": v.solution, "key": v.key} for v in take(3)]
     lines[1] |= values  # type: ignore[arg-type]
     return "\n".join(map(json.dumps, lines)).encode()
@@ -227,10 +229,10 @@ def changed(**values: object) -> bytes:
     ],
     ids=str,
 )
-def test_a_damaged_cache_is_not_believed(cache: Path, values: dict[str, object] | None) -> None:
+def test_a_damaged_cache_is_ignored(cache: Path, values: dict[str, object] | None) -> None:
     fresh = take(5)
     damages = [b"", b"\xff\x00", b"[]\n", b"null\n", cache.read_bytes()[:-20]]
-    for damage in damages if values is None else [changed(**values)]:
+    for damage in damages if values is None else [changed_cache(**values)]:
         cache.write_bytes(damage)
         assert take(5) == fresh
 
@@ -245,7 +247,7 @@ def test_a_cache_that_cannot_be_written(
     assert take(3) == fresh
 
 
-def test_an_empty_cache_home_means_the_usual_one(
+def test_an_empty_cache_home_means_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "")

@@ -1,8 +1,11 @@
-"""What a Sokoban prompt says, and which answers are read."""
+"""The text of Sokoban prompts, and the parsing of answers."""
+
+import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.sokoban import tagged
 
 from minidistill.envs.sokoban.board import RG, XSB
 from minidistill.envs.sokoban.text import parse_moves, prompt_text
@@ -12,12 +15,8 @@ WORDS = {"up": "U", "down": "D", "left": "L", "right": "R"}
 SEPARATORS = " \t\n,;.:>-→'\"`[]()"
 
 
-def tagged(text: str) -> str:
-    return f"<answer>{text}</answer>"
-
-
-def read(text: str) -> str | None:
-    """A second reading of an answer's inside: split at the separators, every piece is moves."""
+def reference_parse(text: str) -> str | None:
+    """An independent parser: split at the separators, every piece is moves."""
     for separator in SEPARATORS:
         text = text.replace(separator, " ")
     moves = ""
@@ -31,48 +30,34 @@ def read(text: str) -> str | None:
     return moves or None
 
 
-def read_last(text: str) -> str | None:
-    """The same for the last complete pair of tags."""
+def reference_parse_tagged(text: str) -> str | None:
+    """The same for the content of the last complete pair of tags."""
     low = text.lower()
     start = low.rfind("<answer>", 0, max(low.rfind("</answer>"), 0))
-    return None if start < 0 else read(text[start + 8 : low.find("</answer>", start)])
+    return None if start < 0 else reference_parse(text[start + 8 : low.find("</answer>", start)])
 
 
 PIECES = [
     *("<answer>", "</answer>", "<ANSWER>", "</Answer>", "<answer", "answer>", "<", "/", "1", "x"),
-    *(
-        "U",
-        "d",
-        "LR",
-        "rr",
-        "up",
-        "UP",
-        "Left",
-        "right",
-        "down",
-        "then",
-        "I go ",
-        "é",
-        "ſ",
-        "\u2003",
-    ),
+    *("U", "d", "LR", "rr", "up", "UP", "Left", "right", "down", "then", "I go "),
+    *("é", "ſ", "\u2003"),
     *SEPARATORS,
 ]
 
 
 @MANY
 @given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
-def test_answers_are_read_as_by_a_second_reader(text: str) -> None:
-    assert parse_moves(text, tagged=True) == read_last(text)
-    assert parse_moves(tagged(text), tagged=True) == read_last(tagged(text))
-    assert parse_moves(text, tagged=False) == read(text)
+def test_answers_are_parsed_as_by_the_reference(text: str) -> None:
+    assert parse_moves(text, tagged=True) == reference_parse_tagged(text)
+    assert parse_moves(tagged(text), tagged=True) == reference_parse_tagged(tagged(text))
+    assert parse_moves(text, tagged=False) == reference_parse(text)
 
 
 @MANY
 @given(st.text())
 def test_no_text_breaks_the_parser(text: str) -> None:
-    for found in (parse_moves(text, False), parse_moves(tagged(text), True)):
-        assert found is None or (found and set(found) <= set("UDLR"))
+    for moves in (parse_moves(text, False), parse_moves(tagged(text), True)):
+        assert moves is None or (moves and set(moves) <= set("UDLR"))
 
 
 @MANY
@@ -92,8 +77,8 @@ def test_letters_and_words_in_any_case(
     expected = "".join(m for m, _, _ in moves)
     assert parse_moves(noise + tagged(answer) + noise, tagged=True) == expected
     assert parse_moves(answer, tagged=False) == expected
-    glued = "".join(m.upper() if upper else m.lower() for m, _, upper in moves)
-    assert parse_moves(tagged(glued), tagged=True) == expected
+    unseparated = "".join(m.upper() if upper else m.lower() for m, _, upper in moves)
+    assert parse_moves(tagged(unseparated), tagged=True) == expected
 
 
 @MANY
@@ -102,9 +87,8 @@ def test_letters_and_words_in_any_case(
     st.characters(exclude_characters=SEPARATORS + "udlrUDLR"),
     st.text("UDLR ", max_size=6),
 )
-def test_anything_else_is_refused(before: str, char: str, after: str) -> None:
-    if char.isspace():
-        return
+def test_any_other_character_is_refused(before: str, char: str, after: str) -> None:
+    assume(not char.isspace())
     assert parse_moves(tagged(f"{before}{char}{after}"), tagged=True) is None
 
 
@@ -140,10 +124,12 @@ def test_bare_answers(completion: str, moves: str | None) -> None:
     assert parse_moves(completion, tagged=False) == moves
 
 
-def test_long_hostile_answers_are_read_quickly() -> None:
+def test_long_malformed_answers_are_parsed_quickly() -> None:
+    began = time.monotonic()
     assert parse_moves("<answer>" * 50_000, tagged=True) is None
     assert parse_moves(tagged("u" * 200_000 + "x"), tagged=True) is None
     assert parse_moves(tagged("u" * 200_000), tagged=True) == "U" * 200_000
+    assert time.monotonic() - began < 10, "the time is not linear in the length"
 
 
 def legend(symbols: dict[str, str]) -> str:
@@ -165,7 +151,7 @@ def test_legends() -> None:
     )
 
 
-def test_prompt_with_and_without_rules() -> None:
+def test_prompts_with_and_without_rules() -> None:
     full, bare = (prompt_text("#@#", XSB, rules, tagged=True) for rules in (True, False))
     assert full.endswith(bare)
     assert "Symbols" in full

@@ -1,4 +1,4 @@
-"""The registry: what the configuration offers, and what adding an estimator takes."""
+"""The registry of estimators, an added estimator, and what each needs from the teacher."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ HALF_TAUS = ("--trainer.loss.teacher_tau", "0.25", "--trainer.loss.student_tau",
 
 def run_with_added_estimator(path: Path, *flags: str) -> Any:
     command = [sys.executable, "-m", "support.half_divergence", "run", SOKOBAN, *TINY, *BRIEF]
-    chosen = ("--trainer.loss.estimator", "half_divergence")
+    estimator = ("--trainer.loss.estimator", "half_divergence")
     return subprocess.run(
-        [*command, *chosen, "--output_dir", str(path), *flags],
+        [*command, *estimator, "--output_dir", str(path), *flags],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])},
     )  # fmt: skip
 
 
 def test_an_added_estimator_trains(tmp_path: Path) -> None:
-    """Half of the divergence is the full one with half of both taus: equal to the last bit."""
+    """`half_divergence` is bitwise equal to `full` with half of both taus."""
     done = run_with_added_estimator(tmp_path / "added")
     assert done.returncode == EXIT_OK, done.stdout + done.stderr
     assert "half_divergence, scored in the trainer" in done.stdout
@@ -46,7 +46,7 @@ def test_an_added_estimator_trains(tmp_path: Path) -> None:
     assert [record["step"] for record in added] == [1, 2]
     for ours, theirs in zip(added, full, strict=True):
         assert abs(ours["loss/kl"]) > 1e-3
-        # the only metric that is the configuration's formula and not the estimator's loss
+        # this metric is computed from the configured taus and not from the estimator's loss
         del ours["combined_advantage"], theirs["combined_advantage"]
         assert ours == theirs
     one, other = (
@@ -62,8 +62,8 @@ def test_an_estimator_that_is_not_registered_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_the_default_clip(name: str) -> None:
-    """5 nats for one-sample estimates, none otherwise; a number beats either."""
+def test_the_kl_clip(name: str) -> None:
+    """5 nats for one-sample estimates and none otherwise, unless the configuration sets one."""
     estimator = ESTIMATORS[name]
 
     def clip(*flags: str) -> float | None:
@@ -74,14 +74,14 @@ def test_the_default_clip(name: str) -> None:
     assert clip("--trainer.loss.kl_clip", "2.5") == 2.5
 
 
-def test_what_an_engine_scores_for_each() -> None:
-    """Ids to score beside the sampled one, and the scores as the kernel's inputs."""
+def test_engine_scores_become_the_kernels_inputs() -> None:
+    """The number of ids to score beside the sampled one, and the inputs made of the scores."""
     completions = [Completion((5, 6), (-1.0, -2.0), "eos", top_ids=[[5, 9], [7, 6]])]
     scores = [TeacherScores([-0.5, -0.25], [[-0.5, -3.0], [-4.0, -0.25]])]
 
     def inputs(estimator: Estimator) -> dict[str, Any]:
-        found = estimator.engine_scores(scores, completions, torch.device("cpu"))
-        return {name: value.tolist() for name, value in found.items()}  # type: ignore[attr-defined]
+        tensors = estimator.engine_scores(scores, completions, torch.device("cpu"))
+        return {name: value.tolist() for name, value in tensors.items()}  # type: ignore[attr-defined]
 
     sampled, top_k, full = (ESTIMATORS[name] for name in ("sampled", "top_k", "full"))
     assert [e.top_ids(64) for e in (sampled, top_k, full)] == [0, 64, 0]

@@ -1,4 +1,4 @@
-"""The scoreboard's figures against a second computation, and its interval in simulation."""
+"""The scoreboard against an independent computation, and its interval in simulation."""
 
 import numpy as np
 import pytest
@@ -9,11 +9,11 @@ from minidistill.evaluation.scoreboard import RESAMPLES, build, compare, pooled
 def reference(
     before: list[float], teacher: list[float], student: list[float], seed: int
 ) -> dict[str, float]:
-    """One resample at a time, in plain Python sums, from the same random picks."""
+    """One resample at a time, with plain Python sums and the same random indices."""
     rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(before), size=(RESAMPLES, len(before)))
+    indices = rng.integers(0, len(before), size=(RESAMPLES, len(before)))
     differences, ratios = [], []
-    for row in picks.tolist():
+    for row in indices.tolist():
         base = sum(before[i] for i in row)
         difference = sum(teacher[i] for i in row) - base
         differences.append(difference / len(row))
@@ -46,7 +46,7 @@ def draw(seed: int, *means: float, tasks: int = 24) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("means", [(0.1, 0.9, 0.7), (0.1, 0.9, 0.1), (0.2, 0.7, 1.0)])
-def test_figures(means: tuple[float, ...]) -> None:
+def test_values_match_the_reference(means: tuple[float, ...]) -> None:
     before, teacher, student = draw(3, *means)
     board = compare(before, teacher, student, student[::-1], seed=11)
     expected = reference(before, teacher, student, seed=11)
@@ -56,7 +56,7 @@ def test_figures(means: tuple[float, ...]) -> None:
     assert board["verdict"].startswith(f"{expected['gap_closed']:.0%} of the gap closed (95 %")
 
 
-def test_by_hand() -> None:
+def test_values_computed_by_hand() -> None:
     board = compare([0] * 8, [1] * 8, [1, 1, 1, 0] * 2, None, seed=0)
     assert (board["baseline_diff"], board["gap_closed"]) == (1.0, 0.75)
     assert (board["baseline_diff_low"], board["baseline_diff_high"]) == (1.0, 1.0)
@@ -67,7 +67,7 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("tasks", [1, 7])
-def test_too_few_tasks(tasks: int) -> None:
+def test_too_few_tasks_for_an_interval(tasks: int) -> None:
     board = compare([0.0] * tasks, [1.0] * tasks, [1.0] * tasks, None, seed=0)
     assert (board["baseline_student"], board["baseline_teacher"], board["student"]) == (0, 1, 1)
     missing = ("gap_closed", "gap_closed_low", "gap_closed_high", "baseline_diff_low")
@@ -93,13 +93,13 @@ def test_a_context_that_harms() -> None:
     assert board["verdict"] == "the context makes the model worse on this task"
 
 
-def test_before_the_end() -> None:
+def test_an_unfinished_run() -> None:
     board = compare([0.0] * 8, [1.0] * 8, None, None, seed=0)
     assert board["student"] is board["gap_closed"] is None
     assert board["verdict"] == "not finished"
 
 
-def test_the_seed_decides_the_interval() -> None:
+def test_the_interval_depends_on_the_seed() -> None:
     before, teacher, student = np.random.default_rng(0).random((3, 24)) * [[1], [4], [2]]
     one, again, other = (compare(before, teacher, student, None, s) for s in (1, 1, 2))
     assert one == again
@@ -111,7 +111,7 @@ def test_the_interval_covers_the_truth() -> None:
     rng = np.random.default_rng(0)
     covered, trials, tasks = 0, 120, 80
     for trial in range(trials):
-        # tasks differ in difficulty: what the student earns goes with what the teacher earns
+        # tasks differ in difficulty, so the rewards of student and teacher are correlated
         teacher = (rng.random(tasks) < 0.8).astype(float)
         before = teacher * (rng.random(tasks) < 0.25)  # mean 0.2
         student = teacher * (rng.random(tasks) < 0.625)  # mean 0.5: half of the gap
@@ -129,16 +129,16 @@ def test_environments_are_pooled_by_task() -> None:
         "b": {"baseline_student": b_before, "baseline_teacher": b_teacher, "student": b_student},
     }
     board = build(rewards, seed=5)
-    parts = (a_before + b_before, a_teacher + b_teacher, a_student + b_student)
+    pooled_rewards = (a_before + b_before, a_teacher + b_teacher, a_student + b_student)
     assert board.pop("env") == "a+b"
     per_env = board.pop("per_env")
-    assert board == compare(*parts, None, 5)
+    assert board == compare(*pooled_rewards, None, 5)
     assert per_env["a"] == {"env": "a", **compare(a_before, a_teacher, a_student, None, 5)}
     assert set(per_env) == {"a", "b"}
     assert "per_env" not in build({"a": rewards["a"]}, seed=5)
 
 
-def test_pooled() -> None:
+def test_rewards_are_pooled_in_the_order_of_environments() -> None:
     rewards = {"b": {"student": [1.0, 2.0]}, "a": {"student": [3.0], "other": [4.0]}}
     assert pooled(rewards, "student") == [1.0, 2.0, 3.0]
     assert pooled(rewards, "other") is None
@@ -150,6 +150,6 @@ def test_without_a_baseline() -> None:
     assert board["verdict"] == "no baseline was evaluated"
     assert (board["student"], board["student_with_context"]) == (0.5, 1.0)
     assert board["gap_closed"] is board["baseline_diff"] is board["baseline_teacher"] is None
-    half = build({"a": {"baseline_student": [0.0, 1.0], "student": [1.0, 1.0]}}, seed=0)
-    assert half["verdict"] == "no baseline was evaluated"
+    no_teacher = build({"a": {"baseline_student": [0.0, 1.0], "student": [1.0, 1.0]}}, seed=0)
+    assert no_teacher["verdict"] == "no baseline was evaluated"
     assert build({}, seed=0)["student"] is None

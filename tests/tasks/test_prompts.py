@@ -1,4 +1,4 @@
-"""The two views of a prompt, with the kinds of chat templates that models have."""
+"""The two views of a prompt, with common kinds of chat templates."""
 
 from __future__ import annotations
 
@@ -69,22 +69,22 @@ def builder(template: str, placement: str, context: str = CONTEXT) -> PromptBuil
 def views(
     template: str, placement: str, *messages: Any, context: str = CONTEXT, tools: Any = None
 ) -> tuple[str, str]:
-    """The text of student and teacher, after checks that hold for every prompt."""
-    made = builder(template, placement, context)
+    """The student's and the teacher's text. Also checks what holds for every prompt."""
+    prompt_builder = builder(template, placement, context)
     before = repr(messages)
-    prompt = made.build("env", Task("t", messages), tools)
+    prompt = prompt_builder.build("env", Task("t", messages), tools)
     assert repr(messages) == before
     for ids, text in (
         (prompt.student_ids, prompt.student_text),
         (prompt.teacher_ids, prompt.teacher_text),
     ):
-        assert made.tokenizer.decode(list(ids)) == text
+        assert prompt_builder.tokenizer.decode(list(ids)) == text
     return prompt.student_text, prompt.teacher_text
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "look"}}]])
-def test_user_placement_adds_the_context_and_nothing_else(template: str, tools: Any) -> None:
+def test_user_placement_adds_only_the_context(template: str, tools: Any) -> None:
     student, teacher = views(template, "user", USER, tools=tools)
     assert teacher.count(CONTEXT) == 1
     assert CONTEXT + "Solve this." in teacher
@@ -93,7 +93,7 @@ def test_user_placement_adds_the_context_and_nothing_else(template: str, tools: 
 
 
 @pytest.mark.parametrize("template", ["chatml", "default", "dropping", "folding"])
-def test_history_is_kept(template: str) -> None:
+def test_the_context_precedes_the_first_user_message(template: str) -> None:
     student, teacher = views(template, "user", *HISTORY)
     assert CONTEXT + "One?" in teacher
     assert teacher.replace(CONTEXT, "") == student
@@ -101,7 +101,7 @@ def test_history_is_kept(template: str) -> None:
     assert "Three?" in student
 
 
-def test_exact_texts() -> None:
+def test_rendered_texts() -> None:
     user = "<|im_start|>user\nSolve this.<|im_end|>\n<|im_start|>assistant\n"
     assert views("chatml", "system", USER) == (
         user,
@@ -118,14 +118,14 @@ def test_exact_texts() -> None:
 
 
 @pytest.mark.parametrize("template", ["chatml", "default", "folding"])
-def test_system_placement_ends_the_system_message(template: str) -> None:
+def test_system_placement_appends_to_the_system_message(template: str) -> None:
     student, teacher = views(template, "system", *HISTORY)
     assert SYSTEM["content"] + CONTEXT in teacher
     assert teacher.replace(CONTEXT, "") == student
     assert "You are a default." not in teacher
 
 
-def test_a_default_system_message_stays_beside_the_context() -> None:
+def test_a_default_system_message_is_kept_before_the_context() -> None:
     student, teacher = views("default", "system", USER, tools=[{"name": "look"}])
     assert teacher.replace(CONTEXT, "") == student
     assert builder("default", "system").default_system == "You are a default."
@@ -141,19 +141,19 @@ def test_a_template_without_system_messages(template: str) -> None:
     assert 'context_placement = "user"' in caught.value.fix
 
 
-def test_a_template_that_refuses_the_tasks_messages() -> None:
+def test_a_template_that_rejects_the_messages() -> None:
     with pytest.raises(UserError, match="System role not supported") as caught:
         views("gemma", "user", *HISTORY)
     assert "system, user, assistant, user" in caught.value.what
 
 
-def test_contents_in_parts() -> None:
+def test_message_content_in_parts() -> None:
     first, second = {"type": "text", "text": "Solve "}, {"type": "text", "text": "this."}
     parts = {"role": "user", "content": [first, second]}
     plain, plain_teacher = views("chatml", "user", USER)
     assert views("chatml", "user", parts) == (plain, plain_teacher)
-    made = builder("chatml", "user").with_context([parts])
-    assert made[0]["content"] == [{"type": "text", "text": CONTEXT}, first, second]
+    (message,) = builder("chatml", "user").with_context([parts])
+    assert message["content"] == [{"type": "text", "text": CONTEXT}, first, second]
     system = {"role": "system", "content": [{"type": "text", "text": "Be terse."}]}
     student, teacher = views("chatml", "system", system, USER)
     assert teacher == student.replace("Be terse.", f"Be terse.{CONTEXT}")
@@ -179,10 +179,10 @@ def test_no_chat_template() -> None:
 
 
 def test_completions_are_decoded_without_special_tokens() -> None:
-    made = builder("chatml", "user")
-    ids = made.encode("Go ahead, ünïcode 🧱 !<|im_end|>")
-    assert ids[-1] == made.tokenizer.eos_token_id
-    assert made.decode(ids) == "Go ahead, ünïcode 🧱 !"
+    chatml = builder("chatml", "user")
+    ids = chatml.encode("Go ahead, ünïcode 🧱 !<|im_end|>")
+    assert ids[-1] == chatml.tokenizer.eos_token_id
+    assert chatml.decode(ids) == "Go ahead, ünïcode 🧱 !"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_completions_are_decoded_without_special_tokens() -> None:
     [
         ("chatml", "user", "Think.", (USER,), ".S"),
         ("chatml", "user", "Think", (SYSTEM, USER), "kS"),
-        ("chatml", "user", "user", (USER,), "rS"),  # the template has this word too
+        ("chatml", "user", "user", (USER,), "rS"),  # the template contains this word too
         ("chatml", "user", "Think. ", (USER,), None),
         ("chatml", "user", "Think.\n", (USER,), None),
         ("chatml", "user", "Think.", ({"role": "user", "content": " x"},), None),
@@ -206,10 +206,11 @@ def test_completions_are_decoded_without_special_tokens() -> None:
         ("dropping", "user", "", (USER,), None),
     ],
 )
-def test_a_context_that_runs_into_the_text_beside_it(
+def test_a_context_that_merges_with_the_adjacent_text(
     template: str, placement: str, context: str, messages: Any, boundary: str | None
 ) -> None:
-    made = builder(template, placement, context)
-    warning = made.boundary_warning(made.build("env", Task("t", messages)))
+    prompt_builder = builder(template, placement, context)
+    prompt = prompt_builder.build("env", Task("t", messages))
+    warning = prompt_builder.boundary_warning(prompt)
     assert (warning is None) == (boundary is None)
     assert boundary is None or repr(boundary) in (warning or "")

@@ -1,4 +1,4 @@
-"""Which tasks a step gets, what completions earn, and how many failures are too many."""
+"""Sampling of tasks, rewards, the limit of failed rewards, and advantages."""
 
 from __future__ import annotations
 
@@ -54,25 +54,25 @@ def prompt(env: str = "a", id: str = "t") -> Prompt:
     st.integers(1, 12),
     st.integers(0, 3),
 )
-def test_every_task_once_an_epoch(sizes: list[int], count: int, seed: int) -> None:
+def test_an_epoch_has_every_task_once(sizes: list[int], count: int, seed: int) -> None:
     environments = {f"env{i}": Env(size) for i, size in enumerate(sizes)}
     sampler = TaskSampler(environments, seed)
     total = len(sampler)
     assert total == sum(sizes)
     drawn = [pair for step in range(1, total * 2 + 1) for pair in sampler.draw(step, count)]
-    everything = {(n, t.id) for n, env in environments.items() for t in env.train}
+    all_tasks = {(n, t.id) for n, env in environments.items() for t in env.train}
     for epoch in range(2 * count):
-        part = drawn[epoch * total : (epoch + 1) * total]
-        assert Counter((n, t.id) for n, t in part) == Counter(everything)
+        tasks = drawn[epoch * total : (epoch + 1) * total]
+        assert Counter((n, t.id) for n, t in tasks) == Counter(all_tasks)
 
 
-def test_a_step_does_not_depend_on_those_before_it() -> None:
+def test_a_steps_tasks_do_not_depend_on_earlier_steps() -> None:
     environments = {"a": Env(7), "b": Env(5)}
-    through = TaskSampler(environments, seed=3)
-    steps = {step: through.draw(step, 5) for step in range(1, 30)}
+    sampler = TaskSampler(environments, seed=3)
+    steps = {step: sampler.draw(step, 5) for step in range(1, 30)}
     for step in (29, 1, 14, 2):
         assert TaskSampler(environments, seed=3).draw(step, 5) == steps[step]
-        assert through.draw(step, 5) == steps[step]
+        assert sampler.draw(step, 5) == steps[step]
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -86,18 +86,18 @@ def test_epochs_and_seeds_differ() -> None:
     assert all(order != sorted(order, key=orders[0].index) for order in orders[1:])
 
 
-def test_no_tasks_at_all() -> None:
+def test_no_tasks_are_an_error() -> None:
     with pytest.raises(UserError, match="no training tasks") as caught:
         TaskSampler({"a": Env(0)}, seed=0)
     assert caught.value.exit_code == EXIT_USAGE
 
 
-def test_environments_come_by_name() -> None:
+def test_environments_are_loaded_by_name() -> None:
     args = {"num_train_examples": 3, "num_eval_examples": 1}
     configs = [EnvConfig(id="sokoban-env", name=name, args=args) for name in ("y", "x")]
-    found = load_environments(configs, "orchestrator.env")
-    assert list(found) == ["y", "x"]
-    assert all(isinstance(env, SokobanEnv) for env in found.values())
+    loaded = load_environments(configs, "orchestrator.env")
+    assert list(loaded) == ["y", "x"]
+    assert all(isinstance(env, SokobanEnv) for env in loaded.values())
     with pytest.raises(UserError) as caught:
         load_environments([*configs, EnvConfig(id="none")], "orchestrator.env")
     assert caught.value.where == "orchestrator.env.2"
@@ -138,7 +138,7 @@ def test_failures_are_counted_and_named() -> None:
     assert [e.split(":")[0] for e in errors] == [f"task t{i}" for i in (1, 2, 4, 5, 6)]
 
 
-def test_each_environment_scores_its_own() -> None:
+def test_each_environment_scores_its_rollouts() -> None:
     environments = {"a": Env(1, lambda _: Reward(1.0)), "b": Env(1, lambda _: Reward(2.0))}
     rollouts = [rollout(prompt(env=name)) for name in "abba"]
     rewards, errors = score(environments, rollouts, lambda _: None)
@@ -168,7 +168,7 @@ def test_an_interrupt_is_not_a_failure() -> None:
         (0, 0, 0.1, False),
     ],
 )
-def test_the_limit_of_failures(failed: int, total: int, limit: float, stops: bool) -> None:
+def test_the_limit_of_failed_rewards(failed: int, total: int, limit: float, stops: bool) -> None:
     errors = [f"error {i}" for i in range(failed)]
     if not stops:
         check_errors(errors, total, limit)
@@ -187,7 +187,7 @@ def test_the_limit_of_failures(failed: int, total: int, limit: float, stops: boo
     st.booleans(),
 )
 def test_advantages(groups: list[list[float]], std_norm: bool) -> None:
-    prompts = [prompt() for _ in groups]  # equal, yet not the same: their groups stay apart
+    prompts = [prompt() for _ in groups]  # equal, but not identical: separate groups
     rollouts = [
         rollout(p, reward=r) for p, group in zip(prompts, groups, strict=True) for r in group
     ]
@@ -196,9 +196,9 @@ def test_advantages(groups: list[list[float]], std_norm: bool) -> None:
         mean, spread = fmean(group), pstdev(group)
         scale = spread if std_norm and spread > 1e-8 else 1.0
         expected += [(r - mean) / scale for r in group]
-    found = with_advantages(rollouts, std_norm)
-    assert [r.advantage for r in found] == pytest.approx(expected, rel=1e-6, abs=1e-6)
-    assert [(r.prompt, r.reward) for r in found] == [(r.prompt, r.reward) for r in rollouts]
+    scored = with_advantages(rollouts, std_norm)
+    assert [r.advantage for r in scored] == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert [(r.prompt, r.reward) for r in scored] == [(r.prompt, r.reward) for r in rollouts]
 
 
 def test_advantages_by_hand() -> None:
@@ -212,8 +212,8 @@ def test_advantages_by_hand() -> None:
     assert all(map(math.isfinite, scaled))
 
 
-def test_rewards_that_are_not_computed() -> None:
+def test_advantages_without_rewards_are_zero() -> None:
     same = prompt()
-    found = with_advantages([rollout(same), rollout(same)], std_norm=True)
-    assert [r.advantage for r in found] == [0.0, 0.0]
+    scored = with_advantages([rollout(same), rollout(same)], std_norm=True)
+    assert [r.advantage for r in scored] == [0.0, 0.0]
     assert with_advantages([], std_norm=True) == []

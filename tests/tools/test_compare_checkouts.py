@@ -1,4 +1,4 @@
-"""The comparison of two runs finds every change, and nothing where there is none."""
+"""The comparison of two runs reports every change, and nothing for equal runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METRICS = {"step": 1, "teacher_kl": 0.25, "time/step": 3.0, "perf/train_tokens_p
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     def make(name: str, **changes: object) -> Path:
-        """A run directory of one step; `changes` replace a value each."""
+        """A run directory of one step. `changes` replaces values."""
         run = tmp_path / name
         for folder in ("rollouts", "adapter"):
             (run / folder).mkdir(parents=True)
@@ -87,10 +87,10 @@ def test_one_changed_value_differs(
 
 def test_the_largest_difference_is_reported(make_run: Callable[..., Path]) -> None:
     before, after = make_run("before"), make_run("after", kl=0.75, metrics={"teacher_kl": 0.125})
-    furthest = {c.file: c.max_difference for c in compare_runs(before, after)}
-    assert furthest["rollouts/step_000001.safetensors"] == 0.25
-    assert furthest["metrics.jsonl"] == 0.125
-    assert furthest["adapter/adapter_model.safetensors"] == 0
+    largest = {c.file: c.max_difference for c in compare_runs(before, after)}
+    assert largest["rollouts/step_000001.safetensors"] == 0.25
+    assert largest["metrics.jsonl"] == 0.125
+    assert largest["adapter/adapter_model.safetensors"] == 0
 
 
 def test_added_keys_are_listed_and_missing_keys_differ(
@@ -105,7 +105,7 @@ def test_added_keys_are_listed_and_missing_keys_differ(
 
 
 @pytest.mark.parametrize("file", ["rollouts/step_000001.jsonl", "scoreboard.json"])
-def test_a_file_of_one_run_alone_differs(make_run: Callable[..., Path], file: str) -> None:
+def test_a_missing_file_differs(make_run: Callable[..., Path], file: str) -> None:
     before, after = make_run("before"), make_run("after")
     (after / file).unlink()
     assert main([str(before), str(after)]) == main([str(after), str(before)]) == 1
