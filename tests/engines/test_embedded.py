@@ -1,31 +1,31 @@
-"""The embedded engine: what it samples, under which log-probs, and that neighbours don't matter."""
+"""The embedded engine: its samples, their log-probs, and independence of other requests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.lab import Lab, make_lab
+from support.paths import SOKOBAN
+from support.plain_forward import completion_logprobs
 
+from minidistill.config import load_config
 from minidistill.engines.embedded import sample
-from minidistill.seeding import stable_seed
 from minidistill.types import Request, Role, SamplingParams
 
 
 @pytest.fixture(scope="module")
 def lab() -> Lab:
-    from support.paths import SOKOBAN
-
-    from minidistill.config import load_config
-
     flags = ("--orchestrator.batch_size", "16", "--orchestrator.env.0.args.num_train_examples", "8")
     return make_lab(load_config([SOKOBAN, *flags]))
 
 
-def requests(lab: Lab, context: bool = False) -> list[Request]:
+def make_requests(lab: Lab, *, context: bool = False) -> list[Request]:
+    """Requests of the student's prompts, or with `context` of the teacher's."""
     views = [r.prompt.teacher_ids if context else r.prompt.student_ids for r in lab.rollouts]
     return [Request(view, 7 + i) for i, view in enumerate(views)]
 
@@ -39,15 +39,8 @@ def reference(
 ) -> list[float]:
     """Log-probs from one plain forward pass of the whole sequence."""
     model = lab.policy.model
-    ids = torch.tensor([[*prompt, *completion]])
-    with torch.no_grad():
-        if role is Role.STUDENT:
-            logits = model(input_ids=ids).logits
-        else:
-            with model.disable_adapter():
-                logits = model(input_ids=ids).logits
-    logp = (logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
-    return logp.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
+    with nullcontext() if role is Role.STUDENT else model.disable_adapter():
+        return completion_logprobs(model, prompt, completion, temperature).tolist()
 
 
 @pytest.mark.parametrize(
@@ -58,9 +51,9 @@ def reference(
 def test_sampled_logprobs_are_the_models(
     lab: Lab, role: Role, context: bool, temperature: float
 ) -> None:
-    asked = requests(lab, context)
-    found = lab.engine.generate(asked, SamplingParams(9, temperature), role)
-    for request, completion in zip(asked, found, strict=True):
+    requests = make_requests(lab, context=context)
+    completions = lab.engine.generate(requests, SamplingParams(9, temperature), role)
+    for request, completion in zip(requests, completions, strict=True):
         expected = reference(lab, request.prompt_ids, completion.token_ids, role, temperature)
         assert completion.logprobs == pytest.approx(expected, abs=2e-5)
 
@@ -69,31 +62,31 @@ def test_scores_are_the_models(lab: Lab) -> None:
     prompts = [r.prompt.teacher_ids for r in lab.rollouts]
     completions = [r.completion.token_ids for r in lab.rollouts]
     for role in (Role.STUDENT, Role.TEACHER):
-        found = lab.engine.score(prompts, completions, role, 0.8)
-        for prompt, completion, logprobs in zip(prompts, completions, found, strict=True):
+        scores = lab.engine.score(prompts, completions, role, 0.8)
+        for prompt, completion, logprobs in zip(prompts, completions, scores, strict=True):
             expected = reference(lab, prompt, completion, role, 0.8)
             assert logprobs == pytest.approx(expected, abs=2e-5)
 
 
-def test_a_request_draws_the_same_alone_and_in_any_company(lab: Lab) -> None:
-    asked = requests(lab)
-    together = lab.engine.generate(asked, SamplingParams(9), Role.STUDENT)
-    backwards = lab.engine.generate(asked[::-1], SamplingParams(9), Role.STUDENT)
+def test_samples_do_not_depend_on_other_requests(lab: Lab) -> None:
+    requests = make_requests(lab)
+    together = lab.engine.generate(requests, SamplingParams(9), Role.STUDENT)
+    backwards = lab.engine.generate(requests[::-1], SamplingParams(9), Role.STUDENT)
     assert [c.token_ids for c in backwards[::-1]] == [c.token_ids for c in together]
-    for request, completion in list(zip(asked, together, strict=True))[:4]:
+    for request, completion in list(zip(requests, together, strict=True))[:4]:
         alone = lab.engine.generate([request], SamplingParams(9), Role.STUDENT)
         assert alone[0].token_ids == completion.token_ids
     other = lab.engine.generate(
-        [Request(r.prompt_ids, r.seed + 1000) for r in asked],
+        [Request(r.prompt_ids, r.seed + 1000) for r in requests],
         SamplingParams(9), Role.STUDENT,
     )  # fmt: skip
     assert [c.token_ids for c in other] != [c.token_ids for c in together]
 
 
-def test_greedy_is_transformers_greedy(lab: Lab) -> None:
-    asked = requests(lab)[:6]
-    found = lab.engine.generate(asked, SamplingParams(9, 0), Role.STUDENT)
-    for request, completion in zip(asked, found, strict=True):
+def test_greedy_decoding_equals_transformers(lab: Lab) -> None:
+    requests = make_requests(lab)[:6]
+    completions = lab.engine.generate(requests, SamplingParams(9, 0), Role.STUDENT)
+    for request, completion in zip(requests, completions, strict=True):
         ids = torch.tensor([list(request.prompt_ids)])
         theirs = lab.policy.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=9
@@ -102,32 +95,34 @@ def test_greedy_is_transformers_greedy(lab: Lab) -> None:
 
 
 def test_stops_lengths_and_progress(lab: Lab) -> None:
-    told: list[int] = []
-    asked = requests(lab)
-    found = lab.engine.generate(asked, SamplingParams(5), Role.STUDENT, advance=told.append)
-    assert sum(told) == len(asked)
+    progress: list[int] = []
+    requests = make_requests(lab)
+    completions = lab.engine.generate(
+        requests, SamplingParams(5), Role.STUDENT, advance=progress.append
+    )
+    assert sum(progress) == len(requests)
     eos = lab.policy.tokenizer.eos_token_id
-    for completion in found:
+    for completion in completions:
         assert 1 <= len(completion.token_ids) <= 5
         assert eos not in completion.token_ids[:-1]
         assert (completion.stop == "eos") == (completion.token_ids[-1] == eos)
         assert completion.truncated == (completion.stop == "length")
-    assert any(c.truncated for c in found), "no completion to tell truncation by"
+    assert any(c.truncated for c in completions), "no completion is truncated"
 
 
-def test_small_batches_give_the_same(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory bound splits a call; prompts of one group may then be read twice."""
-    asked = requests(lab)
-    whole = lab.engine.generate(asked, SamplingParams(9), Role.STUDENT)
+def test_small_batches_give_the_same_samples(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound on the cache's memory splits a call into batches."""
+    requests, params = make_requests(lab), SamplingParams(9)
+    one_batch = lab.engine.generate(requests, params, Role.STUDENT)
     monkeypatch.setattr("minidistill.engines.embedded.EMBEDDED_CACHE_BYTES", 1_000_000)
-    batches = lab.engine._batches(asked, range(len(asked)), 9)
-    assert len(batches) > 2
-    parts = lab.engine.generate(asked, SamplingParams(9), Role.STUDENT)
-    assert [c.token_ids for c in parts] == [c.token_ids for c in whole]
+    steps: list[int] = []  # one for each decoding step of a batch
+    batched = lab.engine.generate(requests, params, Role.STUDENT, advance=steps.append)
+    assert len(steps) > 2 * params.max_tokens, "there are at most two batches"
+    assert [c.token_ids for c in batched] == [c.token_ids for c in one_batch]
 
 
 def test_sampling_follows_the_distribution() -> None:
-    """Chi-square over 40,000 draws, and tokens without mass are never drawn."""
+    """Chi-square over 40,000 draws; tokens of probability zero are never drawn."""
     logits = torch.tensor([0.3, -1.0, float("-inf"), 2.0, 0.0, float("-inf")])
     draws = torch.tensor(np.random.default_rng(0).random(40_000))
     chosen, logp = sample(logits.expand(40_000, -1), 0.7, draws)
@@ -142,16 +137,11 @@ def test_sampling_follows_the_distribution() -> None:
     assert edges.tolist() == [0, 4]
 
 
-def test_seeds_are_the_same_on_every_machine() -> None:
-    assert stable_seed(0, "train", 1, 2) == 18092050307847114677
-    assert stable_seed(0, "train", 12) != stable_seed(0, "train", 1, 2)
-
-
 def test_a_live_teacher_samples_with_the_adapter(configure: Callable[..., Any]) -> None:
     flags = ("--orchestrator.batch_size", "8", "--orchestrator.env.0.args.num_train_examples", "8")
     live = make_lab(configure(*flags, "--orchestrator.teacher_model.update", "live"))
-    asked = requests(live, context=True)
-    found = live.engine.generate(asked, SamplingParams(6), Role.TEACHER)
-    for request, completion in zip(asked, found, strict=True):
+    requests = make_requests(live, context=True)
+    completions = live.engine.generate(requests, SamplingParams(6), Role.TEACHER)
+    for request, completion in zip(requests, completions, strict=True):
         expected = reference(live, request.prompt_ids, completion.token_ids, Role.STUDENT)
         assert completion.logprobs == pytest.approx(expected, abs=2e-5)

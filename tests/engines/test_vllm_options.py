@@ -1,10 +1,11 @@
-"""Which engine a run takes, what vLLM is started with, and the error without it. Needs no vLLM."""
+"""The choice of an engine, vLLM's options, and the error without vLLM. Needs no vLLM."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def options(config: Config, *, teacher: bool = False) -> Options:
 
 @pytest.fixture
 def version(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
-    """Sets vLLM's installed version."""
+    """Sets the installed version of vLLM."""
     return lambda number: monkeypatch.setattr(vllm_version, "installed", lambda: number)
 
 
@@ -59,7 +60,8 @@ def test_auto_is_vllm_on_a_gpu_with_a_supported_version(
     version(number)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
-    monkeypatch.setattr("minidistill.placement.machine._local_bytes", lambda gpus: 80 * GIB)
+    gpu = SimpleNamespace(total_memory=80 * GIB)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: gpu)
     config = configure("--inference.engine", engine).config
     assert student(config, Machine.local()).kind.name == kind
 
@@ -83,36 +85,42 @@ def test_a_missing_or_unsupported_vllm_is_an_error_with_the_fix(
     assert "embedded" in caught.value.fix
 
 
-def test_options_of_a_run(configure: Configure, version: Callable[[str | None], None]) -> None:
+def test_options_with_an_adapter(
+    configure: Configure, version: Callable[[str | None], None]
+) -> None:
     version("0.32.0")
     config = configure("--inference.engine", "vllm", "--trainer.model.lora.rank", "17").config
-    started = options(config)
-    assert started.arguments["max_lora_rank"] == 32, "the least that vLLM takes and holds 17"
-    assert started.adapter["r"] == 17
-    assert "lm_head" not in started.arguments["lora_target_modules"]
-    assert "q_proj" in started.arguments["lora_target_modules"]
-    assert started.arguments["max_model_len"] == config.seq_len + 1
-    assert started.environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
+    engine_options = options(config)
+    assert engine_options.arguments["max_lora_rank"] == 32, (
+        "the smallest rank that vLLM supports and 17 fits in"
+    )
+    assert engine_options.adapter["r"] == 17
+    assert "lm_head" not in engine_options.arguments["lora_target_modules"]
+    assert "q_proj" in engine_options.arguments["lora_target_modules"]
+    assert engine_options.arguments["max_model_len"] == config.seq_len + 1
+    assert engine_options.environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
 
 
 def test_options_on_gpus(configure: Configure, version: Callable[[str | None], None]) -> None:
     version("0.32.0")
     config = configure("--inference.engine", "vllm", "--inference.parallel.tp", "2").config
     engine = replace(student(config), gpus=(2, 3), memory_share=0.4, sleeps=True)
-    started = build_options(config, engine, (2, 3), teacher=False)
-    assert started.arguments["device_ids"] == [2, 3]
-    assert started.arguments["tensor_parallel_size"] == started.workers == 2
-    assert started.arguments["gpu_memory_utilization"] == 0.4
-    assert started.arguments["enable_sleep_mode"] is started.sleeps is True
-    assert "enforce_eager" not in started.arguments
+    engine_options = build_options(config, engine, (2, 3), teacher=False)
+    assert engine_options.arguments["device_ids"] == [2, 3]
+    assert engine_options.arguments["tensor_parallel_size"] == engine_options.workers == 2
+    assert engine_options.arguments["gpu_memory_utilization"] == 0.4
+    assert engine_options.arguments["enable_sleep_mode"] is engine_options.sleeps is True
+    assert "enforce_eager" not in engine_options.arguments
 
 
 def test_options_without_an_adapter(
     configure: Configure, version: Callable[[str | None], None]
 ) -> None:
-    """Every weight trained, and a teacher's engine that serves the base alone."""
+    """For full fine-tuning, and for a teacher's engine that serves only the base."""
     version("0.32.0")
     for flags, teacher in ((("--no-trainer.model.lora",), False), ((), True)):
-        started = options(configure("--inference.engine", "vllm", *flags).config, teacher=teacher)
-        assert not started.adapter
-        assert not any("lora" in name for name in started.arguments)
+        engine_options = options(
+            configure("--inference.engine", "vllm", *flags).config, teacher=teacher
+        )
+        assert not engine_options.adapter
+        assert not any("lora" in name for name in engine_options.arguments)

@@ -1,4 +1,4 @@
-"""Which GPUs sample, score and train, for machines of one to eight of them."""
+"""The GPUs that sample, score and train, on machines with one to eight GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FULL_FT = f"{SAMPLED} --no-trainer.model.lora"  # its frozen teacher needs an en
 
 
 class FakeModel:
-    """A model's configuration, as far as its placement depends on it."""
+    """The parts of a model's configuration that its placement depends on."""
 
     max_position_embeddings = None
 
@@ -42,9 +42,9 @@ def teacher_gpus(placement: Placement) -> tuple[int, ...]:
 
 
 def as_text(placement: Placement) -> str:
-    """`0,1 | 2 | 3`: student, teacher, trainer."""
-    parts = placement.student.gpus, teacher_gpus(placement), placement.trainer_gpus
-    return " | ".join(",".join(map(str, ids)) for ids in parts)
+    """The GPUs of student, teacher and trainer, as in `0,1 | 2 | 3`."""
+    roles = placement.student.gpus, teacher_gpus(placement), placement.trainer_gpus
+    return " | ".join(",".join(map(str, ids)) for ids in roles)
 
 
 # batch_size is 64: three GPUs cannot train
@@ -82,7 +82,7 @@ TABLE = [
     (7, FULL_FT, "0,1 | 2 | 3,4,5,6"),
     (8, FULL_FT, "0,1 | 2,3 | 4,5,6,7"),
     (0, SAMPLED, " |  | "),
-    # the configuration asks for an engine of the teacher's own
+    # the configuration asks for a separate engine for the teacher
     (2, f"{SAMPLED} --no-teacher_inference.share", "0 | 0 | 1"),
     (3, f"{SAMPLED} --no-teacher_inference.share", "0 | 1 | 2"),
     # the number of ranks divides the batch
@@ -93,7 +93,7 @@ TABLE = [
     (4, f"{SAMPLED} --inference.parallel.tp 2", "0,1 | 2 | 3"),
     (8, f"{SAMPLED} --inference.parallel.tp 4", "0,1,2,3 | 4,5 | 6,7"),
     (8, "--inference.parallel.tp 2 --inference.parallel.dp 1", "0,1 |  | 2,3,4,5"),
-    # some ids are named: the rest is divided in the same proportions
+    # some ids are set: the other roles share the rest in the same proportions
     (8, f"{SAMPLED} --inference_gpu_ids 6,7", "6,7 | 0,1 | 2,3,4,5"),
     (8, f"{SAMPLED} --trainer_gpu_ids 0,1,2,3", "4,5 | 6,7 | 0,1,2,3"),
     (8, f"{SAMPLED} --teacher_gpu_ids 0", "1,2,3 | 0 | 4,5,6,7"),
@@ -102,13 +102,13 @@ TABLE = [
     (4, "--trainer_gpu_ids 3", "0,1,2 |  | 3"),
     (4, "--inference_gpu_ids 3", "3 |  | 0,1"),
     (2, f"{FULL_FT} --inference_gpu_ids 1", "1 | 1 | 0"),
-    # shared on purpose
+    # the same GPUs for several roles
     (2, "--inference_gpu_ids 0,1 --trainer_gpu_ids 0,1", "0,1 |  | 0,1"),
     (2, f"{SAMPLED} --inference_gpu_ids 0 --teacher_gpu_ids 0 --trainer_gpu_ids 1", "0 |  | 1"),
     (4, f"{SAMPLED} --inference_gpu_ids 0 --teacher_gpu_ids 0", "0 |  | 1,2"),
     (4, f"{FULL_FT} --inference_gpu_ids 0 --teacher_gpu_ids 0", "0 | 0 | 1,2"),
     (1, "--inference_gpu_ids 0 --teacher_gpu_ids 0 --trainer_gpu_ids 0", "0 |  | 0"),
-    # the trainer's own model samples
+    # the trainer's model samples
     (4, "--inference.engine embedded", " |  | 0,1,2,3"),
     (3, "--inference.engine embedded", " |  | 0,1"),
     (2, "--inference.engine embedded --inference_gpu_ids 1", " |  | 1"),
@@ -116,7 +116,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("gpus", "flags", "expected"), TABLE)
-def test_table(configure: Configure, gpus: int, flags: str, expected: str) -> None:
+def test_gpus_of_each_role(configure: Configure, gpus: int, flags: str, expected: str) -> None:
     placement = placed(configure, gpus, flags)
     assert as_text(placement) == expected
     engines = [placement.student, placement.teacher_engine]
@@ -142,7 +142,7 @@ def test_documented_command_lines_for_four_and_eight_gpus(configure: Configure) 
     assert eight.teacher_engine is not None
     assert (eight.student.dp, eight.teacher_engine.dp, eight.ranks) == (1, 1, 4)
     assert not eight.sleeps
-    # and the same without the lists
+    # the same without the lists
     assert as_text(placed(configure, 8, f"{SAMPLED} {tp}")) == as_text(eight)
 
 
@@ -203,7 +203,7 @@ def test_refusals(
     assert caught.value.where
 
 
-def test_lists_that_overlap_in_part_are_configuration_errors(
+def test_lists_that_overlap_partly_are_configuration_errors(
     configure: Configure,
 ) -> None:
     flags = "--inference_gpu_ids 0 --teacher_gpu_ids 0 --trainer_gpu_ids 0,1"

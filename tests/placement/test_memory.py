@@ -1,4 +1,4 @@
-"""The trainer's estimated memory against what a step on a CPU allocates."""
+"""The trainer's estimated memory against the allocations of a step on a CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from minidistill.placement.teacher import place_teacher
 from minidistill.trainer.batching import split_by_tokens
 
 Configure = Callable[..., Any]
-# no engine is synced after the first of two steps
+# the same rollouts are trained on twice
 COMMON = ("--orchestrator.sampling.max_tokens", "24", "--trainer.loss.max_sampler_mismatch", "off")
 SIZES = {
     "llama": {
@@ -46,14 +46,14 @@ SIZES = {
 
 
 def random_model(folder: Path, kind: str, dtype: torch.dtype) -> str:
-    """The shipped model's tokenizer with another, untrained, architecture."""
+    """A randomly initialized model of this architecture, with the shipped model's tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shutil.copytree(BUILT_IN["tiny-sokoban"], folder)
     facts = json.loads((folder / "config.json").read_text())
-    kept = {key: facts[key] for key in ("vocab_size", "eos_token_id", "pad_token_id")}
+    token_ids = {key: facts[key] for key in ("vocab_size", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(
-        kind, **SIZES[kind], **kept, bos_token_id=None, tie_word_embeddings=True
+        kind, **SIZES[kind], **token_ids, bos_token_id=None, tie_word_embeddings=True
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
@@ -61,14 +61,14 @@ def random_model(folder: Path, kind: str, dtype: torch.dtype) -> str:
 
 
 def measured(lab: Lab) -> int:
-    """Peak bytes of live tensors in a training step, by the allocator's own record."""
+    """Peak bytes of live tensors in a training step, from the profiler's allocation events."""
     from torch.profiler import ProfilerActivity, profile
 
-    lab.trainer.step(lab.rollouts, 1, lambda count: None)  # from now on the optimizer has moments
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    lab.trainer.step(lab.rollouts, 1, lambda count: None)  # creates the optimizer's moments
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         lab.trainer.step(lab.rollouts, 2, lambda count: None)
-    assert recorded.profiler is not None
-    events = recorded.profiler.kineto_results.events()
+    assert record.profiler is not None
+    events = record.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     live = peak = 0
     for _, size in changes:
@@ -119,24 +119,24 @@ CASES = [
 
 
 @pytest.mark.parametrize(("model", "dtype", "flags"), CASES)
-def test_the_estimate_is_within_a_fifth_of_the_measured_peak(
+def test_the_estimate_is_within_20_percent_of_the_measured_peak(
     configure: Configure, tmp_path: Path, model: str, dtype: torch.dtype, flags: str
 ) -> None:
     name = model if model in BUILT_IN else random_model(tmp_path / "model", model, dtype)
-    wanted = str(dtype).removeprefix("torch.")
+    dtype_name = str(dtype).removeprefix("torch.")
     loaded = configure(
-        "--model.name", name, "--model.dtype", wanted, *COMMON, *flags.split(),
+        "--model.name", name, "--model.dtype", dtype_name, *COMMON, *flags.split(),
         "--orchestrator.batch_size", "16",
     )  # fmt: skip
     lab = make_lab(loaded)
     parts = estimated(lab, loaded.config)
     peak = measured(lab)
-    # a profile that misses a part whose size is known exactly proves nothing
+    # the profile must include the parts whose size is known exactly
     assert peak > sum(parts[name] for name in ("weights", "adapter", "gradients", "optimizer"))
     assert sum(parts.values()) == pytest.approx(peak, rel=0.2)
 
 
-def test_fixed_parts_are_exact(configure: Configure) -> None:
+def test_the_estimates_of_weights_and_optimizer_are_exact(configure: Configure) -> None:
     loaded = configure(*COMMON)
     lab = make_lab(loaded)
     parts = estimated(lab, loaded.config)
@@ -150,25 +150,26 @@ def test_fixed_parts_are_exact(configure: Configure) -> None:
     assert parts["optimizer"] == sum(moments)
 
 
-def on_a_cpu(config: Any) -> Any:
+def planned_on_a_cpu(config: Any) -> Any:
+    """The planned memory of a CPU with 8 GiB."""
     machine = Machine(0, 8 * GIB, vllm=False, bf16=False)
     (device,) = plan(config, load_models(config), machine).devices
     return device
 
 
-def test_all_processes_on_a_cpu_count(configure: Configure) -> None:
-    """Ranks hold a trainer each, replicas of an engine a copy of the weights and a cache each."""
+def test_the_memory_of_all_processes_on_a_cpu_is_counted(configure: Configure) -> None:
+    """Each rank holds a trainer; each replica of an engine holds the weights and a cache."""
     small = ("--trainer.micro_batch_tokens", "256", "--trainer.world_size")
-    one, two = (on_a_cpu(configure(*small, n).config) for n in "12")
+    one, two = (planned_on_a_cpu(configure(*small, n).config) for n in "12")
     training = one.phases["training"]
     assert two.phases["training"] == training | {OTHER_RANKS: sum(training.values())}
     flags = ("--inference.engine", "vllm", "--teacher_inference.share", "false")
     dp = "--inference.parallel.dp"
-    single, double = (on_a_cpu(configure(*flags, dp, n).config).phases for n in "12")
+    single, double = (planned_on_a_cpu(configure(*flags, dp, n).config).phases for n in "12")
     weights = single["sampling"]["student: weights"]
     assert weights == 4 * 935_296
     for phase in ("sampling", "training"):
         for part in ("weights", "keys and values"):
             assert double[phase][f"student: {part}"] == 2 * single[phase][f"student: {part}"]
     with pytest.raises(UserError, match="3 processes do not divide"):
-        on_a_cpu(configure(*small, "3").config)
+        planned_on_a_cpu(configure(*small, "3").config)

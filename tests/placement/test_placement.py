@@ -1,4 +1,4 @@
-"""What a placement says about engines, dtypes and lengths, beside which GPUs they have."""
+"""Engines, dtypes, lengths and memory in a placement."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ def placed(configure: Configure, machine: Machine, *flags: str) -> Placement:
 
 
 def with_limit(models: Models, *, student: int, teacher: int) -> Models:
-    """The models with other limits on their sequences."""
-    texts = [models.student.to_dict() | {"max_position_embeddings": n} for n in (student, teacher)]
-    return Models(*(type(models.student).from_dict(fields) for fields in texts))
+    """The models with these limits on sequence lengths."""
+    configs = [
+        models.student.to_dict() | {"max_position_embeddings": n} for n in (student, teacher)
+    ]
+    return Models(*(type(models.student).from_dict(fields) for fields in configs))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def with_limit(models: Models, *, student: int, teacher: int) -> Models:
         (FOUR_GPUS, STUDENT_SERVERS, "server"),
     ],
 )
-def test_what_the_student_samples_with(
+def test_the_kind_of_the_students_engine(
     configure: Configure, machine: Machine, flags: tuple[str, ...], kind: str
 ) -> None:
     student = placed(configure, machine, *flags).student
@@ -71,7 +73,7 @@ def test_what_the_student_samples_with(
         (FOUR_GPUS, (*STUDENT_SERVERS, *TEACHER_SERVER), "on a server of its own", "server"),
     ],
 )
-def test_where_the_teacher_is(
+def test_where_the_teacher_is_scored(
     configure: Configure, machine: Machine, flags: tuple[str, ...], text: str, kind: str | None
 ) -> None:
     placement = placed(configure, machine, *flags)
@@ -122,7 +124,7 @@ def test_engines_and_trainer_have_one_dtype(
 @pytest.mark.parametrize(
     ("student", "teacher", "longest", "student_engine", "teacher_engine"),
     [
-        (4096, 4096, 300, 301, 301),  # scoring asks for one token more
+        (4096, 4096, 300, 301, 301),  # scoring requests one more token
         (300, 4096, 300, 300, 301),
         (200, 4096, 200, 200, 201),
         (4096, 200, 200, 201, 200),
@@ -183,7 +185,7 @@ def test_the_cpu_cache_is_bounded() -> None:
     assert one_sequence < cpu_cache_bytes(1_000_000, 40_000) < 1.01 * one_sequence
 
 
-def test_an_imagined_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_to_plan_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     four = Machine.imagined(4, None)
     assert (four.gpus, four.bytes, four.vllm, four.bf16) == (4, GPU_BYTES, True, True)

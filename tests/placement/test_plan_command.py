@@ -1,4 +1,4 @@
-"""The `plan` command: what it prints and what it refuses."""
+"""The `plan` command: its output and its errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GIB = 1 << 30
 pytestmark = pytest.mark.usefixtures("offline")
 
 
-def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["plan", LARGE, "--gpus", "4", "--gpu-memory=80", "--json"]
     assert cli.main(argv) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -37,7 +37,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed["flops_per_step"]["train"] == 4 * layers * batch * 2048 + 4 * head
 
 
-def test_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", LARGE, "--gpus", "1", "--gpu-memory", "24"]) == 3
     out = capsys.readouterr().out
     assert "4,022,468,096 parameters, bfloat16; adapter of rank 16, 33,030,144" in out
@@ -63,19 +63,19 @@ REFUSED_BY_A_RUN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("file", "gpus", "flags", "words"), REFUSED_BY_A_RUN)
+@pytest.mark.parametrize(("file", "gpus", "flags", "message"), REFUSED_BY_A_RUN)
 def test_plan_refuses_what_a_run_would(
-    file: str, gpus: str, flags: str, words: str, capsys: pytest.CaptureFixture[str]
+    file: str, gpus: str, flags: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["plan", file, "--gpus", gpus, *flags.split()]) == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("file", "gpus", "flags"),
     [(LARGE, "2", "--schedule async"), (SOKOBAN, "0", "--schedule async --inference.engine vllm")],
 )
-def test_what_can_be_async(file: str, gpus: str, flags: str) -> None:
+def test_async_schedules_that_are_possible(file: str, gpus: str, flags: str) -> None:
     assert cli.main(["plan", file, "--gpus", gpus, *flags.split()]) == 0
 
 
@@ -89,11 +89,8 @@ INVALID_OPTIONS = [
     (["--gpu-memory", "0"], "--gpu-memory '0' cannot be used", "GiB above 0"),
     (["--gpu-memory", "nan"], "--gpu-memory 'nan' cannot be used", "GiB above 0"),
     (["--gpu_memory=inf"], "--gpu-memory 'inf' cannot be used", "GiB above 0"),
-    (
-        ["--gpu", "1"],
-        "there is no gpu",
-        "the top level takes: max_steps",
-    ),  # options are not abbreviated
+    # options cannot be abbreviated
+    (["--gpu", "1"], "there is no gpu", "the top level takes: max_steps"),
 ]
 
 
@@ -113,7 +110,7 @@ def test_invalid_options(
 
 
 @pytest.mark.parametrize("flag", ["--gpu-memory", "--gpu_memory"])
-def test_the_memory_of_a_gpu_in_both_spellings(
+def test_both_spellings_of_the_gpu_memory_option(
     flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for argv in ([flag, "24", LARGE], [LARGE, f"{flag}=24"]):

@@ -1,4 +1,4 @@
-"""`minidistill plan`: counts against known figures, what fits, and changes that make it fit."""
+"""Plans: parameter counts, what fits, and changes that make a configuration fit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def planned(file: str, gpus: int, gib: float, flags: str = "") -> Plan:
 # -- counting ----------------------------------------------------------------------------------
 
 
-def test_qwen3_4b_is_counted_as_by_hand() -> None:
+def test_counts_of_qwen3_4b() -> None:
     model = load_model_config(load_config([LARGE]).config, shipped=True)
     shape = read_shape(model)
     embedding = 151936 * 2560
@@ -56,7 +56,7 @@ def test_qwen3_4b_is_counted_as_by_hand() -> None:
     assert shape.adapter(8, ["q_proj"]) == 36 * 8 * (2560 + 4096)
 
 
-def test_qwen3_06b_is_counted_as_by_hand() -> None:
+def test_counts_of_qwen3_06b() -> None:
     shape = read_shape(load_model_config(load_config([SMALL]).config, shipped=True))
     layer = 1024 * (2048 + 2 * 1024) + 2048 * 1024 + 2 * 128 + 3 * 1024 * 3072 + 2 * 1024
     assert shape.parameters == 151936 * 1024 + 28 * layer + 1024 == 596_049_920
@@ -70,7 +70,7 @@ def test_qwen3_06b_is_counted_as_by_hand() -> None:
         ("gpt_neox", {"rotary_pct": 1.0}),
     ],
 )
-def test_other_architectures_are_counted_like_built_models(
+def test_counts_of_other_architectures_match_built_models(
     kind: str, settings: dict[str, Any]
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -129,12 +129,12 @@ def test_four_gpus_have_a_teacher_engine() -> None:
     assert result.placement.teacher_text == "in an engine of its own"
 
 
-def test_keys_and_values_get_what_an_engine_leaves() -> None:
+def test_the_cache_gets_the_rest_of_an_engines_memory() -> None:
     student = planned(LARGE, 4, 80).devices[0].phases["sampling"]
-    left = int(0.9 * 80 * GIB) - 2 * 4_022_468_096 - 2 * 33_030_144 - GIB
-    left -= ENGINE_TOKENS * 2 * (9728 + 2560) * 2 + 2 * 4 * 256 * 151936
-    assert student["student: keys and values"] == left
-    assert planned(LARGE, 4, 80).sequences["student"] == left // (147_456 * 2048) == 223
+    free = int(0.9 * 80 * GIB) - 2 * 4_022_468_096 - 2 * 33_030_144 - GIB
+    free -= ENGINE_TOKENS * 2 * (9728 + 2560) * 2 + 2 * 4 * 256 * 151936
+    assert student["student: keys and values"] == free
+    assert planned(LARGE, 4, 80).sequences["student"] == free // (147_456 * 2048) == 223
     assert planned(LARGE, 4, 80, FOUR).sequences["student"] == 2 * 223
 
 
@@ -145,7 +145,7 @@ def test_tensor_parallel_engines_split_weights_and_cache() -> None:
     assert two.sequences["student"] > one.sequences["student"]
 
 
-def test_shared_gpus_must_fit_the_largest_phase_not_the_sum() -> None:
+def test_a_shared_gpu_must_fit_the_largest_phase() -> None:
     result = planned(SMALL, 1, 24)
     (device,) = result.devices
     assert set(device.phases) == {"sampling", "training"}
@@ -213,15 +213,15 @@ def test_the_smallest_change_makes_it_fit(
     assert not result.fits
     assert result.change == change
     if change is not None:
-        # as a user would type it
+        # as flags on the command line
         assert planned(file, gpus, gib, f"{flags} {as_flags(change)}").fits
 
 
-def test_planning_asks_nothing_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_does_not_query_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     def refuse(*args: Any) -> None:
-        raise AssertionError("planning asked for a device")
+        raise AssertionError("planning queried a device")
 
     for name in ("device_count", "get_device_properties", "is_bf16_supported", "init"):
         monkeypatch.setattr(torch.cuda, name, refuse)

@@ -1,4 +1,4 @@
-"""How many ranks train and on which devices, with and without torchrun."""
+"""The number of ranks and their devices, with and without torchrun."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Configure = Callable[..., Any]
 
 
 def placement(loaded: Any, gpus: int = 0, torchrun: tuple[int, int] = (1, 1)) -> Placement:
-    """On a machine with so many GPUs, where torchrun starts ranks on all machines and on this."""
+    """On a machine with `gpus`. `torchrun` is the number of ranks on all machines, and on this."""
     machine = Machine(gpus, 80 << 30, vllm=False, bf16=gpus > 0, torchrun_ranks=torchrun[0],
                       torchrun_local_ranks=torchrun[1])  # fmt: skip
     return plan_run(loaded, machine).placement
 
 
 @pytest.mark.parametrize(
-    ("flags", "torchrun", "words"),
+    ("flags", "torchrun", "message"),
     [
         (("--trainer.world_size", "5"), (1, 1), "do not divide orchestrator.batch_size"),
         (("--trainer.world_size", "2"), (4, 4), "torchrun starts 4 processes"),
     ],
 )
 def test_refusals(
-    configure: Configure, flags: tuple[str, ...], torchrun: tuple[int, int], words: str
+    configure: Configure, flags: tuple[str, ...], torchrun: tuple[int, int], message: str
 ) -> None:
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         placement(configure(*BATCH, *flags), torchrun=torchrun)
     assert caught.value.exit_code == EXIT_USAGE
 
@@ -45,7 +45,7 @@ def test_ranks_on_a_cpu(configure: Configure) -> None:
     assert (two.ranks, [d.type for d in two.devices]) == (2, ["cpu", "cpu"])
 
 
-def test_gpus_of_the_trainer_are_its_ranks(configure: Configure) -> None:
+def test_each_gpu_of_the_trainer_is_a_rank(configure: Configure) -> None:
     two = (*EMBEDDED, "--trainer_gpu_ids", "2,3")
     assert [d.index for d in placement(configure(*two), gpus=8).devices] == [2, 3]
     with pytest.raises(UserError, match="world_size = 4, but 2 GPUs train"):
@@ -57,7 +57,9 @@ def test_gpus_of_the_trainer_are_its_ranks(configure: Configure) -> None:
         placement(three, gpus=8, torchrun=(4, 2))
 
 
-def test_torchrun_says_how_many_processes_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_ranks_is_read_from_torchruns_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert (Machine.local().torchrun_ranks, Machine.local().torchrun_local_ranks) == (1, 1)
@@ -75,6 +77,8 @@ def test_torchrun_says_how_many_processes_it_starts(monkeypatch: pytest.MonkeyPa
         (("--no-trainer.model.lora", "--no-trainer.shard"), False),
     ],
 )
-def test_what_is_sharded(configure: Configure, flags: tuple[str, ...], sharded: bool) -> None:
+def test_which_weights_are_sharded(
+    configure: Configure, flags: tuple[str, ...], sharded: bool
+) -> None:
     assert placement(configure("--trainer.world_size", "2", *flags)).sharded == sharded
     assert not placement(configure(*flags)).sharded, "a single rank"

@@ -1,4 +1,4 @@
-"""Where the teacher is scored, and with which estimator."""
+"""Where the teacher is scored, and by which estimator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from minidistill.errors import UserError
 from minidistill.placement.teacher import place_teacher
 
-OWN, OTHER = "--no-teacher_inference.share", ("--teacher_inference.model.name", "other")
+SEPARATE, OTHER_MODEL = "--no-teacher_inference.share", ("--teacher_inference.model.name", "other")
 FULL_WEIGHTS = "--no-trainer.model.lora"
 
 
@@ -19,13 +19,13 @@ def estimator(name: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "scorer", "chosen", "own", "why"),
+    ("flags", "scorer", "chosen", "separate", "reason"),
     [
         ((), "trainer", "full", False, "exact"),
-        ((OWN,), "engine", "sampled", True, "own"),
-        (OTHER, "engine", "sampled", True, "own"),
+        ((SEPARATE,), "engine", "sampled", True, "own"),
+        (OTHER_MODEL, "engine", "sampled", True, "own"),
         (("--teacher_gpu_ids", "1"), "engine", "sampled", True, "own"),
-        ((OWN, *estimator("full")), "trainer", "full", False, "logits"),
+        ((SEPARATE, *estimator("full")), "trainer", "full", False, "logits"),
         (estimator("sampled"), "engine", "sampled", False, "shares"),
         ((*estimator("sampled"), FULL_WEIGHTS), "engine", "sampled", True, "own"),
         (
@@ -47,12 +47,13 @@ def test_with_vllm(
     flags: tuple[str, ...],
     scorer: str,
     chosen: str,
-    own: bool,
-    why: str,
+    separate: bool,
+    reason: str,
 ) -> None:
     placed = place_teacher(configure(*flags).config, separate_engine=True, scores_ids=False)
-    assert (placed.scorer, placed.estimator.name, placed.needs_own_engine) == (scorer, chosen, own)
-    assert why in placed.reason
+    assert (placed.scorer, placed.estimator.name) == (scorer, chosen)
+    assert placed.needs_own_engine == separate
+    assert reason in placed.reason
 
 
 def test_top_k_needs_an_engine_that_scores_any_ids(configure: Callable[..., Any]) -> None:
@@ -64,7 +65,9 @@ def test_top_k_needs_an_engine_that_scores_any_ids(configure: Callable[..., Any]
 
 
 @pytest.mark.parametrize("name", ["auto", "full", "sampled", "top_k"])
-def test_the_embedded_engine_is_the_trainer(configure: Callable[..., Any], name: str) -> None:
+def test_with_the_embedded_engine_the_trainer_scores(
+    configure: Callable[..., Any], name: str
+) -> None:
     placed = place_teacher(
         configure(*estimator(name)).config, separate_engine=False, scores_ids=False
     )
@@ -76,4 +79,4 @@ def test_a_teacher_of_another_model_does_not_follow_the_student(
     configure: Callable[..., Any],
 ) -> None:
     with pytest.raises(UserError, match="another model"):
-        configure(*OTHER, "--orchestrator.teacher_model.update", "live")
+        configure(*OTHER_MODEL, "--orchestrator.teacher_model.update", "live")
