@@ -81,9 +81,7 @@ def _path(parents: Parents, state: tuple[int, int]) -> str:
     return "".join(reversed(moves))
 
 
-def breadth_first(
-    board: Board, distance: list[int], max_moves: int, max_states: int
-) -> str | None:
+def breadth_first(board: Board, distance: list[int], max_moves: int, max_states: int) -> str | None:
     start = (board.player, board.boxes)
     parents: Parents = {start: None}
     frontier = [start]
