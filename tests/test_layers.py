@@ -1,4 +1,4 @@
-"""Which module imports which, read from the source: lazy and TYPE_CHECKING imports included."""
+"""The imports between modules, read from the source, lazy and TYPE_CHECKING ones included."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from support.paths import ROOT
 
 PACKAGE = ROOT / "minidistill"
-# A module imports from its own folder and from what stands before it.
+# A module imports only from its own folder and from those before it.
 ORDER = (
     "errors",
     "types",
@@ -34,9 +34,9 @@ ORDER = (
     "cli",
     "__main__",
 )
-LOOSE_MODULES = 8  # at the top of the package, beside __init__ and __main__
+TOP_LEVEL_MODULES = 8  # in the package's folder, besides __init__ and __main__
 HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "wandb"}
-# These may be imported without torch, and import only each other.
+# These import only each other, and no torch
 LIGHT = {"errors", "types", "seeding", "files", "logs", "estimators", "config", "envs", "reporting"}
 # except for what writes tensors to disk
 TENSOR_FILES = {"minidistill.reporting.rollout_log"}
@@ -53,26 +53,26 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, *, at_import: bool = False) -> set[str]:
-    """Dotted names that a file imports: anywhere, or only when it is itself imported."""
+    """Dotted names that a file imports anywhere, or with `at_import` at its top level."""
     tree = ast.parse(path.read_text())
     names = set()
     for node in ast.iter_child_nodes(tree) if at_import else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import hides where it leads"
+            assert node.level == 0, f"{path}: imports are absolute"
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
                 names.add(submodule if submodule in modules() else str(node.module))
     return names
 
 
-def edges(name: str) -> set[str]:
+def imported_modules(name: str) -> set[str]:
     return {other for other in imports(modules()[name]) if other in modules()} - {name}
 
 
 def folder(module: str) -> str:
-    """The folder or the loose module at the top of the package that a module belongs to."""
+    """The top-level folder or module that a module belongs to, empty for the package itself."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -80,31 +80,32 @@ def assert_acyclic(graph: dict[str, set[str]]) -> None:
     try:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
-        raise AssertionError(f"a circle of imports: {' -> '.join(error.args[1])}") from None
+        raise AssertionError(f"circular imports: {' -> '.join(error.args[1])}") from None
 
 
-def test_no_circle_between_files() -> None:
+def test_files_have_no_circular_imports() -> None:
     assert len(modules()) > 80
-    assert_acyclic({name: edges(name) for name in modules()})
+    assert_acyclic({name: imported_modules(name) for name in modules()})
 
 
-def test_no_circle_between_folders() -> None:
+def test_folders_have_no_circular_imports() -> None:
     graph: dict[str, set[str]] = {}
     for name in modules():
-        others = {folder(other) for other in edges(name)} - {folder(name), ""}
+        others = {folder(other) for other in imported_modules(name)} - {folder(name), ""}
         graph.setdefault(folder(name), set()).update(others)
     assert_acyclic(graph)
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
-def test_imports_lead_down(name: str) -> None:
+def test_imports_follow_the_order_of_layers(name: str) -> None:
     if not folder(name):
+        assert not imported_modules(name), "the package itself imports nothing"
         return
-    assert folder(name) in ORDER, f"say in ORDER where {folder(name)} stands"
-    for other in edges(name):
+    assert folder(name) in ORDER, f"add {folder(name)} to ORDER"
+    for other in imported_modules(name):
         if folder(other):
-            down = ORDER.index(folder(other)) <= ORDER.index(folder(name))
-            assert down, f"{name} imports {other}"
+            allowed = ORDER.index(folder(other)) <= ORDER.index(folder(name))
+            assert allowed, f"{name} imports {other}"
 
 
 @pytest.mark.parametrize("name", sorted(n for n in modules() if folder(n) in LIGHT))
@@ -115,15 +116,15 @@ def test_light_modules_import_nothing_heavy(name: str) -> None:
         assert not {other.split(".")[0] for other in names} & HEAVY
 
 
-def test_the_kernels_know_nothing_of_minidistill() -> None:
+def test_the_kernels_do_not_import_minidistill() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
         assert not {n for n in imports(path) if n.split(".")[0] == "minidistill"}, path
 
 
-def test_the_top_of_the_package_is_small() -> None:
-    loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    assert len(loose) <= LOOSE_MODULES, f"{len(loose)} modules: {sorted(loose)}"
+def test_the_package_has_few_top_level_modules() -> None:
+    names = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert len(names) <= TOP_LEVEL_MODULES, sorted(names)
 
 
-def test_kernels_is_a_folder_and_no_package() -> None:
+def test_the_kernels_folder_is_not_a_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow Hugging Face's kernels"

@@ -1,4 +1,4 @@
-"""The package from outside: imports, backends, the README's examples, bad arguments, compile."""
+"""The package's interface: imports, backends, README examples, invalid arguments, compile."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.ops_cases import INTERPRETED, states
+from support.ops_cases import INTERPRETED, make_case
 
 import minidistill_kernels
 from minidistill_kernels import (
@@ -23,7 +23,8 @@ from minidistill_kernels import (
 PACKAGE = Path(minidistill_kernels.__file__).parent
 
 
-def python(code, **environment):
+def run_python(code, **environment):
+    """Run code in a subprocess, without the variables that choose a backend unless given."""
     env = {
         k: v for k, v in os.environ.items() if k not in ("MINIDISTILL_KERNELS", "TRITON_INTERPRET")
     }
@@ -34,8 +35,8 @@ def python(code, **environment):
 
 
 def test_import_is_light_and_self_contained():
-    """torch itself looks for triton on an op's first call; importing the package does not."""
-    done = python(
+    """Importing the package does not import triton. (An op's first call does, in torch.)"""
+    done = run_python(
         "import sys, minidistill_kernels as m\n"
         "assert sorted(m.__all__) == m.__all__ and all(hasattr(m, n) for n in m.__all__)\n"
         "print([n for n in ('triton', 'minidistill') if n in sys.modules])"
@@ -44,7 +45,7 @@ def test_import_is_light_and_self_contained():
 
 
 def test_one_variable_runs_the_triton_kernels_on_a_cpu():
-    done = python(
+    done = run_python(
         "import sys, torch, minidistill_kernels as m\n"
         "print(m.selective_logprob(torch.ones(1, 8), torch.tensor([3]))[0])\n"
         "from minidistill_kernels.triton_rows import stats_kernel\n"
@@ -63,14 +64,14 @@ def test_one_variable_runs_the_triton_kernels_on_a_cpu():
         ("interpret", "before triton is imported"),
     ],
 )
-def test_an_unusable_backend_is_named(choice, message, monkeypatch):
+def test_an_unusable_backend_is_an_error(choice, message, monkeypatch):
     monkeypatch.setenv("MINIDISTILL_KERNELS", choice)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=message):
         selective_logprob(torch.ones(1, 8), torch.tensor([3]))
 
 
-def test_torch_is_chosen_on_request(monkeypatch):
+def test_the_choice_of_a_backend(monkeypatch):
     monkeypatch.setenv("MINIDISTILL_KERNELS", "torch")
     assert backend.backend_for(torch.device("cuda")) == "torch"
     monkeypatch.delenv("MINIDISTILL_KERNELS")
@@ -78,18 +79,18 @@ def test_torch_is_chosen_on_request(monkeypatch):
     assert backend.backend_for(torch.device("cpu")) == "torch"
 
 
-def test_examples_of_the_readme_run():
+def test_the_readmes_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", (PACKAGE / "README.md").read_text(), re.S)
     assert len(blocks) == 3
     for block in blocks:
         exec(block, {})
 
 
-def no_rows(case):
+def drop_all_rows(case):
     case["h_s"], case["ids"] = case["h_s"][:0], case["ids"][:0]
 
 
-BAD = {
+INVALID_TENSORS = {
     "h_s_NH: dtype torch.float64": lambda c: c.update(h_s=c["h_s"].double()),
     "weight_VH: dtype torch.bfloat16, but h_s_NH is torch.float32": lambda c: c.update(
         weight=c["weight"].bfloat16()
@@ -99,7 +100,7 @@ BAD = {
     "weight_VH: last dimension is not contiguous": lambda c: c.update(
         weight=c["weight"].t().contiguous().t()
     ),
-    "h_s_NH: shape \\(0, 8\\) has no rows": no_rows,
+    "h_s_NH: shape \\(0, 8\\) has no rows": drop_all_rows,
     "h_s_NH: expected 2 dimensions": lambda c: c.update(h_s=c["h_s"][None]),
     "h_s_NH: last dimension is not contiguous": lambda c: c.update(h_s=torch.randn(4, 16)[:, ::2]),
     "h_t_NH: 3 rows, but h_s_NH has 4": lambda c: c.update(h_t=c["h_t"][:3]),
@@ -112,11 +113,11 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_bad_tensors_are_named(message):
-    case = states(4, 20, 8)
+@pytest.mark.parametrize("message", INVALID_TENSORS)
+def test_invalid_tensors_are_named(message):
+    case = make_case(4, 20, 8)
     case["valid"] = None
-    BAD[message](case)
+    INVALID_TENSORS[message](case)
     with pytest.raises(ValueError, match=message):
         linear_distill(
             case["h_s"],
@@ -128,7 +129,7 @@ def test_bad_tensors_are_named(message):
         )
 
 
-OPTIONS = {
+INVALID_OPTIONS = {
     "estimator: 'exact'": {"estimator": "exact"},
     "h_t_NH: estimator 'full' needs": {"h_t_NH": None},
     "teacher_logp_N: estimator 'sampled' needs": {"h_t_NH": None, "estimator": "sampled"},
@@ -144,16 +145,16 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("message", OPTIONS)
-def test_bad_options_are_named(message):
-    case = states(4, 20, 8)
-    options = {"h_t_NH": case["h_t"], **OPTIONS[message]}
+@pytest.mark.parametrize("message", INVALID_OPTIONS)
+def test_invalid_options_are_named(message):
+    case = make_case(4, 20, 8)
+    options = {"h_t_NH": case["h_t"], **INVALID_OPTIONS[message]}
     with pytest.raises(ValueError, match=message):
         linear_distill(case["h_s"], case["weight"], case["ids"], **options)
 
 
 def test_top_k_ids_out_of_range_are_named():
-    case = states(4, 20, 8)
+    case = make_case(4, 20, 8)
     with pytest.raises(ValueError, match="topk_ids_NK: an id is outside"):
         linear_distill(
             case["h_s"],
@@ -165,8 +166,8 @@ def test_top_k_ids_out_of_range_are_named():
         )
 
 
-def test_the_other_functions_name_their_arguments():
-    case = states(4, 20, 8)
+def test_the_other_functions_name_invalid_arguments():
+    case = make_case(4, 20, 8)
     logits, ids = torch.randn(4, 20), case["ids"]
     checks = [
         ("logits: last dimension", lambda: selective_logprob(logits.t(), ids.repeat(5))),
@@ -175,7 +176,7 @@ def test_the_other_functions_name_their_arguments():
             case["h_s"], case["weight"].clone().requires_grad_(), case["ids"])),
         ("teacher_weight: requires a gradient", lambda: linear_distill(
             case["h_s"], case["weight"], case["ids"], h_t_NH=case["h_t"],
-            teacher_weight=case["own"].clone().requires_grad_())),
+            teacher_weight=case["teacher_head"].clone().requires_grad_())),
         ("t_logits: requires", lambda: reverse_kl(logits, logits.clone().requires_grad_())),
         ("t_logits: shape", lambda: reverse_kl(logits, logits[:, :19].contiguous())),
         ("t_logits: dtype", lambda: reverse_kl(logits, logits.half())),
@@ -191,7 +192,7 @@ def test_the_other_functions_name_their_arguments():
 
 
 def test_a_trainable_head_may_score_without_gradients():
-    case = states(4, 20, 8)
+    case = make_case(4, 20, 8)
     with torch.no_grad():
         linear_logprob(case["h_s"], torch.nn.Parameter(case["weight"]), case["ids"])
 
@@ -201,7 +202,7 @@ def test_a_distributed_tensor_is_refused(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    case = states(4, 20, 8)
+    case = make_case(4, 20, 8)
     init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
@@ -214,7 +215,7 @@ def test_a_distributed_tensor_is_refused(tmp_path):
 
 @pytest.mark.skipif(INTERPRETED, reason="the graph does not depend on the backend")
 def test_no_graph_break_under_compile():
-    case = states(6, 40, 8)
+    case = make_case(6, 40, 8)
 
     def loss(hidden):
         out = linear_distill(hidden, case["weight"], case["ids"], h_t_NH=case["h_t"])

@@ -1,9 +1,16 @@
-"""linear_distill: every estimator and way of scoring the teacher against float64, and the facts
-of the objective that training relies on."""
+"""linear_distill: every estimator with every source of teacher scores against float64, and the
+properties of the objective that training relies on."""
 
 import pytest
 import torch
-from support.ops_cases import INTERPRETED, both, furthest, relative, same_outputs, states
+from support.ops_cases import (
+    INTERPRETED,
+    assert_same_outputs,
+    furthest,
+    make_case,
+    relative_error,
+    run_both,
+)
 
 from minidistill_kernels import linear_distill, reference
 from minidistill_kernels.distill import linear_op
@@ -11,8 +18,8 @@ from minidistill_kernels.distill import linear_op
 TAUS = {"adv_tau": 0.5, "teacher_tau": 1.0, "student_tau": 0.5}
 
 
-def engine(case, k, temperature, logp=True):
-    """What an inference engine would send: log q(y), the student's top k, log q there."""
+def engine_scores(case, k, temperature, logp=True):
+    """As from an inference engine: log q(y), the student's top-k ids, and log q of those."""
     student = reference.log_softmax(case["h_s"].double() @ case["weight"].double().t(), temperature)
     teacher = reference.log_softmax(case["h_t"].double() @ case["weight"].double().t(), temperature)
     ids = student.topk(k).indices
@@ -22,20 +29,20 @@ def engine(case, k, temperature, logp=True):
     return out
 
 
-def teacher(case, way, temperature=1.0):
-    if way == "shared head":
+def teacher_inputs(case, source, temperature=1.0):
+    if source == "shared head":
         return {"h_t_NH": case["h_t"]}
-    if way == "own head":
-        return {"h_t_NH": case["h_t"], "teacher_weight": case["own"]}
-    return engine(case, 8, temperature)
+    if source == "own head":
+        return {"h_t_NH": case["h_t"], "teacher_weight": case["teacher_head"]}
+    return engine_scores(case, 8, temperature)
 
 
-# The objective itself is shared by the backends: the interpreter sees one of each.
+# The backends share the objective, so the interpreter runs one value of each
 @pytest.mark.parametrize("kl_clip", [0.1] if INTERPRETED else [None, 0.1])
 @pytest.mark.parametrize("temperature", [0.8] if INTERPRETED else [1.0, 0.8])
 @pytest.mark.parametrize("taus", [{}, TAUS], ids=["equal", "unequal"])
 @pytest.mark.parametrize(
-    ("estimator", "way"),
+    ("estimator", "source"),
     [
         ("full", "shared head"),
         ("full", "own head"),
@@ -47,12 +54,12 @@ def teacher(case, way, temperature=1.0):
         ("top_k", "engine"),
     ],
 )
-def test_outputs_and_gradient(estimator, way, taus, temperature, kl_clip):
-    case = states(11, 301, 24, temperature=temperature)
-    scored = teacher(case, way, temperature)
-    if way == "engine" and estimator == "sampled":
+def test_outputs_and_gradient(estimator, source, taus, temperature, kl_clip):
+    case = make_case(11, 301, 24, temperature=temperature)
+    scored = teacher_inputs(case, source, temperature)
+    if source == "engine" and estimator == "sampled":
         scored = {"teacher_logp_N": scored["teacher_logp_N"]}
-    got, grad, want, want_grad = both(
+    got, grad, want, want_grad = run_both(
         case,
         **scored,
         **taus,
@@ -67,8 +74,8 @@ def test_outputs_and_gradient(estimator, way, taus, temperature, kl_clip):
         token_mask_high=1.6,
         chunk=4,
     )
-    same_outputs(got, want)
-    assert relative(grad, want_grad) <= 2e-5
+    assert_same_outputs(got, want)
+    assert relative_error(grad, want_grad) <= 2e-5
     assert got.masked.any()
     assert got.ratio_clipped.any()
     assert bool(got.kl_clipped.any()) == (kl_clip is not None)
@@ -78,45 +85,45 @@ def test_outputs_and_gradient(estimator, way, taus, temperature, kl_clip):
 
 @pytest.mark.parametrize("estimator", ["full", "sampled", "top_k"])
 def test_without_advantages_and_sampler(estimator):
-    case = states(5, 80, 12)
-    got, grad, want, want_grad = both(case, h_t_NH=case["h_t"], estimator=estimator, top_k=5)
-    same_outputs(got, want)
-    assert relative(grad, want_grad) <= 2e-5
+    case = make_case(5, 80, 12)
+    got, grad, want, want_grad = run_both(case, h_t_NH=case["h_t"], estimator=estimator, top_k=5)
+    assert_same_outputs(got, want)
+    assert relative_error(grad, want_grad) <= 2e-5
     assert (got.ratio == 1).all()
     assert not got.masked.any()
 
 
-def test_top_k_of_everything_is_full():
-    case = states(4, 30, 12)
+def test_top_k_of_the_whole_vocabulary_equals_full():
+    case = make_case(4, 30, 12)
     options = {"h_t_NH": case["h_t"], "advantage_N": case["advantage"]}
-    full, full_grad, _, _ = both(case, **options)
-    top, top_grad, _, _ = both(case, **options, estimator="top_k", top_k=1000)
+    full, full_grad, _, _ = run_both(case, **options)
+    top, top_grad, _, _ = run_both(case, **options, estimator="top_k", top_k=1000)
     assert furthest(top.loss, full.loss) <= 2e-5
-    assert relative(top_grad, full_grad) <= 2e-5
+    assert relative_error(top_grad, full_grad) <= 2e-5
 
 
 def test_top_k_in_a_real_vocabulary():
-    """The search by groups finds the same ids as a sort, those in the uneven tail included."""
-    case = states(3, 30_011, 8)
+    """The grouped search finds the same ids as a sort, also in the incomplete last group."""
+    case = make_case(3, 30_011, 8)
     case["weight"][-5:] = case["weight"][:5] + 3 * case["h_s"][:1]
-    got, grad, want, want_grad = both(case, h_t_NH=case["h_t"], estimator="top_k", top_k=16)
-    same_outputs(got, want)
-    assert relative(grad, want_grad) <= 2e-5
+    got, grad, want, want_grad = run_both(case, h_t_NH=case["h_t"], estimator="top_k", top_k=16)
+    assert_same_outputs(got, want)
+    assert relative_error(grad, want_grad) <= 2e-5
 
 
 def test_nearly_all_mass_in_the_top_k():
-    """The rest's mass is below fp32's resolution: no logarithm of zero or less."""
-    case = states(4, 100, 8)
+    """The mass of the other ids is below fp32's resolution, but its logarithm stays finite."""
+    case = make_case(4, 100, 8)
     case["weight"][7] = 100 * case["h_s"].sum(0)
-    got, grad, _, _ = both(case, h_t_NH=case["h_t"], estimator="top_k", top_k=10)
+    got, grad, _, _ = run_both(case, h_t_NH=case["h_t"], estimator="top_k", top_k=10)
     assert torch.isfinite(got.loss).all()
     assert torch.isfinite(grad).all()
 
 
 def test_the_sampled_gradient_is_unbiased():
-    """Averaged over y ~ pi, the sampled gradient is the full one: one hidden state, all tokens."""
+    """Its expectation over y ~ pi is the full gradient, summed over all tokens of one position."""
     vocab = 40
-    case = states(2, vocab, 8)
+    case = make_case(2, vocab, 8)
     h_s = case["h_s"][:1].expand(vocab, -1).contiguous()
     h_t = case["h_t"][:1].expand(vocab, -1).contiguous()
     hidden = h_s.clone().requires_grad_()
@@ -129,11 +136,11 @@ def test_the_sampled_gradient_is_unbiased():
     linear_distill(
         one, case["weight"], case["ids"][:1], h_t_NH=case["h_t"][:1], **TAUS
     ).loss.sum().backward()
-    assert relative(mean, one.grad[0]) <= 1e-5
+    assert relative_error(mean, one.grad[0]) <= 1e-5
 
 
 def test_the_reference_gradient_by_finite_differences():
-    case = {k: v.double() if v.is_floating_point() else v for k, v in states(2, 15, 4).items()}
+    case = {k: v.double() if v.is_floating_point() else v for k, v in make_case(2, 15, 4).items()}
 
     def loss(hidden, **options):
         return reference.linear_distill(
@@ -152,9 +159,9 @@ def test_the_reference_gradient_by_finite_differences():
             assert abs(float(slope - hidden.grad[i, j])) < 1e-7
 
 
-def test_equal_views_leave_the_policy_alone():
-    """An empty context, equal taus: no loss and no gradient at step 0."""
-    case = states(6, 200, 16)
+def test_equal_views_give_no_loss_and_no_gradient():
+    """As with an empty context and equal taus, before the first step."""
+    case = make_case(6, 200, 16)
     for estimator in ("full", "sampled", "top_k"):
         hidden = case["h_s"].clone().requires_grad_()
         out = linear_distill(
@@ -166,8 +173,8 @@ def test_equal_views_leave_the_policy_alone():
         assert furthest(out.kl, torch.zeros(6)) <= 1e-6
 
 
-def test_clipping_bounds_and_never_drops():
-    case = states(8, 120, 16, gap=2.0)
+def test_clipping_bounds_the_loss_and_keeps_a_gradient():
+    case = make_case(8, 120, 16, gap=2.0)
     hidden = case["h_s"].clone().requires_grad_()
     out = linear_distill(hidden, case["weight"], case["ids"], h_t_NH=case["h_t"], kl_clip=0.05)
     assert out.kl_clipped.all()
@@ -177,7 +184,7 @@ def test_clipping_bounds_and_never_drops():
 
 
 def test_unused_rows_are_zero():
-    case = states(7, 90, 16)
+    case = make_case(7, 90, 16)
     case["h_s"][1], case["h_t"][2] = float("nan"), float("inf")
     case["sampler"][1] = float("nan")
     case["ids"][4] = -100
@@ -203,8 +210,8 @@ def test_unused_rows_are_zero():
         assert not hidden.grad[~used].any()
 
 
-def test_a_ratio_that_is_no_number_is_masked():
-    case = states(3, 50, 8)
+def test_ratios_that_are_not_finite_are_masked():
+    case = make_case(3, 50, 8)
     case["sampler"][0], case["sampler"][1] = float("-inf"), float("nan")
     hidden = case["h_s"].clone().requires_grad_()
     out = linear_distill(
@@ -217,11 +224,11 @@ def test_a_ratio_that_is_no_number_is_masked():
 
 
 def test_engine_top_k_without_the_sampled_token():
-    """log q(y) is read off the top k where y is in it, else bounded by the rest's mass."""
-    case = states(12, 60, 8)
-    scored = engine(case, 5, 1.0, logp=False)
+    """log q(y) is taken from the top k if y is in it, else bounded by the mass of the other ids."""
+    case = make_case(12, 60, 8)
+    scored = engine_scores(case, 5, 1.0, logp=False)
     case["ids"][:4] = scored["topk_ids_NK"][:4, 2]
-    truth = engine(case, 5, 1.0)["teacher_logp_N"]
+    truth = engine_scores(case, 5, 1.0)["teacher_logp_N"]
     out = linear_distill(case["h_s"], case["weight"], case["ids"], estimator="top_k", **scored)
     inside = (scored["topk_ids_NK"] == case["ids"][:, None]).any(1)
     assert inside[:4].all()
@@ -233,18 +240,18 @@ def test_engine_top_k_without_the_sampled_token():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    case = states(9, 500, 48, dtype=dtype)
+    case = make_case(9, 500, 48, dtype=dtype)
     for estimator in ("full", "sampled", "top_k"):
-        got, grad, want, want_grad = both(
+        got, grad, want, want_grad = run_both(
             case, h_t_NH=case["h_t"], estimator=estimator, advantage_N=case["advantage"]
         )
-        same_outputs(got, want)
+        assert_same_outputs(got, want)
         assert grad.dtype == dtype
-        assert relative(grad, want_grad) <= 5e-3
+        assert relative_error(grad, want_grad) <= 5e-3
 
 
 def test_only_the_loss_has_a_gradient():
-    case = states(3, 50, 8)
+    case = make_case(3, 50, 8)
     hidden = case["h_s"].clone().requires_grad_()
     out = linear_distill(hidden, case["weight"], case["ids"], h_t_NH=case["h_t"])
     assert [f for f in out._fields if getattr(out, f).requires_grad] == ["loss"]
@@ -254,20 +261,20 @@ def test_only_the_loss_has_a_gradient():
     assert torch.equal(scored.loss, out.loss.detach())
 
 
-def test_chunks_do_not_matter():
-    case = states(13, 70, 8)
+def test_results_do_not_depend_on_the_chunk():
+    case = make_case(13, 70, 8)
     options = {"h_t_NH": case["h_t"], "sampler_logp_N": case["sampler"]}
-    first, first_grad, _, _ = both(case, **options, chunk=1)
+    first, first_grad, _, _ = run_both(case, **options, chunk=1)
     for chunk in (2, 5, 13, 1000):
-        again, grad, _, _ = both(case, **options, chunk=chunk)
+        again, grad, _, _ = run_both(case, **options, chunk=chunk)
         assert furthest(again.loss, first.loss) <= 2e-6
-        assert relative(grad, first_grad) <= 2e-6
+        assert relative_error(grad, first_grad) <= 2e-6
 
 
 @pytest.mark.parametrize("mode", ["full", "sampled", "top_k", "logprob"])
 @pytest.mark.parametrize("need_grad", [True, False])
 def test_opcheck(mode, need_grad):
-    case = states(3, 30, 6)
+    case = make_case(3, 30, 6)
     hidden = case["h_s"].clone().requires_grad_(need_grad)
     h_t = None if mode == "logprob" else case["h_t"]
     settings = [0.5, 1.0, 0.5, 0.8, 2.0, 0.125, 8.0]

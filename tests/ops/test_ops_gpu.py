@@ -1,8 +1,8 @@
-"""What only a GPU shows: compiled arithmetic, real sizes, memory, aliasing under real threads."""
+"""Compiled kernels on a GPU: accuracy, real sizes, memory, and data races."""
 
 import pytest
 import torch
-from support.ops_cases import furthest, relative, states
+from support.ops_cases import furthest, make_case, relative_error
 
 from bench.kernels_measure import peak_bytes
 from minidistill_kernels import (
@@ -33,7 +33,7 @@ def on_gpu(case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [401, 5000, 151936])
-def test_rows(dtype, vocab):
+def test_row_functions(dtype, vocab):
     torch.manual_seed(0)
     s, t = (torch.randn(33, vocab, device="cuda").mul(2).to(dtype) for _ in range(2))
     ids = torch.randint(0, vocab, (33,), device="cuda")
@@ -48,17 +48,17 @@ def test_rows(dtype, vocab):
     (logp + entropy + kl).sum().backward()
     (want_logp + want_entropy + want_kl).sum().backward()
     limit = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
-    assert relative(ours.grad, truth.grad) <= limit
+    assert relative_error(ours.grad, truth.grad) <= limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("estimator", ["full", "sampled", "top_k"])
 @pytest.mark.parametrize("own_head", [False, True])
 def test_distill(dtype, estimator, own_head):
-    case = on_gpu(states(300, 7001, 128, dtype=dtype))
+    case = on_gpu(make_case(300, 7001, 128, dtype=dtype))
     options = {
         "h_t_NH": case["h_t"],
-        "teacher_weight": case["own"] if own_head else None,
+        "teacher_weight": case["teacher_head"] if own_head else None,
         "advantage_N": case["advantage"],
         "sampler_logp_N": case["sampler"],
         "estimator": estimator,
@@ -71,29 +71,29 @@ def test_distill(dtype, estimator, own_head):
     got.loss.sum().backward()
     want["loss"].sum().backward()
     limit = 2e-5 if dtype == torch.float32 else 5e-3
-    assert relative(ours.grad, truth.grad) <= limit
+    assert relative_error(ours.grad, truth.grad) <= limit
     value = 2e-5 if dtype == torch.float32 else 1e-2
-    assert relative(got.kl, want["kl"]) <= value
+    assert relative_error(got.kl, want["kl"]) <= value
     assert furthest(got.logp, want["logp"]) <= 2e-5
 
 
 @pytest.mark.parametrize("gap", [0.006, 0.018])
 def test_small_kl_in_bf16(gap):
-    case = on_gpu(states(64, 32768, 1024, dtype=torch.bfloat16, gap=gap))
+    case = on_gpu(make_case(64, 32768, 1024, dtype=torch.bfloat16, gap=gap))
     truth = case["h_s"].double().requires_grad_()
     weight = case["weight"].double()
     want = reference.reverse_kl(truth @ weight.t(), case["h_t"].double() @ weight.t())
     ours = case["h_s"].clone().requires_grad_()
     kl = linear_reverse_kl(ours, case["h_t"], case["weight"], chunk=32)
-    assert relative(kl, want) <= 0.01
+    assert relative_error(kl, want) <= 0.01
     kl.sum().backward()
     want.sum().backward()
-    assert relative(ours.grad, truth.grad) <= 0.01
+    assert relative_error(ours.grad, truth.grad) <= 0.01
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scoring_without_logits(dtype):
-    case = on_gpu(states(1000, 50257, 768, dtype=dtype))
+    case = on_gpu(make_case(1000, 50257, 768, dtype=dtype))
     logits = case["h_s"].double() @ case["weight"].double().t()
     want, want_entropy = reference.selective_logprob(logits, case["ids"])
     call = lambda: linear_logprob(  # noqa: E731
@@ -107,7 +107,7 @@ def test_scoring_without_logits(dtype):
 
 
 def test_more_than_two_billion_logits():
-    """N * V past 2^31 in one tensor, and more rows than grid axes 1 and 2 could hold."""
+    """More than 2^31 logits in one tensor, and more rows than grid axes 1 and 2 allow."""
     n, v = 70_000, 32_000
     x = torch.randn(n, v, device="cuda", dtype=torch.bfloat16)
     ids = torch.randint(0, v, (n,), device="cuda")
@@ -131,9 +131,9 @@ def test_peak_memory_is_bounded_by_the_chunk():
     assert extra(8192) < 1.1 * extra(2048)
 
 
-def test_repeated_runs_are_equal():
-    """In-place gradients would differ from run to run if threads overtook one another."""
-    case = on_gpu(states(512, 30_000, 256, dtype=torch.bfloat16))
+def test_repeated_runs_give_equal_results():
+    """A data race in the in-place gradients would make runs differ."""
+    case = on_gpu(make_case(512, 30_000, 256, dtype=torch.bfloat16))
     gradients = []
     for _ in range(5):
         hidden = case["h_s"].clone().requires_grad_()
@@ -144,7 +144,7 @@ def test_repeated_runs_are_equal():
 
 def test_torch_backend_on_cuda(monkeypatch):
     monkeypatch.setenv("MINIDISTILL_KERNELS", "torch")
-    case = on_gpu(states(50, 1000, 64, dtype=torch.bfloat16))
+    case = on_gpu(make_case(50, 1000, 64, dtype=torch.bfloat16))
     truth = case["h_s"].double().requires_grad_()
     weight = case["weight"].double()
     want = reference.reverse_kl(truth @ weight.t(), case["h_t"].double() @ weight.t())
@@ -152,12 +152,12 @@ def test_torch_backend_on_cuda(monkeypatch):
     kl = linear_reverse_kl(hidden, case["h_t"], case["weight"])
     kl.sum().backward()
     want.sum().backward()
-    assert relative(kl, want) <= 1e-2
-    assert relative(hidden.grad, truth.grad) <= 5e-3
+    assert relative_error(kl, want) <= 1e-2
+    assert relative_error(hidden.grad, truth.grad) <= 5e-3
 
 
 def test_opcheck():
-    case = on_gpu(states(3, 30, 16))
+    case = on_gpu(make_case(3, 30, 16))
     settings = [0.5, 1.0, 0.5, 0.8, 2.0, 0.125, 8.0]
     torch.library.opcheck(
         linear_op,
@@ -168,7 +168,7 @@ def test_opcheck():
 
 
 def test_compiled_by_inductor():
-    case = on_gpu(states(40, 500, 32))
+    case = on_gpu(make_case(40, 500, 32))
 
     def loss(hidden):
         return linear_reverse_kl(hidden, case["h_t"], case["weight"]).sum()
@@ -176,4 +176,4 @@ def test_compiled_by_inductor():
     plain, compiled = (case["h_s"].clone().requires_grad_() for _ in range(2))
     loss(plain).backward()
     torch.compile(loss, fullgraph=True)(compiled).backward()
-    assert relative(compiled.grad, plain.grad) <= 1e-5
+    assert relative_error(compiled.grad, plain.grad) <= 1e-5

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.ops_cases import BF16_GRADIENT, INTERPRETED, furthest, relative, searched
+from support.ops_cases import BF16_GRADIENT, INTERPRETED, furthest, relative_error, searched
 
 from minidistill_kernels import reference, reverse_kl, selective_logprob, triton_rows
 from minidistill_kernels.rows import kl_op, logprob_op
@@ -15,7 +15,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 @st.composite
 def logits(draw, rows=4):
-    """Rows of any width around a block's edges, scale and offset; a seed for the values."""
+    """Two tensors of rows, with widths around block sizes, and the generator of their values."""
     width = draw(st.one_of(st.integers(2, 70), st.sampled_from([1023, 1024, 1025, 4095, 4097])))
     scale = draw(st.sampled_from([0.01, 1.0, 8.0]))
     offset = draw(st.sampled_from([0.0, 30.0, -1000.0]))
@@ -41,7 +41,7 @@ def test_logprob_entropy_and_gradient(case, temperature):
     (want_logp.sum() + 0.3 * want_entropy.sum()).backward()
     assert ours.grad.dtype == x.dtype
     limit = {torch.float32: 1e-5, torch.bfloat16: BF16_GRADIENT, torch.float16: 2e-3}[x.dtype]
-    assert relative(ours.grad, truth.grad) <= limit
+    assert relative_error(ours.grad, truth.grad) <= limit
     assert not ours.grad[2].any()
 
 
@@ -64,7 +64,7 @@ def test_reverse_kl_and_gradient(case, temperature):
 
 @pytest.mark.parametrize("size", [1e-2, 3e-2])
 def test_small_kl_keeps_its_digits(size):
-    """KL of 1e-4 and 1e-3 within 1 %, whatever offset the logits carry."""
+    """KL of 1e-4 and 1e-3 is exact to 1 %, whatever the logits' offset."""
     torch.manual_seed(0)
     s = torch.randn(6, 3000) * 3
     t = s + torch.randn(6, 3000) * size * 1.4 + 20 * torch.arange(6)[:, None]
@@ -73,7 +73,7 @@ def test_small_kl_keeps_its_digits(size):
     assert ((reverse_kl(s, t) - want).abs() / want).max() < 0.01
 
 
-def test_a_real_vocabulary_is_no_multiple_of_the_block():
+def test_a_vocabulary_that_is_no_multiple_of_the_block():
     torch.manual_seed(1)
     x, t = torch.randn(2, 151936) * 3, torch.randn(2, 151936) * 3
     ids = torch.tensor([151935, 0])
@@ -94,7 +94,7 @@ def test_strongly_negative_rows():
 
 @pytest.mark.parametrize("width", [64, 5000])
 def test_minus_infinity_is_probability_zero(width):
-    """Masked vocabulary on both sides, on the student's side and on the teacher's."""
+    """Masked ids of both models, of the student alone and of the teacher alone."""
     torch.manual_seed(3)
     s, t = torch.randn(3, width), torch.randn(3, width)
     s[:, :20] = LOWEST
@@ -108,7 +108,7 @@ def test_minus_infinity_is_probability_zero(width):
     assert kl[2] == want[2] == float("inf")
     kl[:2].sum().backward()
     want[:2].sum().backward()
-    assert relative(ours.grad[:2], truth.grad[:2]) <= 1e-5
+    assert relative_error(ours.grad[:2], truth.grad[:2]) <= 1e-5
 
     x = s.clone().requires_grad_()
     logp, entropy = selective_logprob(x, torch.tensor([25, width - 1, 30]), return_entropy=True)
@@ -118,7 +118,7 @@ def test_minus_infinity_is_probability_zero(width):
     assert not x.grad[:, :20].any()
 
 
-def test_both_sides_underflow():
+def test_probabilities_of_both_models_underflow():
     """Columns where student and teacher are both exp(-1000)."""
     s, t = torch.full((2, 100), -1000.0), torch.full((2, 100), -1500.0)
     s[:, 3], t[:, 3] = 0.0, 0.0
@@ -149,7 +149,7 @@ def test_unused_rows_may_hold_anything():
     assert torch.isfinite(x.grad).all()
 
 
-def test_no_row_is_used():
+def test_no_valid_rows():
     x = torch.full((3, 9), float("nan")).requires_grad_()
     logp, entropy = selective_logprob(x, torch.full((3,), -100), return_entropy=True)
     (logp + entropy).sum().backward()
@@ -172,7 +172,7 @@ def test_strided_rows_and_untouched_inputs():
 
 
 def test_offsets_past_two_billion_elements():
-    """A row 2^31 elements from the first: an offset in 32 bits would wrap around."""
+    """A row 2^31 elements after the first one: a 32-bit offset would overflow."""
     far = torch.empty(2**31 + 512, dtype=torch.bfloat16)  # only the touched pages become memory
     x = far.as_strided((2, 500), (2**31, 1))
     torch.manual_seed(6)
@@ -184,13 +184,13 @@ def test_offsets_past_two_billion_elements():
     assert furthest(entropy, want_entropy) <= 2e-5
 
 
-def test_blocks_stay_below_the_cliff():
+def test_blocks_have_at_most_16384_columns():
     tables = (*triton_rows.BLOCKS, *triton_rows.TEACHER_BLOCKS)
     assert all(columns <= 16384 for columns, _ in tables)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="70,000 interpreted programs take a minute")
-def test_more_rows_than_a_second_grid_axis_could_hold():
+def test_more_rows_than_a_second_grid_axis_allows():
     x = torch.randn(70_000, 5)
     ids = torch.arange(70_000) % 5
     assert furthest(selective_logprob(x, ids)[0], reference.selective_logprob(x, ids)[0]) <= 1e-5

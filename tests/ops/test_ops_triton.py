@@ -1,15 +1,15 @@
-"""What the public functions reach on CUDA only, called directly: half-precision buffers that the
-gradient overwrites, splits of the scoring kernel. Runs in the interpreter's process."""
+"""Kernels that the public functions use only on CUDA, called directly and interpreted: in-place
+half-precision gradients, and splits of the scoring kernel."""
 
 import pytest
 import torch
-from support.ops_cases import furthest, relative, states
+from support.ops_cases import furthest, make_case, relative_error
 
 from minidistill_kernels import reference, triton_rows, triton_score
 
 
 def run_rows(s, x, pair, out, temperature=0.8, mix=(1.0, -0.5)):
-    """Gradient of teacher_tau KL + ... through `stats` and `dlogits`, into `out`."""
+    """The gradient of the objective by `stats` and `dlogits`, written to `out`."""
     ids = torch.tensor([0, s.shape[1] - 1, 5])
     row = triton_rows.stats(s, x, ids, pair=pair, inv_temperature=1 / temperature)
     scale, target = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([0.3, -0.7, 0.0])
@@ -52,7 +52,7 @@ def test_the_gradient_may_overwrite_either_input(width, where, pair):
     row, *coefficients = run_rows(first, second, pair, out)
     kl, gradient = truth(s, t, *coefficients)
     assert furthest(row.kl, kl) <= 5e-6
-    assert relative(out, gradient) <= 1e-5
+    assert relative_error(out, gradient) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -64,12 +64,12 @@ def test_half_precision_delta_is_overwritten(dtype):
     row, *coefficients = run_rows(s, delta, False, delta)
     kl, gradient = truth(s, t, *coefficients)
     assert furthest(row.kl, kl) <= 5e-6
-    assert relative(delta, gradient) <= (1e-3 if dtype == torch.float16 else 6e-3)
+    assert relative_error(delta, gradient) <= (1e-3 if dtype == torch.float16 else 6e-3)
 
 
 @pytest.mark.parametrize(("n", "v", "h"), [(5, 70, 9), (65, 300, 40), (3, 2000, 33)])
 def test_scoring_combines_its_splits(n, v, h):
-    case = states(n, v, h)
+    case = make_case(n, v, h)
     _, splits, a_split = triton_score.plan(n, v, torch.float32)
     columns = triton_score.TILES[torch.float32][1]
     assert (splits - 1) * a_split * columns < v <= splits * a_split * columns
@@ -82,7 +82,7 @@ def test_scoring_combines_its_splits(n, v, h):
 
 
 def test_scoring_strongly_negative_rows():
-    case = states(4, 300, 8)
+    case = make_case(4, 300, 8)
     case["weight"] = torch.cat([case["weight"], torch.ones(300, 1)], 1)
     case["h_s"] = torch.cat([case["h_s"], torch.full((4, 1), -5000.0)], 1)
     exact = case["h_s"].double() @ case["weight"].double().t()
@@ -92,6 +92,6 @@ def test_scoring_strongly_negative_rows():
 
 
 def test_opcheck_of_scoring():
-    case = states(3, 30, 6)
+    case = make_case(3, 30, 6)
     arguments = (case["h_s"], case["weight"], case["ids"], None, 0.9)
     torch.library.opcheck(triton_score.score_op, arguments)

@@ -1,4 +1,4 @@
-"""The HTML report: what it shows, how it copes with damage, and that nothing in it can act."""
+"""The HTML report: its content, damaged files, and no active content."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VOID = {"meta", "img", "br", "rect", "line", "path"}
 
 
 class Page(HTMLParser):
-    """Parses the page; fails if an element is closed that is not open."""
+    """A parsed page. Fails on an end tag that does not match."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def page_of(run_dir: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
-def test_a_whole_run(run_dir: Path) -> None:
+def test_a_finished_run(run_dir: Path) -> None:
     page = page_of(run_dir)
     assert "92%  (95% interval 88% to 95%)" in page.text
     assert "20 steps in 1m13s" in page.text
@@ -148,16 +148,16 @@ def test_a_whole_run(run_dir: Path) -> None:
     assert not list(run_dir.glob("*.tmp"))
 
 
-def test_rollouts_of_first_middle_and_last_step_one_a_task(run_dir: Path) -> None:
+def test_the_first_middle_and_last_step_show_one_rollout_of_each_task(run_dir: Path) -> None:
     page = page_of(run_dir)
-    shown = [text for _, text in page.spans if text.startswith("s")]
-    assert shown == [f"s{step}t{task}" for step in (1, 10, 20) for task in (0, 1, 2)]
+    texts = [text for _, text in page.spans if text.startswith("s")]
+    assert texts == [f"s{step}t{task}" for step in (1, 10, 20) for task in (0, 1, 2)]
     classes = {text: name for name, text in page.spans}
     assert classes["s1t0"] == "h0"
     assert classes["⏎\n"] == "h4"
 
 
-def test_nothing_is_loaded_and_nothing_runs(run_dir: Path) -> None:
+def test_the_report_loads_and_runs_nothing(run_dir: Path) -> None:
     page = page_of(run_dir)
     assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
     assert not {"src", "href", "srcset"} & {name for name, _ in page.attributes}
@@ -167,7 +167,7 @@ def test_nothing_is_loaded_and_nothing_runs(run_dir: Path) -> None:
     assert "url(" not in html
 
 
-def test_text_from_models_and_files_stays_text(run_dir: Path) -> None:
+def test_text_from_models_and_files_is_escaped(run_dir: Path) -> None:
     for step in (1, 2):
         rows = [rollout(step, EVIL, [EVIL], env=EVIL, teacher_prompt_text=EVIL, stop=EVIL)]
         write_rollouts(run_dir, step, rows, [[EVIL.count("x") * 1.0]])
@@ -190,7 +190,7 @@ def test_text_from_models_and_files_stays_text(run_dir: Path) -> None:
     assert "\u202e" not in html
 
 
-def test_a_run_that_was_killed(run_dir: Path) -> None:
+def test_a_killed_run(run_dir: Path) -> None:
     (run_dir / "scoreboard.json").unlink()
     metrics = run_dir / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes() + b'{"step": 21, "teacher_kl": 0.\xff')
@@ -209,14 +209,14 @@ def test_a_run_that_was_killed(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml"])
-def test_a_run_that_has_only_begun(tmp_path: Path, name: str) -> None:
+def test_a_run_without_metrics(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("")
     page = page_of(tmp_path)
     assert "There are no metrics yet." in page.text
     assert page.tags["figure"] == 0
 
 
-def test_values_that_are_not_finite_numbers_are_left_out(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_numbers_are_omitted(tmp_path: Path) -> None:
     rows = ['{"step": 1, "teacher_kl": NaN, "reward/mean": 1}', "7", '{"teacher_kl": 1.0}']
     rows += ['{"step": 2, "teacher_kl": Infinity, "reward/mean": "high"}', '{"step": true}']
     rows += ['{"step": 3, "loss/policy": 1' + "0" * 400 + "}"]
@@ -229,9 +229,7 @@ def test_values_that_are_not_finite_numbers_are_left_out(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kl", [[[0.1]], [[0.1, 0.2], [0.3]], []])
-def test_kl_that_does_not_fit_the_tokens_colors_nothing(
-    tmp_path: Path, kl: list[list[float]]
-) -> None:
+def test_kl_of_another_shape_colors_no_tokens(tmp_path: Path, kl: list[list[float]]) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     write_rollouts(tmp_path, 1, [rollout(1, "a", ["x", "y", "z"])], kl)
     assert ("", "x") in page_of(tmp_path).spans
@@ -243,7 +241,7 @@ def test_a_long_rollout_is_cut(tmp_path: Path) -> None:
     assert "… 600 more tokens" in page_of(tmp_path).text
 
 
-def test_no_run(tmp_path: Path) -> None:
+def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UserError) as caught:
@@ -256,7 +254,7 @@ FLOATS = st.floats(width=64, min_value=-1e200, max_value=1e200) | st.just(float(
 
 
 @given(st.lists(FLOATS, min_size=1, max_size=50))
-def test_every_curve_stays_inside_its_chart(values: list[float]) -> None:
+def test_every_curve_is_inside_its_chart(values: list[float]) -> None:
     chart = draw("t", "n", [Series("s", list(enumerate(values)), marked=True)])
     for line in chart.lines:
         for x, y, _, _ in line.dots:
@@ -270,9 +268,9 @@ def test_every_curve_stays_inside_its_chart(values: list[float]) -> None:
 def test_thinning_keeps_ends_and_extremes() -> None:
     points = [(i, float(i % 7)) for i in range(10_000)]
     points[1234] = (1234, 99.0)
-    kept = thin(points)
-    assert len(kept) <= 302
-    assert {points[0], points[-1], (1234, 99.0)} <= set(kept)
+    thinned = thin(points)
+    assert len(thinned) <= 302
+    assert {points[0], points[-1], (1234, 99.0)} <= set(thinned)
 
 
 def test_the_report_and_the_displays_need_no_torch() -> None:

@@ -1,4 +1,4 @@
-"""A run's directory: where it is, what it survives, and what a resumed run reads from it."""
+"""A run's directory: its path, its files, damage to them, and resuming from it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ id = "sokoban-env"
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LoadedConfig]:
-    """Loads configurations called `a`, or another name, in an empty working directory."""
+    """Loads configurations named `a`, or `name`, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
 
     def load(*flags: str, name: str = "a") -> LoadedConfig:
@@ -45,8 +45,8 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loade
     return load
 
 
-def start(path: Path | str) -> Path:
-    """A directory that holds a run."""
+def make_run(path: Path | str) -> Path:
+    """Create a directory that holds a run."""
     Path(path).mkdir(parents=True)
     (Path(path) / "config.resolved.json").write_text("{}")
     return Path(path)
@@ -62,22 +62,22 @@ def refusal(loaded: LoadedConfig, resume: bool = False) -> UserError:
 def test_runs_are_numbered(load: Callable[..., LoadedConfig]) -> None:
     for name in ("a", "a-2", "a-10"):
         assert choose_path(load(), resume=False).parent == Path("runs")
-        start(f"runs/{name}")
+        make_run(f"runs/{name}")
     for stray in ("a-x", "ab", "a-3-old", "a-", "a-²", "b-40"):
-        start(f"runs/{stray}")
+        make_run(f"runs/{stray}")
     assert choose_path(load(), resume=False) == Path("runs/a-11")
     assert choose_path(load(), resume=True) == Path("runs/a-10")
     assert choose_path(load(name="c"), resume=False) == Path("runs/c")
 
 
-def test_a_name_is_not_a_pattern(load: Callable[..., LoadedConfig]) -> None:
-    start("runs/[a]")
-    start("runs/a-7")
+def test_a_name_is_not_a_glob_pattern(load: Callable[..., LoadedConfig]) -> None:
+    make_run("runs/[a]")
+    make_run("runs/a-7")
     assert choose_path(load(name="[a]"), resume=False) == Path("runs/[a]-2")
     assert choose_path(load(name="[a]"), resume=True) == Path("runs/[a]")
 
 
-def test_a_directory_is_used_once(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
+def test_a_directory_holds_one_run(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
     loaded = load("--output_dir", "out/deep")
     assert choose_path(loaded, resume=False) == Path("out/deep")
     Path("out/deep").mkdir(parents=True)
@@ -101,14 +101,14 @@ def test_nothing_to_resume(load: Callable[..., LoadedConfig]) -> None:
     assert "no run to resume" in refusal(load("--output_dir", "x"), resume=True).what
 
 
-def test_a_file_in_the_way(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_directory(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in ("file", "file/x", "file/x/y"):
         assert "not a writable directory" in refusal(load("--output_dir", place)).what
 
 
 @pytest.mark.parametrize("place", ["/proc/run", "/dev/null/run", "x" * 300, "dangling/run"])
-def test_a_directory_that_cannot_be_made(
+def test_a_directory_that_cannot_be_created(
     load: Callable[..., LoadedConfig], tmp_path: Path, place: str
 ) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
@@ -126,7 +126,7 @@ def run(load: Callable[..., LoadedConfig]) -> RunDirectory:
     return run
 
 
-def test_what_a_new_run_writes(run: RunDirectory, load: Callable[..., LoadedConfig]) -> None:
+def test_files_of_a_new_run(run: RunDirectory, load: Callable[..., LoadedConfig]) -> None:
     again = load_config([str(run.path / "config.toml")])
     assert again.config == load().config
     assert run.read("config.resolved.json") == load().resolved()
@@ -138,7 +138,7 @@ def test_what_a_new_run_writes(run: RunDirectory, load: Callable[..., LoadedConf
     assert not list(run.path.rglob("*.tmp"))
 
 
-def test_a_run_is_resumed_with_its_own_settings(
+def test_a_run_is_resumed_only_with_the_same_settings(
     run: RunDirectory, load: Callable[..., LoadedConfig]
 ) -> None:
     run.check_same_config(load())
@@ -180,7 +180,7 @@ def test_truncate_keeps_complete_records(run: RunDirectory, keep: int) -> None:
     assert run.column("loss") == [*(1.0, 2.0, 3.0)[:keep], 7.0]
 
 
-def test_a_full_disk(run: RunDirectory) -> None:
+def test_a_full_disk_is_an_error_that_names_the_file(run: RunDirectory) -> None:
     run.metrics_path.symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"metrics\.jsonl: No space left") as caught:
         run.log(1, {"loss": 1.0})
@@ -204,7 +204,7 @@ while True:
 """
 
 
-def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_a_complete_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     for wait in (0.003, 0.011, 0.029):
         path.unlink(missing_ok=True)
@@ -219,7 +219,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_later_rollouts_are_cleared(run: RunDirectory) -> None:
+def test_rollouts_of_later_steps_are_cleared(run: RunDirectory) -> None:
     folder = run.path / "rollouts"
     for name in ("step_000002", "step_000003", "step_1000000"):
         for suffix in (".jsonl", ".safetensors", ".jsonl.tmp"):
@@ -231,8 +231,8 @@ def test_later_rollouts_are_cleared(run: RunDirectory) -> None:
     ]
 
 
-class Letters:
-    """A tokenizer whose id 65 is "A"; it records the ids it decoded."""
+class CodePoints:
+    """A tokenizer whose ids are code points. It records the ids it decoded."""
 
     def __init__(self) -> None:
         self.decoded: list[int] = []
@@ -246,7 +246,9 @@ def refuse(constant: str) -> Any:
     raise AssertionError(f"{constant} is not JSON")
 
 
-def sample(index: int, ids: tuple[int, ...], reward: Reward | None) -> tuple[Rollout, TokenFigures]:
+def make_rollout(
+    index: int, ids: tuple[int, ...], reward: Reward | None
+) -> tuple[Rollout, TokenFigures]:
     prompt = Prompt("sokoban", Task("t", ({"role": "user", "content": "x"},)), "s", "t", (1,), (2,))
     logprobs = tuple(-0.5 * i for i in range(len(ids)))
     text = "a\u2028b\x85c\n" + "".join(map(chr, ids))
@@ -267,14 +269,14 @@ def sample(index: int, ids: tuple[int, ...], reward: Reward | None) -> tuple[Rol
     )
 
 
-def test_records_can_be_read_back(tmp_path: Path) -> None:
+def test_rollouts_on_disk(tmp_path: Path) -> None:
     ids = [(65, 66, 65), (67,), (70, 2_000, 0x1F9F1, 65)]
     rewards = [Reward(1.0, {"solved": 1.0, "odd": float("nan")}), None, Reward(0.0)]
-    made = [sample(i, *pair) for i, pair in enumerate(zip(ids, rewards, strict=True))]
-    rollouts, per_rollout = zip(*made, strict=True)
-    letters = Letters()
-    write_rollouts(tmp_path, 12, rollouts, per_rollout, TokenTexts(letters))
-    assert sorted(letters.decoded) == sorted({i for row in ids for i in row})
+    pairs = [make_rollout(i, *pair) for i, pair in enumerate(zip(ids, rewards, strict=True))]
+    rollouts, per_rollout = zip(*pairs, strict=True)
+    tokenizer = CodePoints()
+    write_rollouts(tmp_path, 12, rollouts, per_rollout, TokenTexts(tokenizer))
+    assert sorted(tokenizer.decoded) == sorted({i for row in ids for i in row})
 
     lines = (tmp_path / "step_000012.jsonl").read_text(encoding="utf-8").split("\n")
     assert lines.pop() == ""
@@ -291,22 +293,22 @@ def test_records_can_be_read_back(tmp_path: Path) -> None:
                       "messages": [{"role": "user", "content": "x"}]} == rows[1]  # fmt: skip
     assert rows[0]["worst_logprob_gap"] == -64.5
 
-    figures = load_file(tmp_path / "step_000012.safetensors")
-    assert figures["offsets"].tolist() == [0, 3, 4, 8]
-    for r, (rollout, tokens) in enumerate(made):
-        own = slice(*figures["offsets"][r : r + 2])
-        assert figures["token_ids"][own].tolist() == list(rollout.completion.token_ids)
-        assert figures["sampler_logprobs"][own].tolist() == list(rollout.completion.logprobs)
-        assert figures["student_logprobs"][own].tolist() == tokens.logp.tolist()
-        assert figures["teacher_logprobs"][own].tolist() == tokens.teacher_logp.tolist()
-        assert figures["kl"][own].tolist() == tokens.kl.tolist()
-    assert figures["token_ids"].dtype == np.int64
-    assert figures["kl"].dtype == np.float32
+    tensors = load_file(tmp_path / "step_000012.safetensors")
+    assert tensors["offsets"].tolist() == [0, 3, 4, 8]
+    for r, (rollout, tokens) in enumerate(pairs):
+        part = slice(*tensors["offsets"][r : r + 2])
+        assert tensors["token_ids"][part].tolist() == list(rollout.completion.token_ids)
+        assert tensors["sampler_logprobs"][part].tolist() == list(rollout.completion.logprobs)
+        assert tensors["student_logprobs"][part].tolist() == tokens.logp.tolist()
+        assert tensors["teacher_logprobs"][part].tolist() == tokens.teacher_logp.tolist()
+        assert tensors["kl"][part].tolist() == tokens.kl.tolist()
+    assert tensors["token_ids"].dtype == np.int64
+    assert tensors["kl"].dtype == np.float32
 
 
 def test_a_step_without_rollouts(tmp_path: Path) -> None:
-    write_rollouts(tmp_path, 1, [], [], TokenTexts(Letters()))
+    write_rollouts(tmp_path, 1, [], [], TokenTexts(CodePoints()))
     assert (tmp_path / "step_000001.jsonl").read_bytes() == b""
-    figures = load_file(tmp_path / "step_000001.safetensors")
-    assert figures["token_ids"].dtype == np.int64
-    assert figures["offsets"].tolist() == [0]
+    tensors = load_file(tmp_path / "step_000001.safetensors")
+    assert tensors["token_ids"].dtype == np.int64
+    assert tensors["offsets"].tolist() == [0]

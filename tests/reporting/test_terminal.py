@@ -1,4 +1,4 @@
-"""The displays: what they show, on which terminals, and that untrusted text stays text."""
+"""The displays: their output, the choice between them, and untrusted text."""
 
 from __future__ import annotations
 
@@ -55,27 +55,30 @@ class Terminal(io.StringIO):
         return True
 
 
-def live(width: int = 100, height: int = 40, **overrides: Any) -> tuple[LiveDisplay, Terminal]:
+def live_display(
+    width: int = 100, height: int = 40, **overrides: Any
+) -> tuple[LiveDisplay, Terminal]:
     stream = Terminal()
     options = {"markup": False, "emoji": False, "highlight": False, **overrides}
     console = Console(file=stream, width=width, height=height, force_terminal=True, **options)
     return LiveDisplay(stream, console), stream
 
 
-def plain() -> tuple[PlainDisplay, io.StringIO]:
+def plain_display() -> tuple[PlainDisplay, io.StringIO]:
     stream = io.StringIO()
     return PlainDisplay(stream), stream
 
 
-MAKERS: list[Callable[[], tuple[Display, io.StringIO]]] = [plain, live]
+MAKERS: list[Callable[[], tuple[Display, io.StringIO]]] = [plain_display, live_display]
 
 
-def bare(text: str) -> str:
-    """The text without the display's colors and cursor movements; other escapes stay."""
+def without_styles(text: str) -> str:
+    """The text without the display's colors and cursor movements, but with other escapes."""
     return re.sub(r"\x1b\[\??[0-9;]*[mKAhl]|\r", "", text)
 
 
-def whole_run(display: Display, text: str = "ok", steps: int = 3) -> None:
+def show_run(display: Display, text: str = "ok", steps: int = 3) -> None:
+    """Show a run. `text` stands for names, notes, tokens and the verdict."""
     display.note(f"before {text}")
     display.open(Header(text, (("model", text),), 300, 1))
     display.baseline({f"eval/{text}/baseline_student/avg": 0.05, **BASELINE})
@@ -90,7 +93,7 @@ def whole_run(display: Display, text: str = "ok", steps: int = 3) -> None:
 
 
 def test_a_step_is_one_plain_line() -> None:
-    display, stream = plain()
+    display, stream = plain_display()
     display.open(HEADER)
     start = len(stream.getvalue())
     with display.phase("sample", 64, "rollouts") as advance:
@@ -102,12 +105,12 @@ def test_a_step_is_one_plain_line() -> None:
 
 
 def test_plain_tables_are_aligned() -> None:
-    display, stream = plain()
-    whole_run(display)
+    display, stream = plain_display()
+    show_run(display)
     lines = stream.getvalue().splitlines()
-    at = next(i for i, line in enumerate(lines) if "difference" in line)
-    row = next(line for line in lines[at:] if "sokoban-env" in line)
-    assert lines[at].index("difference") == row.index("+0.9")
+    header = next(i for i, line in enumerate(lines) if "difference" in line)
+    row = next(line for line in lines[header:] if "sokoban-env" in line)
+    assert lines[header].index("difference") == row.index("+0.9")
     assert "evaluation at step 3  ok  student 0.71" in lines
     assert any(re.fullmatch(r"  gap closed +92%  \(95% interval 88% to 95%\)", x) for x in lines)
     assert "warning: mind ok" in lines
@@ -118,22 +121,22 @@ def test_untrusted_text_neither_controls_the_terminal_nor_is_markup(
     make: Callable[[], tuple[Display, io.StringIO]],
 ) -> None:
     display, stream = make()
-    whole_run(display, EVIL)
-    shown = bare(stream.getvalue())
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown)
-    assert "[bold red]x[/bold red]" in shown
-    assert ":smile:" in shown
+    show_run(display, EVIL)
+    output = without_styles(stream.getvalue())
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", output)
+    assert "[bold red]x[/bold red]" in output
+    assert ":smile:" in output
 
 
-def test_plain_text_has_no_escape_byte_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_output_has_no_escape_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    display, stream = plain()
-    whole_run(display, EVIL)
+    display, stream = plain_display()
+    show_run(display, EVIL)
     assert "\x1b" not in stream.getvalue()
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_missing_metrics_are_left_out(make: Callable[[], tuple[Display, io.StringIO]]) -> None:
+def test_missing_metrics_are_omitted(make: Callable[[], tuple[Display, io.StringIO]]) -> None:
     display, stream = make()
     display.open(HEADER)
     display.step(1, {"teacher_kl": 0.5}, None)
@@ -143,38 +146,38 @@ def test_missing_metrics_are_left_out(make: Callable[[], tuple[Display, io.Strin
     display.baseline({})
     display.scoreboard({"gap_closed": None, "verdict": "no gap", "baseline_diff": 0.01})
     display.close()
-    shown = bare(stream.getvalue())
-    assert "reward" not in shown
-    assert "None" not in shown
-    assert "no gap" in shown
-    assert "0.5" in shown
+    output = without_styles(stream.getvalue())
+    assert "reward" not in output
+    assert "None" not in output
+    assert "no gap" in output
+    assert "0.5" in output
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
 def test_every_line_fits_the_terminal(width: int) -> None:
-    display, stream = live(width)
-    whole_run(display, "ok" if width < 40 else "a long name 漢字漢字 for an environment")
+    display, stream = live_display(width)
+    show_run(display, "ok" if width < 40 else "a long name 漢字漢字 for an environment")
     # The live region moves up and erases lines before it is redrawn.
     for line in re.split(r"\n|\r|\x1b\[\d*[AK]", stream.getvalue()):
-        assert cell_len(bare(line)) <= width
+        assert cell_len(without_styles(line)) <= width
     for text in ("3/300", "64/64", "tokens/s 1.91k", "teacher KL <0.02", "reward 1", "92%"):
-        assert width < 60 or text in bare(stream.getvalue())
+        assert width < 60 or text in without_styles(stream.getvalue())
 
 
-def test_a_short_terminal_leaves_the_sample_out() -> None:
+def test_a_short_terminal_omits_the_sample() -> None:
     texts = []
     for height in (12, 40):
-        display, stream = live(80, height)
+        display, stream = live_display(80, height)
         display.open(HEADER)
         display.step(1, METRICS, Sample(("unmistakable",), (0.1,), 1.0, "e"))
         display.close()
-        texts.append(bare(stream.getvalue()))
+        texts.append(without_styles(stream.getvalue()))
     assert "unmistakable" not in texts[0]
     assert "unmistakable" in texts[1]
 
 
-def test_phases_that_stop_occurring_disappear() -> None:
-    display, stream = live()
+def test_phases_that_no_longer_occur_disappear() -> None:
+    display, stream = live_display()
     display.open(HEADER)
     for step in (1, 2, 3):
         for name in ("once", "always") if step == 1 else ("always",):
@@ -183,13 +186,13 @@ def test_phases_that_stop_occurring_disappear() -> None:
         display.step(step, METRICS, None)
     start = len(stream.getvalue())
     display.close()
-    last = bare(stream.getvalue()[start:])
+    last = without_styles(stream.getvalue()[start:])
     assert "always" in last
     assert "once" not in last
 
 
-def test_closing_twice_shows_the_cursor_once_and_notes_still_come_through() -> None:
-    display, stream = live()
+def test_closing_twice_shows_the_cursor_once_and_later_notes_are_printed() -> None:
+    display, stream = live_display()
     display.open(HEADER)
     display.close()
     display.close()
@@ -198,7 +201,7 @@ def test_closing_twice_shows_the_cursor_once_and_notes_still_come_through() -> N
     assert stream.getvalue().endswith("after\n")
 
 
-def test_an_exception_nobody_catches_leaves_the_cursor_shown() -> None:
+def test_an_uncaught_exception_leaves_the_cursor_visible() -> None:
     code = (
         "import sys; from rich.console import Console;"
         "from minidistill.reporting.terminal import Header;"
@@ -213,8 +216,8 @@ def test_an_exception_nobody_catches_leaves_the_cursor_shown() -> None:
 
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     def colors() -> bool:
-        display, stream = live(_environ={**os.environ, "TERM": "xterm-256color"})
-        whole_run(display)
+        display, stream = live_display(_environ={**os.environ, "TERM": "xterm-256color"})
+        show_run(display)
         return bool(re.search(r"\x1b\[([0-9;]*;)?(3[0-8]|9[0-7])[;m]", stream.getvalue()))
 
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -223,7 +226,7 @@ def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not colors()
 
 
-def test_the_display_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_display_depends_on_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     assert isinstance(open_display(Terminal()), LiveDisplay)
     assert isinstance(open_display(io.StringIO()), PlainDisplay)
@@ -234,23 +237,23 @@ def test_the_display_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(open_display(Terminal()), PlainDisplay)
 
 
-def test_an_old_encoding_does_not_stop_a_run() -> None:
+def test_characters_outside_the_encoding_are_replaced() -> None:
     raw = io.BytesIO()
     display = PlainDisplay(io.TextIOWrapper(raw, encoding="ascii"))
-    whole_run(display, "漢字")
+    show_run(display, "漢字")
     assert b"4.93 ? 0.11" in raw.getvalue()
 
 
-def test_a_long_phase_shows_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_phase_prints_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain_module, "HEARTBEAT_SECONDS", 0.0)
-    display, stream = plain()
+    display, stream = plain_display()
     with display.phase("evaluate student", 64, "rollouts") as advance:
         advance(16)
     assert stream.getvalue() == "  evaluate student 16/64 rollouts\n"
 
 
 def test_a_step_does_no_work_per_token() -> None:
-    display, _ = live()
+    display, _ = live_display()
     display.open(HEADER)
     sample = Sample(("token ",) * 200_000, (0.3,) * 200_000, 1.0, "e")
     display.step(1, METRICS, sample)
@@ -262,7 +265,7 @@ def test_a_step_does_no_work_per_token() -> None:
     assert REFRESH_HZ <= 8
 
 
-def test_tokens_are_colored_by_disagreement_and_cut_to_fit() -> None:
+def test_tokens_are_colored_by_kl_and_cut_to_fit() -> None:
     text = sample_text(Sample(("a", "\n", "漢字", "d"), (0.0, 0.3, 3.0), None, "e"), 80)
     assert text.plain == "a⏎漢字d"
     assert [span.style for span in text.spans[:3]] == [STYLES[0], STYLES[2], STYLES[4]]
@@ -271,7 +274,7 @@ def test_tokens_are_colored_by_disagreement_and_cut_to_fit() -> None:
         assert cell_len(sample_text(Sample(("漢字",) * 9, (), None, "e"), cells).plain) <= cells
 
 
-def test_the_scoreboard_can_be_a_picture() -> None:
+def test_the_scoreboard_exports_to_svg() -> None:
     console = Console(record=True, width=80, file=io.StringIO())
     console.print(render_scoreboard(BOARD))
     svg = console.export_svg(title="minidistill")
@@ -281,9 +284,9 @@ def test_the_scoreboard_can_be_a_picture() -> None:
         console.print(render_scoreboard(board))
 
 
-def test_figures_as_text() -> None:
-    shown = [number(v) for v in (0, 0.2314, 1912, 5_120_000, -3, 1e-6, 999.9, None, "x\x1b")]
-    assert shown == ["0", "0.231", "1.91k", "5.12M", "-3", "1e-06", "1k", "–", "x"]
+def test_formatting_of_numbers() -> None:
+    texts = [number(v) for v in (0, 0.2314, 1912, 5_120_000, -3, 1e-6, 999.9, None, "x\x1b")]
+    assert texts == ["0", "0.231", "1.91k", "5.12M", "-3", "1e-06", "1k", "–", "x"]
     assert [duration(v) for v in (None, 5, 62, 7500)] == ["–", "5s", "1m02s", "2h05m"]
     assert [kl_level(v) for v in (None, float("nan"), 0.0, 0.02, 99.0)] == [None, None, 0, 1, 4]
     assert [count(n) for n in (64, 5120, 20_480)] == ["64", "5120", "20.5k"]
@@ -291,11 +294,11 @@ def test_figures_as_text() -> None:
 
 
 @given(st.text())
-def test_clean_text_is_one_harmless_line(text: str) -> None:
+def test_clean_text_is_one_line_without_control_characters(text: str) -> None:
     assert not re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]", clean(text))
 
 
-def test_evaluations_do_not_slow_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluations_do_not_count_in_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([0.0, 60.0, 60.5, 60.5])  # created, evaluated, step ended, next step started
     monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
     pace = Pace(max_steps=100)
@@ -304,12 +307,12 @@ def test_evaluations_do_not_slow_the_pace(monkeypatch: pytest.MonkeyPatch) -> No
     assert (pace.steps_per_second, pace.seconds_left(90), pace.seconds_left(100)) == (2, 5, 0)
 
 
-def test_phases_of_several_threads_run_while_steps_end() -> None:
-    display, stream = live()
+def test_threads_may_run_phases_while_steps_end() -> None:
+    display, stream = live_display()
     display.open(HEADER)
     errors: list[BaseException] = []
 
-    def work(thread: int) -> None:
+    def run_phases(thread: int) -> None:
         try:
             for number in range(100):
                 with display.phase(f"phase {thread}.{number}", 2, "units") as advance:
@@ -318,7 +321,7 @@ def test_phases_of_several_threads_run_while_steps_end() -> None:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(2)]
+    threads = [threading.Thread(target=run_phases, args=(thread,)) for thread in range(2)]
     for thread in threads:
         thread.start()
     for step in range(1, 50):
@@ -327,5 +330,5 @@ def test_phases_of_several_threads_run_while_steps_end() -> None:
         thread.join()
     display.close()
     assert errors == []
-    notes = re.findall(r"warning: note (\d\.\d+)\n", bare(stream.getvalue()))
+    notes = re.findall(r"warning: note (\d\.\d+)\n", without_styles(stream.getvalue()))
     assert sorted(notes) == sorted(f"{t}.{n}" for t in range(2) for n in range(100))

@@ -22,7 +22,7 @@ searched = settings(
 BF16_GRADIENT = 6e-3 if INTERPRETED else 5e-3
 
 
-def relative(got: Tensor, want: Tensor) -> float:
+def relative_error(got: Tensor, want: Tensor) -> float:
     """L2 distance over the L2 norm of `want`."""
     return float((got.detach().double() - want.detach().double()).norm() / want.double().norm())
 
@@ -31,7 +31,7 @@ def furthest(got: Tensor, want: Tensor) -> float:
     return float((got.detach().double() - want.detach().double()).abs().max())
 
 
-def states(
+def make_case(
     n: int,
     v: int,
     h: int,
@@ -55,7 +55,7 @@ def states(
         "h_s": h_s.to(dtype),
         "h_t": (h_s + gap * normal(n, h)).to(dtype),
         "weight": weight.to(dtype),
-        "own": (normal(v, h) * 2.5 / h**0.5).to(dtype),
+        "teacher_head": (normal(v, h) * 2.5 / h**0.5).to(dtype),
         "ids": ids,
         "advantage": normal(n),
     }
@@ -65,7 +65,9 @@ def states(
     return out
 
 
-def both(case: dict[str, Tensor], **options: Any) -> tuple[Any, Tensor, dict[str, Tensor], Tensor]:
+def run_both(
+    case: dict[str, Tensor], **options: Any
+) -> tuple[Any, Tensor, dict[str, Tensor], Tensor]:
     """Outputs of linear_distill and of its reference, and their gradients of a weighted sum."""
     upstream = torch.linspace(0.5, 1.5, len(case["ids"]))
     ours = case["h_s"].clone().requires_grad_()
@@ -80,7 +82,7 @@ def both(case: dict[str, Tensor], **options: Any) -> tuple[Any, Tensor, dict[str
     return got, ours.grad, want, truth.grad
 
 
-def same_outputs(got: Any, want: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+def assert_same_outputs(got: Any, want: dict[str, Tensor], tolerance: float = 2e-5) -> None:
     """Every field agrees within `tolerance`, relative where the ratio is a factor."""
     for name, value in got._asdict().items():
         if value is None:

@@ -1,4 +1,4 @@
-"""Warnings and notes: where records of each level go, and that nothing stays attached."""
+"""Log handlers: the levels that each one shows, and their removal."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def emit() -> None:
 
 
 def test_the_terminal_shows_notes_and_warnings() -> None:
-    shown: list[tuple[str, bool]] = []
-    with logs.to_terminal(lambda text, warning: shown.append((text, warning))):
+    notes: list[tuple[str, bool]] = []
+    with logs.to_terminal(lambda text, warning: notes.append((text, warning))):
         emit()
-    assert shown == [("1 of 2 GPUs", True), ("resuming", False)]
+    assert notes == [("1 of 2 GPUs", True), ("resuming", False)]
 
 
 def test_the_file_has_every_record(tmp_path: Path) -> None:
@@ -45,44 +45,44 @@ def test_the_file_has_every_record(tmp_path: Path) -> None:
 
 def test_records_from_before_the_directory_exists_are_written_later(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "run.log"
-    shown: list[str] = []
-    with logs.to_terminal(lambda text, warning: shown.append(text)), logs.to_file(path):
+    notes: list[str] = []
+    with logs.to_terminal(lambda text, warning: notes.append(text)), logs.to_file(path):
         logger.warning("early")
-        assert shown == ["early"]
+        assert notes == ["early"]
         path.parent.mkdir()
         logger.warning("late")
     texts = [line.split("  ")[1] for line in path.read_text().splitlines()]
     assert texts == ["warning: early", "warning: late"]
 
 
-def test_a_failed_write_fails_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_raises_no_error(tmp_path: Path) -> None:
     for path in (Path("/dev/full"), tmp_path, tmp_path / "absent" / "run.log"):
         with logs.to_file(path):
             emit()
 
 
-def test_text_that_is_no_unicode_is_written(tmp_path: Path) -> None:
+def test_lone_surrogates_are_escaped(tmp_path: Path) -> None:
     with logs.to_file(tmp_path / "run.log"):
         logger.warning("a → \udc80")
     assert "a → \\udc80" in (tmp_path / "run.log").read_text(encoding="utf-8")
 
 
-def test_a_traceback_is_for_the_file(tmp_path: Path) -> None:
-    shown: list[str] = []
+def test_tracebacks_go_only_to_the_file(tmp_path: Path) -> None:
+    notes: list[str] = []
     path = tmp_path / "run.log"
-    with logs.to_terminal(lambda text, warning: shown.append(text)), logs.to_file(path):
+    with logs.to_terminal(lambda text, warning: notes.append(text)), logs.to_file(path):
         try:
             raise RuntimeError("boom")
         except RuntimeError as error:
             logger.debug("the run failed", exc_info=error)
-    assert shown == []
+    assert notes == []
     first, *rest = path.read_text().splitlines()
     assert first.endswith("  the run failed")
     assert rest[0] == "Traceback (most recent call last):"
     assert rest[-1] == "RuntimeError: boom"
 
 
-def test_a_list_has_warnings_once() -> None:
+def test_a_list_collects_warnings_until_drained() -> None:
     with logs.to_list() as warnings:
         emit()
         assert warnings.drain() == ["1 of 2 GPUs"]
@@ -91,26 +91,26 @@ def test_a_list_has_warnings_once() -> None:
         assert warnings.drain() == ["again"]
 
 
-def test_nothing_stays_attached(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shown: list[str] = []
+def test_handlers_are_removed_on_exit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    notes: list[str] = []
     try:
-        with logs.to_terminal(lambda text, warning: shown.append(text)):
+        with logs.to_terminal(lambda text, warning: notes.append(text)):
             with logs.to_file(tmp_path / "run.log"), logs.to_list():
                 pass
             emit()
-            assert caplog.messages == []  # not shown again by the root logger's handlers
+            assert caplog.messages == []  # not passed on to the root logger's handlers
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         pass
-    assert len(shown) == 2
+    assert len(notes) == 2
     emit()
-    assert len(shown) == 2
+    assert len(notes) == 2
     assert not (tmp_path / "run.log").exists()
     assert caplog.messages == ["1 of 2 GPUs"]
 
 
 def test_an_error_of_the_display_is_raised() -> None:
-    """A reader of standard output that has gone ends the run, as with any other line."""
+    """For example when standard output is a closed pipe."""
 
     def broken(text: str, warning: bool) -> None:
         raise BrokenPipeError
