@@ -2,9 +2,9 @@
 
     python -m bench.engines [--model tiny-sokoban|smollm2|FOLDER] [--batch N] [--threads N]
 
-Both engines run the same fp32 weights on the CPU. No prompt is used twice, so vLLM's prefix cache
-has what it has in a training step: the base's context, and the student's prompts within a round.
-Rates count sampled tokens, or for scoring the tokens read without the context. Writes
+Both engines run the same fp32 weights on the CPU. Prompts are never reused, so vLLM's prefix cache
+holds what it holds in a training step: the base's context, and the student's prompts of a round.
+Rates count sampled tokens, or for scoring all tokens except the context. Writes
 bench/results/engines.json. Exit code 1 and no results if the engines' log-probs differ.
 """
 
@@ -27,12 +27,12 @@ from minidistill.trainer.forward import PrefixCache
 from minidistill.types import Request, Role, SamplingParams
 
 Tokens = tuple[int, ...]
-WARM_UP = 1  # rounds that are not counted; the base's context is cached in it
+WARM_UP = 1  # rounds that are not counted; the first one caches the base's context
 
 
 @dataclass(frozen=True)
 class Work:
-    """One row of the table. Each `call` prepares the next round, a function of an engine."""
+    """One row of the table. `call` prepares a round: a function that runs an engine once."""
 
     what: str
     role: Role
@@ -44,7 +44,7 @@ class Work:
 
 
 class Draws:
-    """Random token ids, new ones at every call."""
+    """Random token ids, different at every call."""
 
     def __init__(self, vocabulary: int) -> None:
         self._random, self._vocabulary = random.Random(0), vocabulary
@@ -140,9 +140,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.engines", description=__doc__)
     parser.add_argument("--model", default="tiny-sokoban", help="built in, smollm2 or a folder")
     parser.add_argument("--batch", type=int, default=32, help="sequences")
-    parser.add_argument("--group", type=int, default=4, help="samples of a prompt")
+    parser.add_argument("--group", type=int, default=4, help="samples per prompt")
     parser.add_argument("--prompt", type=int, default=80, help="tokens of a prompt to sample from")
-    parser.add_argument("--new", type=int, default=64, help="tokens to sample; no token ends")
+    parser.add_argument(
+        "--new", type=int, default=64, help="tokens to sample; none ends the completion"
+    )
     parser.add_argument("--own", type=int, default=100, help="tokens to read in scoring")
     parser.add_argument("--context", type=int, default=600, help="tokens shared in scoring")
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,11 +1,12 @@
-"""Checks the kernels' results, then measures them beside eager torch and other packages.
+"""Checks the kernels' results, then compares their speed with eager torch and other packages.
 
     python -m bench.kernels [--device cpu|cuda] [--n N] [--v N] [--h N] [--only QUANTITY]
 
-Ratios are to eager torch in the same run. The time of a row is the median of repeated calls. Peak
-memory is what torch allocates during a call, with outputs, without inputs (kernels_measure.py). On
-a GPU a row also has its share of the floor: the time of the head's products, or of moving the
-logits, at the data sheet's rates. Exit code 1 if results are wrong or a gate is missed.
+Ratios are relative to eager torch in the same run. The time of a row is the median of repeated
+calls. Peak memory is what torch allocates during a call: outputs count, inputs do not
+(kernels_measure.py). On a GPU a row also shows which share of its time is the floor: the time of
+the head's products, or of moving the logits, at the data sheet's rates. Exit code 1 if results are
+wrong or a gate is missed.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--budget", type=float, default=6.0, help="seconds per row, at least 3 calls"
     )
     parser.add_argument("--only", default="", help="only quantities whose name contains this")
-    parser.add_argument("--ours", action="store_true", help="without the other packages")
+    parser.add_argument("--ours", action="store_true", help="leave out the other packages")
     parser.add_argument("--out", type=Path, help="JSON report; the plot is written beside it")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""The benchmark's cases: each quantity by this package, by eager torch, and by other packages.
+"""The benchmark's cases: each quantity computed by this package, eager torch and other packages.
 
 Legend: _N tokens, _H hidden, _V vocabulary.
 """

@@ -1,8 +1,8 @@
 """Time and memory of one call.
 
-Memory on a CPU is the sum of the profiler's allocation events: exact for tensors, without the
-scratch space inside a BLAS. On a GPU it is the peak of the caching allocator. Both are relative to
-what was allocated before the call, so outputs count and inputs do not.
+Memory on a CPU is computed from the profiler's allocation events: exact for tensors, but without
+the scratch space of a BLAS library. On a GPU it is the peak of the caching allocator. Both are
+relative to what was allocated before the call, so outputs count and inputs do not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
-    """Peak of the bytes that `call` allocates through torch."""
+    """The peak number of bytes that torch allocates during `call`."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -41,7 +41,7 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
 
 
 def times_ms(call: Callable[[], Any], device: str = "cpu", budget_s: float = 6.0) -> list[float]:
-    """Times of repeated calls after a warm-up: 3 to 50 calls, until `budget_s` have passed."""
+    """Times of 3 to 50 calls after a warm-up. Stops after `budget_s` seconds."""
     call()
     times: list[float] = []
     until = time.perf_counter() + budget_s

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-# Dense bf16 TFLOP/s and memory TB/s from data sheets, for the share of the floor.
+# Dense bf16 TFLOP/s and memory TB/s from data sheets, for the floor
 PEAKS = {"H100": (989.0, 3.35), "H200": (989.0, 4.8), "A100": (312.0, 2.04), "B200": (2250.0, 8.0)}
 
 
@@ -19,7 +19,7 @@ def device_name(device: str) -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The machine and the versions that the measurements are from."""
+    """The machine and the package versions of the measurements."""
     import triton
 
     processor = platform.processor() or platform.machine()

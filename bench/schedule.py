@@ -1,4 +1,4 @@
-"""Compares the steps per second of `schedule = "async"` and `"sync"`, on the shipped model.
+"""Compares the steps per second of `schedule = "async"` and `"sync"` on the shipped model.
 
     python -m bench.schedule [--steps N] [--repeats N] [--threads N] [--key VALUE]…
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, settings = parser.parse_known_args(argv)
     runs: dict[str, list[dict[str, float]]] = {"sync": [], "async": []}
     for _ in range(arguments.repeats):
-        for schedule in runs:  # in turn, so that a change of the machine's load affects both
+        for schedule in runs:  # alternating, so that changes of the machine's load affect both
             runs[schedule].append(measure(schedule, arguments.steps, arguments.threads, settings))
     medians = {
         schedule: {key: statistics.median(run[key] for run in repeats) for key in repeats[0]}

