@@ -1,4 +1,4 @@
-"""Checks the kernels' results, then compares their speed with eager torch and other packages.
+"""Checks the kernels' results, then compares time and memory with eager torch and other packages.
 
     python -m bench.kernels [--device cpu|cuda] [--n N] [--v N] [--h N] [--only QUANTITY]
 
