@@ -16,7 +16,7 @@ run: setup
 	$(BIN)/minidistill run $(CONFIG) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -40,13 +40,22 @@ TOGETHER = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, files that share a fixture of the session share a worker too."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(Path(file).name, file)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
-    for item in items:
-        group = TOGETHER.get(item.path.name, str(item.path))
-        item.add_marker(pytest.mark.xdist_group(group))
     # what takes minutes first: otherwise one of two workers has nothing to do at the end
     items.sort(key=lambda item: "slow" not in item.keywords)
     if torch.cuda.is_available():
