@@ -204,7 +204,7 @@ def _engines(
     on_cpu = kind.on_run_gpus and not layout.trainer
     if not (table.server_urls or layout.teacher or (on_cpu and teacher.needs_own_engine)):
         return student, None
-    own = engine(
+    teacher_engine = engine(
         SERVER if table.server_urls else kind,
         table,
         config.separate_teacher or name,
@@ -212,7 +212,7 @@ def _engines(
         layout.teacher,
         shares[1],
     )
-    return student, own
+    return student, teacher_engine
 
 
 def _ranks(config: Config, machine: Machine, trainer: Ids) -> int:
@@ -234,8 +234,8 @@ def _check_engine_settings(loaded: LoadedConfig, placement: Placement) -> None:
     where = ""
     if placement.student.in_trainer:
         where = _origins(loaded, sum(map(_gpu_settings, tables), ()))
-    own = placement.teacher_engine
-    if not where and (own is None or own.urls):
+    engine = placement.teacher_engine
+    if not where and (engine is None or engine.urls):
         reason = "the teacher has no engine of its own"
         where = _origins(loaded, _gpu_settings("teacher_inference"))
     if not where and not placement.trainer_gpus:

@@ -54,8 +54,8 @@ def header(
     if config.schedule == "async":
         rows.append(("schedule", "the next step is sampled while this one is trained on"))
     if placement.ranks > 1:
-        how = "weights sharded" if placement.sharded else "weights replicated"
-        rows.append(("trainer", f"{placement.ranks} ranks, {how}"))
+        kept = "sharded" if placement.sharded else "replicated"
+        rows.append(("trainer", f"{placement.ranks} ranks, weights {kept}"))
     rows += [
         ("tasks", ", ".join(env.name for env in orchestrator.env)),
         ("output", str(directory.path)),

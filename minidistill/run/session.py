@@ -57,7 +57,7 @@ class Session:
         self._began, self._seconds_before = time.perf_counter(), 0.0
         if prepared.resume:
             self._resume()
-        shown = header(
+        run_header = header(
             prepared.plan,
             components.placement,
             self.policy,
@@ -66,11 +66,11 @@ class Session:
             self.first_step,
         )
         if not prepared.resume:
-            facts = {"header": shown.rows, "tasks": prepared.fingerprint}
+            facts = {"header": run_header.rows, "tasks": prepared.fingerprint}
             self.directory.create(prepared.loaded, facts)
         self.engine.sync(self.first_step - 1)
         self.monitor = open_monitors(self.config, self.directory.path)
-        display.open(shown)
+        display.open(run_header)
         logger.debug(f"started at step {self.first_step}: {shlex.join(sys.argv[1:])}")
 
     def _resume(self) -> None:

@@ -60,7 +60,7 @@ class Trainer:
         self.max_mismatch = mismatch_limit(config, policy.dtype)
 
     def step(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> StepResult:
-        """One update, the `step`-th counted from 1. `advance` is told of trained tokens.
+        """One update, the `step`-th counted from 1. `advance` is called with trained tokens.
 
         Only the driver's result has contents. Raises UserError (exit code 4) if the loss or the
         gradient is not finite, or if the sampler ran other weights; the weights are then unchanged.

@@ -85,8 +85,8 @@ def send_all(
 def message(answer: httpx.Response) -> str:
     """A server's error message in one line."""
     try:
-        found = answer.json()
-        text = found["error"]["message"] if "error" in found else found["detail"]
+        body = answer.json()
+        text = body["error"]["message"] if "error" in body else body["detail"]
     except (ValueError, KeyError, TypeError):
         text = answer.text or answer.reason_phrase
     lines = str(text).strip().splitlines() or [answer.reason_phrase]

@@ -52,18 +52,18 @@ def check_same_model(
     """
     size = policy.head_VH.shape[0]
     first = [(7919 * (i + 1)) % min(size, len(policy.tokenizer)) for i in range(2 * TOKENS)]
-    prompt, given = tuple(first[:TOKENS]), tuple(first[TOKENS:])
+    prompt, scored_ids = tuple(first[:TOKENS]), tuple(first[TOKENS:])
     tolerance = TOLERANCE[policy.dtype]
 
     def truth(completion: tuple[int, ...], temperature: float) -> list[float]:
         # before training the student's weights are the base's
         return trainer.score([prompt], [completion], Role.STUDENT, temperature)[0]
 
-    (scored,) = engine.score([prompt], [given], Role.TEACHER)
-    difference = _mean_difference(scored, truth(given, 1.0))
+    (scored,) = engine.score([prompt], [scored_ids], Role.TEACHER)
+    difference = _mean_difference(scored, truth(scored_ids, 1.0))
     if not difference <= tolerance:
         raise UserError(
-            f"the {engine.description} serves another model: log-probs of {len(given)} tokens "
+            f"the {engine.description} serves another model: log-probs of {len(scored_ids)} tokens "
             f"differ from the trainer's by {difference:.3g} nats on average (rounding explains at "
             f"most {tolerance:g})",
             where=where,

@@ -111,9 +111,9 @@ def _plain(layer: Layer, method: type) -> bool:
         return False
     described = _described(layer)
     return all(
-        (found := described.get(name)) is not None
-        and (found.shape, found.dtype) == (own.shape, own.dtype)
-        for name, own in layer.named_parameters(recurse=False)
+        (loaded := described.get(name)) is not None
+        and (loaded.shape, loaded.dtype) == (used.shape, used.dtype)
+        for name, used in layer.named_parameters(recurse=False)
     )
 
 

@@ -117,11 +117,11 @@ def chunked(
     batch: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors:
-        own = tensor.numel() * itemsize
-        if batch and size + own > limit:
+        nbytes = tensor.numel() * itemsize
+        if batch and size + nbytes > limit:
             yield batch
             batch, size = [], 0
         batch.append((name, tensor))
-        size += own
+        size += nbytes
     if batch:
         yield batch
