@@ -1,6 +1,6 @@
 """The data of a run, in the order it flows: Task → Prompt → Completion → Rollout → TokenFigures.
 
-All are frozen; values that follow from others are properties.
+All are frozen; derived values are properties.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 Message = Mapping[str, Any]
@@ -28,8 +29,8 @@ class Role(Enum):
     """The weights that score the student's completions: the base, the student itself, a moving
     average of it, or another model."""
     BASE = "base"
-    """The model as it was loaded, for measuring drift. It differs from the teacher where that is
-    live, averaged or another model."""
+    """The model as it was loaded, for measuring drift. It differs from the teacher if the teacher
+    is live, averaged or another model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,39 +91,40 @@ class Completion:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     stop: str
-    top_ids: Any = None
-    """Where asked for: the sampler's k likeliest ids at each token, int array (tokens, k)."""
+    top_ids: np.ndarray | None = None
+    """The sampler's k likeliest ids at each token, int array (tokens, k), if requested."""
     versions: tuple[tuple[int, int], ...] = ()
-    """Where the engine tells: (first token, version of the weights that sampled from there on)."""
+    """Pairs (first token, version of the weights that sampled from there on). Empty if the engine
+    does not report versions."""
 
     @property
     def truncated(self) -> bool:
         return self.stop == "length"
 
-    def token_versions(self, otherwise: int) -> list[int]:
-        """The version that sampled each token; `otherwise` where none was told."""
-        found = [otherwise] * len(self.token_ids)
+    def token_versions(self, default: int) -> list[int]:
+        """The version that sampled each token; `default` if the engine reported none."""
+        by_token = [default] * len(self.token_ids)
         for first, version in self.versions:
-            found[first:] = [version] * (len(found) - first)
-        return found
+            by_token[first:] = [version] * (len(by_token) - first)
+        return by_token
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherScores:
-    """What an engine says of a completion as the teacher, nats.
+    """The teacher's log-probs of one completion, scored by an engine, in nats.
 
-    `logprobs` has log q(y) of each token; `top`, float array (tokens, k), log q at the completion's
-    `top_ids`, for the estimator that needs it.
+    `logprobs` has log q(y) of each token. `top` has log q at the completion's `top_ids`, float
+    array (tokens, k), if the estimator needs it.
     """
 
     logprobs: Sequence[float]
-    top: Any = None
+    top: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One scored sample of a prompt. `reward` is None where rewards are not computed, `teacher`
-    where the trainer runs the teacher itself."""
+    """One scored sample of a prompt. `reward` is None if rewards are not computed, `teacher` if the
+    trainer runs the teacher itself."""
 
     prompt: Prompt
     sample: int
@@ -147,7 +149,7 @@ class TokenFigures:
     """Per-token results of one rollout's loss, for metrics, the records and the terminal.
 
     Each is a CPU tensor with one value a completion token: fp32, log-probs and divergences in nats,
-    or bool. With `π` the student, `q` the teacher and `μ` the sampler:
+    or bool. With `π` the student, `q` the teacher and `μ` the sampler.
     """
 
     loss: Tensor

@@ -1,4 +1,4 @@
-"""What an estimator is: how the log-prob terms of the objective become a loss.
+"""The interface of an estimator, which turns the log-prob terms of the objective into a loss.
 
 The configuration imports this package for the estimators' names, so torch and the kernels are
 imported inside the methods.
@@ -27,7 +27,7 @@ class TeacherNeeds(Enum):
     """What an estimator needs of the teacher at each completion token."""
 
     ALL_LOGITS = "all logits"
-    """Only a teacher in the trainer gives them."""
+    """Only a teacher that runs in the trainer provides them."""
     SAMPLED_LOGPROBS = "the log-prob of the sampled token"
     LOGPROBS_AT_IDS = "log-probs at chosen ids"
 
@@ -36,17 +36,18 @@ class TeacherInputs(TypedDict, total=False):
     """The teacher's arguments of `minidistill_kernels.linear_distill`."""
 
     h_t_NH: Tensor
-    """The hidden states of a teacher in the trainer. The rest comes from an engine."""
+    """Hidden states, if the teacher runs in the trainer."""
     teacher_weight: Tensor | None
-    """(V, H), the teacher's own head, if it is not the student's."""
+    """(V, H), the teacher's head, if it is not the student's."""
     teacher_logp_N: Tensor
+    """Log-probs, if an engine scored the teacher. So are the two below."""
     topk_ids_NK: Tensor
     teacher_topk_logp_NK: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """The numbers in the objective, as `trainer.loss` documents them."""
+    """The objective's coefficients and limits, as `trainer.loss` documents them."""
 
     adv_tau: float
     teacher_tau: float
@@ -118,7 +119,7 @@ class Estimator:
     ) -> tuple[float, float]:
         """The metrics `loss/policy` and `loss/kl` of a whole step, from float64 columns.
 
-        By default the reward's term, and what the loss has beside it.
+        By default the reward term, and the rest of the loss.
         """
         kept_N = (~output.masked).double()
         rho_N = output.ratio.clamp(max=settings.ratio_clip_high)

@@ -39,7 +39,7 @@ class Sampled(Estimator):
     def split(
         self, output: DistillOutput, advantage_N: Tensor, settings: LossSettings
     ) -> tuple[float, float]:
-        """The whole loss is a policy gradient's; `loss/kl` is the estimate of the divergence."""
+        """`loss/policy` is the whole loss; `loss/kl` is the estimate of the divergence."""
         terms_N = settings.teacher_tau * output.teacher_logp - settings.student_tau * output.logp
         return float(output.loss.mean()), float(-terms_N.mean())
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TopK(Estimator):
-    """The sum of `full`, with all ids but the k likeliest as one."""
+    """The sum of `full`, with all ids but the k likeliest in one bucket."""
 
     name = kernel_mode = "top_k"
     needs = TeacherNeeds.LOGPROBS_AT_IDS
@@ -30,8 +30,8 @@ class TopK(Estimator):
         import numpy as np
         import torch
 
-        ids_NK = np.concatenate([c.top_ids for c in completions])
-        logp_NK = np.concatenate([s.top for s in scores])
+        ids_NK = np.concatenate([np.asarray(c.top_ids) for c in completions])
+        logp_NK = np.concatenate([np.asarray(s.top) for s in scores])
         return {
             "teacher_logp_N": torch.tensor([p for s in scores for p in s.logprobs], device=device),
             "topk_ids_NK": torch.as_tensor(ids_NK, dtype=torch.int64, device=device),

@@ -16,7 +16,7 @@ from minidistill.tasks.rewards import check_errors, score
 from minidistill.types import Advance, Prompt, Request, Role, Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
-HELD_OUT = 128  # prompts of the held-out KL
+HELD_OUT = 128  # prompts for the held-out KL
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Evaluator:
         engine: Engine,
         display: Display,
     ) -> None:
-        """`prompts` are those of each environment's tasks: see `evaluation_prompts`."""
+        """`prompts` has those of each environment: see `evaluation_prompts`."""
         assert config.orchestrator.eval is not None
         self.config, self.settings = config, config.orchestrator.eval
         self.environments, self.engine, self.display = environments, engine, display
@@ -83,10 +83,10 @@ class Evaluator:
             name: [] for name in self.prompts if has_rewards(self.environments[name])
         }
         for start in range(0, len(jobs), samples):
-            # a rollout that cannot be scored earns nothing, so that evaluations stay comparable
-            earned = sum(r.value for r in rewards[start : start + samples] if r)
+            # a rollout that cannot be scored counts as 0, so that evaluations stay comparable
+            total = sum(r.value for r in rewards[start : start + samples] if r)
             if (name := jobs[start][0].env) in by_env:
-                by_env[name].append(earned / samples)
+                by_env[name].append(total / samples)
         length = sum(len(r.completion.token_ids) for r in rollouts) / len(jobs)
         return Scores(by_env, length)
 
@@ -114,6 +114,6 @@ class Evaluator:
         ]
 
     def held_out(self) -> list[Prompt]:
-        """The prompts of the held-out KL, taken from each environment in turn."""
-        share = max(1, HELD_OUT // len(self.prompts))
-        return [prompt for prompts in self.prompts.values() for prompt in prompts[:share]]
+        """The prompts for the held-out KL: the first of each environment, in equal numbers."""
+        count = max(1, HELD_OUT // len(self.prompts))
+        return [prompt for prompts in self.prompts.values() for prompt in prompts[:count]]

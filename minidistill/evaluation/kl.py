@@ -40,8 +40,8 @@ def drift_kl(
 ) -> float | None:
     """Mean KL(base‖student), nats, over the base's completions of unrelated prompts.
 
-    0 means that training changed nothing but the task. None if nothing holds the base's weights
-    any more: all weights were trained, and the teacher is not the base.
+    0 means that training changed nothing outside the task. None if the base's weights no longer
+    exist: all weights were trained, and the teacher is not the base.
     """
     tasks = [Task(str(i), ({"role": "user", "content": q},)) for i, q in enumerate(UNRELATED)]
     view = [builder.build("unrelated", task).student_ids for task in tasks]

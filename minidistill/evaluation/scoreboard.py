@@ -1,4 +1,4 @@
-"""What the run was worth: gap closed with an interval, and what it cost elsewhere."""
+"""The scoreboard: mean rewards, and the gap closed with its interval."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 10_000
-MIN_TASKS = 8  # drawing from fewer again and again says next to nothing about others
+MIN_TASKS = 8  # a bootstrap over fewer says next to nothing about other tasks
 
 
 def compare(
@@ -20,21 +20,21 @@ def compare(
 ) -> dict[str, Any]:
     """Means and the gap closed over one set of tasks.
 
-    Each argument has a mean reward for each task, in the same order. The gap closed is
-    (student - before) / (teacher - before); its 95 % interval is a percentile bootstrap over
-    tasks (10,000 resamples, all figures of a task drawn together). Where the baseline difference's
-    own interval reaches 0 there is no gap to close, and `gap_closed` is None. With fewer than
-    `MIN_TASKS` there is no interval, and so no verdict on a gap.
+    Each sequence has a mean reward for each task, in the same order. The gap closed is
+    (student - before) / (teacher - before). Its 95 % interval is a percentile bootstrap over tasks
+    (10,000 resamples, all figures of a task drawn together). If the interval of the baseline
+    difference includes 0, there is no gap to close, and `gap_closed` is None. With fewer than
+    `MIN_TASKS` tasks there is no interval, and so no verdict on a gap.
     """
-    before, above = np.asarray(student_before), np.asarray(teacher)
-    difference = float(above.mean() - before.mean())
+    before, in_context = np.asarray(student_before), np.asarray(teacher)
+    difference = float(in_context.mean() - before.mean())
     rng = np.random.default_rng(seed)
     picks = rng.integers(0, len(before), size=(RESAMPLES, len(before)))
-    differences = (above - before)[picks].mean(axis=1)
+    differences = (in_context - before)[picks].mean(axis=1)
     low, high = np.quantile(differences, [0.025, 0.975])
     board: dict[str, Any] = {
         "baseline_student": float(before.mean()),
-        "baseline_teacher": float(above.mean()),
+        "baseline_teacher": float(in_context.mean()),
         "baseline_diff": difference,
         "baseline_diff_low": float(low),
         "baseline_diff_high": float(high),
@@ -56,7 +56,7 @@ def compare(
         board["verdict"] = "not finished"
         return board
     gains = (np.asarray(student) - before)[picks].mean(axis=1)
-    # a resample without a difference has no ratio; there are next to none when `low` is above 0
+    # a resample without a difference has no ratio; few are like that if the interval excludes 0
     ratios = np.divide(gains, differences, out=np.full(RESAMPLES, np.nan), where=differences != 0)
     board["gap_closed"] = float((np.mean(student) - before.mean()) / difference)
     board["gap_closed_low"], board["gap_closed_high"] = map(
@@ -73,7 +73,7 @@ def compare(
 
 
 def pooled(per_env: Mapping[str, Mapping[str, Sequence[float]]], key: str) -> list[float] | None:
-    """All environments' values of one kind in a row, None where one has none."""
+    """All environments' values of one kind in one list; None if an environment has none."""
     if not per_env or any(key not in values for values in per_env.values()):
         return None
     return [value for values in per_env.values() for value in values[key]]

@@ -21,13 +21,13 @@ class AsyncCollector:
 
     def __init__(self, collector: Collector, engine: Engine) -> None:
         self.collector, self.engine = collector, engine
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampling")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="sampling")
         self._next: tuple[int, Future[Collected]] | None = None
 
     def start(self, step: int, version: int) -> None:
         """Start collecting a step's rollouts with the weights of `version`."""
         collect = self.collector.collect
-        self._next = step, self._thread.submit(collect, self.engine, step, version)
+        self._next = step, self._executor.submit(collect, self.engine, step, version)
 
     def take(self, step: int, version: int) -> Collected:
         """Wait for the step's rollouts. Starts collecting them if `start` was not called."""
@@ -51,10 +51,10 @@ class AsyncCollector:
         }
 
     def wait_until_idle(self) -> None:
-        """Wait until the engine is free."""
+        """Wait until no rollouts are being collected, so that the engine is free."""
         if self._next is not None:
             self._next[1].result()
 
     def close(self) -> None:
-        """Close the engine first: it then fails what is being sampled."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Stop the thread. Close the engine before, so that a call in progress fails."""
+        self._executor.shutdown(wait=True, cancel_futures=True)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Collector:
-    """Collects rollouts. They depend on the seed, the step and the sampling weights alone."""
+    """Collects rollouts, which depend only on the seed, the step and the sampling weights."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Collector:
 
     @property
     def _top_ids(self) -> int:
-        """How many of the sampler's likeliest ids the teacher's engine is going to score."""
+        """How many of the sampler's likeliest ids the teacher's engine will score."""
         if self.placement.teacher.scorer != "engine":
             return 0
         return self.placement.teacher.estimator.top_ids(self.config.trainer.loss.top_k)
