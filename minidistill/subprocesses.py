@@ -46,13 +46,16 @@ class Subprocess:
     def exit_report(self) -> tuple[int | None, str]:
         """The exit code and a description with the last line of output.
 
-        The code is None if the process is still running, negative if a signal ended it.
+        The code is None if the process is still running, negative if a signal ended it. After
+        `close` there is no output any more.
         """
         try:
             code = self.popen.wait(timeout=EXIT_TIMEOUT)
         except subprocess.TimeoutExpired:
             return None, "it closed its connection"
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if self._output.closed:
+            return code, cause
         self._output.seek(0)
         lines = self._output.read().decode(errors="replace").strip().splitlines()
         return code, f"{cause}; last output: {lines[-1].strip()[:300]}" if lines else cause

@@ -150,9 +150,10 @@ def test_a_process_that_dies_too_often_is_an_error(
     monkeypatch.setattr(process, "max_restarts", process.restarts)
     os.killpg(bench.engine.process.popen.pid, signal.SIGKILL)
     times = f"restarted {process.restarts} times" if process.restarts else "process died: "
-    with pytest.raises(UserError, match=times) as caught:
-        bench.sync()
-    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    for _ in range(2):  # and the same when it is called again
+        with pytest.raises(UserError, match=times) as caught:
+            bench.sync()
+        assert caught.value.exit_code == EXIT_ENVIRONMENT
 
 
 def test_full_weights_reach_the_engine_tied_embeddings_too(weights_bench: Bench) -> None:

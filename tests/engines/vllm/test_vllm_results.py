@@ -25,7 +25,7 @@ WHOLE = (
     "flags",
     [
         ("--max_steps", "80"),
-        ("--max_steps", "80", "--no-trainer.model.lora", "--trainer.optim.lr", "3e-4"),
+        ("--max_steps", "100", "--no-trainer.model.lora", "--trainer.optim.lr", "3e-4"),
         ("--max_steps", "100", "--schedule", "async"),
     ],
     ids=["adapter", "every weight", "one step ahead"],
