@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.trainer.policy import Policy
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
@@ -16,7 +17,7 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class EngineCapabilities:
-    """What an engine can do beyond sampling, and scoring given tokens at temperature 1."""
+    """What an engine can do beyond sampling, and scoring completions at temperature 1."""
 
     scores_at_any_temperature: bool = False
     scores_ids: bool = False
@@ -30,12 +31,12 @@ class Engine(ABC):
     """
 
     name: str
-    """What it is, for people."""
+    """What it is, for messages."""
 
     @property
     @abstractmethod
     def location(self) -> str:
-        """Where it runs, for people."""
+        """Where it runs, for messages."""
 
     @property
     def description(self) -> str:
@@ -47,19 +48,19 @@ class Engine(ABC):
         return EngineCapabilities()
 
     def attach(self, policy: Policy, roles: Sequence[Role]) -> None:  # noqa: B027 - optional
-        """Name the trainer's model, and the roles that this engine is to serve."""
+        """Set the trainer's model, and the roles that this engine will serve."""
 
     def wait_until_ready(self) -> None:  # noqa: B027 - optional
         """Block until the engine can be called.
 
-        Raises UserError (exit code 3) where it cannot start or cannot be reached.
+        Raises UserError (exit code 3) if it cannot start or cannot be reached.
         """
 
     def verify(self, trainer: Engine, temperature: float | None) -> None:  # noqa: B027 - optional
-        """Check before training that the engine serves the model that `trainer` serves.
+        """Check before training that the engine serves the same model as `trainer`.
 
-        `temperature` is the one to sample at, None if the engine only scores. Raises UserError
-        (exit code 3) for another model, or log-probs of another distribution.
+        `temperature` is the sampling temperature, None if the engine only scores. Raises UserError
+        (exit code 3) if the model is another, or log-probs are of another distribution.
         """
 
     @abstractmethod
@@ -70,12 +71,12 @@ class Engine(ABC):
         role: Role,
         advance: Advance | None = None,
     ) -> list[Completion]:
-        """Sample a completion for each request, in the given order.
+        """Sample a completion for each request, in the order of the requests.
 
         Log-probs are those of the distribution sampled from; greedy ones are taken at
         temperature 1. `advance` is called with numbers of finished completions.
 
-        Raises UserError (exit code 4) where the model's logits are not finite, ValueError for
+        Raises UserError (exit code 4) if the model's logits are not finite, ValueError for
         `params.top_ids` without the capability `scores_ids`.
         """
 
@@ -87,7 +88,7 @@ class Engine(ABC):
         role: Role,
         temperature: float = 1.0,
     ) -> list[list[float]]:
-        """Log-probs (nats) of the tokens of given completions, each after its prompt.
+        """Log-probs (nats) of the completions' tokens, each completion after its prompt.
 
         Raises ValueError for a temperature other than 1 without the capability
         `scores_at_any_temperature`.
@@ -100,7 +101,7 @@ class Engine(ABC):
         ids: Sequence[np.ndarray],
         role: Role,
     ) -> list[np.ndarray]:
-        """Log-probs (nats) of any ids at each completion token, at temperature 1.
+        """Log-probs (nats) of the given ids at each completion token, at temperature 1.
 
         `ids` holds an int array (tokens, k) for each completion; float32 arrays of the same shapes
         are returned. Raises ValueError without the capability `scores_ids`.
@@ -119,4 +120,14 @@ class Engine(ABC):
         return None
 
     def close(self) -> None:  # noqa: B027 - optional
-        """Free everything. Calls in flight in other threads fail."""
+        """Free everything. Calls in progress in other threads fail."""
+
+
+def not_finite_error() -> UserError:
+    """The error of `Engine.generate` if the model's logits are not finite."""
+    return UserError(
+        "the model's logits are not finite",
+        where="sampling",
+        fix="lower trainer.optim.lr and start again, or resume an earlier checkpoint",
+        exit_code=EXIT_HEALTH,
+    )

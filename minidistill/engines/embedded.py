@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidistill.engines.base import Engine, EngineCapabilities, Ids
-from minidistill.errors import EXIT_HEALTH, UserError
+from minidistill.engines.base import Engine, EngineCapabilities, Ids, not_finite_error
 from minidistill.placement.limits import EMBEDDED_CACHE_BYTES, kv_bytes_per_token
 from minidistill.trainer.batching import collate, split_by_tokens
 from minidistill.trainer.forward import PrefixCache, hidden_states, seeded_cache
@@ -29,7 +28,7 @@ class EmbeddedEngine(Engine):
     """The trainer's own model as an engine.
 
     A prompt that several requests share is prefilled once. The prefix that all prompts share is
-    prefilled once a call, or once a run for the frozen teacher (its context).
+    prefilled once a call, or once a run for a frozen teacher (its context).
     """
 
     name = "embedded"
@@ -78,7 +77,7 @@ class EmbeddedEngine(Engine):
         kv_bytes = kv_bytes_per_token(self.policy.config, self.policy.dtype.itemsize)
         lengths = [len(requests[i].prompt_ids) + max_tokens for i in order]
         groups = split_by_tokens(lengths, max(1, EMBEDDED_CACHE_BYTES // kv_bytes))
-        # back in the given order, so that requests of one prompt stand together
+        # back in the order of the rows, so that requests of one prompt stay side by side
         return [sorted(order[i] for i in group) for group in groups]
 
     def _decode(
@@ -88,7 +87,7 @@ class EmbeddedEngine(Engine):
         role: Role,
         advance: Advance | None,
     ) -> list[Completion]:
-        """Decode one batch. Rows that are finished leave it."""
+        """Decode one batch. Finished rows are removed from it."""
         max_tokens, temperature = params.max_tokens, params.temperature
         device = self.policy.device
         cache, mask_BL, hidden_BH = self._prefill(requests, role)
@@ -127,8 +126,8 @@ class EmbeddedEngine(Engine):
     def _prefill(self, requests: Sequence[Request], role: Role) -> tuple[Any, Tensor, Tensor]:
         """Cache, mask and last hidden state of every request; equal prompts are prefilled once."""
         device = self.policy.device
-        same = groupby(request.prompt_ids for request in requests)
-        distinct = [(prompt, len(list(copies))) for prompt, copies in same]
+        by_prompt = groupby(request.prompt_ids for request in requests)
+        distinct = [(prompt, len(list(copies))) for prompt, copies in by_prompt]
         prompts = [prompt for prompt, _ in distinct]
         prefix = self.prefixes.common(prompts)
         width = max(map(len, prompts)) - len(prefix)
@@ -190,7 +189,7 @@ class EmbeddedEngine(Engine):
         """Does nothing: the engine runs the trainer's own tensors."""
 
     def peak_memory(self) -> int | None:
-        """On a GPU the peak while sampling; None on a CPU, where it is the trainer's process."""
+        """On a GPU the peak while sampling. None on a CPU: the trainer reports this process."""
         return self._peak_memory
 
 
@@ -201,12 +200,7 @@ def sample(logits_BV: Tensor, temperature: float, draws_B: Tensor) -> tuple[Tens
     """
     logits_BV = logits_BV.float()
     if not torch.isfinite(logits_BV.amax(dim=-1)).all():
-        raise UserError(
-            "the model's logits are not finite",
-            where="sampling",
-            fix="lower trainer.optim.lr and start again, or resume an earlier checkpoint",
-            exit_code=EXIT_HEALTH,
-        )
+        raise not_finite_error()
     if temperature == 0:
         logp_BV = torch.log_softmax(logits_BV, dim=-1)
         chosen_B = logits_BV.argmax(dim=-1)

@@ -27,10 +27,10 @@ class EngineLauncher:
         self.teacher: Engine | None = None
 
     def start(self) -> Placement:
-        """Start what the placement asks for. Returns the placement that the run gets.
+        """Start the engines of the placement. Returns the placement as started.
 
-        They differ in one case: only a running engine tells whether it scores chosen ids. If it
-        does not, the teacher stays in the trainer.
+        It differs in one case: only a running engine can say whether it scores chosen ids. If it
+        does not, the teacher runs in the trainer.
         """
         placement = self.placement
         try:

@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 class Replicas(Engine):
-    """Divides a batch among its engines: longest prompts first, each to the least loaded engine.
+    """Distributes a batch over its engines: longest prompts first, each to the least loaded engine.
 
-    Samples of one prompt stay together, because the prompt's prefix is cached where it was read.
-    What is drawn does not depend on the engine: seeds belong to requests.
+    Samples of one prompt go to one engine, which caches the prompt. What is drawn does not depend
+    on the engine, because seeds belong to requests.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
@@ -70,7 +70,7 @@ class Replicas(Engine):
             return engine.generate([requests[i] for i in rows], params, role, locked_advance)
 
         prompts = [r.prompt_ids for r in requests]
-        return self._divided(prompts, [len(p) + params.max_tokens for p in prompts], generate)
+        return self._distribute(prompts, [len(p) + params.max_tokens for p in prompts], generate)
 
     def score(
         self,
@@ -80,10 +80,11 @@ class Replicas(Engine):
         temperature: float = 1.0,
     ) -> list[list[float]]:
         def score(engine: Engine, rows: Sequence[int]) -> list[list[float]]:
-            part = [prompts[i] for i in rows], [completions[i] for i in rows]
-            return engine.score(*part, role, temperature)
+            return engine.score(
+                [prompts[i] for i in rows], [completions[i] for i in rows], role, temperature
+            )
 
-        return self._divided(prompts, _lengths(prompts, completions), score)
+        return self._distribute(prompts, _lengths(prompts, completions), score)
 
     def score_ids(
         self,
@@ -93,13 +94,17 @@ class Replicas(Engine):
         role: Role,
     ) -> list[np.ndarray]:
         def score_ids(engine: Engine, rows: Sequence[int]) -> list[np.ndarray]:
-            part = [prompts[i] for i in rows], [completions[i] for i in rows]
-            return engine.score_ids(*part, [ids[i] for i in rows], role)
+            return engine.score_ids(
+                [prompts[i] for i in rows],
+                [completions[i] for i in rows],
+                [ids[i] for i in rows],
+                role,
+            )
 
-        return self._divided(prompts, _lengths(prompts, completions), score_ids)
+        return self._distribute(prompts, _lengths(prompts, completions), score_ids)
 
     def sync(self, version: int) -> None:
-        """All replicas take over the weights at once; each reads its own handles."""
+        """Sync all replicas at once."""
         self._on_each(lambda engine: engine.sync(version))
 
     def sleep(self) -> None:
@@ -113,31 +118,31 @@ class Replicas(Engine):
             engine.close()
         self._threads.shutdown(wait=True)
 
-    def _on_each(self, act: Callable[[Engine], None]) -> None:
-        for future in [self._threads.submit(act, engine) for engine in self.engines]:
+    def _on_each(self, action: Callable[[Engine], None]) -> None:
+        for future in [self._threads.submit(action, engine) for engine in self.engines]:
             future.result()
 
-    def _divided(
+    def _distribute(
         self,
         prompts: Sequence[Ids],
         costs: Sequence[int],
         call: Callable[[Engine, Sequence[int]], Sequence[T]],
     ) -> list[T]:
-        """The results of `call` on each engine with its share of the rows, in the rows' order."""
+        """Call each engine with its share of the rows. Returns the results in the order of rows."""
         by_prompt: dict[tuple[int, ...], list[int]] = {}
         for index, prompt in enumerate(prompts):
             by_prompt.setdefault(tuple(prompt), []).append(index)
         groups = list(by_prompt.values())
         shares = share_out([sum(costs[i] for i in g) for g in groups], len(self.engines))
-        rows = [sorted(i for g in share for i in groups[g]) for share in shares]
+        by_engine = [sorted(i for g in share for i in groups[g]) for share in shares]
         futures = [
-            (part, self._threads.submit(call, engine, part))
-            for engine, part in zip(self.engines, rows, strict=True)
-            if part
+            (rows, self._threads.submit(call, engine, rows))
+            for engine, rows in zip(self.engines, by_engine, strict=True)
+            if rows
         ]
         results: dict[int, T] = {}
-        for part, future in futures:
-            results.update(zip(part, future.result(), strict=True))
+        for rows, future in futures:
+            results.update(zip(rows, future.result(), strict=True))
         return [results[i] for i in range(len(prompts))]
 
 

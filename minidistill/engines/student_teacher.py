@@ -13,8 +13,8 @@ from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 class StudentTeacherEngine(Engine):
     """Each call goes to the engine of its role.
 
-    With `equal_at_start` the student's weights are the teacher's before the first step, so the
-    student's engine, which is made for sampling, serves both roles in the baseline evaluation.
+    With `equal_at_start` both roles have the same weights before the first step. The student's
+    engine, which samples faster, then serves both in the baseline evaluation.
     """
 
     name = "student and teacher"
@@ -34,7 +34,7 @@ class StudentTeacherEngine(Engine):
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """Those of the teacher's engine, which scores."""
+        """The teacher's engine's, because it scores."""
         return self.teacher.capabilities
 
     def _engine_of(self, role: Role) -> Engine:

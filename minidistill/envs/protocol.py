@@ -1,7 +1,7 @@
 """The interface of an environment: tasks in two splits, and a score for each completion.
 
-`minidistill/envs/example.py` is a complete environment in 20 lines, with the configuration that
-uses it. An environment need not live in this package: `id` takes any `module:function`.
+`minidistill/envs/example.py` is a complete environment to copy, with the configuration that uses
+it. An environment need not live in this package: `id` takes any `module:function`.
 """
 
 from __future__ import annotations

@@ -6,13 +6,14 @@ import time
 from collections.abc import Sequence
 
 from minidistill.run.session import Session
+from minidistill.trainer.policy import Weights
 from minidistill.types import Metrics, Role
 
 FILE = "baseline.json"
 
 
 def evaluate_baseline(session: Session) -> None:
-    """Log both roles' rewards and the KL on held-out prompts as step 0.
+    """Log both roles' rewards and the KL on held-out prompts, as step 0.
 
     The results are kept in `baseline.json`, so a resumed run does not evaluate again.
     """
@@ -24,8 +25,7 @@ def evaluate_baseline(session: Session) -> None:
         began = time.perf_counter()
         results = {"rewards": {}, "heldout_kl": session.held_out_kl()}
         if session.config.orchestrator.teacher_model.eval_baseline:
-            # before training the student's weights are the teacher's
-            student = evaluator.run("student", Role.TEACHER, context=False)
+            student = evaluator.run("student", _student_role(session), context=False)
             teacher = evaluator.run("teacher", Role.TEACHER, context=True)
             results["length"] = student.length
             results["rewards"] = {
@@ -45,6 +45,16 @@ def evaluate_baseline(session: Session) -> None:
     session.log(0, metrics)
     if results["rewards"]:
         session.display.baseline(metrics)
+
+
+def _student_role(session: Session) -> Role:
+    """The role that samples as the untrained student does, the cheaper one if there are two.
+
+    Unless the teacher is another model, its weights are the student's before training, and it runs
+    without the adapter.
+    """
+    other = session.policy.teacher_weights is Weights.OTHER
+    return Role.STUDENT if other else Role.TEACHER
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""What a run shows about itself before its first step."""
+"""The header that a run shows before its first step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def header(
     directory: RunDirectory,
     first_step: int,
 ) -> Header:
-    """Model, mode, teacher, devices and output. `placement` is the one that the run got."""
+    """Model, mode, teacher, devices and output. `placement` is the started run's."""
     config = plan.config
     loss, orchestrator, lora = config.trainer.loss, config.orchestrator, config.trainer.model.lora
     total = sum(p.numel() for p in policy.student.parameters())
@@ -54,8 +54,8 @@ def header(
     if config.schedule == "async":
         rows.append(("schedule", "the next step is sampled while this one is trained on"))
     if placement.ranks > 1:
-        kept = "sharded" if placement.sharded else "replicated"
-        rows.append(("trainer", f"{placement.ranks} ranks, weights {kept}"))
+        layout = "sharded" if placement.sharded else "replicated"
+        rows.append(("trainer", f"{placement.ranks} ranks, weights {layout}"))
     rows += [
         ("tasks", ", ".join(env.name for env in orchestrator.env)),
         ("output", str(directory.path)),

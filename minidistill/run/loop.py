@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(loaded: LoadedConfig, *, resume: bool) -> int:
-    """Carry out a run and return the exit code. Raises UserError for errors the user can fix."""
+    """Execute a run and return its exit code. Raises UserError for errors the user can fix."""
     display = open_display()
     with contextlib.closing(display), logs.to_terminal(display.note):
         directory = RunDirectory(choose_path(loaded, resume))
@@ -70,12 +70,12 @@ def train_step(session: Session, step: int) -> None:
 
 
 class Interrupt:
-    """Whether Ctrl-C or SIGTERM asked the run to stop."""
+    """Whether the run was told to stop, by Ctrl-C or SIGTERM."""
 
     requested = False
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """The first signal lets the step finish and saves it; a second one stops at once."""
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """Stop after the current step, which is saved. A second signal stops at once."""
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
@@ -86,11 +86,11 @@ class Interrupt:
 def _interrupts() -> Iterator[Interrupt]:
     interrupt = Interrupt()
     before = {
-        number: signal.signal(number, interrupt.handle)
-        for number in (signal.SIGINT, signal.SIGTERM)
+        signum: signal.signal(signum, interrupt.handle)
+        for signum in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield interrupt
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

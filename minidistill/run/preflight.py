@@ -10,9 +10,9 @@ import torch
 from minidistill.config import Config
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.tasks.prompts import PromptBuilder
-from minidistill.trainer.batching import collate, common_prefix
+from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import (
-    MIN_PREFIX,
+    PrefixCache,
     can_share_prefix,
     hidden_states,
     prefix_states,
@@ -20,6 +20,8 @@ from minidistill.trainer.forward import (
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.token_kl import token_kl
 from minidistill.types import Prompt, Role, Task
+
+Ids = tuple[int, ...]
 
 # Rounding error of a KL or log-prob between two passes of different shapes, by dtype
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prompt]) -> None:
     """Check both views of the prompts. Needs no model.
 
-    Raises UserError if the chat template does not show them as it must.
+    Raises UserError if the chat template does not render them correctly.
     """
     first = prompts[0]
     ending = generation_prompt(builder, first.task)
@@ -41,8 +43,9 @@ def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prom
                 where="model.name",
                 fix="use a chat template that supports add_generation_prompt",
             )
-    same = PromptBuilder(builder.tokenizer, "", builder.placement).build("", first.task)
-    if same.student_ids != same.teacher_ids:
+    without_context = PromptBuilder(builder.tokenizer, "", builder.placement)
+    equal_views = without_context.build("", first.task)
+    if equal_views.student_ids != equal_views.teacher_ids:
         raise UserError(
             "the two views differ even with an empty context",
             where="model.name",
@@ -84,9 +87,19 @@ def check_model(policy: Policy, prompts: Sequence[Prompt]) -> bool:
             fix="use the tokenizer that the model was trained with",
         )
     tolerance = TOLERANCE[policy.dtype]
-    some = list(prompts[:4])
-    completions = [p.student_ids[-6:] for p in some]  # any tokens will do
-    tokens = collate([p.student_ids for p in some], completions, pad_id=policy.pad_id)
+    prompts = prompts[:4]
+    completions = [p.student_ids[-6:] for p in prompts]  # any tokens will do
+    _check_logits(policy, prompts, completions, tolerance)
+    if policy.holds(Role.TEACHER) and policy.teacher_weights is not Weights.OTHER:
+        _check_equal_roles(policy, prompts, completions, tolerance)
+    return _prefix_cache_is_exact(policy, prompts, completions, tolerance)
+
+
+def _check_logits(
+    policy: Policy, prompts: Sequence[Prompt], completions: Sequence[Ids], tolerance: float
+) -> None:
+    """Check that the model's logits are its hidden states times the head."""
+    tokens = collate([p.student_ids for p in prompts], completions, pad_id=policy.pad_id)
     tokens = tokens.to(policy.device)
     with policy.inference():
         ours = policy.logits(hidden_states(policy, tokens)).float().log_softmax(-1)
@@ -99,47 +112,45 @@ def check_model(policy: Policy, prompts: Sequence[Prompt]) -> bool:
             fix="use a model whose logits are hidden states times the head",
             exit_code=EXIT_ENVIRONMENT,
         )
-    views = [p.student_ids for p in some]
-    roles = (Role.STUDENT, Role.TEACHER)
-    if policy.holds(Role.TEACHER) and policy.teacher_weights is not Weights.OTHER:
-        kl = token_kl(
-            policy,
-            completions,
-            prompts=(views, views),
-            roles=roles,
-            temperature=1.0,
-            budget=1 << 16,
-        )
-    else:
-        kl = torch.zeros(1)
-    if float(kl.abs().max()) > tolerance:
+
+
+def _check_equal_roles(
+    policy: Policy, prompts: Sequence[Prompt], completions: Sequence[Ids], tolerance: float
+) -> None:
+    """Check that student and teacher agree on the same prompts, since their weights are equal."""
+    view = [p.student_ids for p in prompts]
+    kl_N = token_kl(
+        policy,
+        completions,
+        prompts=(view, view),
+        roles=(Role.STUDENT, Role.TEACHER),
+        temperature=1.0,
+        budget=1 << 16,
+    )
+    if float(kl_N.abs().max()) > tolerance:
         raise UserError(
-            f"with no context the KL between student and teacher is {float(kl.max()):.2g}, not 0",
+            f"with no context the KL between student and teacher is {float(kl_N.max()):.2g}, not 0",
             where="model.name",
             fix='use model.dtype = "float32", or another attention implementation (model.attn)',
             exit_code=EXIT_ENVIRONMENT,
         )
-    return _can_cache_prefix(policy, some, completions, tolerance)
 
 
-def _can_cache_prefix(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    completions: Sequence[tuple[int, ...]],
-    tolerance: float,
+def _prefix_cache_is_exact(
+    policy: Policy, prompts: Sequence[Prompt], completions: Sequence[Ids], tolerance: float
 ) -> bool:
     """Whether a pass on the context's cached keys and values equals a pass on all tokens."""
-    views = [p.teacher_ids for p in prompts]
-    if len(set(views)) < 2 or not can_share_prefix(policy):
+    view = [p.teacher_ids for p in prompts]
+    if len(set(view)) < 2 or not can_share_prefix(policy):
         return False
-    prefix = common_prefix(views)
-    if len(prefix) < MIN_PREFIX:
+    prefix = PrefixCache(policy, shares=True).common(view)
+    if not prefix:
         return True
     logp = []
     role = Role.TEACHER if policy.holds(Role.TEACHER) else Role.STUDENT
     with policy.inference(), policy.running_as(role):
         for shared in ((), prefix):
-            tokens = collate(views, completions, pad_id=policy.pad_id, prefix=shared)
+            tokens = collate(view, completions, pad_id=policy.pad_id, prefix=shared)
             states = prefix_states(policy, shared) if shared else None
             hidden = hidden_states(policy, tokens, states)
             logp.append(policy.logits(hidden).float().log_softmax(-1))

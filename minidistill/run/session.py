@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from minidistill.evaluation.evaluator import Scores
 from minidistill.evaluation.kl import held_out_kl
+from minidistill.placement.machine import GIB
 from minidistill.placement.measured import planned_and_measured
 from minidistill.reporting.monitors import open_monitors
 from minidistill.reporting.rollout_log import TokenTexts, write_rollouts
@@ -21,7 +22,6 @@ from minidistill.trainer import checkpoint
 from minidistill.types import Metrics, Role, Rollout, TokenFigures
 
 logger = logging.getLogger(__name__)
-GIB = 1 << 30
 
 
 @contextlib.contextmanager
@@ -85,7 +85,7 @@ class Session:
     # -- a step --------------------------------------------------------------------------------
 
     def collect(self, step: int) -> tuple[list[Rollout], Metrics]:
-        """The step's rollouts, scored, with advantages, and the metrics of collecting them."""
+        """The step's rollouts, scored and with advantages, and the collection's metrics."""
         if self.async_collector is None:
             return self.collector.collect(self.engine, step, step - 1)
         collected = self.async_collector.take(step, step - 1)
@@ -100,7 +100,7 @@ class Session:
         tokens: Sequence[TokenFigures],
         metrics: Metrics,
     ) -> None:
-        """Write and show what a step did. `tokens` holds the figures of each rollout's tokens."""
+        """Write and show a step's results. `tokens` has the per-token results of each rollout."""
         if (peak := self.engine.peak_memory()) is not None:
             metrics = metrics | {"perf/peak_memory_gib/engine": peak / GIB}
         write_rollouts(self.directory.path / "rollouts", step, rollouts, tokens, self.texts)

@@ -41,9 +41,8 @@ from minidistill.trainer.trainer import Trainer
 from minidistill.types import Prompt
 
 logger = logging.getLogger(__name__)
-# Tasks of each split whose prompts are built and checked before the run: of a split that makes its
-# tasks on demand, and of a list
-CHECKED_TASKS, CHECKED_LIST = 32, 2000
+CHECKED_TASKS = 32  # prompts checked before the run, of a split that generates its tasks
+CHECKED_LIST = 2000  # prompts checked before the run, of a split that is a list
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +59,9 @@ class Prepared:
     """By environment; empty if the run does not evaluate."""
     builder: PromptBuilder
     prompts: Sequence[Prompt]
-    """Those that were checked."""
+    """The prompts that were checked."""
     fingerprint: str
-    """Of the tasks and prompts, to tell whether a resumed run still has the same."""
+    """Of the tasks and prompts: a resumed run must have the same."""
     plan: Plan
 
     @property
@@ -72,10 +71,10 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """What a run consists of."""
+    """The parts of a run, loaded and started."""
 
     placement: Placement
-    """The one that the run got: see `EngineLauncher.start`."""
+    """As started: see `EngineLauncher.start`."""
     policy: Policy
     trainer: Trainer
     engine: Engine
@@ -145,12 +144,12 @@ def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prep
 def build(prepared: Prepared, display: Display) -> Components:
     """Start the engines and the trainer's ranks, and load the model while they start.
 
-    Raises UserError where one of them cannot be had; nothing of them is left running then.
+    Raises UserError if something cannot be loaded or started. Nothing is left running then.
     """
     config, placement = prepared.config, prepared.plan.placement
     devices = placement.devices
     if devices[0].type == "cuda":
-        torch.cuda.set_device(devices[0])  # where kernels are launched
+        torch.cuda.set_device(devices[0])  # Triton launches kernels on the current device
     launcher = EngineLauncher(config, placement, prepared.directory.path / "sync")
     ranks = RankLauncher(devices)
     try:
@@ -189,11 +188,11 @@ def build(prepared: Prepared, display: Display) -> Components:
 
 
 def _plan(loaded: LoadedConfig) -> Plan:
-    """What runs where. A plan that does not fit is a warning only, because it is an estimate."""
+    """Plan what runs where. If it does not fit, that is only a warning: it is an estimate."""
     plan = plan_run(loaded, Machine.local())
     for problem in plan.problems:
-        change = f": try {flags(plan.change)}" if plan.change else ""
-        logger.warning(f"by the plan this does not fit, {problem}{change}")
+        change = f"; try {flags(plan.change)}" if plan.change else ""
+        logger.warning(f"the plan estimates that this does not fit: {problem}{change}")
     for warning in plan.warnings:
         logger.warning(warning)
     return plan

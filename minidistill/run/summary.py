@@ -14,7 +14,7 @@ from minidistill.trainer import checkpoint
 from minidistill.types import Role
 
 logger = logging.getLogger(__name__)
-LAST_STEPS = 10  # `teacher_kl_last` is the mean of that many
+LAST_STEPS = 10  # whose mean KL is `teacher_kl_last`
 
 
 def finish(session: Session) -> None:

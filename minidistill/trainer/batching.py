@@ -18,7 +18,7 @@ class Tokens:
 
     `ids_BL` and `positions_BL` are int64. So is `mask_BL`, which is None if sequences are packed in
     one row and separated by their positions. `rows_N` and `columns_N` locate the hidden state that
-    predicts each completion token, `targets_N` are those tokens, sequence by sequence.
+    predicts each completion token. `targets_N` has those tokens, sequence by sequence.
     """
 
     ids_BL: Tensor
@@ -125,7 +125,7 @@ def share_out(lengths: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The ids that all sequences begin with, leaving at least one id of each."""
+    """The ids that all sequences begin with. At least one id of each sequence is left over."""
     low, high = min(map(tuple, sequences)), max(map(tuple, sequences))
     limit = min(map(len, sequences)) - 1
     length = next((i for i in range(limit) if low[i] != high[i]), limit)

@@ -1,4 +1,4 @@
-"""The trainer as every rank builds it."""
+"""Building the trainer, in the same way on every rank."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def build_trainer(
     rank_group: RankGroup,
     prefixes: PrefixCache | None = None,
 ) -> Trainer:
-    """The trainer of a loaded policy. Shards the weights as the placement says.
+    """A trainer for a loaded policy, whose weights are sharded if the placement says so.
 
-    The driver calls it once it has checked the policy, and passes the `prefixes` of its engine.
+    The driver calls it once it has checked the policy, and passes its engine's `prefixes`.
     """
     shares = rank_group.broadcast_object(prefixes is not None and prefixes.shares)
     policy.rank_group = rank_group

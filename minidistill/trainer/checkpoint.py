@@ -23,16 +23,16 @@ from minidistill.trainer.trainer import Trainer
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
-"""Of `state.json` and `state.safetensors`. Checkpoints without a number, written before there was
-one, have the same contents."""
+"""The version of `state.json` and `state.safetensors`. Checkpoints of the first releases have the
+same contents, but no number."""
 
 logger = logging.getLogger(__name__)
 
 
 def save_model(policy: Policy, path: Path) -> Path:
-    """Save what was trained for other programs to load. Returns the folder.
+    """Save the trained weights in a format that other programs load. Returns the folder.
 
-    That is `path/adapter` as plain PEFT, or `path/model` with the tokenizer, as transformers saves.
+    It is `path/adapter` in PEFT's format, or `path/model` with the tokenizer in transformers'.
     """
     folder = path / ("adapter" if policy.lora else "model")
     with writing(folder):
@@ -55,7 +55,7 @@ def save(trainer: Trainer, root: Path, step: int, facts: dict[str, Any], keep: i
         aside.mkdir(parents=True)
         if trainer.policy.lora:  # a full model would be stored twice
             save_model(trainer.policy, aside)
-        # under our own names: peft and transformers may save under others than they have in memory
+        # under the names in memory: peft and transformers may rename tensors when saving
         plain = {k: v.detach().contiguous() for k, v in trainer.state().items()}
         save_file(plain, aside / "state.safetensors")
         state = {"format": FORMAT, "step": step, **facts}
@@ -102,7 +102,7 @@ def restore(trainer: Trainer, root: Path) -> dict[str, Any] | None:
 def _check_format(path: Path) -> None:
     """Raise UserError for a checkpoint in a format that this version does not know.
 
-    Comes before the check for damage, since another format may have other files.
+    Call it before checking for damage, because another format may have other files.
     """
     try:
         number = json.loads((path / "state.json").read_text()).get("format", 0)

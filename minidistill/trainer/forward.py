@@ -32,12 +32,12 @@ class PrefixCache:
         self.computed = 0
 
     def common(self, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-        """The ids that all prompts begin with; () if they are not worth a pass of their own."""
+        """The ids that all prompts begin with; () if caching them does not pay off."""
         prefix = common_prefix(prompts) if self.shares and len(set(map(tuple, prompts))) > 1 else ()
         return prefix if len(prefix) >= MIN_PREFIX else ()
 
     def states(self, prefix: tuple[int, ...], role: Role) -> KeysValues | None:
-        """Keys and values of the prefix under the current role, which is `role`; None for ()."""
+        """Keys and values of the prefix; None for (). `role` must be the current role."""
         if not prefix:
             return None
         policy = self.policy

@@ -1,4 +1,4 @@
-"""Checks that stop a run: steps that must not be taken, and errors that mean OOM."""
+"""Checks of a step before it is applied, and of errors for OOM."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import torch
 
 from minidistill.config import Config
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_HEALTH, UserError
+from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.types import Metrics
 
-# Highest `kl/sampler_mismatch` that numerics explain: some 100 and 20 times what vLLM shows
+# Highest `kl/sampler_mismatch` that rounding explains: about 100 and 20 times vLLM's
 MISMATCH = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
@@ -27,7 +27,7 @@ def mismatch_limit(config: Config, dtype: torch.dtype) -> float:
 
 
 def refusal(metrics: Metrics, step: int, max_mismatch: float) -> UserError | None:
-    """The error (exit code 4) of a step that must not be taken; None for any other."""
+    """The error (exit code 4) if the step must not be applied, else None."""
     total, norm = metrics["loss/total"], metrics["optim/grad_norm"]
     if not (math.isfinite(norm) and math.isfinite(total)):
         return UserError(
@@ -40,7 +40,7 @@ def refusal(metrics: Metrics, step: int, max_mismatch: float) -> UserError | Non
     if metrics["kl/sampler_mismatch"] > max_mismatch:
         return UserError(
             f"step {step}: kl/sampler_mismatch is {metrics['kl/sampler_mismatch']:.3g}, above "
-            f"{max_mismatch:g}: what sampled is not the model that is trained",
+            f"{max_mismatch:g}: the sampler's model is not the one that is trained",
             where="trainer.loss.max_sampler_mismatch",
             fix="the engine runs stale weights, or computes them differently: try "
             'inference.engine = "embedded", or raise the limit if the numerics explain it',
@@ -50,12 +50,7 @@ def refusal(metrics: Metrics, step: int, max_mismatch: float) -> UserError | Non
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed on a GPU or on the CPU, where only torch's message says so."""
+    """Whether an allocation failed. On a CPU only torch's message says so."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
-
-
-def too_large(what: str, fix: str) -> UserError:
-    """The error (exit code 3) of a micro-batch that cannot be made smaller."""
-    return UserError(what, "trainer.micro_batch_tokens", fix, EXIT_ENVIRONMENT)

@@ -45,7 +45,7 @@ def load_policy(
             reference_models[Weights.BASE] = frozen_copy(base)
     else:
         model = _with_adapter(config, settings.lora, base)
-    # dropout and checkpointing need training mode; without them evaluation mode serves all
+    # only dropout and checkpointing need training mode
     dropout = settings.lora is not False and settings.lora.dropout > 0
     model.train(dropout or settings.ac is not None)
     policy = Policy(model, tokenizer, _end_ids(base, tokenizer), device, teacher, reference_models)
@@ -84,7 +84,7 @@ def _load_weights(config: Config, name: str, dtype: torch.dtype, device: torch.d
 
 
 def _load_other(config: Config, base: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """The teacher's own model. Raises UserError if its head has another vocabulary."""
+    """A separate teacher model. Raises UserError if its head has another number of rows."""
     name = config.separate_teacher
     assert name is not None
     model = _load_weights(config, name, dtype, device).requires_grad_(False).eval()

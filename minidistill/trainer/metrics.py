@@ -25,8 +25,8 @@ def summarize(
 ) -> Metrics:
     """Means over the step's completion tokens, in float64, under the documented names.
 
-    `figures` has those of each rollout. A lower `teacher_kl` is more similar. It is the full KL if
-    the teacher runs in the trainer, with `sampled` too. If an engine scored it, it is the mean of
+    `figures` has those of each rollout. If the teacher runs in the trainer, `teacher_kl` is the
+    full KL, even with `sampled`. If an engine scored the teacher, it is the mean of
     log π(y) - log q(y), and there is no `entropy/teacher`.
     """
     out = concatenated(figures)
@@ -55,7 +55,7 @@ def summarize(
 
 
 def _by_position(kl_N: Tensor, sizes: Tensor) -> Metrics:
-    """Mean KL of completion tokens by how far they are from the completion's start."""
+    """Mean KL by position in the completion."""
     position_N = torch.cat([torch.arange(size) for size in sizes.tolist()])
     edges = torch.tensor(POSITION_EDGES)
     bucket_N = torch.bucketize(position_N, edges, right=True) - 1
@@ -77,7 +77,7 @@ def _lengths(rollouts: Sequence[Rollout]) -> Metrics:
 
 
 def _rewards(rollouts: Sequence[Rollout]) -> Metrics:
-    """Means of the reward and of its parts; nothing where rewards are not computed."""
+    """Means of the reward and of its metrics; empty if rewards are not computed."""
     rewards = [r.reward for r in rollouts if r.reward is not None]
     if not rewards:
         return {}

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minidistill.config import Config
-from minidistill.errors import UserError
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.trainer.batching import share_out, split_by_tokens
 from minidistill.trainer.distributed.rank_group import RankGroup
-from minidistill.trainer.guards import too_large
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class OutOfMemory:
-    """A try at a step in which a micro-batch did not fit in a rank's memory."""
+    """An attempt at a step in which a micro-batch did not fit in a rank's memory."""
 
     message: str
     tokens: int
@@ -55,14 +54,14 @@ class MicroBatches:
         return passes[self.rank_group.rank]
 
     def shrink(self, failures: dict[int, OutOfMemory], *, sharded: bool) -> None:
-        """Halve the budget by the rank with the least room.
+        """Halve the budget, for the rank with the least memory.
 
         Raises UserError (exit code 3) if a rank could not hold a single sequence.
         """
         for failure in failures.values():
             if failure.single_sequences:
                 raise sequence_too_long(failure.longest, failure.message)
-        # by what a micro-batch held: a much larger budget would have to be halved several times
+        # start from what was in use: a much larger budget would have to be halved several times
         rank, worst = min(failures.items(), key=lambda item: item[1].tokens)
         self.budget = min(self.budget, worst.tokens) // 2
         if sharded and self.rank_group.rank:
@@ -75,9 +74,11 @@ class MicroBatches:
 
 
 def sequence_too_long(tokens: int, message: str) -> UserError:
-    """The error of a sequence that does not fit by itself."""
-    return too_large(
+    """The error (exit code 3) for a sequence that does not fit in memory by itself."""
+    return UserError(
         f"one sequence of {tokens} tokens does not fit in memory: {message}",
-        "set trainer.model.ac.freq = 1, shorten the context or "
+        where="trainer.micro_batch_tokens",
+        fix="set trainer.model.ac.freq = 1, shorten the context or "
         "orchestrator.sampling.max_tokens, or train on more GPUs",
+        exit_code=EXIT_ENVIRONMENT,
     )

@@ -15,7 +15,7 @@ from minidistill_kernels import DistillOutput
 
 
 def loss_settings(config: Config, estimator: Estimator, vocabulary: int) -> LossSettings:
-    """The configured numbers of the objective, `auto` resolved, for a head of that many rows."""
+    """The objective's settings with `auto` resolved. `vocabulary` is the head's number of rows."""
     loss = config.trainer.loss
     if loss.kl_clip == "auto":
         kl_clip = estimator.default_kl_clip
@@ -35,15 +35,15 @@ def loss_settings(config: Config, estimator: Estimator, vocabulary: int) -> Loss
 
 
 def figures_by_rollout(output: DistillOutput, sizes: list[int]) -> list[TokenFigures]:
-    """A micro-batch's figures for each of its rollouts, which have `sizes` completion tokens."""
+    """A micro-batch's figures by rollout. Rollouts have `sizes` completion tokens."""
 
-    def parts(column: Tensor | None) -> list[Any]:
+    def split(column: Tensor | None) -> list[Any]:
         if column is None:
             return [None] * len(sizes)
-        # copies, because a view is pickled with the whole tensor that it is a view of
+        # copies, because pickling a view pickles the whole tensor
         return [part.clone() for part in column.detach().cpu().split(sizes)]
 
-    columns = {name: parts(column) for name, column in output._asdict().items()}
+    columns = {name: split(column) for name, column in output._asdict().items()}
     return [
         TokenFigures(**{name: column[index] for name, column in columns.items()})
         for index in range(len(sizes))
@@ -51,13 +51,13 @@ def figures_by_rollout(output: DistillOutput, sizes: list[int]) -> list[TokenFig
 
 
 def concatenated(figures: Sequence[TokenFigures]) -> DistillOutput:
-    """All rollouts' figures in a row: float64, and bool for flags."""
+    """All rollouts' figures, concatenated: float64, and bool for flags."""
 
-    def column(name: str) -> Any:
-        parts = [getattr(f, name) for f in figures]
-        if any(part is None for part in parts):
+    def concatenate(name: str) -> Any:
+        tensors = [getattr(f, name) for f in figures]
+        if any(tensor is None for tensor in tensors):
             return None
-        joined = torch.cat(parts)
-        return joined if joined.dtype == torch.bool else joined.double()
+        column = torch.cat(tensors)
+        return column if column.dtype == torch.bool else column.double()
 
-    return DistillOutput(**{name: column(name) for name in DistillOutput._fields})
+    return DistillOutput(**{name: concatenate(name) for name in DistillOutput._fields})

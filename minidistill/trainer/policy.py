@@ -26,9 +26,9 @@ from minidistill.types import Role
 
 
 class Weights(Enum):
-    """A set of weights. The value is the adapter's name in peft, where it is an adapter."""
+    """A set of weights. For an adapter, the value is its name in peft."""
 
-    STUDENT = "default"  # peft's own name for a single adapter, so that a saved one is plain PEFT
+    STUDENT = "default"  # peft's name for a single adapter, so that a saved one is plain PEFT
     BASE = "base"
     EMA = "ema"
     OTHER = "other"
@@ -37,9 +37,9 @@ class Weights(Enum):
 
 @dataclass(slots=True)
 class Policy:
-    """The model that is trained, and the teacher's beside it.
+    """The model that is trained, and the models that serve as its teacher.
 
-    `model` is peft's wrapper under LoRA, else transformers' own model. `eos_ids` end a completion.
+    `model` is peft's wrapper under LoRA, else transformers' model. `eos_ids` end a completion.
     """
 
     model: Any
@@ -47,7 +47,7 @@ class Policy:
     eos_ids: frozenset[int]
     device: torch.device
     teacher_weights: Weights = Weights.BASE
-    """What the teacher runs with. They may be in an engine only: see `holds`."""
+    """What the teacher runs with. Only an engine may hold them: see `holds`."""
     reference_models: dict[Weights, Any] = field(default_factory=dict)
     """Models beside `model`, by the weights they hold."""
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -63,12 +63,12 @@ class Policy:
 
     @property
     def student(self) -> Any:
-        """transformers' model that is trained, with its head."""
+        """The trained model as transformers' class, with its head."""
         return self.model.get_base_model() if self.lora else self.model
 
     @property
     def causal(self) -> Any:
-        """transformers' model of the current role."""
+        """The current role's model as transformers' class, with its head."""
         return self.student if self._current is None else self._current
 
     @property
@@ -101,8 +101,8 @@ class Policy:
 
     @property
     def pad_id(self) -> int:
-        id = self.tokenizer.pad_token_id
-        return id if id is not None else min(self.eos_ids)
+        pad_id: int | None = self.tokenizer.pad_token_id
+        return min(self.eos_ids) if pad_id is None else pad_id
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,7 +133,7 @@ class Policy:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Dropout and activation checkpointing off."""
+        """Turn off dropout and activation checkpointing."""
         training = self.model.training
         if not training:
             yield
@@ -212,7 +212,7 @@ class Policy:
             named[name].lerp_(parameter.to(named[name].dtype), 1 - decay)
 
     def _ema(self) -> dict[str, Tensor]:
-        """The averaged weights, by the names of the student's parameters."""
+        """The averaged weights, under the names of the student's parameters."""
         if not self.lora:
             return dict(self.reference_models[Weights.EMA].named_parameters())
         named = dict(self.model.named_parameters())
@@ -226,9 +226,9 @@ class Policy:
         return [(n.replace(marker, ".weight"), p) for n, p in named if n.endswith(marker)]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All of the student's weights under Hugging Face's names; tied ones come once.
+        """All of the student's weights under Hugging Face's names, tied ones only once.
 
-        Sharded ones are gathered one at a time, with all ranks.
+        Sharded weights are gathered one at a time, by all ranks together.
         """
         if self.sharded is None:
             yield from self.student.named_parameters()
@@ -261,7 +261,7 @@ class Policy:
 
 
 class HoldsPolicy(Protocol):
-    """A rank's trainer, as far as the commands below use it."""
+    """What the commands below need of a rank's trainer."""
 
     policy: Policy
 
@@ -295,5 +295,5 @@ class GatherWeight:
 
 
 def frozen_copy(model: Any) -> Any:
-    """A copy of the model in memory of its own, which is not trained."""
+    """A copy of the model that shares no memory with it and is not trained."""
     return copy.deepcopy(model).requires_grad_(False).eval()

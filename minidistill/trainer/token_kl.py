@@ -1,4 +1,4 @@
-"""The KL between two roles or two views of the same completions, outside training."""
+"""The KL of completions between two roles or two views of the prompt, outside training."""
 
 from __future__ import annotations
 

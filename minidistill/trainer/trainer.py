@@ -33,19 +33,19 @@ TeacherContext = tuple[tuple[int, ...], KeysValues | None]
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """A step's metrics, and the figures of each rollout in the given order."""
+    """A step's metrics, and the per-token figures of each rollout in order."""
 
     metrics: Metrics
     tokens: list[TokenFigures]
 
 
 class Trainer:
-    """Trains the policy towards its teacher, which runs in the trainer or was scored by an engine.
+    """Trains the policy towards its teacher, which runs here or was scored by an engine.
 
     The loss of a step is normalized by the step's completion tokens, so micro-batches, padding,
     packing and the number of ranks do not change it.
 
-    Every rank has one. The driver's calls are commands, which the other ranks run too.
+    Every rank has one. The other ranks run the driver's calls as commands.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Trainer:
         self.max_mismatch = mismatch_limit(config, policy.dtype)
 
     def step(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> StepResult:
-        """One update, the `step`-th counted from 1. `advance` is called with trained tokens.
+        """One update. Steps count from 1. `advance` is called with the number of trained tokens.
 
-        Only the driver's result has contents. Raises UserError (exit code 4) if the loss or the
-        gradient is not finite, or if the sampler ran other weights; the weights are then unchanged.
+        The result is empty on the other ranks. Raises UserError (exit code 4) if the loss or the
+        gradient is not finite, or if the sampler ran other weights. The weights are then unchanged.
         """
         with self.rank_group.run_on_all_ranks(TrainStep(tuple(rollouts), step)):
             return self._step(rollouts, step, advance)
@@ -97,9 +97,9 @@ class Trainer:
     def _gather_figures(
         self, local_figures: dict[int, TokenFigures], advance: Advance
     ) -> list[TokenFigures]:
-        """On the driver the figures of every rollout in order; an empty list elsewhere.
+        """The figures of every rollout in order; an empty list on the other ranks.
 
-        The driver logs the other ranks' warnings as well.
+        The driver also logs the other ranks' warnings.
         """
         share = local_figures, self.rank_group.drain_warnings()
         by_rollout: dict[int, TokenFigures] = {}
@@ -112,7 +112,7 @@ class Trainer:
         return [by_rollout[i] for i in sorted(by_rollout)]
 
     def _performance(self, tokens: int, began: float) -> Metrics:
-        """Time and memory of a step that began at `began`; empty but on the driver."""
+        """Time and memory of a step that began at `began`; empty on the other ranks."""
         peaks = self.rank_group.gather_object(peak_gib(self.policy.device))
         if not peaks:
             return {}
@@ -158,7 +158,7 @@ class Trainer:
     def _accumulate(
         self, rollouts: Sequence[Rollout], step: int, advance: Advance
     ) -> tuple[dict[int, TokenFigures], OutOfMemory | None]:
-        """Try the step once.
+        """One attempt at the step.
 
         On OOM a sharded rank continues with its shortest rollout, because collectives need every
         rank. Other ranks stop.
@@ -201,7 +201,7 @@ class Trainer:
         )
 
     def _seed_dropout(self, step: int, index: int) -> None:
-        """Give each micro-batch of a step its own dropout, the same on every try."""
+        """Give each micro-batch of a step its own dropout, the same on every attempt."""
         number = index * self.rank_group.size + self.rank_group.rank
         torch.manual_seed(self.config.seed * 1_000_003 + step * 1009 + number)
 
@@ -210,7 +210,7 @@ class Trainer:
     ) -> tuple[list[TokenFigures], str | None]:
         """Run a micro-batch forward and backward.
 
-        Returns each rollout's figures, or what the allocator said on OOM. The error is not raised,
+        Returns each rollout's figures, or on OOM the allocator's message. The error is not raised,
         because its traceback would keep the graph in memory.
         """
         try:
@@ -256,7 +256,7 @@ class Trainer:
 
     @torch.no_grad()
     def _teacher_context(self, rollouts: Sequence[Rollout]) -> TeacherContext:
-        """What the teacher reads once for all of the step, if it runs in the trainer."""
+        """The prefix that the teacher reads once for the whole step, if it runs in the trainer."""
         if any(r.teacher is not None for r in rollouts):
             return (), None
         policy = self.policy
@@ -273,7 +273,7 @@ class Trainer:
     def _teacher_inputs(
         self, rollouts: Sequence[Rollout], context: TeacherContext
     ) -> TeacherInputs:
-        """The teacher's part of the objective: an engine's scores, or a pass in the trainer."""
+        """The teacher's inputs to the objective: an engine's scores, or a pass in the trainer."""
         policy = self.policy
         completions = [r.completion for r in rollouts]
         scores = [r.teacher for r in rollouts if r.teacher is not None]
@@ -295,7 +295,7 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """What training changes, as full tensors by name, for a checkpoint."""
+        """What training changes: full tensors by name, for a checkpoint."""
         tensors = {f"optimizer/{k}": v for k, v in self.optimizer.state().items()}
         tensors |= {f"policy/{k}": v for k, v in self.policy.state().items()}
         if self.policy.sharded is None:
@@ -311,11 +311,14 @@ class Trainer:
         """
         shapes = {k: torch.empty_like(v, device="meta") for k, v in state.items()}
         with self.rank_group.run_on_all_ranks(LoadState(shapes)):
-            for part, target in (("policy/", self.policy), ("optimizer/", self.optimizer)):
+            for prefix, target in (("policy/", self.policy), ("optimizer/", self.optimizer)):
                 target.load_state(
-                    (key.removeprefix(part), self.rank_group.broadcast(tensor, self.policy.device))
+                    (
+                        key.removeprefix(prefix),
+                        self.rank_group.broadcast(tensor, self.policy.device),
+                    )
                     for key, tensor in state.items()
-                    if key.startswith(part)
+                    if key.startswith(prefix)
                 )
 
 

@@ -1,4 +1,4 @@
-"""The adapters of one run on one server: each version has a name and stays while it is in use.
+"""The adapters of one run on one server. Each version has a name and is kept while it is in use.
 
 vLLM's prefix cache is keyed by an adapter's name and path, so no version reads another's keys and
 values. vLLM keeps only as many adapters in memory as it has slots, and may read one's files again
@@ -93,7 +93,7 @@ class Adapters:
                     adapter.requests -= 1
 
     def take_idle(self) -> list[Adapter]:
-        """Old versions that no request uses any more; they leave this list."""
+        """Remove and return the old versions that no request uses any more."""
         with self._lock:
             idle = [adapter for adapter in self._old if not adapter.requests]
             self._old = [adapter for adapter in self._old if adapter.requests]

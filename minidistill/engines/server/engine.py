@@ -2,7 +2,7 @@
 
 Completions use the OpenAI API, token ids in and token ids out. Adapters go through a folder that
 the server can read. Each version has its own name, so requests in flight finish with the version
-that they named, and it is known which version sampled a completion.
+that they named, and the version that sampled a completion is known.
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ class ServerEngine(Engine):
         folder: Path,
         max_restarts: int,
     ) -> None:
-        """`where` is the setting that names the `url`, and `command` starts a suitable server.
-        Its sequences must be allowed `min_length` tokens. Adapters are written to `folder`."""
+        """`where` is the setting that has the `url`, and `command` starts a suitable server.
+
+        The server must allow sequences of `min_length` tokens. Adapters are written to `folder`.
+        """
         self.url = url.rstrip("/").removesuffix("/v1")
         self.where, self.command, self.min_length = where, command, min_length
         self.max_restarts = max_restarts
@@ -150,7 +152,7 @@ class ServerEngine(Engine):
         return scores
 
     def sync(self, version: int) -> None:
-        """Send the adapters through the folder. Each version is sent once."""
+        """Send the adapters through the folder."""
         assert self._policy is not None
         for weights in self._adapter_weights:
             with self._lock:
@@ -192,7 +194,7 @@ class ServerEngine(Engine):
             shutil.rmtree(adapter.path, ignore_errors=True)
 
     def _check_takes_adapters(self) -> None:
-        """Ask it to load an adapter that does not exist: that must be its only complaint."""
+        """Check that it tries to load an adapter, with one that does not exist."""
         name = self._adapters.name("probe")
         body = {"lora_name": name, "lora_path": f"/nowhere/{name}"}
         answer = self._request("POST", "/v1/load_lora_adapter", body)
@@ -204,7 +206,7 @@ class ServerEngine(Engine):
     # -- the server ----------------------------------------------------------------------------
 
     def _check_server(self) -> None:
-        """Read which model it serves, and check how long its sequences may be."""
+        """Read the name of its model, and check its sequence length."""
         cards = self._checked(self._request("GET", "/v1/models")).json()["data"]
         card = next((c for c in cards if not c.get("parent")), None)
         if card is None:
@@ -218,7 +220,7 @@ class ServerEngine(Engine):
     def _complete(
         self, bodies: Sequence[dict[str, Any]], role: Role, advance: Advance | None = None
     ) -> list[Answer]:
-        """Each request's choice and the version of its adapter. All are in flight at once."""
+        """Each request's choice and the version of its adapter. Requests are sent concurrently."""
         assert self._policy is not None
         weights = self._policy.weights_of(role)
         answers: dict[int, Answer] = {}
@@ -236,15 +238,15 @@ class ServerEngine(Engine):
                 advance(1)
 
         def send() -> None:
-            left = [i for i in range(len(bodies)) if i not in answers]
-            send_all(self.url, complete, left, self._closed.is_set)
+            unanswered = [i for i in range(len(bodies)) if i not in answers]
+            send_all(self.url, complete, unanswered, self._closed.is_set)
 
         self._retrying(send)
         self._unload_idle()
         return [answers[i] for i in range(len(bodies))]
 
     def _retrying(self, call: Callable[[], T]) -> T:
-        """The result of `call`, retried after the server was away."""
+        """The result of `call`, retried when an unreachable server is back."""
         while True:
             seen = self._returns
             try:
@@ -305,7 +307,7 @@ class ServerEngine(Engine):
 def start(
     engine: EnginePlacement, config: Config, sync_folder: Path, *, teacher: bool
 ) -> list[Engine]:
-    """The engines of the servers, which are contacted once the trainer's model has loaded."""
+    """An engine for each server. Servers are contacted once the trainer's model has loaded."""
     table = "teacher_inference" if teacher else "inference"
     command = server_command(config, engine, teacher=teacher)
     return [

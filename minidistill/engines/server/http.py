@@ -16,7 +16,7 @@ ANSWER_SECONDS = 120.0  # for anything but a completion
 CLOSED_SECONDS = 0.2  # how often to check whether the engine was closed
 IN_FLIGHT = 512  # requests at a time; the server schedules them
 _LIMITS = httpx.Limits(max_connections=IN_FLIGHT, max_keepalive_connections=IN_FLIGHT)
-_WATCHED = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
 Post = Callable[[str, Any], Awaitable[httpx.Response]]
 
@@ -27,7 +27,7 @@ class GoneError(Exception):
 
 def request(url: str, method: str, path: str, body: Any = None) -> httpx.Response:
     """The answer to one short request. Raises GoneError."""
-    # an explicit transport ignores proxies of the environment: the server is the user's own
+    # an explicit transport ignores the environment's proxies: the server is the user's
     transport = httpx.HTTPTransport(socket_options=_keep_alive())
     try:
         with httpx.Client(transport=transport, **_options(url, ANSWER_SECONDS)) as client:
@@ -38,18 +38,18 @@ def request(url: str, method: str, path: str, body: Any = None) -> httpx.Respons
 
 def send_all(
     url: str,
-    act: Callable[[Post, int], Coroutine[Any, Any, None]],
+    send: Callable[[Post, int], Coroutine[Any, Any, None]],
     indices: Sequence[int],
     closed: Callable[[], bool],
 ) -> None:
-    """Run `act` for all indices concurrently. It gets a function that posts a body to a path.
+    """Run `send` for all indices concurrently. It gets a function that posts a body to a path.
 
-    Raises GoneError, also if the engine is `closed` meanwhile, and what `act` raises. Requests in
-    flight are then cancelled, which the server notices.
+    Raises what `send` raises, and GoneError if the server or this engine (`closed`) goes away.
+    Requests in flight are then cancelled, which the server notices.
     """
 
     async def run() -> None:
-        room = asyncio.Semaphore(IN_FLIGHT)
+        semaphore = asyncio.Semaphore(IN_FLIGHT)
         transport = httpx.AsyncHTTPTransport(limits=_LIMITS, socket_options=_keep_alive())
         async with httpx.AsyncClient(transport=transport, **_options(url, None)) as client:
 
@@ -60,8 +60,8 @@ def send_all(
                     raise GoneError(_reason(error)) from error
 
             async def run_one(index: int) -> None:
-                async with room:
-                    await act(post, index)
+                async with semaphore:
+                    await send(post, index)
 
             tasks = {asyncio.create_task(run_one(index)) for index in indices}
             left = tasks
@@ -104,10 +104,13 @@ def _options(url: str, seconds: float | None) -> dict[str, Any]:
 
 
 def _keep_alive() -> Sequence[tuple[int, int, int]]:
-    """TCP keep-alive: notice a machine that vanishes while the driver waits for it."""
-    known = {n: v for n, v in _WATCHED.items() if hasattr(socket, n)}
-    watched = [(socket.IPPROTO_TCP, getattr(socket, n), v) for n, v in known.items()]
-    return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *watched]
+    """TCP keep-alive, to notice that the server's machine is gone while waiting for it."""
+    intervals = [
+        (socket.IPPROTO_TCP, getattr(socket, name), value)
+        for name, value in _KEEP_ALIVE.items()
+        if hasattr(socket, name)  # not on every platform
+    ]
+    return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *intervals]
 
 
 def _reason(error: httpx.TransportError) -> str:

@@ -1,4 +1,4 @@
-"""How a server must be started, and whether it serves the trainer's model."""
+"""The command line of a suitable server, and a check that it serves the trainer's model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def server_command(config: Config, engine: EnginePlacement, *, teacher: bool) ->
         engine.model,
         f"--max-model-len {engine.max_length}",
         "--generation-config vllm",
+        "--logprobs-mode processed_logprobs",
     ]
-    words += ["--logprobs-mode processed_logprobs"]
     if adapters:
         words += ["--enable-lora", f"--max-lora-rank {adapters['max_lora_rank']}"]
         # with async, requests in flight finish with the previous version
@@ -51,19 +51,19 @@ def check_same_model(
     not those of the distribution at this `temperature` (None: nothing will be sampled).
     """
     size = policy.head_VH.shape[0]
-    first = [(7919 * (i + 1)) % min(size, len(policy.tokenizer)) for i in range(2 * TOKENS)]
-    prompt, scored_ids = tuple(first[:TOKENS]), tuple(first[TOKENS:])
+    ids = [(7919 * (i + 1)) % min(size, len(policy.tokenizer)) for i in range(2 * TOKENS)]
+    prompt, completion = tuple(ids[:TOKENS]), tuple(ids[TOKENS:])
     tolerance = TOLERANCE[policy.dtype]
 
-    def truth(completion: tuple[int, ...], temperature: float) -> list[float]:
+    def expected(token_ids: tuple[int, ...], temperature: float) -> list[float]:
         # before training the student's weights are the base's
-        return trainer.score([prompt], [completion], Role.STUDENT, temperature)[0]
+        return trainer.score([prompt], [token_ids], Role.STUDENT, temperature)[0]
 
-    (scored,) = engine.score([prompt], [scored_ids], Role.TEACHER)
-    difference = _mean_difference(scored, truth(scored_ids, 1.0))
+    (scored,) = engine.score([prompt], [completion], Role.TEACHER)
+    difference = _mean_difference(scored, expected(completion, 1.0))
     if not difference <= tolerance:
         raise UserError(
-            f"the {engine.description} serves another model: log-probs of {len(scored_ids)} tokens "
+            f"the {engine.description} serves another model: log-probs of {len(completion)} tokens "
             f"differ from the trainer's by {difference:.3g} nats on average (rounding explains at "
             f"most {tolerance:g})",
             where=where,
@@ -76,7 +76,7 @@ def check_same_model(
         [Request(prompt, 0)], SamplingParams(TOKENS, temperature), Role.TEACHER
     )
     difference = _mean_difference(
-        list(sampled.logprobs), truth(sampled.token_ids, temperature or 1.0)
+        list(sampled.logprobs), expected(sampled.token_ids, temperature or 1.0)
     )
     if not difference <= tolerance:
         raise UserError(

@@ -1,1 +1,1 @@
-"""vLLM in a process of its own, and the weights it is sent."""
+"""vLLM in a separate process, and how weights get there."""

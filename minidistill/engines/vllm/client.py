@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class EngineDied(Exception):
-    """The engine's process has ended. The message says how."""
+    """The engine's process has ended. The message is its exit report."""
 
 
 class EngineFailed(Exception):
@@ -32,8 +32,8 @@ class EngineFailed(Exception):
 class EngineProcess(Subprocess):
     """The subprocess and two sockets to it: one for calls, one for commands during a call.
 
-    Should the driver die without closing it, the subprocess sees the end of a pipe and kills its
-    own process group.
+    If the driver dies without `close`, the subprocess sees a pipe close and kills its own process
+    group.
     """
 
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
@@ -49,7 +49,7 @@ class EngineProcess(Subprocess):
         self._calls, self._commands = (Connection(end.detach()) for end in ours)
         # shared memory handles are exchanged under this key
         key = bytes(multiprocessing.current_process().authkey)
-        with contextlib.suppress(OSError):  # if it is dead already, the first call reports it
+        with contextlib.suppress(OSError):  # if it has died, the first call reports it
             self._calls.send((key, dict(options)))
 
     def wait_until_started(self) -> None:
@@ -61,7 +61,7 @@ class EngineProcess(Subprocess):
         return self._request(self._calls, method, arguments, advance)
 
     def command(self, method: str, **arguments: Any) -> Any:
-        """The same between two steps of a call that another thread is waiting for."""
+        """Like `call`, but handled between two steps of a call that is in progress."""
         return self._request(self._commands, method, arguments, None)
 
     def _request(
@@ -118,7 +118,7 @@ class RestartingProcess:
         self.process = start()
 
     def call(self, function: Callable[[], T]) -> T:
-        """The result of `function`, which calls `process`; retried after a restart.
+        """Run `function`, which calls `process`, and again after a restart. Returns its result.
 
         Raises UserError if the process cannot be restarted, or reports an error.
         """

@@ -29,7 +29,7 @@ Layer = Any  # a module with vLLM's attributes
 
 
 class Repacker:
-    """Takes a whole model's weights between `start` and `finish`.
+    """Takes all of a model's weights between `start` and `finish`.
 
     In between, a packed layer's weight is a meta tensor whose loader fills a real one. Everything
     else is loaded into the parameter that the model runs.
@@ -45,11 +45,11 @@ class Repacker:
         linear, embeddings = [], []
         for name, layer in model.named_modules():
             method = type(getattr(layer, "quant_method", None))
-            if method is UnquantizedLinearMethod and _packed(layer):
+            if method is UnquantizedLinearMethod and _is_packed(layer):
                 linear.append(layer)
             elif method is UnquantizedEmbeddingMethod:
                 embeddings.append(layer)
-            elif not _plain(layer, method):
+            elif not _is_plain(layer, method):
                 kind = type(layer).__name__
                 raise ValueError(f"{name} ({kind}) takes no new weights while vLLM runs on a CPU")
         return cls(linear, embeddings)
@@ -67,7 +67,7 @@ class Repacker:
         for layer in self._embeddings:
             if layer in heads or not any(layer.weight is weight for weight in tied):
                 _pack(layer)
-            else:  # only looked up; its packed copy would hold old weights
+            else:  # tied: only looked up, and its packed copy would hold old weights
                 layer.cpu_linear = nn.functional.linear
 
     def _expect(self, layer: Layer) -> int:
@@ -76,10 +76,10 @@ class Repacker:
         weight: Any = restore_layer_refs(to_meta_tensor(_described(layer)["weight"]), layer)
         load = _get_original_loader(weight)
 
-        def fill(_: Tensor, loaded: Tensor, *where: Any, **named: Any) -> None:
+        def fill(_: Tensor, loaded: Tensor, *arguments: Any, **named: Any) -> None:
             if layer.weight.is_meta:
                 layer.weight = materialize_meta_tensor(weight)
-            load(layer.weight, loaded, *where, **named)
+            load(layer.weight, loaded, *arguments, **named)
             self._missing[layer] -= loaded.numel()
             if self._missing[layer] == 0:
                 del self._missing[layer]
@@ -95,13 +95,13 @@ def _described(layer: Layer) -> dict[str, Tensor]:
     return get_layerwise_info(layer).restore_metadata[0]
 
 
-def _packed(layer: Layer) -> bool:
-    """Whether the weight is a matrix of which only the packed copy was kept."""
+def _is_packed(layer: Layer) -> bool:
+    """Whether the weight is a matrix and only its packed copy was kept."""
     described = _described(layer).get("weight")
     return described is not None and described.ndim == 2 and layer.weight.numel() == 0
 
 
-def _plain(layer: Layer, method: type) -> bool:
+def _is_plain(layer: Layer, method: type) -> bool:
     """Whether the model uses the layer's parameters exactly as vLLM loads them."""
     if is_deferred_attention_layer(layer):
         return type(layer) is Attention  # other kinds may cache products of weights

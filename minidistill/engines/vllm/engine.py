@@ -1,8 +1,8 @@
 """Sampling and scoring in vLLM, in a process that holds one base model for both roles.
 
-The driver imports no vLLM. The student's rows name the adapter, the frozen teacher's rows name
-none, in one engine and one batch. Every version of an adapter has a new name, because vLLM's prefix
-cache is keyed by it: the base's cached context stays valid, an old version's cache is never read.
+The driver does not import vLLM. In one batch the student's rows name the adapter and the frozen
+teacher's rows name none. Every version of an adapter has a new name, because vLLM's prefix cache is
+keyed by it: the base's cached context stays valid, and an old version's cache is never read.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ import numpy as np
 import torch
 
 from minidistill.config import Config
-from minidistill.engines.base import Engine, EngineCapabilities, Ids
+from minidistill.engines.base import Engine, EngineCapabilities, Ids, not_finite_error
 from minidistill.engines.vllm.client import EngineProcess, RestartingProcess
 from minidistill.engines.vllm.options import Options, build_options
 from minidistill.engines.vllm.weights_send import SendBuffer, chunked
-from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.placement.limits import SYNC_CHUNK_BYTES
 from minidistill.placement.placement import EnginePlacement
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
-# vLLM's adapter ids. An id is kept for the run, its adapter's name changes with every version.
+# vLLM's adapter ids. They stay the same in a run, and adapters' names change with every version.
 SLOTS = {Weights.STUDENT: 1, Weights.EMA: 2}
 NAMES = {Weights.STUDENT: "student", Weights.EMA: "teacher"}
 SEED_BITS = (1 << 63) - 1  # vLLM takes signed 64-bit seeds
@@ -45,7 +44,9 @@ class VllmEngine(Engine):
         self.options = options
         self.name = f"vLLM {options.vllm_version}"
         self.bytes_synced = 0
+        """Bytes of weights sent to the process so far."""
         self.chunk_bytes = SYNC_CHUNK_BYTES
+        """The most bytes of a chunk, when a whole model's weights are sent."""
         self._policy: Policy | None = None
         self._roles: tuple[Role, ...] = ()
         self._version: int | None = None
@@ -105,12 +106,7 @@ class VllmEngine(Engine):
         )
         completions = [Completion(*fields) for fields in sampled]
         if not all(math.isfinite(p) for c in completions for p in c.logprobs):
-            raise UserError(
-                "the model's logits are not finite",
-                where="sampling",
-                fix="lower trainer.optim.lr and start again, or resume an earlier checkpoint",
-                exit_code=EXIT_HEALTH,
-            )
+            raise not_finite_error()
         return completions
 
     def score(
@@ -161,13 +157,13 @@ class VllmEngine(Engine):
         )
 
     def _adapter(self, role: Role) -> tuple[str, int] | None:
-        """The name and the slot of the role's adapter; None where it runs the base."""
+        """The name and the slot of the role's adapter; None if the role runs the base."""
         if self._policy is None or not self.options.adapter:
             return None
         weights = self._policy.weights_of(role)
         if weights not in SLOTS:
             return None
-        assert self._version is not None, "an adapter before the first sync"
+        assert self._version is not None, "no adapter before the first sync"
         return f"{NAMES[weights]}-v{self._version}", SLOTS[weights]
 
     # -- weights -------------------------------------------------------------------------------
@@ -184,9 +180,9 @@ class VllmEngine(Engine):
             self.restarting.call(self._send)
 
     def sync_weights(self, version: int, weights: Callable[[], NamedTensors]) -> None:
-        """Take over a whole model's weights, under Hugging Face's names, in bounded chunks.
+        """Send a whole model's weights, under Hugging Face's names, in bounded chunks.
 
-        `weights` is kept and called again for a restarted process.
+        `weights` is kept, and called again if the process restarts.
         """
         self._version, self._weights = version, weights
         if self.restarting.ready:
@@ -253,7 +249,7 @@ class VllmEngine(Engine):
             finished = 0
 
             def progress(count: int) -> None:
-                # a retried call finishes again what it had finished before the restart
+                # a retried call repeats what had finished before the restart
                 nonlocal finished, reported
                 finished += count
                 if advance is not None and finished > reported:
@@ -267,7 +263,7 @@ class VllmEngine(Engine):
 
     def _wake(self) -> None:
         if self._asleep:
-            torch.cuda.empty_cache()  # this process's cached memory goes to the engine
+            torch.cuda.empty_cache()  # the engine needs the memory that torch caches here
             self.process.call("wake")
             self._asleep = False
 
@@ -281,7 +277,7 @@ def start(
         for gpus in engine.replicas:
             options = build_options(config, engine, gpus, teacher=teacher)
             replicas.append(VllmEngine(options, config.inference.max_restarts))
-        if engine.gpus:  # vLLM measures free memory, which the next start would change
+        if engine.gpus:  # vLLM measures free memory, which other starts would change
             for replica in replicas:
                 replica.wait_until_ready()
     except BaseException:

@@ -1,4 +1,4 @@
-"""What vLLM is started with."""
+"""The options that vLLM is started with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What an engine's process is started with."""
+    """The options of an engine's process."""
 
     arguments: dict[str, Any]
     environment: dict[str, str]
@@ -47,9 +47,10 @@ class Options:
 def build_options(
     config: Config, engine: EnginePlacement, gpus: Sequence[int], *, teacher: bool
 ) -> Options:
-    """The options of one replica of an engine, of the `teacher`'s own or the one that samples.
+    """The options of one replica of the student's engine, or of the `teacher`'s separate one.
 
-    `gpus` are the replica's, none on a CPU. Raises UserError if vLLM cannot do what is asked.
+    `gpus` are the replica's; there are none on a CPU. Raises UserError if vLLM is missing or does
+    not support this.
     """
     version = vllm_version.require(on_gpu=bool(gpus))
     model = engine.model_config
@@ -59,7 +60,7 @@ def build_options(
         "trust_remote_code": config.model.trust_remote_code,
         "dtype": engine.dtype,
         "skip_tokenizer_init": True,  # token ids in, token ids out
-        "generation_config": "vllm",  # no sampling defaults of the model's own
+        "generation_config": "vllm",  # ignores the sampling defaults of the model's files
         "max_model_len": engine.max_length,
         "max_num_seqs": MAX_SEQUENCES,
         "enable_prefix_caching": True,
@@ -78,7 +79,7 @@ def build_options(
         adapter = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
         arguments |= adapters
     environment = {
-        # the engine has its own process already; a second one inside would double its start-up
+        # the engine runs in a separate process already; a nested one would double its start-up
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
@@ -96,10 +97,10 @@ def build_options(
             "kv_cache_memory_bytes": cpu_cache_bytes(
                 kv_bytes_per_token(model, ITEMSIZES[engine.dtype]), engine.max_length
             ),
-            # small blocks let a group's samples share more of their prompt, and prefill with an
-            # adapter is what vLLM's CPU kernels are slow at
+            # with small blocks a group's samples share more of their prompt; vLLM's CPU kernels
+            # are slow at prefill with an adapter
             "block_size": CPU_BLOCK,
-            # chunked prefill rewinds a seeded generator by its offset, which CPU generators lack
+            # chunked prefill rewinds a seeded generator by its offset; CPU generators have none
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(BATCH_TOKENS, arguments["max_model_len"]),
         }
@@ -114,19 +115,19 @@ def build_options(
 def adapter_options(config: Config, model: Any, *, teacher: bool) -> dict[str, Any]:
     """vLLM's arguments for adapters; empty if an engine of `model` serves none."""
     lora, update = config.trainer.model.lora, config.orchestrator.teacher_model.update
-    if not lora or (teacher and update == "frozen"):  # that is the base alone
+    if not lora or (teacher and update == "frozen"):  # a frozen teacher is the base alone
         return {}
     return {
         "enable_lora": True,
         "max_lora_rank": min(rank for rank in LORA_RANKS if rank >= lora.rank),
         "max_loras": 2 if update == "ema" else 1,
-        # not the head: on a CPU, scoring given tokens fails if it may take an adapter
+        # not the head: on a CPU, scoring fails if the head may have an adapter
         "lora_target_modules": _targets(lora, model),
     }
 
 
 def _targets(lora: LoraConfig, model: Any) -> list[str]:
-    """Names of the layers that get an adapter: peft's "all-linear" spelled out for vLLM."""
+    """Names of the layers that get an adapter. Spells out peft's "all-linear" for vLLM."""
     targets = lora.target_modules
     if targets != "all-linear":
         return list(targets)

@@ -55,9 +55,9 @@ class Receiver:
     ) -> int:
         """Replace the adapter in `slot`; returns the bytes read.
 
-        vLLM's own API reads a folder. This repeats what it does after reading.
+        vLLM's API reads a folder. This repeats what it does after reading.
         """
-        # a copy: activating scales lora_b in place, and the sender writes the buffer again
+        # a copy: activation scales lora_b in place, and the sender overwrites the buffer
         buffer = open_buffer(handle, self.device, _rank()).to(self.device, copy=True)
         manager = self.model_runner.lora_manager
         adapters = manager._adapter_manager
@@ -93,9 +93,9 @@ class HandleInit(WeightTransferInitInfo):
 
 @dataclass
 class HandleUpdate(WeightTransferUpdateInfo):
-    """One chunk: a buffer's handle and what it holds.
+    """One chunk: a buffer's handle and its contents.
 
-    `only` says that the chunk is the whole model, so the buffer is not overwritten before the end.
+    If the chunk is the `only` one, the buffer is not overwritten before the update ends.
     """
 
     handle: Handle
@@ -123,9 +123,9 @@ class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
     def receive_weights(self, update_info: HandleUpdate) -> None:
         # vLLM's reload assembles a layer once all its tensors have arrived, which may be chunks
         # later: copy, unless no other chunk will overwrite this one
-        kept = self._repacker is None and not update_info.only
+        copies = self._repacker is None and not update_info.only
         shared = open_buffer(update_info.handle, self.device, _rank())
-        buffer = shared.to(self.device, copy=kept)
+        buffer = shared.to(self.device, copy=copies)
         load: Any = self.model.load_weights
         load(iter(views(buffer, update_info.entries).items()))
 
@@ -136,8 +136,7 @@ class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
         finalize_layerwise_reload(self.model, self.model_config)
         head = getattr(self.model, "lm_head", None)
         if self.device.type == "cpu" and head is not None:
-            # the reload skips a head that is tied to the embedding, so its packed copy would stay
-            # the old one
+            # the reload skips a head tied to the embedding, which would keep its old packed copy
             head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:

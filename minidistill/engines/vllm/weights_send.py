@@ -1,14 +1,15 @@
 """Weights for vLLM's process: one flat buffer, handles to it, and a description of its contents.
 
-A handle is torch's own for sharing memory between processes. On a CPU it is a file descriptor of
+Handles are torch's, for sharing memory between processes. On a CPU a handle is a file descriptor of
 shared memory, fetched once from this process under multiprocessing's authentication key. On a GPU
-it is a CUDA IPC handle, which opens on the buffer's own GPU only, so for workers on other GPUs the
-buffer is first staged there. Unpickling runs code, so handles are only sent to processes that this
-one started.
+it is a CUDA IPC handle, which opens only on the buffer's GPU. For workers on other GPUs the buffer
+is first copied there. Unpickling runs code, so handles are sent only to processes that this one
+started.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,7 @@ class Entry:
 
     @property
     def count(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 class SendBuffer:
@@ -46,7 +44,7 @@ class SendBuffer:
         self, dtype: torch.dtype, device: torch.device, gpus: Sequence[int] = (), workers: int = 1
     ) -> None:
         self.dtype, self.device, self.workers = dtype, device, workers
-        self.places = [torch.device("cuda", gpu) for gpu in gpus] or [device]
+        self.readers = [torch.device("cuda", gpu) for gpu in gpus] or [device]
         self._buffer = torch.empty(0, dtype=dtype, device=device)
         self._staged: dict[torch.device, Tensor] = {}
 
@@ -62,13 +60,13 @@ class SendBuffer:
             if self.device.type == "cpu":
                 self._buffer.share_memory_()
             self._staged = {
-                place: torch.empty_like(self._buffer, device=place)
-                for place in self.places
-                if place != self.device
+                reader: torch.empty_like(self._buffer, device=reader)
+                for reader in self.readers
+                if reader != self.device
             }
         for entry, (_, tensor) in zip(entries, tensors, strict=True):
-            place = self._buffer[entry.offset : entry.offset + entry.count]
-            place.view(entry.shape).copy_(tensor)
+            region = self._buffer[entry.offset : entry.offset + entry.count]
+            region.view(entry.shape).copy_(tensor)
         for staged in self._staged.values():
             staged[:end].copy_(self._buffer[:end])
         for device in {self.device, *self._staged}:
@@ -80,12 +78,8 @@ class SendBuffer:
         """A handle for each worker, by the worker's address. Each can be opened once."""
         if self.device.type == "cpu":
             return {str(n): bytes(ForkingPickler.dumps(self._buffer)) for n in range(self.workers)}
-        buffers = [self._staged.get(place, self._buffer) for place in self.places]
+        buffers = [self._staged.get(reader, self._buffer) for reader in self.readers]
         return {_gpu(b.device): pickle.dumps(reduce_tensor(b)[1]) for b in buffers}
-
-    @property
-    def nbytes(self) -> int:
-        return self._buffer.nbytes
 
 
 def _gpu(device: torch.device) -> str:
@@ -94,7 +88,7 @@ def _gpu(device: torch.device) -> str:
 
 
 def open_buffer(handle: dict[str, bytes], device: torch.device, rank: int = 0) -> Tensor:
-    """The flat buffer behind a worker's handle, shared with the sender: copy what is to be kept.
+    """The flat buffer behind a worker's handle. The sender overwrites it later.
 
     `device` is the worker's, `rank` its index among the workers of its engine.
     """

@@ -39,7 +39,7 @@ class EngineWorker:
         self.engine: Any = self.llm.llm_engine
         self.progress, self.serve_commands = progress, serve_commands
         self.broken = False  # an error in the middle of a step leaves the engine unusable
-        self.updating = False  # nothing can run between the first and the last chunk of weights
+        self.updating = False  # no call can run between the first and the last chunk of weights
         self.version = 0
         self._versions: dict[str, list[tuple[int, int]]] = {}
         self._ids = count()
@@ -60,10 +60,10 @@ class EngineWorker:
                 temperature=params.temperature,
                 max_tokens=params.max_tokens,
                 seed=seed,
-                logprobs=params.top_ids,  # and the sampled token's own
+                logprobs=params.top_ids,  # besides the sampled token's
                 flat_logprobs=True,
                 stop_token_ids=eos_ids,
-                ignore_eos=True,  # the caller's eos ids decide, not vLLM's
+                ignore_eos=True,  # stop at the caller's eos ids, not at vLLM's
                 detokenize=False,
             )
             for seed in seeds
@@ -93,7 +93,7 @@ class EngineWorker:
         adapters: Sequence[tuple[str, int] | None],
         ids: Sequence[Any] | None,
     ) -> list[Any]:
-        """Log-probs at temperature 1 of the completions' tokens, (tokens, 1), or of `ids` there.
+        """Log-probs at temperature 1 of the completions' tokens, (tokens, 1), or of `ids`.
 
         Reads the prefix cache. vLLM returns no valid rows for cached positions, so a sequence whose
         completion is partly cached is scored again without the cache.
@@ -127,15 +127,15 @@ class EngineWorker:
         import vllm
 
         if ids is None:
-            wanted: dict[str, Any] = {"prompt_logprobs": 0, "flat_logprobs": True}
+            logprobs: dict[str, Any] = {"prompt_logprobs": 0, "flat_logprobs": True}
         else:
-            wanted = {"prompt_logprob_start": len(prompt) - 1, "prompt_logprob_token_ids": ids}
+            logprobs = {"prompt_logprob_start": len(prompt) - 1, "prompt_logprob_token_ids": ids}
         return vllm.SamplingParams(
             temperature=0,
             max_tokens=1,
             detokenize=False,
             skip_reading_prefix_cache=skip_cache,
-            **wanted,
+            **logprobs,
         )
 
     def _run(
@@ -154,7 +154,7 @@ class EngineWorker:
         for prompt, request_params, lora in zip(prompts, params, adapters, strict=True):
             request_params.output_kind = RequestOutputKind.FINAL_ONLY
             id, tokens = f"{next(self._ids)}", {"prompt_token_ids": list(prompt)}
-            # the path is part of the prefix cache's key; nothing is at it, the adapter is loaded
+            # the path is part of the prefix cache's key; it is never read, the adapter is loaded
             request = lora and LoRARequest(lora[0], lora[1], lora_path=lora[0])
             try:
                 self.engine.add_request(id, tokens, request_params, lora_request=request)
@@ -199,8 +199,10 @@ class EngineWorker:
         self.llm.update_weights({"update_info": update})
 
     def finish_update(self, version: int) -> None:
-        """Make the new weights current. Cached keys and values are dropped, those of running
-        completions are computed again."""
+        """Make the new weights current.
+
+        Cached keys and values are dropped; those of running completions are recomputed.
+        """
         self.llm.finish_weight_update()
         self.llm.reset_prefix_cache(reset_running_requests=True)
         self.updating = False

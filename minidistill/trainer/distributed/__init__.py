@@ -1,1 +1,1 @@
-"""A trainer of several ranks."""
+"""A trainer with several ranks."""

@@ -20,9 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class CollectiveCounter:
     """Counts the collectives of a pass, so that a rank can repeat the pass after an error.
 
-    A rank that runs out of memory in the middle of a pass leaves the others waiting for its part in
-    the rest. It makes the pass again with a smaller batch and skips the collectives that took place
-    already.
+    If a rank runs out of memory in the middle of a pass, the others wait for it in the pass's next
+    collective. It repeats the pass with a smaller batch and skips the collectives that took place.
     """
 
     def __init__(self) -> None:
@@ -58,7 +57,7 @@ class CountedCollective:
 class HeadlessModel(nn.Module):
     """A model run up to its head, as FSDP's outermost module.
 
-    It holds the head's weight too, tied or not, which stays unsharded from the forward pass on,
+    It also holds the head's weight, tied or not. That stays unsharded after the forward pass,
     because the objective takes it as a tensor.
     """
 
@@ -73,8 +72,10 @@ class HeadlessModel(nn.Module):
 
 
 class ShardedModels:
-    """Models whose weights are sharded over the ranks. Every pass is collective, unless the weights
-    are unsharded for longer (`unshard`)."""
+    """Models whose weights are sharded over the ranks.
+
+    Every pass is collective, except between `unshard` and `reshard`.
+    """
 
     def __init__(
         self,
@@ -126,7 +127,7 @@ class ShardedModels:
         self._counter.reset()
 
     def repeat_pass(self) -> None:
-        """Start again the pass that failed on this rank. The other ranks see the rest of it."""
+        """Repeat the pass that failed on this rank. The other ranks continue theirs."""
         for headless in self._headless:
             if headless.has_run:
                 headless.reset_iter_state()
@@ -146,7 +147,7 @@ def _shard(
     fully_shard(headless, reshard_after_forward=False, **options)
     counted = partial(CountedCollective, counter)
     for module in _fsdp_modules(headless):
-        # a sum, which the loss's normalizer already makes a mean; gloo has no other
+        # sum: the loss is already divided by the step's tokens, and gloo has no mean
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
         module.set_custom_all_gather(counted(dist.all_gather_single))
@@ -175,7 +176,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(value: Tensor, target: Tensor) -> Tensor:
-    """A tensor that every rank has in full, sharded as `target` is."""
+    """Shard a tensor, which every rank has in full, as `target` is sharded."""
     if not isinstance(target, DTensor):
         return value
     value = value.to(target.device)

@@ -1,4 +1,4 @@
-"""The driver's side of a trainer with several ranks: start, watch and end the other processes."""
+"""The driver's side of a trainer with several ranks: starts, watches and ends the other ranks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from minidistill.subprocesses import Subprocess
 from minidistill.trainer.distributed.rank_group import RankGroup, launched_by_torchrun
 
 MODULE = "minidistill.trainer.distributed.worker"
-EXIT_SECONDS = 5.0  # a rank gets to end by itself
+EXIT_SECONDS = 5.0  # that a rank has to exit before it is killed
 
 
 class RankLauncher:
     """Starts and ends the trainer's other ranks. This process is rank 0 of `group`.
 
-    If this process dies without closing, the other ranks see their end of a socket close and kill
-    their process groups themselves.
+    If this process dies without `close`, the other ranks see their sockets close and kill their
+    own process groups.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
@@ -60,7 +60,7 @@ class RankLauncher:
         self.group.broadcast_object((config, placement))
 
     def close(self) -> None:
-        """End the other ranks: immediately after an error, otherwise when they have finished."""
+        """End the other ranks: at once after an error, otherwise when they have finished."""
         self._closing = True
         with contextlib.suppress(Exception):
             self.group.dismiss()
@@ -80,7 +80,7 @@ class RankLauncher:
                 raise process.error()
 
     def _watch(self) -> None:
-        """Once a rank has ended, end the others, so that every collective in progress fails."""
+        """When a rank ends, end the others, so that every collective in progress fails."""
         by_link = {process.link: process for process in self._processes}
         readable, _, _ = select.select(list(by_link), [], [])
         if self._closing:

@@ -1,7 +1,7 @@
 """The trainer's processes as one group: which rank this one is, and its collectives.
 
-Rank 0 is the driver. For what several ranks must do together the driver sends a command
-(`run_on_all_ranks`), which the other ranks wait for (`next_command`) and run.
+Rank 0 is the driver. For work that needs every rank it sends a command (`run_on_all_ranks`), which
+the other ranks wait for (`next_command`) and run.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 
 from minidistill.errors import UserError
 
-STEP_TIMEOUT = timedelta(minutes=30)  # how much longer one rank may compute than another
-IDLE_TIMEOUT = timedelta(days=30)  # ranks wait as long as the driver samples and evaluates
+STEP_TIMEOUT = timedelta(minutes=30)  # that one rank may wait for another within a step
+IDLE_TIMEOUT = timedelta(days=30)  # ranks wait while the driver samples and evaluates
 JOIN_TIMEOUT = timedelta(minutes=5)
-BUCKET_BYTES = 256 << 20  # of gradients summed at a time
+BUCKET_BYTES = 256 << 20  # of gradients summed in one collective
 EXIT_SECONDS = 5.0  # between the loss of a rank's connection and the end of its process
 
 
 class Command(Protocol):
-    """What the driver asks of the other ranks. It is pickled."""
+    """A call that the driver sends to the other ranks, pickled."""
 
     def run(self, trainer: Any) -> object:
         """Run it with a rank's trainer."""
@@ -52,12 +52,12 @@ class RankGroup:
         self.drain_warnings: Callable[[], list[str]] = list
         """On the other ranks: the warnings since the last call, for the driver to log."""
         self.broken = False
-        """An error left the ranks at different places, so no further command can be sent."""
+        """An error left the ranks at different points, so no further command can be sent."""
         self._lock, self._depth, self._threads = threading.RLock(), 0, 0
         self._object_group: Any = None
 
     def join(self, device: torch.device, store: Path | None) -> None:
-        """Meet the other ranks: through a file on one machine, or as torchrun says.
+        """Join the other ranks: through a file on one machine, or as torchrun configured it.
 
         On a GPU tensors go over nccl; objects always go over gloo.
         """
@@ -100,10 +100,10 @@ class RankGroup:
 
     @contextlib.contextmanager
     def run_on_all_ranks(self, command: Command) -> Iterator[None]:
-        """On the driver: the other ranks run `command` while the body runs here.
+        """On the driver: the other ranks run `command` while the driver runs the body.
 
-        A command sent within the body is part of this one and is not sent. On the other ranks, and
-        with a single rank, only the body runs. Raises UserError for a rank that has ended.
+        A nested command is part of the outer one and is not sent. On the other ranks, and with a
+        single rank, only the body runs. Raises UserError if a rank has ended.
         """
         if self.size == 1 or self.rank > 0:
             yield
@@ -151,7 +151,7 @@ class RankGroup:
         return box[0]
 
     def gather_object(self, value: Any) -> list[Any]:
-        """On the driver every rank's value, in the order of ranks; an empty list elsewhere."""
+        """On the driver every rank's value, in rank order; an empty list on the other ranks."""
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.rank == 0 else None

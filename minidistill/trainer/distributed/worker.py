@@ -56,7 +56,7 @@ def follow(loaded: LoadedConfig) -> int:
 
 
 def _exit_code(group: RankGroup, device: torch.device) -> int:
-    """Serve. An error's last line says what it was, the exit code whether memory ran out."""
+    """Serve, and return the exit code. The last line of the output describes the error."""
     try:
         serve(group, device)
         return EXIT_OK
@@ -73,13 +73,13 @@ def main(arguments: list[str]) -> None:
     rank, size, device, store, descriptor = arguments
     link = socket.socket(fileno=int(descriptor))
     threading.Thread(target=_end_with_the_driver, args=(link,), daemon=True).start()
-    link.send(b"+")  # all is imported: the driver may wait for this rank to join
+    link.send(b"+")  # the imports worked: the driver can wait for this rank to join
     group = RankGroup(int(rank), int(size))
     group.join(torch.device(device), Path(store))
     code = _exit_code(group, torch.device(device))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # destroying a process group whose other side is gone may hang
+    os._exit(code)  # destroying the process group may hang if other ranks are gone
 
 
 def _end_with_the_driver(link: socket.socket) -> None:
