@@ -2,7 +2,7 @@
 
     python -m bench.engines [--model tiny-sokoban|smollm2|FOLDER] [--batch N] [--threads N]
 
-Both engines run the same fp32 weights on the CPU. Prompts are never reused, so vLLM's prefix cache
+Both engines run the same fp32 weights, on the first GPU or on a CPU. Prompts are never reused, so vLLM's prefix cache
 holds what it holds in a training step: the base's context, and the student's prompts of a round.
 Rates count sampled tokens, or for scoring all tokens except the context. Writes
 bench/results/engines.json. Exit code 1 and no results if the engines' log-probs differ.
@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from bench.kernels_report import machine
 from bench.pair import TOLERANCE, build, change_adapter, named_model, save, use_threads
@@ -159,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = arguments(argv)
     use_threads(args.threads)
-    about = {"machine": machine("cpu"), "settings": vars(args)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    about = {"machine": machine(device), "settings": vars(args)}
     longest = max(args.prompt + args.new, args.context + args.own)
     vllm, policy = build(named_model(args.model), longest)
     try:

@@ -15,16 +15,15 @@ from minidistill.config import load_config
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.engines.vllm.options import build_options
 from minidistill.placement.machine import Machine
-from minidistill.placement.placement import place
-from minidistill.placement.planner import load_models
+from minidistill.placement.planner import plan_run
 from minidistill.trainer.loading import load_policy
 from minidistill.trainer.policy import Policy
 from minidistill.types import Role
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-CPU = torch.device("cpu")
-TOLERANCE = 1e-4  # between the engines' log-probs
+# Between the engines' log-probs. On a GPU vLLM's fp32 products may use TF32.
+TOLERANCE = 1e-2 if torch.cuda.is_available() else 1e-4
 
 
 def named_model(name: str) -> str:
@@ -39,16 +38,21 @@ def use_threads(threads: int) -> None:
 
 
 def build(model: str, longest: int | None = None, lora: bool = True) -> tuple[VllmEngine, Policy]:
-    """An engine and a policy, both in fp32 on the CPU. Without `lora` every weight is synced.
+    """An engine and a policy, both in fp32, on the first GPU or on a CPU.
 
-    `longest` is the largest number of tokens of a prompt with its completion.
+    Without `lora` every weight is synced. `longest` is the largest number of tokens of a prompt
+    with its completion.
     """
     flags = ["--model.name", model, "--inference.engine", "vllm", "--model.dtype", "float32"]
     flags += [] if lora else ["--no-trainer.model.lora"]
     flags += ["--seq_len", str(longest)] if longest else []
-    config = load_config([str(ROOT / "configs" / "sokoban.toml"), *flags]).config
-    placement = place(config, load_models(config), Machine.local())
-    engine = VllmEngine(build_options(config, placement.student, (), teacher=False), 0)
+    if torch.cuda.is_available():  # the engine and the policy share a GPU
+        flags += ["--inference_gpu_ids", "0", "--trainer_gpu_ids", "0"]
+        flags += ["--inference.gpu_memory_utilization", "0.3"]
+    loaded = load_config([str(ROOT / "configs" / "sokoban.toml"), *flags])
+    config, placement = loaded.config, plan_run(loaded, Machine.local()).placement
+    student = placement.student
+    engine = VllmEngine(build_options(config, student, student.replicas[0], teacher=False), 0)
     tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0)
     policy = load_policy(config, tokenizer, placement)
     engine.attach(policy, (Role.STUDENT, Role.TEACHER) if lora else (Role.STUDENT,))

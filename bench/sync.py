@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.kernels_report import machine
-from bench.pair import CPU, TOLERANCE, build, change_adapter, named_model, save, use_threads
+from bench.pair import TOLERANCE, build, change_adapter, named_model, save, use_threads
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.engines.vllm.weights_send import SendBuffer
 from minidistill.trainer.policy import Policy
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     use_threads(args.threads)
-    result: dict[str, Any] = {"machine": machine("cpu")}
+    result: dict[str, Any] = {"machine": machine("cuda" if torch.cuda.is_available() else "cpu")}
     with tempfile.TemporaryDirectory() as folder:
         model = named_model(args.model) if args.model else make_model(Path(folder) / "model")
         for kind, routes in (("adapter", adapter_routes), ("full", full_routes)):
@@ -102,12 +102,12 @@ def full_routes(engine: VllmEngine, policy: Policy, folder: Path, repeats: int) 
         engine.process.call("reload", path=str(folder))
 
     result = compare(engine, policy, change, engine.sync, file, repeats)
-    return result | {"pack": pack_seconds(weights, policy.dtype)}
+    return result | {"pack": pack_seconds(weights, policy)}
 
 
-def pack_seconds(weights: Callable[[], Any], dtype: torch.dtype) -> float:
+def pack_seconds(weights: Callable[[], Any], policy: Policy) -> float:
     """Seconds of the trainer's part of a full sync: copying into a preallocated buffer."""
-    buffer, seconds = SendBuffer(dtype, CPU), 0.0
+    buffer, seconds = SendBuffer(policy.dtype, policy.device), 0.0
     for _ in range(2):
         began = time.perf_counter()
         buffer.pack(list(weights()))
@@ -122,7 +122,8 @@ def check_weights(engine: VllmEngine, policy: Policy) -> None:
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(policy.config.vocab_size, (40,), generator=drawn).tolist()
     scores = engine.score([ids[:8]], [ids[8:]], Role.STUDENT)[0]
-    logp = policy.model(input_ids=torch.tensor([ids])).logits[0, 7:-1].log_softmax(-1)
+    row = torch.tensor([ids], device=policy.device)
+    logp = policy.model(input_ids=row).logits[0, 7:-1].log_softmax(-1).cpu()
     truth = logp.gather(1, torch.tensor(ids[8:])[:, None])[:, 0]
     error = float((truth - torch.tensor(scores)).abs().max())
     if not error < TOLERANCE:

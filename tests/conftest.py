@@ -1,9 +1,9 @@
-"""Fixtures of several folders, skips without a GPU, and the distribution over workers."""
+"""Fixtures of several folders, GPUs for GPU tests only, and the distribution over workers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,36 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    torch.cuda.is_available()  # starts CUDA while its GPUs are visible: see the hook below
     # what takes minutes first: otherwise one of two workers has nothing to do at the end
     items.sort(key=lambda item: "slow" not in item.keywords)
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, this machine has none"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many GPU tests were only rehearsed."""
+    import torch
+
+    passed = terminalreporter.stats.get("passed", [])
+    rehearsed = sum("gpu" in report.keywords for report in passed)
+    if rehearsed and not torch.cuda.is_available():
+        terminalreporter.write_line(
+            f"{rehearsed} GPU tests were rehearsed on the CPU, because this machine has no GPU"
+        )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tests not marked `gpu`, and the processes that they start, see a machine without GPUs.
+
+    Otherwise `auto` settings would put them on a GPU, with vLLM. The hook also covers the set-up of
+    fixtures, of any scope.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if "gpu" not in item.keywords:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr("torch.cuda.is_available", lambda: False)
+            patch.setattr("torch.cuda.device_count", lambda: 0)
+        return (yield)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 89, 90, 100)
 # Limit of bytes spilled to local memory, stores and loads together.
-SPILL_LIMIT = {80: 0, 90: 0, 100: 64}
+SPILL_LIMIT = {80: 0, 89: 0, 90: 0, 100: 64}
 # Limit of shared memory per block, bytes.
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 @dataclass(frozen=True, slots=True)

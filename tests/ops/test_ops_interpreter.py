@@ -15,7 +15,7 @@ def test_triton_kernels_under_the_interpreter():
     env |= {"MINIDISTILL_KERNELS": "interpret", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
     files = [
         str(TESTS / "ops" / f"test_ops_{name}.py")
-        for name in ("rows", "linear", "distill", "head", "triton")
+        for name in ("rows", "linear", "distill", "head", "triton", "gpu")
     ]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *files],

@@ -35,9 +35,15 @@ from support.paths import ROOT, SOKOBAN
 from support.plain_forward import completion_logprobs
 
 CPU = torch.device("cpu")
+CUDA_BUILD = torch.version.cuda is not None
 NEEDS_VLLM = [
     pytest.mark.vllm,
     pytest.mark.skipif(installed() is None, reason="needs vLLM, which is not installed here"),
+]
+# vLLM's CUDA build does not run on a CPU. What it does on a GPU is tested in test_vllm_gpu.py.
+NEEDS_CPU_VLLM = [
+    *NEEDS_VLLM,
+    pytest.mark.skipif(CUDA_BUILD, reason="needs vLLM's CPU build, and this is its CUDA build"),
 ]
 # No evaluation, few puzzles: a few seconds once vLLM has started
 SHORT = (
@@ -106,8 +112,9 @@ def placement_of(config: Config, *, server: bool = False) -> Placement:
 
 
 def options_of(config: Config) -> Options:
-    """The options of the student's engine on a CPU."""
-    return build_options(config, placement_of(config).student, (), teacher=False)
+    """The options of the student's engine: on a CPU, or on the GPUs of its first replica."""
+    student = placement_of(config).student
+    return build_options(config, student, student.replicas[0], teacher=False)
 
 
 def policy_of(config: Config) -> Policy:

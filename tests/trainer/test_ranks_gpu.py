@@ -1,40 +1,45 @@
-"""Several ranks on several GPUs, with NCCL and FSDP2."""
+"""Several ranks on several GPUs, with NCCL and FSDP2. Rehearsed with ranks on a CPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
-from support.runs import records, run
+from support.gpus import TWO_GPUS, run_on_gpus, size
+from support.runs import TINY, records
 
 from minidistill.errors import EXIT_OK
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
-]
-SHORT = ("--inference.engine", "embedded", "--model.dtype", "float32", "--max_steps", "4")
+pytestmark = [pytest.mark.gpu, TWO_GPUS]
+SHORT = (
+    *TINY, "--inference.engine", "embedded", "--model.dtype", "float32",
+    "--max_steps", size("4", "2"), "--no-orchestrator.eval",
+    "--no-orchestrator.teacher_model.eval_baseline",
+)  # fmt: skip
+LAYOUTS = {
+    "lora": (),
+    "lora, sharded": ("--trainer.shard", "true"),
+    "full, sharded": ("--no-trainer.model.lora", "--trainer.optim.lr", "5e-4"),
+    "full, replicated": (
+        "--no-trainer.model.lora", "--trainer.optim.lr", "5e-4", "--trainer.shard", "false",
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        (),
-        ("--trainer.shard", "true"),
-        ("--no-trainer.model.lora", "--trainer.optim.lr", "5e-4"),
-        ("--no-trainer.model.lora", "--trainer.optim.lr", "5e-4", "--trainer.shard", "false"),
-    ],
-    ids=["lora", "lora, sharded", "full, sharded", "full, replicated"],
-)
-def test_two_gpus_train_as_one(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    for name, ids in (("one", "0"), ("two", "0,1")):
-        assert run(tmp_path / name, *SHORT, *flags, "--trainer_gpu_ids", ids) == EXIT_OK
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_gpus_train_as_one(tmp_path: Path, layout: str) -> None:
+    for count in (1, 2):
+        flags = (*SHORT, *LAYOUTS[layout])
+        gpus = ("--trainer_gpu_ids", ",".join(map(str, range(count))))
+        ranks = ("--trainer.world_size", str(count))
+        if count == 1 and "--trainer.shard" in flags:  # one rank has nothing to shard
+            flags = (*SHORT, *LAYOUTS[layout][:-2])
+        path = tmp_path / str(count)
+        assert run_on_gpus(path, (*flags, *gpus), (*flags, *ranks)) == EXIT_OK
     one, two = (
-        [record for record in records(tmp_path / name) if "teacher_kl" in record]
-        for name in ("one", "two")
+        [record for record in records(tmp_path / name) if "teacher_kl" in record] for name in "12"
     )
-    assert [record["step"] for record in one] == [1, 2, 3, 4]
+    assert [record["step"] for record in one] == list(range(1, int(size("4", "2")) + 1))
     for ours, theirs in zip(two, one, strict=True):
         for key in ("teacher_kl", "loss/total", "optim/grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-2, abs=1e-4)

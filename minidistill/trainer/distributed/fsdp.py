@@ -150,9 +150,18 @@ def _shard(
         # sum: the loss is already divided by the step's tokens, and gloo has no mean
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
-        module.set_custom_all_gather(counted(dist.all_gather_single))
-        module.set_custom_reduce_scatter(counted(dist.reduce_scatter_single))
+        module.set_custom_all_gather(counted(_collective("all_gather_single")))
+        module.set_custom_reduce_scatter(counted(_collective("reduce_scatter_single")))
     return headless
+
+
+def _collective(name: str) -> Callable[..., Any]:
+    """A collective by its present name, or by the name it had in torch 2.11."""
+    older = {
+        "all_gather_single": "all_gather_into_tensor",
+        "reduce_scatter_single": "reduce_scatter_tensor",
+    }
+    return getattr(dist, name, None) or getattr(dist, older[name])
 
 
 def decoder_layers(causal: Any) -> list[nn.Module]:

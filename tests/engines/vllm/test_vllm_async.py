@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.vllm import (
-    NEEDS_VLLM,
+    NEEDS_CPU_VLLM,
     Bench,
     assert_token_versions_match_metrics,
     start,
@@ -21,7 +21,7 @@ from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.errors import EXIT_OK
 from minidistill.types import Request, Role, SamplingParams
 
-pytestmark = NEEDS_VLLM
+pytestmark = NEEDS_CPU_VLLM
 FEW = ("--orchestrator.env.0.args.num_train_examples", "8")
 
 

@@ -7,12 +7,12 @@ import signal
 
 import pytest
 import torch
-from support.vllm import NEEDS_VLLM, Bench, make_bench, student_error
+from support.vllm import NEEDS_CPU_VLLM, Bench, make_bench, student_error
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.types import Request, Role, SamplingParams
 
-pytestmark = NEEDS_VLLM
+pytestmark = NEEDS_CPU_VLLM
 
 
 @pytest.fixture

@@ -1,91 +1,122 @@
-"""What only GPUs can show of engines: IPC handles, the V2 runner's scores, sleep, placement."""
+"""What only GPUs can show of engines: IPC handles, the V2 runner's scores, sleep, placement.
+
+Without a GPU the handles are those of shared memory, vLLM's CPU build is the engine, and runs
+sample with the embedded one.
+"""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
 import torch
-from support.vllm import NEEDS_VLLM, SOKOBAN, placement_of
+from support.gpus import DEVICE, REHEARSED, TWO_GPUS, run_on_gpus, size
+from support.vllm import NEEDS_VLLM, Bench, make_bench, student_error
 
-from minidistill import cli
-from minidistill.config import load_config
-from minidistill.engines.vllm.engine import VllmEngine
-from minidistill.engines.vllm.options import build_options
 from minidistill.engines.vllm.weights_send import SendBuffer, open_buffer, views
 from minidistill.errors import EXIT_OK
-from minidistill.models.hub import load_tokenizer
-from minidistill.trainer.loading import load_policy
 from minidistill.types import Role
 
 pytestmark = [*NEEDS_VLLM, pytest.mark.gpu]
-TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 SHORT = (
     "--max_steps", "3", "--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline",
     "--orchestrator.batch_size", "8", "--orchestrator.env.0.args.num_train_examples", "16",
-    "--inference.engine", "vllm",
 )  # fmt: skip
+VLLM = ("--inference.engine", "vllm")
+EMBEDDED = (*SHORT, "--inference.engine", "embedded")
+ONE_GPU = ("--inference_gpu_ids", "0", "--trainer_gpu_ids", "0",
+           "--inference.gpu_memory_utilization", "0.3")  # fmt: skip
+FP32_ERROR = size(1e-2, 1e-4)  # of vLLM's fp32 log-probs: on a GPU its products may use TF32
 
 
-def read(handle: Any, entries: Any, gpu: int, answers: Any) -> None:
-    """In another process: the tensors behind a handle, on a GPU of its own choice."""
-    device = torch.device("cuda", gpu)
-    found = views(open_buffer(handle, device), entries)
-    answers.put({name: tensor.float().cpu().numpy() for name, tensor in found.items()})
+def read(handle: Any, entries: Any, device: torch.device, answers: Any) -> None:
+    """In another process: the tensors behind a handle, on a device of its own choice."""
+    tensors = views(open_buffer(handle, device), entries)
+    answers.put({name: tensor.float().cpu().numpy() for name, tensor in tensors.items()})
 
 
-@pytest.mark.parametrize("gpu", [0, pytest.param(1, marks=TWO_GPUS)])
-def test_a_handle_opens_in_another_process(gpu: int) -> None:
+@pytest.mark.parametrize("reader", [0, pytest.param(1, marks=TWO_GPUS)])
+def test_a_handle_opens_in_another_process(reader: int) -> None:
     """On the sender's GPU, and staged on another."""
-    outbox = SendBuffer(torch.bfloat16, torch.device("cuda", 0), gpus=(gpu,))
+    device = DEVICE if REHEARSED else torch.device("cuda", reader)
+    outbox = SendBuffer(torch.bfloat16, DEVICE, gpus=size((reader,), ()))
     spawn = multiprocessing.get_context("spawn")
     for seed in (1, 2):
         torch.manual_seed(seed)
         tensors = [(n, torch.randn(shape)) for n, shape in (("a", (3, 5)), ("b", (7,)))]
         entries, answers = outbox.pack(tensors), spawn.Queue()
-        process = spawn.Process(target=read, args=(outbox.handle(), entries, gpu, answers))
+        process = spawn.Process(target=read, args=(outbox.handle(), entries, device, answers))
         process.start()
-        found = answers.get(timeout=120)
+        received = answers.get(timeout=120)
         process.join()
         for name, tensor in tensors:
-            assert np.array_equal(found[name], tensor.bfloat16().float().numpy())
+            assert np.array_equal(received[name], tensor.bfloat16().float().numpy())
 
 
-def test_any_ids_are_scored_where_the_v2_runner_is() -> None:
-    flags = ("--inference.engine", "vllm", "--trainer.loss.estimator", "top_k")
-    flags += ("--model.dtype", "float32", "--inference.gpu_memory_utilization", "0.3")
-    config = load_config(
-        [SOKOBAN, *flags, "--inference_gpu_ids", "0", "--trainer_gpu_ids", "0"]
-    ).config
-    device = torch.device("cuda", 0)
-    placement = placement_of(config)
-    assert placement.student.gpus == (0,)
-    assert placement.student.sleeps
-    engine = VllmEngine(build_options(config, placement.student, (0,), teacher=False), 0)
+@pytest.fixture(scope="module")
+def adapter_on_gpu() -> Iterator[Bench]:
+    flags = ("--trainer.loss.estimator", "top_k", "--model.dtype", "float32")
+    bench = make_bench(*flags, *size(ONE_GPU, ()))
+    yield bench
+    bench.engine.close()
+
+
+def test_an_adapter_reaches_the_engine_and_survives_a_sleep(adapter_on_gpu: Bench) -> None:
+    for seed in (1, 2, 3):
+        adapter_on_gpu.change(seed, scale=0.03)
+        adapter_on_gpu.sync()
+        assert student_error(adapter_on_gpu) < FP32_ERROR
+        adapter_on_gpu.engine.sleep()
+    adapter_on_gpu.change(4, scale=0.3)  # not synced: the engine must now be wrong
+    assert student_error(adapter_on_gpu) > 2 * FP32_ERROR
+
+
+def test_every_weight_reaches_the_engine() -> None:
+    bench = make_bench("--no-trainer.model.lora", "--model.dtype", "float32", *size(ONE_GPU, ()))
     try:
-        engine.wait_until_ready()
-        assert engine.capabilities.scores_ids, "this vLLM has no V2 runner"
-        assert placement.teacher.scorer == "engine"
-        policy = load_policy(config, load_tokenizer(config), placement)
-        engine.attach(policy, (Role.STUDENT, Role.TEACHER))
-        engine.sync(0)
-        generator = torch.Generator().manual_seed(0)
-        prompt, completion = torch.randint(2, 600, (2, 20), generator=generator).tolist()
-        ids = torch.randint(2, 600, (20, 5), generator=generator).numpy()
-        for _ in range(3):  # the second reads the cache, the third after a sleep
-            (found,) = engine.score_ids([prompt], [completion], [ids], Role.TEACHER)
-            with torch.no_grad(), policy.running_as(Role.TEACHER):
-                tokens = torch.tensor([[*prompt, *completion]], device=device)
-                logp = policy.causal(input_ids=tokens).logits[0, 19:-1].log_softmax(-1).cpu()
-            truth = logp.gather(1, torch.as_tensor(ids))
-            torch.testing.assert_close(torch.as_tensor(found), truth, rtol=0, atol=1e-2)
-            engine.sleep()
+        for _ in range(3):
+            with torch.no_grad():
+                for _, parameter in bench.policy.parameters:
+                    parameter.mul_(1.05)
+            bench.sync()
+            assert student_error(bench) < FP32_ERROR
+            bench.engine.sleep()
     finally:
-        engine.close()
+        bench.engine.close()
+
+
+def test_any_ids_are_scored_where_the_v2_runner_is(adapter_on_gpu: Bench) -> None:
+    """vLLM's CPU build has no V2 runner: there a stand-in of the same signature answers."""
+    bench, engine = adapter_on_gpu, adapter_on_gpu.engine
+    bench.sync()
+    generator = torch.Generator().manual_seed(0)
+    prompt, completion = torch.randint(2, 600, (2, 20), generator=generator).tolist()
+    ids = torch.randint(2, 600, (20, 5), generator=generator).numpy()
+
+    def truth(role: Role) -> torch.Tensor:
+        with torch.no_grad(), bench.policy.running_as(role):
+            tokens = torch.tensor([[*prompt, *completion]], device=DEVICE)
+            logp = bench.policy.causal(input_ids=tokens).logits[0, 19:-1].log_softmax(-1).cpu()
+        return logp.gather(1, torch.as_tensor(ids))
+
+    score_ids = engine.score_ids
+    if REHEARSED:
+        assert not engine.capabilities.scores_ids
+        answer = [truth(Role.TEACHER).numpy()]
+        score_ids = create_autospec(engine.score_ids, return_value=answer)
+    else:
+        assert engine.capabilities.scores_ids, "this vLLM has no V2 runner"
+    for _ in range(3):  # the second reads the cache, the third after a sleep
+        (scores,) = score_ids([prompt], [completion], [ids], Role.TEACHER)
+        expected = truth(Role.TEACHER)
+        torch.testing.assert_close(torch.as_tensor(scores), expected, rtol=0, atol=1e-2)
+        engine.sleep()
 
 
 def steps(path: Path) -> list[dict[str, Any]]:
@@ -95,18 +126,21 @@ def steps(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("estimator", ["full", "sampled", "top_k"])
 def test_a_run_that_shares_one_gpu(tmp_path: Path, estimator: str) -> None:
-    flags = ("--inference_gpu_ids", "0", "--trainer_gpu_ids", "0", "--trainer.loss.estimator",
-             estimator, "--inference.gpu_memory_utilization", "0.3")  # fmt: skip
-    assert cli.main(["run", SOKOBAN, *SHORT, *flags, "--output_dir", str(tmp_path / "run")]) == 0
-    assert all(record["kl/sampler_mismatch"] < 1e-2 for record in steps(tmp_path / "run"))
+    path, chosen = tmp_path / "run", ("--trainer.loss.estimator", estimator)
+    flags = (*SHORT, *VLLM, *ONE_GPU, *chosen)
+    assert run_on_gpus(path, flags, (*EMBEDDED, *chosen)) == EXIT_OK
+    assert len(steps(path)) == 3
+    assert all(record["kl/sampler_mismatch"] < 1e-2 for record in steps(path))
 
 
 @TWO_GPUS
 @pytest.mark.parametrize("more", [(), ("--no-trainer.model.lora",), ("--schedule", "async")])
 def test_a_run_on_two_gpus(tmp_path: Path, more: tuple[str, ...]) -> None:
     """Weights reach an engine on another GPU than the trainer's."""
-    flags = ("--inference_gpu_ids", "0", "--trainer_gpu_ids", "1", *more)
     path = tmp_path / "run"
-    assert cli.main(["run", SOKOBAN, *SHORT, *flags, "--output_dir", str(path)]) == EXIT_OK
+    flags = (*SHORT, *VLLM, "--inference_gpu_ids", "0", "--trainer_gpu_ids", "1", *more)
+    rehearsal = (*EMBEDDED, *(() if "async" in more else more))  # it cannot sample ahead
+    assert run_on_gpus(path, flags, rehearsal) == EXIT_OK
+    assert len(steps(path)) == 3
     if "async" not in more:
         assert all(record["kl/sampler_mismatch"] < 1e-2 for record in steps(path))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from support.runs import assert_gap_closed
-from support.vllm import NEEDS_VLLM, start, steps
+from support.vllm import NEEDS_CPU_VLLM, start, steps
 
 from minidistill.errors import EXIT_OK
 
-pytestmark = [*NEEDS_VLLM, pytest.mark.slow]
+pytestmark = [*NEEDS_CPU_VLLM, pytest.mark.slow]
 WHOLE = (
     "--orchestrator.eval", "--orchestrator.eval.interval", "0",
     "--orchestrator.eval.num_examples", "256", "--orchestrator.teacher_model.eval_baseline",

@@ -8,13 +8,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.vllm import NEEDS_VLLM, SHORT, SOKOBAN, start, steps
+from support.vllm import NEEDS_CPU_VLLM, SHORT, SOKOBAN, start, steps
 
 from minidistill import cli
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.errors import EXIT_HEALTH, EXIT_INTERRUPTED, EXIT_OK
 
-pytestmark = NEEDS_VLLM
+pytestmark = NEEDS_CPU_VLLM
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.servers import adapters_at, engine_at, free_port, serving
 from support.vllm import (
-    NEEDS_VLLM,
+    NEEDS_CPU_VLLM,
     SHORT,
     SOKOBAN,
     Bench,
@@ -33,7 +33,7 @@ from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_OK, EXIT_USAG
 from minidistill.trainer.forward import PrefixCache
 from minidistill.types import Request, Role, SamplingParams
 
-pytestmark = NEEDS_VLLM
+pytestmark = NEEDS_CPU_VLLM
 VERSIONS = count(1)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.servers import ADAPTERS, adapters_at, answered_requests, engine_at, serving
 from support.vllm import (
-    NEEDS_VLLM,
+    NEEDS_CPU_VLLM,
     SHORT,
     SOKOBAN,
     Bench,
@@ -33,7 +33,7 @@ from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError
 from minidistill.trainer.policy import Weights
 from minidistill.types import Request, Role, SamplingParams
 
-pytestmark = NEEDS_VLLM
+pytestmark = NEEDS_CPU_VLLM
 LR = ("--trainer.optim.lr", "1e-3")
 
 

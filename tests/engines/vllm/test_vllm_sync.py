@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.vllm import CPU, NEEDS_VLLM, SOKOBAN, options_of
+from support.vllm import CPU, NEEDS_CPU_VLLM, SOKOBAN, options_of
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from minidistill.config import load_config
@@ -18,7 +18,7 @@ from minidistill.errors import UserError
 from minidistill.trainer.policy import Policy
 from minidistill.types import Role
 
-pytestmark = NEEDS_VLLM
+pytestmark = NEEDS_CPU_VLLM
 
 SIZES: dict[str, Any] = {
     "vocab_size": 640, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,

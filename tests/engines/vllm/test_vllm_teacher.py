@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.vllm import NEEDS_VLLM, SOKOBAN, Bench, placement_of
+from support.vllm import NEEDS_CPU_VLLM, SOKOBAN, Bench, placement_of
 
 from minidistill.config import load_config
 from minidistill.engines.launch import EngineLauncher
@@ -27,7 +27,7 @@ from minidistill.trainer.loading import load_policy
 from minidistill.trainer.trainer import Trainer
 from minidistill.types import Role
 
-pytestmark = NEEDS_VLLM
+pytestmark = NEEDS_CPU_VLLM
 SMALL = (
     "--inference.engine", "vllm", "--trainer.loss.estimator", "sampled",
     "--orchestrator.batch_size", "8", "--orchestrator.env.0.args.num_train_examples", "8",
