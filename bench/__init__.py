@@ -1,1 +1,2 @@
-"""Benchmarks, run as `python -m bench.NAME`: kernels, sync, engines, schedule."""
+"""Benchmarks, run as `python -m bench.NAME`: kernels, sync, engines, schedule, and gpu_check, which
+proves the GPU path in minutes (docs/gpu.md)."""

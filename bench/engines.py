@@ -2,9 +2,9 @@
 
     python -m bench.engines [--model tiny-sokoban|smollm2|FOLDER] [--batch N] [--threads N]
 
-Both engines run the same fp32 weights, on the first GPU or on a CPU. Prompts are never reused, so vLLM's prefix cache
-holds what it holds in a training step: the base's context, and the student's prompts of a round.
-Rates count sampled tokens, or for scoring all tokens except the context. Writes
+Both engines run the same fp32 weights, on the first GPU or on a CPU. Prompts are never reused, so
+vLLM's prefix cache holds what it holds in a training step: the base's context, and the student's
+prompts of a round. Rates count sampled tokens, or for scoring all tokens except the context. Writes
 bench/results/engines.json. Exit code 1 and no results if the engines' log-probs differ.
 """
 

@@ -14,8 +14,8 @@ from support.objective_reference import objective
 
 def completion_logits(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
     """The logits that predict each token of the completion, (N, V)."""
-    ids_BL = torch.tensor([[*prompt, *completion]])
-    return model(input_ids=ids_BL).logits[0, len(prompt) - 1 : -1]
+    ids_BL = torch.tensor([[*prompt, *completion]], device=model.device)
+    return model(input_ids=ids_BL).logits[0, len(prompt) - 1 : -1].cpu()
 
 
 @torch.no_grad()

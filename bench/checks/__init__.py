@@ -1,0 +1,1 @@
+"""The checks of `bench.gpu_check`, a file for each kind."""

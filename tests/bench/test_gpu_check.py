@@ -1,0 +1,142 @@
+"""`python -m bench.gpu_check`: every check rehearsed, and what becomes of checks that go wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.paths import ROOT
+
+from bench import gpu_check
+from bench.checks.report import Findings, Setting
+from minidistill.placement.vllm_version import installed
+
+BY_NAME = {check.name: check for check in gpu_check.CHECKS}
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    folder = tmp_path_factory.mktemp("rehearsal")
+    return gpu_check.main(["--rehearse", "--out", str(folder)]), folder
+
+
+@pytest.mark.parametrize("check", gpu_check.CHECKS, ids=lambda check: check.name)
+def test_a_check_runs_its_code_on_a_cpu(
+    rehearsal: tuple[int, Path], check: gpu_check.Check
+) -> None:
+    result = json.loads((rehearsal[1] / check.file).read_text())
+    without_vllm = "vllm" in check.needs and installed() is None
+    assert result["status"] == ("skipped" if without_vllm else "pass"), result
+    assert result["rehearsal"]
+    assert result["device"] == "CPU"
+    assert without_vllm or any(limit["held"] for limit in result["limits"])
+
+
+def test_a_rehearsal_passes_and_sums_up(rehearsal: tuple[int, Path]) -> None:
+    code, folder = rehearsal
+    assert code == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [check["name"] for check in summary["checks"]] == list(BY_NAME)
+    assert summary["versions"]["torch"]
+    assert len(summary["source_sha256"]) == 64
+
+
+def test_an_error_in_a_checks_process_is_its_result(tmp_path: Path) -> None:
+    """Without a GPU the check fails in its process. The one that waits for it goes on."""
+    result = gpu_check.perform(BY_NAME["products"], Setting(False, tmp_path), 60)
+    assert result["status"] == "error"
+    assert "CUDA" in result["message"] or "NVIDIA" in result["message"]
+
+
+def test_a_check_that_hangs_is_ended(tmp_path: Path) -> None:
+    check, setting = BY_NAME["products"], Setting(True, tmp_path)
+    findings = Findings(tmp_path / check.file, gpu_check.about(check, setting), True)
+    findings.figure("known so far", 3)
+    gpu_check.in_a_process(check, setting, 0.1, findings)
+    result = json.loads((tmp_path / check.file).read_text())
+    assert (result["status"], result["message"]) == ("error", "ended after 0 s")
+    assert result["figures"] == {"known so far": 3}
+
+
+def test_no_check_starts_after_the_minutes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--rehearse", "--out", str(tmp_path), "--minutes", "0", "--only", "speed", "full"]
+    assert gpu_check.main(argv) == 1
+    assert "not run: speed, full" in capsys.readouterr().out
+    assert json.loads((tmp_path / "03_speed.json").read_text())["status"] == "not run"
+
+
+def test_a_machine_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    assert gpu_check.main(["--out", str(tmp_path)]) == 3
+
+
+@pytest.fixture
+def findings(tmp_path: Path) -> Findings:
+    return Findings(tmp_path / "x.json", {"name": "x"}, False)
+
+
+@pytest.mark.parametrize("value", [math.nan, 2.0])
+def test_a_missed_limit_fails(findings: Findings, value: float) -> None:
+    findings.at_most("error", value, 1.0)
+    assert findings.finish() == "fail"
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.5])
+def test_a_goal_that_is_not_reached_fails(findings: Findings, value: float) -> None:
+    findings.at_least("share", value, 1.0)
+    assert findings.finish() == "fail"
+
+
+def test_a_check_without_limits_fails(findings: Findings) -> None:
+    findings.figure("seconds", 1.0)
+    assert findings.finish() == "fail"
+
+
+def test_speed_is_not_judged_in_a_rehearsal(tmp_path: Path) -> None:
+    findings = Findings(tmp_path / "x.json", {}, rehearse=True)
+    findings.at_most("ms", 9.0, 1.0, gpu_only=True)
+    findings.at_most("error", 0.5, 1.0)
+    assert findings.finish() == "pass"
+    assert [limit["held"] for limit in findings.limits] == [None, True]
+
+
+def test_figures_are_on_disk_before_a_check_ends(findings: Findings) -> None:
+    findings.figure("first", 1)
+    saved: dict[str, Any] = json.loads(findings.path.read_text())
+    assert (saved["status"], saved["figures"]) == ("running", {"first": 1})
+
+
+def test_the_checks_of_the_kernels_need_no_pydantic(tmp_path: Path) -> None:
+    """Nor anything else that a machine with torch, triton and pytest may lack."""
+    absent = ("pydantic", "tomli", "tomli_w", "transformers", "peft", "vllm")
+    code = f"""
+import sys
+for name in {absent}:
+    sys.modules[name] = None
+from bench import gpu_check
+argv = ["--rehearse", "--out", {str(tmp_path)!r}, "--only"]
+sys.exit(gpu_check.main([*argv, "products", "handles"]))
+"""
+    names = [check.name for check in gpu_check.CHECKS if not check.needs]
+    assert names == ["ops", "products", "speed", "handles"]
+    # a file, because processes that it spawns import it again
+    script = tmp_path / "script.py"
+    body = "\n".join(f"    {text}" for text in code.splitlines() if text)
+    script.write_text(f"if __name__ == '__main__':\n{body}\n")
+    result = subprocess.run(
+        [sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=_environment(),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
