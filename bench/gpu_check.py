@@ -154,7 +154,8 @@ def in_a_process(check: Check, setting: Setting, seconds: float, findings: Findi
     """Run a check in a process of its own, and end it and what it started after some seconds."""
     command = [sys.executable, "-m", "bench.gpu_check", "--child", check.name]
     command += ["--out", str(setting.folder), *(["--rehearse"] if setting.rehearse else [])]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with open(setting.folder / f"{check.number:02}_{check.name}.out", "w") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
@@ -196,7 +197,8 @@ def about(check: Check, setting: Setting) -> dict[str, Any]:
 
 def line(result: dict[str, Any]) -> str:
     """A result in one line: what was missed first, then the figures that have a limit."""
-    limits = sorted(result["limits"], key=lambda limit: limit["held"] is not False)
+    judged = [limit for limit in result["limits"] if limit["held"] is not None]
+    limits = sorted(judged, key=lambda limit: limit["held"])
     texts = [
         f"{'MISSED ' if limit['held'] is False else ''}{limit['what']} {shown(limit['value'])}"
         f" ({limit['kind']} {shown(limit['limit'])})"

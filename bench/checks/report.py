@@ -120,8 +120,19 @@ class Findings:
             "limits": self.limits,
         }
         aside = self.path.with_suffix(".tmp")
-        aside.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        aside.write_text(json.dumps(_plain(result), indent=1) + "\n")
         os.replace(aside, self.path)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: numbers that are not finite become text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def machine(rehearse: bool) -> dict[str, Any]:

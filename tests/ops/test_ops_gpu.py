@@ -131,9 +131,8 @@ def test_peak_memory_is_bounded_by_the_chunk():
         call()
         return peak_bytes(call, DEVICE.type) - size(8, 16) * n * h
 
-    assert (
-        extra(size(2048, 64)) < size(8, 12) * chunk * v
-    )  # a CPU converts a part of the head to fp32
+    # on a CPU a chunk is fp32, and small beside the row kernels' blocks
+    assert extra(size(2048, 64)) < size(8, 24) * chunk * v
     assert extra(size(8192, 256)) < 1.1 * extra(size(2048, 64))
 
 
