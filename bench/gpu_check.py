@@ -88,6 +88,8 @@ CHECKS = tuple(
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.rehearse:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # whole runs stay on the CPU too
     setting = Setting(args.rehearse, args.out.resolve())
     if args.child:
         (check,) = (check for check in CHECKS if check.name == args.child)

@@ -73,10 +73,10 @@ class Case:
 
 
 def inputs(shape: Shape) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(shape.device).manual_seed(0)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=draw)
+        return torch.randn(*size, generator=draw, device=shape.device)
 
     h_s = normal(shape.n, shape.h)
     tensors = {
@@ -84,8 +84,8 @@ def inputs(shape: Shape) -> dict[str, Tensor]:
         "h_t": h_s + 0.1 * normal(shape.n, shape.h),
         "weight": normal(shape.v, shape.h) * 2.5 / shape.h**0.5,
     }
-    out = {k: x.to(shape.dtype).to(shape.device) for k, x in tensors.items()}
-    out["ids"] = torch.randint(0, shape.v, (shape.n,), generator=draw).to(shape.device)
+    out = {k: x.to(shape.dtype) for k, x in tensors.items()}
+    out["ids"] = torch.randint(0, shape.v, (shape.n,), generator=draw, device=shape.device)
     return out
 
 

@@ -169,9 +169,8 @@ def speed(setting: Setting, findings: Findings) -> None:
         )
         if case.who == OURS and (goal := GOALS.get((case.quantity, mode))):
             _judge(findings, row, goal, shape)
-        case = None  # type: ignore[assignment]  # frees its inputs
-        gc.collect()
-        if setting.device.type == "cuda":
+        if "error" in row and setting.device.type == "cuda":
+            gc.collect()  # what the failed call held
             torch.cuda.empty_cache()
     findings.figure("not installed", absent())
     report = {

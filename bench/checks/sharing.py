@@ -111,8 +111,8 @@ class Other:
 
 def hold(pipe: Any, device: str, size: int) -> None:
     """The other process: a context, then an allocation, until it is told to end."""
-    small = torch.zeros(1, device=device)
-    (small @ small.view(1)).item()  # loads cuBLAS, as every engine does
+    small = torch.ones(8, 8, device=device)
+    (small @ small).sum().item()  # loads cuBLAS, as every engine does
     on_gpu = small.is_cuda
     pipe.send(torch.cuda.memory_reserved() if on_gpu else 0)
     pipe.recv()

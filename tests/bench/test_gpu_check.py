@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,44 @@ from minidistill.placement.vllm_version import installed
 BY_NAME = {check.name: check for check in gpu_check.CHECKS}
 
 
+BARE = [check.name for check in gpu_check.CHECKS if not check.needs]
+ABSENT = ("pydantic", "tomli", "tomli_w", "vllm")  # on a bare machine
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The exit codes and results of all checks."""
+
+    bare: subprocess.CompletedProcess[str]
+    code: int
+    folder: Path
+
+
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    folder = tmp_path_factory.mktemp("rehearsal")
-    return gpu_check.main(["--rehearse", "--out", str(folder)]), folder
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
+    """The kernels' checks on a machine that lacks packages, and the others in this process."""
+    folder, blocked = (tmp_path_factory.mktemp(name) for name in ("rehearsal", "blocked"))
+    for name in ABSENT:
+        (blocked / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name}')\n")
+    paths = map(str, (blocked, ROOT, ROOT / "kernels"))
+    options = ["--rehearse", "--out", str(folder), "--only"]
+    bare = subprocess.run(
+        [sys.executable, "-m", "bench.gpu_check", *options, *BARE],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    code = gpu_check.main([*options, *(name for name in BY_NAME if name not in BARE)])
+    return Rehearsal(bare, code, folder)
+
+
+def test_the_kernels_need_nothing_that_a_bare_machine_lacks(rehearsal: Rehearsal) -> None:
+    assert BARE == ["ops", "products", "speed", "handles"]
+    assert rehearsal.bare.returncode == 0, rehearsal.bare.stdout + rehearsal.bare.stderr
 
 
 @pytest.mark.parametrize("check", gpu_check.CHECKS, ids=lambda check: check.name)
-def test_a_check_runs_its_code_on_a_cpu(
-    rehearsal: tuple[int, Path], check: gpu_check.Check
-) -> None:
-    result = json.loads((rehearsal[1] / check.file).read_text())
+def test_a_check_runs_its_code_on_a_cpu(rehearsal: Rehearsal, check: gpu_check.Check) -> None:
+    result = json.loads((rehearsal.folder / check.file).read_text())
     without_vllm = "vllm" in check.needs and installed() is None
     assert result["status"] == ("skipped" if without_vllm else "pass"), result
     assert result["rehearsal"]
@@ -38,11 +66,10 @@ def test_a_check_runs_its_code_on_a_cpu(
     assert without_vllm or any(limit["held"] for limit in result["limits"])
 
 
-def test_a_rehearsal_passes_and_sums_up(rehearsal: tuple[int, Path]) -> None:
-    code, folder = rehearsal
-    assert code == 0
-    summary = json.loads((folder / "summary.json").read_text())
-    assert [check["name"] for check in summary["checks"]] == list(BY_NAME)
+def test_a_rehearsal_passes_and_sums_up(rehearsal: Rehearsal) -> None:
+    assert rehearsal.code == 0
+    summary = json.loads((rehearsal.folder / "summary.json").read_text())
+    assert [c["name"] for c in summary["checks"]] == [n for n in BY_NAME if n not in BARE]
     assert summary["versions"]["torch"]
     assert len(summary["source_sha256"]) == 64
 
@@ -111,31 +138,3 @@ def test_figures_are_on_disk_before_a_check_ends(findings: Findings) -> None:
     findings.figure("first", 1)
     saved: dict[str, Any] = json.loads(findings.path.read_text())
     assert (saved["status"], saved["figures"]) == ("running", {"first": 1})
-
-
-def test_the_checks_of_the_kernels_need_no_pydantic(tmp_path: Path) -> None:
-    """Nor anything else that a machine with torch, triton and pytest may lack."""
-    absent = ("pydantic", "tomli", "tomli_w", "transformers", "peft", "vllm")
-    code = f"""
-import sys
-for name in {absent}:
-    sys.modules[name] = None
-from bench import gpu_check
-argv = ["--rehearse", "--out", {str(tmp_path)!r}, "--only"]
-sys.exit(gpu_check.main([*argv, "products", "handles"]))
-"""
-    names = [check.name for check in gpu_check.CHECKS if not check.needs]
-    assert names == ["ops", "products", "speed", "handles"]
-    # a file, because processes that it spawns import it again
-    script = tmp_path / "script.py"
-    body = "\n".join(f"    {text}" for text in code.splitlines() if text)
-    script.write_text(f"if __name__ == '__main__':\n{body}\n")
-    result = subprocess.run(
-        [sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False,
-        env=_environment(),
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}

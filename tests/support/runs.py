@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from minidistill import cli
+from minidistill.config import load_config
+from minidistill.placement.machine import GIB, Machine
+from minidistill.placement.planner import plan_run
+from support.gpus import REHEARSED
 from support.paths import ROOT, SOKOBAN
 
 # A run of a few seconds: few puzzles, few rollouts, every feature enabled
@@ -25,6 +29,19 @@ TINY = (
 def run(path: Path, *flags: str) -> int:
     """A tiny run in this process. Returns the exit code."""
     return cli.main(["run", SOKOBAN, *TINY, "--output_dir", str(path), *flags])
+
+
+def run_on_gpus(path: Path, flags: tuple[str, ...], rehearsal: tuple[str, ...]) -> int:
+    """A run in this process for a GPU test, without `TINY`. Returns the exit code.
+
+    Without a GPU it is planned on a machine with two GPUs, which reads every flag and refuses what
+    a run there would refuse. Then it runs on the CPU, with `rehearsal` in place of `flags`.
+    """
+    if REHEARSED:
+        machine = Machine(gpus=2, bytes=80 * GIB, vllm=True, bf16=True)
+        assert plan_run(load_config([SOKOBAN, *flags]), machine).placement.trainer_gpus
+    chosen = rehearsal if REHEARSED else flags
+    return cli.main(["run", SOKOBAN, *chosen, "--output_dir", str(path)])
 
 
 def start(path: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.gpus import TWO_GPUS, run_on_gpus, size
-from support.runs import TINY, records
+from support.gpus import TWO_GPUS, size
+from support.runs import TINY, records, run_on_gpus
 
 from minidistill.errors import EXIT_OK
 

@@ -16,7 +16,8 @@ from unittest.mock import create_autospec
 import numpy as np
 import pytest
 import torch
-from support.gpus import DEVICE, REHEARSED, TWO_GPUS, run_on_gpus, size
+from support.gpus import DEVICE, REHEARSED, TWO_GPUS, size
+from support.runs import run_on_gpus
 from support.vllm import NEEDS_VLLM, Bench, make_bench, student_error
 
 from minidistill.engines.vllm.weights_send import SendBuffer, open_buffer, views
