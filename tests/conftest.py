@@ -33,6 +33,7 @@ def pytest_xdist_auto_num_workers() -> int:
 # Files that share engines or a server, and so a worker
 TOGETHER = {
     "test_vllm_engine.py": "vLLM's engines",
+    "test_vllm_gpu.py": "vLLM's engines",
     "test_vllm_async.py": "vLLM's engines",
     "test_vllm_teacher.py": "vLLM's engines",
     "test_vllm_server.py": "vLLM's servers",

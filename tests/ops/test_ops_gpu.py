@@ -34,11 +34,11 @@ def on_gpu(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [401, size(5000, 1200), size(151936, 4100)])
+@pytest.mark.parametrize("vocab", [401, size(5000, 1200), size(151936, 2600)])
 def test_row_functions(dtype, vocab):
     torch.manual_seed(0)
-    s, t = (torch.randn(33, vocab, device=DEVICE).mul(2).to(dtype) for _ in range(2))
-    ids = torch.randint(0, vocab, (33,), device=DEVICE)
+    s, t = (torch.randn(size(33, 5), vocab, device=DEVICE).mul(2).to(dtype) for _ in range(2))
+    ids = torch.randint(0, vocab, (size(33, 5),), device=DEVICE)
     ours, truth = s.clone().requires_grad_(), s.double().requires_grad_()
     logp, entropy = selective_logprob(ours, ids, return_entropy=True)
     kl = reverse_kl(ours, t)

@@ -31,15 +31,20 @@ def run(path: Path, *flags: str) -> int:
     return cli.main(["run", SOKOBAN, *TINY, "--output_dir", str(path), *flags])
 
 
+def plan_on_gpus(*flags: str) -> None:
+    """Plan a run on a machine with two GPUs: read every flag and refuse what a run would refuse."""
+    machine = Machine(gpus=2, bytes=80 * GIB, vllm=True, bf16=True)
+    assert plan_run(load_config([SOKOBAN, *flags]), machine).placement.trainer_gpus
+
+
 def run_on_gpus(path: Path, flags: tuple[str, ...], rehearsal: tuple[str, ...]) -> int:
     """A run in this process for a GPU test, without `TINY`. Returns the exit code.
 
-    Without a GPU it is planned on a machine with two GPUs, which reads every flag and refuses what
-    a run there would refuse. Then it runs on the CPU, with `rehearsal` in place of `flags`.
+    Without a GPU it is planned for one, and then runs on the CPU with `rehearsal` in place of
+    `flags`.
     """
     if REHEARSED:
-        machine = Machine(gpus=2, bytes=80 * GIB, vllm=True, bf16=True)
-        assert plan_run(load_config([SOKOBAN, *flags]), machine).placement.trainer_gpus
+        plan_on_gpus(*flags)
     chosen = rehearsal if REHEARSED else flags
     return cli.main(["run", SOKOBAN, *chosen, "--output_dir", str(path)])
 

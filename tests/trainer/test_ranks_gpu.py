@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.gpus import TWO_GPUS, size
-from support.runs import TINY, records, run_on_gpus
+from support.gpus import REHEARSED, TWO_GPUS, size
+from support.runs import TINY, plan_on_gpus, records, run_on_gpus
 
 from minidistill.errors import EXIT_OK
 
@@ -28,6 +28,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_gpus_train_as_one(tmp_path: Path, layout: str) -> None:
+    if REHEARSED and layout != "lora, sharded":  # test_ranks.py runs the others on a CPU
+        plan_on_gpus(*SHORT, *LAYOUTS[layout], "--trainer_gpu_ids", "0,1")
+        return
     for count in (1, 2):
         flags = (*SHORT, *LAYOUTS[layout])
         gpus = ("--trainer_gpu_ids", ",".join(map(str, range(count))))

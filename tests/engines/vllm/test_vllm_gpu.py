@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from support.gpus import DEVICE, REHEARSED, TWO_GPUS, size
-from support.runs import run_on_gpus
+from support.runs import plan_on_gpus, run_on_gpus
 from support.vllm import NEEDS_VLLM, Bench, make_bench, student_error
 
 from minidistill.engines.vllm.weights_send import SendBuffer, open_buffer, views
@@ -48,7 +48,7 @@ def test_a_handle_opens_in_another_process(reader: int) -> None:
     device = DEVICE if REHEARSED else torch.device("cuda", reader)
     outbox = SendBuffer(torch.bfloat16, DEVICE, gpus=size((reader,), ()))
     spawn = multiprocessing.get_context("spawn")
-    for seed in (1, 2):
+    for seed in size((1, 2), (1,)):
         torch.manual_seed(seed)
         tensors = [(n, torch.randn(shape)) for n, shape in (("a", (3, 5)), ("b", (7,)))]
         entries, answers = outbox.pack(tensors), spawn.Queue()
@@ -61,9 +61,23 @@ def test_a_handle_opens_in_another_process(reader: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def adapter_on_gpu() -> Iterator[Bench]:
-    flags = ("--trainer.loss.estimator", "top_k", "--model.dtype", "float32")
-    bench = make_bench(*flags, *size(ONE_GPU, ()))
+def adapter_on_gpu(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    yield from bench_for(request, "adapter_bench", "--trainer.loss.estimator", "top_k")
+
+
+@pytest.fixture(scope="module")
+def weights_on_gpu(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    yield from bench_for(request, "weights_bench", "--no-trainer.model.lora")
+
+
+def bench_for(request: pytest.FixtureRequest, shared: str, *flags: str) -> Iterator[Bench]:
+    """An engine on the first GPU; in a rehearsal the CPU's, which other files share."""
+    flags = (*flags, "--model.dtype", "float32", *ONE_GPU)
+    if REHEARSED:
+        plan_on_gpus(*VLLM, *flags)
+        yield request.getfixturevalue(shared)
+        return
+    bench = make_bench(*flags)
     yield bench
     bench.engine.close()
 
@@ -78,18 +92,14 @@ def test_an_adapter_reaches_the_engine_and_survives_a_sleep(adapter_on_gpu: Benc
     assert student_error(adapter_on_gpu) > 2 * FP32_ERROR
 
 
-def test_every_weight_reaches_the_engine() -> None:
-    bench = make_bench("--no-trainer.model.lora", "--model.dtype", "float32", *size(ONE_GPU, ()))
-    try:
-        for _ in range(3):
-            with torch.no_grad():
-                for _, parameter in bench.policy.parameters:
-                    parameter.mul_(1.05)
-            bench.sync()
-            assert student_error(bench) < FP32_ERROR
-            bench.engine.sleep()
-    finally:
-        bench.engine.close()
+def test_every_weight_reaches_the_engine(weights_on_gpu: Bench) -> None:
+    for _ in range(3):
+        with torch.no_grad():
+            for _, parameter in weights_on_gpu.policy.parameters:
+                parameter.mul_(1.02)
+        weights_on_gpu.sync()
+        assert student_error(weights_on_gpu) < FP32_ERROR
+        weights_on_gpu.engine.sleep()
 
 
 def test_any_ids_are_scored_where_the_v2_runner_is(adapter_on_gpu: Bench) -> None:
