@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = perform(check, setting, ends - time.monotonic())
         results.append(result)
         print(line(result), flush=True)
-    summary = {**machine(setting.rehearse), "checks": results}
-    (setting.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        summary = {**machine(setting.rehearse), "checks": results}
+        (setting.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(table(results, setting))
     return 0 if results and all(map(is_good, results)) else 1
 

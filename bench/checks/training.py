@@ -104,7 +104,11 @@ def _measure(
         findings.at_least(f"{name}: model FLOPs share", share, FLOPS_SHARE, gpu_only=True)
     else:
         findings.figure(f"{name}: model FLOPs share", share)
-    findings.figure(f"{name}: profile", profile_step(setting, job, step))
+    profiled = profile_step(setting, job, step)
+    findings.figure(f"{name}: profile", profiled)
+    if setting.device.type == "cuda":
+        busy = profiled["milliseconds"] / 1e3 / seconds
+        findings.figure(f"{name}: share of the time that kernels run", busy)
 
 
 def model_flops(job: Job, rollouts: Sequence[Rollout]) -> float:
@@ -129,7 +133,10 @@ def matrix_peak(setting: Setting) -> float | None:
 
 
 def profile_step(setting: Setting, job: Job, step: Callable[[], None]) -> dict[str, Any]:
-    """Where a step's time goes: shares of kinds of kernels, attention, synchronizations."""
+    """Where a step's time goes: shares of kinds of kernels, attention, synchronizations.
+
+    On a GPU the times are those of kernels, on a CPU those of operators.
+    """
     on_gpu = setting.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=activities, record_shapes=True) as record:
@@ -151,7 +158,7 @@ def profile_step(setting: Setting, job: Job, step: Callable[[], None]) -> dict[s
         if any(word in event.key.lower() for word in ("flash", "attention", "fmha", "cudnn_sdpa"))
     }
     return {
-        "milliseconds of kernels" if on_gpu else "milliseconds": total / 1e3,
+        "milliseconds": total / 1e3,
         "shares": {kind: time / total for kind, time in sorted(times.items())},
         "attention": attention,
         "stream synchronizations": sum(e.count for e in events if e.key in SYNCS),
