@@ -17,13 +17,14 @@ from bench.checks.report import ROOT, SOKOBAN, Findings, Setting
 from minidistill import cli
 
 EMBEDDED = ("--inference.engine", "embedded")
-# In a rehearsal: a second or two
+# Steps of a moment
 TINY = (
     "--ckpt.interval", "2", "--orchestrator.batch_size", "8",
-    "--orchestrator.eval.num_examples", "8", "--orchestrator.eval.interval", "0",
     "--orchestrator.env.0.args.num_train_examples", "16",
     "--orchestrator.env.0.args.num_eval_examples", "8",
 )  # fmt: skip
+TINY_EVALUATION = ("--orchestrator.eval.num_examples", "8", "--orchestrator.eval.interval", "0")
+NO_EVALUATION = ("--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline")
 MISMATCH = {"bfloat16": 1e-2, "float32": 1e-6}  # the run's own limits
 
 
@@ -50,7 +51,7 @@ def vllm_tests(setting: Setting, findings: Findings) -> None:
 def run_and_judge(setting: Setting, findings: Findings, runs: dict[str, tuple[str, ...]]) -> None:
     """Execute runs by name of their dtype, and judge what they learned."""
     paths = {name: setting.scratch("runs") / f"{findings.path.stem}-{name}" for name in runs}
-    tiny = (*TINY, "--max_steps", "2")
+    tiny = (*TINY, *TINY_EVALUATION, "--max_steps", "2")
     flags = {name: (*setting.size((), tiny), *more) for name, more in runs.items()}
     if setting.rehearse:
         codes = {name: _in_process(paths[name], flags[name]) for name in runs}
@@ -78,7 +79,7 @@ def run_and_judge(setting: Setting, findings: Findings, runs: dict[str, tuple[st
 
 def resume(setting: Setting, findings: Findings) -> None:
     """Kill a run, resume it, and compare its metrics with those of a run that was left alone."""
-    flags = (*TINY, *EMBEDDED, "--max_steps", "12")
+    flags = (*TINY, *EMBEDDED, *NO_EVALUATION, "--max_steps", "12")
     folder = setting.scratch("runs")
     whole, killed = folder / "whole", folder / "killed"
     process = start(killed, flags)
