@@ -31,7 +31,10 @@ def micro_batch(setting: Setting, findings: Findings) -> None:
         "--orchestrator.sampling.max_tokens", str(length // 2),
         "--orchestrator.batch_size", "2", "--orchestrator.rollouts_per_example", "2",
     )  # fmt: skip
-    for name, more in (("plain", ()), ("checkpointed", ("--trainer.model.ac.freq", "1"))):
+    for name, more in (
+        ("plain", ("--no-trainer.model.ac",)),
+        ("checkpointed", ("--trainer.model.ac.freq", "1")),
+    ):
         with_step(setting, findings, name, LARGE, (*flags, *more), length)
         gc.collect()  # of the first model, before the second one is created
         if setting.device.type == "cuda":
