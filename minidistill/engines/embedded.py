@@ -167,14 +167,15 @@ class EmbeddedEngine(Engine):
     ) -> list[list[float]]:
         scores: dict[int, list[float]] = {}
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-        prefix = self.prefixes.common(prompts)
+        prefix, packed = self.prefixes.common(prompts), self.policy.attention.unpadded
         with self.policy.unsharded(role), self.policy.running_as(role), self.policy.inference():
             states = self.prefixes.states(prefix, role)
-            for rows in split_by_tokens(lengths, SCORING_TOKENS):
+            for rows in split_by_tokens(lengths, SCORING_TOKENS, packed):
                 tokens = collate(
                     [prompts[i] for i in rows],
                     [completions[i] for i in rows],
                     pad_id=self.policy.pad_id,
+                    packed=packed,
                     prefix=prefix,
                 ).to(self.policy.device)
                 hidden_NH = hidden_states(self.policy, tokens, states)

@@ -77,7 +77,8 @@ def check_model(policy: Policy, prompts: Sequence[Prompt]) -> bool:
     """Check the model's numerics before training. Returns whether prefixes may be cached.
 
     Raises UserError (exit code 3) if hidden states times the head are not the model's logits, or
-    if student and teacher differ on the same prompt although their weights are equal.
+    if student and teacher differ on the same prompt although their weights are equal, or if packed
+    sequences are not what each is alone.
     """
     if len(policy.tokenizer) > policy.head_VH.shape[0]:
         raise UserError(
@@ -90,6 +91,8 @@ def check_model(policy: Policy, prompts: Sequence[Prompt]) -> bool:
     prompts = prompts[:4]
     completions = [p.student_ids[-6:] for p in prompts]  # any tokens will do
     _check_logits(policy, prompts, completions, tolerance)
+    if policy.attention.unpadded:
+        _check_packed_passes(policy, prompts, completions, tolerance)
     if policy.holds(Role.TEACHER) and policy.teacher_weights is not Weights.OTHER:
         _check_equal_roles(policy, prompts, completions, tolerance)
     return _prefix_cache_is_exact(policy, prompts, completions, tolerance)
@@ -112,6 +115,34 @@ def _check_logits(
             fix="use a model whose logits are hidden states times the head",
             exit_code=EXIT_ENVIRONMENT,
         )
+
+
+def _check_packed_passes(
+    policy: Policy, prompts: Sequence[Prompt], completions: Sequence[Ids], tolerance: float
+) -> None:
+    """Check that a packed pass gives each sequence the log-probs that it has alone, padded."""
+    view = [p.student_ids for p in prompts]
+    with policy.inference():
+        packed = collate(view, completions, pad_id=policy.pad_id, packed=True)
+        single = [
+            collate([prompt], [completion], pad_id=policy.pad_id)
+            for prompt, completion in zip(view, completions, strict=True)
+        ]
+        together = _logprobs(policy, hidden_states(policy, packed))
+        alone = torch.cat([_logprobs(policy, hidden_states(policy, tokens)) for tokens in single])
+    error = float(((together - alone).abs() * alone.exp()).max())
+    if not error <= tolerance:
+        raise UserError(
+            f"packed sequences have other log-probs than alone, by up to {error:.2g}",
+            where="model.attn",
+            fix='use model.attn = "sdpa"',
+            exit_code=EXIT_ENVIRONMENT,
+        )
+
+
+def _logprobs(policy: Policy, hidden_NH: torch.Tensor) -> torch.Tensor:
+    """Log-probs of all tokens, (N, V) fp32."""
+    return policy.logits(hidden_NH).float().log_softmax(-1)
 
 
 def _check_equal_roles(
@@ -150,7 +181,13 @@ def _prefix_cache_is_exact(
     role = Role.TEACHER if policy.holds(Role.TEACHER) else Role.STUDENT
     with policy.inference(), policy.running_as(role):
         for shared in ((), prefix):
-            tokens = collate(view, completions, pad_id=policy.pad_id, prefix=shared)
+            tokens = collate(
+                view,
+                completions,
+                pad_id=policy.pad_id,
+                packed=policy.attention.unpadded,
+                prefix=shared,
+            )
             states = prefix_states(policy, shared) if shared else None
             hidden = hidden_states(policy, tokens, states)
             logp.append(policy.logits(hidden).float().log_softmax(-1))
