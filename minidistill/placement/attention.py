@@ -43,6 +43,10 @@ class Attention:
         return f"{name}, {layout}{mask}: {self.reason}"
 
 
+TRANSFORMERS_CHOICE = Attention()
+"""Padded sequences, with the attention that transformers chooses for the model."""
+
+
 def place_attention(
     config: Config, model_configs: Sequence[Any], machine: Machine, dtype: str, max_length: int
 ) -> Attention:

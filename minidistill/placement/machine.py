@@ -53,7 +53,10 @@ class Machine:
 
     @classmethod
     def imagined(cls, gpus: int | None, bytes: int | None) -> Machine:
-        """A machine to plan for. Its GPUs have vLLM, bfloat16 and flash-attn. None takes this machine's."""
+        """A machine to plan for. None takes this machine's number.
+
+        GPUs come with vLLM, bfloat16 and flash-attn.
+        """
         import torch
 
         local_gpus = torch.cuda.device_count()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from minidistill.config import Config
-from minidistill.placement.attention import FLASH, Attention
+from minidistill.placement.attention import FLASH, TRANSFORMERS_CHOICE, Attention
 from minidistill.placement.limits import (
     EMBEDDED_CACHE_BYTES,
     LORA_RANKS,
@@ -63,7 +63,7 @@ def trainer_memory(
     itemsize: int,
     shards: int = 1,
     teacher_shape: ModelShape | None = None,
-    attention: Attention = Attention(),
+    attention: Attention = TRANSFORMERS_CHOICE,
 ) -> MemoryBreakdown:
     """Bytes on one rank at the trainer's peak, which is in the backward pass.
 

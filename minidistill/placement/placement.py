@@ -9,7 +9,7 @@ from minidistill.config import Config, LoadedConfig
 from minidistill.config.engine_kinds import ENGINE_KINDS, SERVER, EngineKind
 from minidistill.config.schema import EngineConfig
 from minidistill.errors import UserError
-from minidistill.placement.attention import Attention, place_attention
+from minidistill.placement.attention import TRANSFORMERS_CHOICE, Attention, place_attention
 from minidistill.placement.gpus import (
     GpuLayout,
     Ids,
@@ -90,7 +90,7 @@ class Placement:
     max_length: int
     """Tokens that context, prompt and completion may have together: `seq_len`, or the limit of the
     student's or the teacher's model if that is lower."""
-    attention: Attention = Attention()
+    attention: Attention = TRANSFORMERS_CHOICE
     """Of the trainer."""
     warnings: tuple[str, ...] = ()
 

@@ -55,9 +55,7 @@ class Trainer:
         self.rank_group = policy.rank_group
         self.prefixes = prefixes
         self.loss = loss_settings(config, estimator, len(policy.head_VH))
-        self.micro_batches = MicroBatches(
-            config, policy.rank_group, packed=policy.attention.packed
-        )
+        self.micro_batches = MicroBatches(config, policy.rank_group, packed=policy.attention.packed)
         self.optimizer = Optimizer(policy, config)
         self.max_mismatch = mismatch_limit(config, policy.dtype)
 
