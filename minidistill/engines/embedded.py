@@ -31,6 +31,8 @@ STEPS_PER_CHECK = 16  # on a GPU; finished rows leave the batch at a check
 # Of a GPU's free memory: a growing cache is copied, and prefilling needs room too
 CACHE_SHARE = 0.5
 
+Array = np.ndarray[Any, Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
@@ -152,9 +154,9 @@ class EmbeddedEngine(Engine):
             seen_BL = mask_BL[:, : prompts.width + step + 1] if padded else None
             positions = (positions_B + step)[:, None]
             hidden_BH = self._forward(chosen_B[:, None], seen_BL, positions, cache)
-        return self._completions(ids_BL.cpu().numpy(), logprobs_BL.cpu())
+        return self._completions(ids_BL.cpu().numpy(), logprobs_BL.cpu().numpy())
 
-    def _completions(self, ids_BL: np.ndarray[Any, Any], logprobs_BL: Tensor) -> list[Completion]:
+    def _completions(self, ids_BL: Array, logprobs_BL: Array) -> list[Completion]:
         """Each row up to its first end token."""
         ends_BL = np.isin(ids_BL, sorted(self.policy.eos_ids))
         ended_B = ends_BL.any(axis=1)
