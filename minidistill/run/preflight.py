@@ -20,6 +20,7 @@ from minidistill.trainer.forward import (
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.token_kl import token_kl
 from minidistill.types import Prompt, Role, Task
+from minidistill_kernels import linear_reverse_kl
 
 Ids = tuple[int, ...]
 
@@ -120,29 +121,28 @@ def _check_logits(
 def _check_packed_passes(
     policy: Policy, prompts: Sequence[Prompt], completions: Sequence[Ids], tolerance: float
 ) -> None:
-    """Check that a packed pass gives each sequence the log-probs that it has alone, padded."""
+    """Check that a packed pass gives each sequence the distributions that it has alone, padded."""
     view = [p.student_ids for p in prompts]
-    with policy.inference():
-        packed = collate(view, completions, pad_id=policy.pad_id, packed=True)
-        single = [
-            collate([prompt], [completion], pad_id=policy.pad_id)
-            for prompt, completion in zip(view, completions, strict=True)
-        ]
-        together = _logprobs(policy, hidden_states(policy, packed))
-        alone = torch.cat([_logprobs(policy, hidden_states(policy, tokens)) for tokens in single])
-    error = float(((together - alone).abs() * alone.exp()).max())
-    if not error <= tolerance:
-        raise UserError(
-            f"packed sequences have other log-probs than alone, by up to {error:.2g}",
-            where="model.attn",
-            fix='use model.attn = "sdpa"',
-            exit_code=EXIT_ENVIRONMENT,
-        )
-
-
-def _logprobs(policy: Policy, hidden_NH: torch.Tensor) -> torch.Tensor:
-    """Log-probs of all tokens, (N, V) fp32."""
-    return policy.logits(hidden_NH).float().log_softmax(-1)
+    other = policy.teacher_weights is Weights.OTHER and policy.holds(Role.TEACHER)
+    for role in (Role.STUDENT, Role.TEACHER) if other else (Role.STUDENT,):
+        with policy.inference(), policy.running_as(role):
+            packed = collate(view, completions, pad_id=policy.pad_id, packed=True)
+            alone_NH = torch.cat(
+                [
+                    hidden_states(policy, collate([prompt], [completion], pad_id=policy.pad_id))
+                    for prompt, completion in zip(view, completions, strict=True)
+                ]
+            )
+            head_VH = policy.head_VH.detach()
+            kl_N = linear_reverse_kl(hidden_states(policy, packed), alone_NH, head_VH)
+        if not float(kl_N.abs().max()) <= tolerance:
+            raise UserError(
+                f"packed sequences have other distributions than alone: the KL between them is "
+                f"{float(kl_N.abs().max()):.2g}, not 0",
+                where="model.attn",
+                fix='use model.attn = "sdpa"',
+                exit_code=EXIT_ENVIRONMENT,
+            )
 
 
 def _check_equal_roles(

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -175,14 +174,12 @@ def run_kernel(
     """Causal attention within each sequence, aligned to the last query and key, (T, A, D).
 
     Keys and values may have fewer heads: torch 2.11 takes them as they are, later ones on request.
-    The kernel is fixed, because cuDNN's aligns to the first query and key.
     """
     grouped = {"enable_gqa": True} if "enable_gqa" in kernel_arguments() else {}
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        output: Tensor = varlen_attn(
-            query_TAD, key_TAD, value_TAD, *ends, *longest,
-            scale=scale, window_size=(-1, 0), **grouped,
-        )  # fmt: skip
+    output: Tensor = varlen_attn(
+        query_TAD, key_TAD, value_TAD, *ends, *longest,
+        scale=scale, window_size=(-1, 0), **grouped,
+    )  # fmt: skip
     return output
 
 

@@ -52,7 +52,7 @@ def test_packed_attention_that_is_not_exact_is_noticed(
     """As by a kernel that lets a sequence attend to the one before it."""
     right = attention.one_by_one
     monkeypatch.setattr(attention, "one_by_one", lambda *args: right(*args) + error)
-    with pytest.raises(UserError, match="packed sequences have other log-probs") as caught:
+    with pytest.raises(UserError, match="packed sequences have other distributions") as caught:
         check_model(packed_lab)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
 
