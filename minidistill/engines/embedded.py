@@ -161,9 +161,10 @@ class EmbeddedEngine(Engine):
         ends_BL = np.isin(ids_BL, sorted(self.policy.eos_ids))
         ended_B = ends_BL.any(axis=1)
         lengths_B = np.where(ended_B, ends_BL.argmax(axis=1) + 1, ids_BL.shape[1])
+        rows = zip(ids_BL, logprobs_BL, lengths_B.tolist(), ended_B.tolist(), strict=True)
         return [
             Completion(tuple(ids[:n].tolist()), tuple(p[:n].tolist()), "eos" if end else "length")
-            for ids, p, n, end in zip(ids_BL, logprobs_BL, lengths_B, ended_B, strict=True)
+            for ids, p, n, end in rows
         ]
 
     def _prefill(self, requests: Sequence[Request], role: Role, max_tokens: int) -> Prefilled:

@@ -85,8 +85,8 @@ def _obstacle(model_config: Any, max_length: int) -> str:
     text = model_config.get_text_config()
     if text.model_type not in KNOWN_TYPES:
         return f"{text.model_type} models are not known to run packed without a mask"
-    layers, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
-    if layers and set(layers) - {"full_attention", "sliding_attention"}:
+    layers, window = getattr(text, "layer_types", None) or (), getattr(text, "sliding_window", None)
+    if set(layers) - {"full_attention", "sliding_attention"}:
         return "some of its layers do not attend to all tokens"
     # Qwen's window is that of the layers that slide, Mistral's and Phi's that of all
     by_layer = layers and text.model_type.startswith("qwen")

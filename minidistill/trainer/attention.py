@@ -63,14 +63,17 @@ class PackedPrefix(DynamicLayer):
     def __init__(self, keys: Tensor, values: Tensor, index_T: Tensor) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.keys, self.values, self.index_T = keys, values, index_T
+        self.keys, self.values = keys, values
+        self.prefix, self.index_T = (keys, values), index_T
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Keys and values (1, heads, T, D) of all sequences, each with the prefix."""
-        keys = torch.cat([self.keys, key_states], dim=2).index_select(2, self.index_T)
-        values = torch.cat([self.values, value_states], dim=2).index_select(2, self.index_T)
+        keys, values = (
+            torch.cat([prefix, new], dim=2).index_select(2, self.index_T)
+            for prefix, new in zip(self.prefix, (key_states, value_states), strict=True)
+        )
         return keys, values
 
 
@@ -86,11 +89,11 @@ def prefix_index(lengths: Sequence[int], prefix: int, device: torch.device) -> T
     return torch.cat(parts).to(device)
 
 
-def padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+def padding_mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """The mask of a padded pass, as for SDPA. A packed pass has no padding mask and gets none."""
     if attention_mask is None:
         return None
-    mask: Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    mask: Tensor | None = sdpa_mask(attention_mask=attention_mask, **kwargs)
     return mask
 
 
@@ -175,11 +178,12 @@ def run_kernel(
 
     Keys and values may have fewer heads: torch 2.11 takes them as they are, later ones on request.
     """
-    grouped = {"enable_gqa": True} if "enable_gqa" in kernel_arguments() else {}
-    output: Tensor = varlen_attn(
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in kernel_arguments() else {}
+    output = varlen_attn(
         query_TAD, key_TAD, value_TAD, *ends, *longest,
         scale=scale, window_size=(-1, 0), **grouped,
     )  # fmt: skip
+    assert isinstance(output, Tensor)  # not with its log-sum-exps
     return output
 
 

@@ -116,7 +116,6 @@ class KernelCalls:
         for tensor in (given["query"], given["key"], given["value"]):
             assert tensor.ndim == 3
             assert tensor.stride(-1) == 1, "the kernel reads heads from contiguous memory"
-        return plain_attention(
-            given["query"], given["key"], given["value"],
-            ends[0].tolist(), ends[1].tolist(), given["scale"],
-        )  # fmt: skip
+        exact = [given[name].double() for name in ("query", "key", "value")]
+        output = plain_attention(*exact, ends[0].tolist(), ends[1].tolist(), given["scale"])
+        return output.to(given["query"].dtype)
