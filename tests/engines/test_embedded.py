@@ -162,10 +162,10 @@ def test_the_host_reads_the_device_once_in_several_steps(
 
     for name in ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__"):
         watch(name)
-    engine._decode(requests, SamplingParams(4), Role.STUDENT, None)
+    engine.generate(requests, SamplingParams(4), Role.STUDENT)
     short = len(reads)
     reads.clear()
-    engine._decode(requests, SamplingParams(24), Role.STUDENT, None)
+    engine.generate(requests, SamplingParams(24), Role.STUDENT)
     assert reads.count("tolist") == 6
     assert len(reads) - short == 5
 
