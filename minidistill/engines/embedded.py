@@ -127,15 +127,15 @@ class EmbeddedEngine(Engine):
         logprobs_BL = torch.zeros(total, max_tokens, device=device)
         rows_B, positions_B = torch.arange(total, device=device), torch.tensor(lengths).to(device)
         ended_B = torch.zeros(total, dtype=torch.bool, device=device)
-        finite = torch.ones((), dtype=torch.bool, device=device)
         for step in range(max_tokens):
             logits_BV = policy.logits(hidden_BH)
             chosen_B, logp_B = sample(logits_BV, params.temperature, draws_BL[:, step])
-            finite = finite & (torch.isfinite(logits_BV.amax(dim=-1)) | ended_B).all()
             ids_BL[rows_B, step], logprobs_BL[rows_B, step] = chosen_B, logp_B
-            ended_B = ended_B | torch.isin(chosen_B, eos_ids)
+            ended_B = ended_B | (chosen_B[:, None] == eos_ids).any(dim=1)
             last = step + 1 == max_tokens
             if last or (step + 1) % self.steps_per_check == 0:
+                since = step + 1 - self.steps_per_check
+                finite = torch.isfinite(logprobs_BL[:, max(0, since) : step + 1]).all()
                 *ended, all_finite = torch.cat([ended_B, finite[None]]).tolist()
                 if not all_finite:
                     raise not_finite_error()
@@ -269,7 +269,7 @@ def cache_bytes(device: torch.device) -> int:
 def sample(logits_BV: Tensor, temperature: float, draws_B: Tensor) -> tuple[Tensor, Tensor]:
     """Token ids by inverse transform of uniform draws in [0, 1), and their log-probs, fp32.
 
-    Ids are valid for any logits, but mean nothing unless these are finite.
+    Ids are valid for any logits. If these are not finite, neither are the log-probs.
     """
     logits_BV = logits_BV.float()
     if temperature == 0:
