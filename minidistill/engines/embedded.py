@@ -159,7 +159,7 @@ class EmbeddedEngine(Engine):
     def _completions(self, ids_BL: Array, logprobs_BL: Array) -> list[Completion]:
         """Each row up to its first end token."""
         ends_BL = np.isin(ids_BL, sorted(self.policy.eos_ids))
-        ended_B = ends_BL.any(axis=1)
+        ended_B = np.asarray(ends_BL.any(axis=1))
         lengths_B = np.where(ended_B, ends_BL.argmax(axis=1) + 1, ids_BL.shape[1])
         rows = zip(ids_BL, logprobs_BL, lengths_B.tolist(), ended_B.tolist(), strict=True)
         return [

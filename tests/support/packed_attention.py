@@ -91,14 +91,14 @@ def plain_attention(
 class KernelCalls:
     """Stands in for torch's `varlen_attn` where there is no GPU, and records its calls.
 
-    A call that the installed torch's function would not take fails. `arguments` are those that this
-    stand-in takes: torch 2.11 has no `enable_gqa`.
+    A call that the installed torch's function would not take fails. `without` is an argument that
+    this stand-in does not take: torch 2.11 has no `enable_gqa`.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, without: str = "") -> None:
         self.calls: list[dict[str, Any]] = []
         self.signature = inspect.signature(varlen.varlen_attn)
-        names = frozenset(self.signature.parameters) - {without}
+        self.names = names = frozenset(self.signature.parameters) - {without}
         patch.setattr(attention, "varlen_attn", self)
         patch.setattr(attention, "kernel_arguments", lambda: names)
         patch.setattr(attention, "kernel_runs", lambda query, value: True)

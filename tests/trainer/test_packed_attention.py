@@ -213,7 +213,7 @@ def test_the_kernel_is_called_as_it_is_declared(
     assert len(kernel.calls) == 2
     for call in kernel.calls:
         assert call["key"].shape[1:] == (2, 8), "the keys are widened"
-        assert ("enable_gqa" in call["named"]) == (not without)
+        assert ("enable_gqa" in call["named"]) == ("enable_gqa" in kernel.names)
 
 
 def test_the_kernel_runs_only_where_it_can() -> None:
