@@ -149,7 +149,7 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
     check_schedule(config, separate_engine=separate, sleeps=sleeps)
     ranks = _ranks(config, machine, layout.trainer)
     shard = config.trainer.shard
-    trained = (models.student, models.teacher) if teacher.scorer == "trainer" else (models.student,)
+    both = models.student, models.teacher  # an engine's teacher may yet move to the trainer
     return Placement(
         student=student,
         teacher=teacher,
@@ -159,7 +159,7 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
         sharded=ranks > 1 and (not config.trainer.model.lora if shard == "auto" else shard),
         dtype=dtype,
         max_length=max_length,
-        attention=place_attention(config, trained, machine, dtype, max_length),
+        attention=place_attention(config, both, machine, dtype, max_length),
         warnings=layout.warnings,
     )
 
