@@ -159,9 +159,9 @@ class EmbeddedEngine(Engine):
     def _completions(self, ids_BL: Array, logprobs_BL: Array) -> list[Completion]:
         """Each row up to its first end token."""
         ends_BL = np.isin(ids_BL, sorted(self.policy.eos_ids))
-        ended_B = np.asarray(ends_BL.any(axis=1))
-        lengths_B = np.where(ended_B, ends_BL.argmax(axis=1) + 1, ids_BL.shape[1])
-        rows = zip(ids_BL, logprobs_BL, lengths_B.tolist(), ended_B.tolist(), strict=True)
+        ended: list[bool] = ends_BL.any(axis=1).tolist()
+        lengths: list[int] = np.where(ended, ends_BL.argmax(axis=1) + 1, ids_BL.shape[1]).tolist()
+        rows = zip(ids_BL, logprobs_BL, lengths, ended, strict=True)
         return [
             Completion(tuple(ids[:n].tolist()), tuple(p[:n].tolist()), "eos" if end else "length")
             for ids, p, n, end in rows

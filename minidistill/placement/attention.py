@@ -63,8 +63,9 @@ def place_attention(
         return Attention(VARLEN, True, "model.attn")
     if asked == FLASH:
         _check_flash(machine, dtype)
-        packed = not obstacle if packing == "auto" else packing
-        return Attention(FLASH, packed, obstacle or "model.attn")
+        if packing == "auto" and obstacle:
+            return Attention(FLASH, False, obstacle)
+        return Attention(FLASH, packing is not False, "model.attn")
     if asked == "auto":
         if not obstacle and packing is True:
             return Attention(VARLEN, True, "trainer.packing")
@@ -73,6 +74,7 @@ def place_attention(
                 return Attention(reason="there is no GPU")
             if dtype == "float32":
                 return Attention(reason="the weights are float32")
+            obstacle = obstacle or _kernel_obstacle(model_configs)
             if not obstacle:
                 return Attention(VARLEN, True, "16-bit weights on a GPU")
         why = "trainer.packing" if packing is False or not obstacle else obstacle
@@ -97,6 +99,15 @@ def _obstacle(model_config: Any, max_length: int) -> str:
         return "the model caps its attention scores"
     if getattr(text, "attention_dropout", 0.0):
         return "the model drops out attention weights"
+    return ""
+
+
+def _kernel_obstacle(model_configs: Sequence[Any]) -> str:
+    """Why torch's kernel cannot run, so that sequences would attend one after the other."""
+    for text in (model.get_text_config() for model in model_configs):
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if size % 8 or size > 256:
+            return f"no kernel for packed sequences has heads of size {size}"
     return ""
 
 

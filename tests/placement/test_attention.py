@@ -71,6 +71,15 @@ def test_other_attention_stays_padded(
     assert (flash.implementation, flash.packed) == ("flash_attention_2", False)
 
 
+@pytest.mark.parametrize("size", [20, 264])
+def test_heads_that_the_kernel_does_not_take_stay_padded(configure: Configure, size: int) -> None:
+    model = tiny_config("llama", head_dim=size)
+    found = chosen(configure, model)
+    assert (found.implementation, found.packed) == (None, False)
+    assert f"heads of size {size}" in found.reason
+    assert chosen(configure, model, "--model.attn", "varlen").unpadded  # if it is asked for
+
+
 def test_windows_that_hold_every_sequence_do_not_matter(configure: Configure) -> None:
     for model in (
         tiny_config("mistral", sliding_window=512),
