@@ -216,6 +216,19 @@ def test_the_kernel_is_called_as_it_is_declared(
         assert ("enable_gqa" in call["named"]) == ("enable_gqa" in kernel.names)
 
 
+def test_flash_attention_2_reads_the_same_lengths() -> None:
+    """Under these names transformers passes them to its kernel and makes no mask."""
+    from transformers.masking_utils import flash_attention_mask
+    from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+
+    arguments = attention.sequence_arguments([3, 1], 2, torch.device("cpu"))
+    assert arguments.keys() == FlashAttentionKwargs.__annotations__.keys()
+    assert arguments["cu_seq_lens_q"].tolist() == [0, 3, 4]
+    assert arguments["cu_seq_lens_k"].tolist() == [0, 5, 8]
+    assert (arguments["max_length_q"], arguments["max_length_k"]) == (3, 5)
+    assert flash_attention_mask(1, 4, 6) is None
+
+
 def test_the_kernel_runs_only_where_it_can() -> None:
     query = torch.zeros(1, 4, 3, 64, dtype=torch.bfloat16)
     assert not attention.kernel_runs(query, query)
