@@ -119,7 +119,7 @@ class EmbeddedEngine(Engine):
         device, total = policy.device, len(requests)
         prompts = self._prefill(requests, role, max_tokens)
         cache, hidden_BH, mask_BL = prompts.cache, prompts.hidden_BH, prompts.mask_BL
-        lengths = prompts.lengths
+        lengths, masks_queries = prompts.lengths, self._masks_queries(prompts.cache)
         draws = [np.random.default_rng(r.seed).random(max_tokens) for r in requests]
         draws_BL = torch.from_numpy(np.stack(draws)).to(device)
         eos_ids = torch.tensor(sorted(policy.eos_ids), dtype=torch.int64, device=device)
@@ -150,10 +150,13 @@ class EmbeddedEngine(Engine):
                     cache.batch_select_indices(keep)
                     mask_BL, draws_BL, chosen_B = mask_BL[keep], draws_BL[keep], chosen_B[keep]
                     rows_B, positions_B, ended_B = rows_B[keep], positions_B[keep], ended_B[keep]
-            padded = min(lengths) < prompts.width
-            seen_BL = mask_BL[:, : prompts.width + step + 1] if padded else None
+            mask = None
+            if min(lengths) < prompts.width:
+                mask = mask_BL[:, : prompts.width + step + 1]
+                # of two dimensions, transformers would ask the device whether there is padding
+                mask = mask[:, None, None] if masks_queries else mask
             positions = (positions_B + step)[:, None]
-            hidden_BH = self._forward(chosen_B[:, None], seen_BL, positions, cache)
+            hidden_BH = self._forward(chosen_B[:, None], mask, positions, cache)
         return self._completions(ids_BL.cpu().numpy(), logprobs_BL.cpu().numpy())
 
     def _completions(self, ids_BL: Array, logprobs_BL: Array) -> list[Completion]:
@@ -200,22 +203,19 @@ class EmbeddedEngine(Engine):
         )
 
     def _forward(
-        self, ids_BL: Tensor, mask_BL: Tensor | None, positions_BL: Tensor, cache: Any
+        self, ids_BL: Tensor, mask: Tensor | None, positions_BL: Tensor, cache: Any
     ) -> Tensor:
         """The last column's hidden states, (B, H)."""
-        if mask_BL is not None and ids_BL.shape[1] == 1 and self._takes_attention_masks(cache):
-            # transformers would ask the device whether there is padding
-            mask_BL = mask_BL[:, None, None]
         return self.policy.body(
             input_ids=ids_BL,
-            attention_mask=mask_BL,
+            attention_mask=mask,
             position_ids=positions_BL,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
 
-    def _takes_attention_masks(self, cache: Any) -> bool:
-        """Whether a boolean mask of queries and keys fits every layer."""
+    def _masks_queries(self, cache: Any) -> bool:
+        """Whether every layer takes a boolean mask of queries and keys."""
         return self.policy.config._attn_implementation in ("sdpa", VARLEN) and all(
             type(layer) is DynamicLayer for layer in cache.layers
         )
