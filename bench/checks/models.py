@@ -69,7 +69,8 @@ class Job:
 def load(setting: Setting, name: str, *flags: str) -> Job:
     """A model in the shape of `name`, with flags over configs/sokoban.toml."""
     folder = write_shape(setting, name)
-    loaded = load_config([SOKOBAN, "--model.name", str(folder), *COMMON, *flags])
+    packing = setting.size((), ("--trainer.packing",))  # as a GPU does without being told
+    loaded = load_config([SOKOBAN, "--model.name", str(folder), *COMMON, *packing, *flags])
     machine = Machine.local()
     if setting.rehearse:
         machine = replace(machine, gpus=0, vllm=False, bf16=False, bytes=64 << 30)

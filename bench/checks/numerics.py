@@ -20,6 +20,8 @@ def check(setting: Setting, findings: Findings) -> None:
     length = setting.size(512, 48)
     job = load(setting, SMALL, "--seq_len", str(2 * length))
     policy = job.policy
+    findings.figure("attention", policy.attention.text)
+    findings.holds("sequences are packed without a mask", policy.attention.unpadded)
     prompts = make_prompts(policy, 8, context=length // 2, own=length // 2)
     with warnings() as texts:  # before the adapter is trained, as in a run
         shares = check_model(policy, prompts)
@@ -41,14 +43,15 @@ def check(setting: Setting, findings: Findings) -> None:
 @torch.no_grad()
 def prefix_errors(job: Job, prompts: list[Prompt]) -> dict[str, float]:
     """The largest error of a log-prob after cached keys and values, in nats: as it is, and weighted
-    by the token's probability as preflight does."""
+    by the token's probability as preflight does. Against a padded pass on all tokens."""
     policy = job.policy
     view, completions = [p.teacher_ids for p in prompts], [p.student_ids[-16:] for p in prompts]
     shared = len(prompts[0].teacher_ids) - len(prompts[0].student_ids)
     logp = []
     with policy.inference(), policy.running_as(Role.TEACHER):
         for prefix in ((), view[0][:shared]):
-            tokens = collate(view, completions, pad_id=policy.pad_id, prefix=prefix)
+            packed = bool(prefix) and policy.attention.unpadded
+            tokens = collate(view, completions, pad_id=policy.pad_id, packed=packed, prefix=prefix)
             states = prefix_states(policy, prefix) if prefix else None
             hidden_NH = hidden_states(policy, tokens, states)
             logp.append(policy.logits(hidden_NH).float().log_softmax(-1))

@@ -90,6 +90,7 @@ def _measure(
     metrics = results[-1].metrics
     findings.holds(f"{name}: the loss is finite", math.isfinite(metrics["loss/total"]))
     findings.figure(f"{name}: warnings", job.plan.warnings)
+    findings.figure(f"{name}: attention", job.policy.attention.text)
 
     peak = metrics["perf/peak_memory_gib/trainer"]
     planned = job.planned_bytes() / GIB
