@@ -20,6 +20,7 @@ from minidistill.types import Rollout
 
 MEMORY_ERROR = 0.15  # of the plan, relative to what was allocated
 FLOPS_SHARE = 0.45  # goal: model FLOPs over the card's bf16 peak
+ATTENTION = ("attention", "attn", "flash", "fmha", "sdpa")  # in names of operators and kernels
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -159,7 +160,7 @@ def profile_step(setting: Setting, job: Job, step: Callable[[], None]) -> dict[s
     attention = {
         event.key: event.count
         for event in events
-        if any(word in event.key.lower() for word in ("flash", "attention", "fmha", "cudnn_sdpa"))
+        if any(word in event.key.lower() for word in ATTENTION)
     }
     return {
         "milliseconds": total / 1e3,
@@ -175,7 +176,7 @@ def _kind(key: str, shapes: Sequence[Any], rank: int, job: Job) -> str:
     """The kind of an operator. The adapter's products are those with a dimension of its rank."""
     sizes = {size for shape in shapes or () if isinstance(shape, list) for size in shape}
     name = key.removeprefix("aten::")
-    if "attention" in name or "flash" in name:
+    if any(word in name for word in ATTENTION):
         return "attention"
     if name in ("mm", "addmm", "bmm", "matmul", "linear", "_addmm_activation"):
         if rank in sizes:
