@@ -21,9 +21,12 @@ Views = tuple[Sequence[Ids], Sequence[Ids]]
 """The prompts that each of two distributions reads."""
 
 
-def held_out_kl(config: Config, policy: Policy, engine: Engine, prompts: Sequence[Prompt]) -> float:
+def held_out_kl(
+    config: Config, policy: Policy, engine: Engine, prompts: Sequence[Prompt], budget: int
+) -> float:
     """Mean KL(student‖teacher), nats, over tokens that the student samples on held-out prompts.
 
+    `budget` bounds the padded tokens of one pass.
     If only an engine holds the teacher's weights, it is the mean of log π(y) - log q(y) instead.
     """
     max_tokens = config.orchestrator.sampling.max_tokens
@@ -31,15 +34,16 @@ def held_out_kl(config: Config, policy: Policy, engine: Engine, prompts: Sequenc
     completions = _sample(config, engine, views[0], "held-out", Role.STUDENT, max_tokens)
     roles = Role.STUDENT, Role.TEACHER
     if policy.holds(Role.TEACHER):
-        return _mean_kl(config, policy, completions, views, roles)
+        return _mean_kl(config, policy, completions, views, roles, budget)
     return _sampled_kl(engine, completions, views, roles)
 
 
 def drift_kl(
-    config: Config, policy: Policy, engine: Engine, builder: PromptBuilder
+    config: Config, policy: Policy, engine: Engine, builder: PromptBuilder, budget: int
 ) -> float | None:
     """Mean KL(base‖student), nats, over the base's completions of unrelated prompts.
 
+    `budget` bounds the padded tokens of one pass.
     0 means that training changed nothing outside the task. None if the base's weights no longer
     exist: all weights were trained, and the teacher is not the base.
     """
@@ -52,7 +56,7 @@ def drift_kl(
     completions = _sample(config, engine, view, "drift", Role.BASE, DRIFT_TOKENS)
     roles = Role.BASE, Role.STUDENT
     if policy.holds(Role.BASE):
-        return _mean_kl(config, policy, completions, (view, view), roles)
+        return _mean_kl(config, policy, completions, (view, view), roles, budget)
     return _sampled_kl(engine, completions, (view, view), roles)
 
 
@@ -73,6 +77,7 @@ def _mean_kl(
     completions: Sequence[Completion],
     views: Views,
     roles: tuple[Role, Role],
+    budget: int,
 ) -> float:
     kl_N = token_kl(
         policy,
@@ -80,7 +85,7 @@ def _mean_kl(
         prompts=views,
         roles=roles,
         temperature=config.orchestrator.sampling.temperature,
-        budget=config.trainer.micro_batch_tokens,
+        budget=budget,
     )
     return float(kl_N.double().mean())
 

@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minidistill.errors import printable
-from minidistill.placement.estimate import Device, Plan
+from minidistill.errors import EXIT_ENVIRONMENT, UserError, printable
+from minidistill.placement.devices import Device
+from minidistill.placement.estimate import Plan
 from minidistill.placement.machine import GIB
+from minidistill.placement.placement import Placement
 
 BAR = 24  # cells
 COLORS = {"student": "cyan", "teacher": "magenta", "trainer": "green", "engine": "cyan"}
@@ -36,6 +38,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "trainer": {"ranks": placement.ranks, "sharded": placement.sharded},
         "sleeps": placement.sleeps,
+        "micro_batch_tokens": placement.micro_batch_tokens,
+        "ac_freq": placement.ac_freq,
+        "gpu_memory_utilization": student.memory_share,
+        "teacher_gpu_memory_utilization": teacher.memory_share if teacher else 0.0,
+        "max_model_len": student.max_length,
+        "choices": {choice.key: [choice.value, choice.reason] for choice in placement.choices},
         "estimator": placement.teacher.estimator.name,
         "scorer": placement.teacher.scorer,
         "teacher": placement.teacher_text,
@@ -75,10 +83,35 @@ def show(plan: Plan, console: Console) -> None:
         console.print(Text(problem, "red"))
     if plan.fits:
         console.print(Text("fits", "bold green"))
-    elif plan.change is None:
-        console.print("does not fit, and no change of settings was found with which it does")
     else:
-        console.print(Text(f"does not fit; it would with {flags(plan.change)}", "bold"))
+        console.print(Text(f"does not fit; {_remedy(plan)}", "bold"))
+
+
+def refusal(plan: Plan, where: str) -> UserError | None:
+    """The error (exit code 3) of a run that does not fit, with what `show` prints; None if it does.
+
+    `where` names the settings that are concerned.
+    """
+    if plan.fits:
+        return None
+    return UserError(
+        f"this run does not fit: {'; '.join(plan.problems)}",
+        where=where,
+        fix=_remedy(plan),
+        exit_code=EXIT_ENVIRONMENT,
+    )
+
+
+def _remedy(plan: Plan) -> str:
+    if plan.change is None:
+        return "no change of settings was found with which it fits"
+    return f"it fits with {flags(plan.change)}"
+
+
+def choice_rows(placement: Placement) -> list[tuple[str, str]]:
+    """The settings of memory with their reasons, as rows under one title."""
+    texts = [f"{c.key} {c.value}: {c.reason}" for c in placement.choices]
+    return [("memory" if index == 0 else "", text) for index, text in enumerate(texts)]
 
 
 def flags(settings: Mapping[str, Any]) -> str:
@@ -126,7 +159,7 @@ def _head(plan: Plan) -> list[tuple[str, str]]:
     else:
         ranks = f" ({placement.ranks} ranks, {weights})" if placement.ranks > 1 else ""
         rows.append(("trainer", f"the CPU{ranks}"))
-    return rows
+    return rows + choice_rows(placement)
 
 
 def _gpus(ids: Sequence[int]) -> str:

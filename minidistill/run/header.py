@@ -5,7 +5,7 @@ from __future__ import annotations
 from minidistill.engines.base import Engine
 from minidistill.placement.estimate import Plan
 from minidistill.placement.placement import Placement
-from minidistill.placement.render import summary
+from minidistill.placement.render import choice_rows, summary
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal.base import Header
 from minidistill.trainer.policy import Policy
@@ -50,6 +50,7 @@ def header(
         ("estimator", f"{scored.estimator}, scored in the {scored.scorer}: {scored.reason}"),
         ("engine", engine.description),
         ("devices", summary(plan)),
+        *choice_rows(placement),
     ]
     if config.schedule == "async":
         rows.append(("schedule", "the next step is sampled while this one is trained on"))

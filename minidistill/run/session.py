@@ -52,6 +52,7 @@ class Session:
         self.policy, self.trainer = components.policy, components.trainer
         self.engine, self.evaluator = components.engine, components.evaluator
         self.collector, self.async_collector = components.collector, components.async_collector
+        self.pass_tokens = components.placement.micro_batch_tokens
         self.texts = TokenTexts(prepared.tokenizer)
         self.first_step = 1
         self._began, self._seconds_before = time.perf_counter(), 0.0
@@ -141,7 +142,7 @@ class Session:
         """Mean KL(student‖teacher) on held-out prompts, nats a token."""
         assert self.evaluator is not None
         prompts = self.evaluator.held_out()
-        return held_out_kl(self.config, self.policy, self.engine, prompts)
+        return held_out_kl(self.config, self.policy, self.engine, prompts, self.pass_tokens)
 
     # -- checkpoints ---------------------------------------------------------------------------
 

@@ -19,9 +19,9 @@ from minidistill.evaluation.evaluator import Evaluator, evaluation_prompts
 from minidistill.models.hub import check_same_tokens, load_tokenizer
 from minidistill.placement.estimate import Plan
 from minidistill.placement.machine import Machine
-from minidistill.placement.placement import Placement
+from minidistill.placement.placement import Placement, origins
 from minidistill.placement.planner import plan_run
-from minidistill.placement.render import flags
+from minidistill.placement.render import refusal
 from minidistill.reporting.monitors import check_monitors
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal.base import Display
@@ -188,11 +188,12 @@ def build(prepared: Prepared, display: Display) -> Components:
 
 
 def _plan(loaded: LoadedConfig) -> Plan:
-    """Plan what runs where. If it does not fit, that is only a warning: it is an estimate."""
+    """Plan what runs where. Raises UserError (exit code 3) if it does not fit."""
     plan = plan_run(loaded, Machine.local())
-    for problem in plan.problems:
-        change = f"; try {flags(plan.change)}" if plan.change else ""
-        logger.warning(f"the plan estimates that this does not fit: {problem}{change}")
+    settings = tuple(choice.key for choice in plan.placement.choices)
+    error = refusal(plan, origins(loaded, settings) or "model.name")
+    if error is not None:
+        raise error
     for warning in plan.warnings:
         logger.warning(warning)
     return plan

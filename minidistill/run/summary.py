@@ -28,7 +28,9 @@ def finish(session: Session) -> None:
         "teacher_kl_last": sum(last_kls) / len(last_kls),
         "heldout_kl_before": before.get("heldout_kl"),
         "heldout_kl_after": session.held_out_kl() if session.evaluator else None,
-        "drift_kl": drift_kl(session.config, session.policy, session.engine, session.builder),
+        "drift_kl": drift_kl(
+            session.config, session.policy, session.engine, session.builder, session.pass_tokens
+        ),
         "steps": session.config.max_steps,
         "seconds": session.seconds,
     }

@@ -32,8 +32,8 @@ def load_policy(
     device = placement.devices[0] if device is None else device
     dtype = getattr(torch, placement.dtype)
     base = _load_weights(config, config.model.name, dtype, device)
-    if settings.ac is not None:
-        _checkpoint_activations(base, settings.ac.freq)
+    if placement.ac_freq:
+        _checkpoint_activations(base, placement.ac_freq)
     teacher = teacher_weights(config)
     reference_models: dict[Weights, Any] = {}
     in_trainer = placement.teacher.scorer == "trainer"
@@ -47,7 +47,7 @@ def load_policy(
         model = _with_adapter(config, settings.lora, base)
     # only dropout and checkpointing need training mode
     dropout = settings.lora is not False and settings.lora.dropout > 0
-    model.train(dropout or settings.ac is not None)
+    model.train(dropout or placement.ac_freq > 0)
     policy = Policy(model, tokenizer, _end_ids(base, tokenizer), device, teacher, reference_models)
     if policy.lora and policy.head_VH.requires_grad:
         raise UserError(

@@ -13,7 +13,7 @@ from minidistill.models.hub import load_model_config
 from minidistill.placement.estimate import Plan
 from minidistill.placement.limits import kv_bytes_per_token
 from minidistill.placement.machine import Machine
-from minidistill.placement.memory import ENGINE_TOKENS
+from minidistill.placement.engine_memory import CONTEXT, ENGINE_TOKENS, GRAPHS
 from minidistill.placement.model_shape import read_shape
 from minidistill.placement.planner import load_models, plan
 from minidistill.placement.render import flags as as_flags

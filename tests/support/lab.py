@@ -81,7 +81,7 @@ def make_lab(loaded: LoadedConfig, *, shares: bool | None = None, trained: bool 
                 parameter.data.add_((0.03 if policy.lora else 0.003) * noise)
     share = can_share_prefix(policy) if shares is None else shares
     prefixes = PrefixCache(policy, share)
-    trainer = Trainer(policy, config, placement.teacher.estimator, prefixes)
+    trainer = Trainer(policy, config, placement, prefixes)
     engine = EmbeddedEngine(policy, prefixes)
     teacher = config.orchestrator.teacher_model
     builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
