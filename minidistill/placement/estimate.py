@@ -13,6 +13,7 @@ from minidistill.placement.flops import Work, step_work
 from minidistill.placement.machine import Machine
 from minidistill.placement.model_shape import ModelShape, Shapes
 from minidistill.placement.placement import Models, Placement, place
+from minidistill.placement.throughput import Layout, Timing, step_timing
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +28,15 @@ class Plan:
     sequences: Mapping[str, int]
     """How many sequences of `seq_len` the KV cache of each engine holds, over all replicas."""
     work: Mapping[str, Work]
+    timing: Timing | None
+    """None where it is not estimated: see `step_timing`."""
     problems: tuple[str, ...]
     """Why it does not fit; empty if it does."""
     warnings: tuple[str, ...]
     change: Mapping[str, Any] | None = field(default_factory=dict)
     """Settings with which it fits; None if none were found."""
+    faster: tuple[Layout, ...] = ()
+    """Other layouts of 4 and more GPUs that take less time, the fastest first."""
 
     @property
     def fits(self) -> bool:
@@ -46,14 +51,15 @@ def estimate(config: Config, shapes: Shapes, models: Models, machine: Machine) -
     warnings = list(placement.warnings)
     for engine in memory.engines:
         _judge(engine, config, problems, warnings)
-    devices = memory.devices()
+    devices, work = memory.devices(), step_work(config, placement, shapes)
     return Plan(
         config=config,
         placement=placement,
         shape=shapes.student,
         devices=tuple(devices),
         sequences={engine.owner: engine.sequences(config) for engine in memory.engines},
-        work=step_work(config, placement, shapes),
+        work=work,
+        timing=step_timing(memory, work, machine),
         problems=(*problems, *overfull(devices)),
         warnings=tuple(warnings),
     )

@@ -62,6 +62,27 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "sequences": dict(plan.sequences),
         "tokens_per_step": {stage: work.tokens for stage, work in plan.work.items()},
         "flops_per_step": {stage: work.flops for stage, work in plan.work.items()},
+        "timing": _timing_json(plan),
+    }
+
+
+def _timing_json(plan: Plan) -> dict[str, Any] | None:
+    timing = plan.timing
+    if timing is None:
+        return None
+    return {
+        "card": timing.card.name,
+        "card_is_assumed": not timing.named,
+        "seconds": {
+            "sample": timing.sample,
+            "teacher": timing.teacher,
+            "train": timing.train,
+            "step": timing.step,
+        },
+        "idle": {str(gpu): share for gpu, share in timing.idle.items()},
+        "faster": [
+            {"change": dict(layout.settings), "step": layout.seconds} for layout in plan.faster
+        ],
     }
 
 
@@ -77,6 +98,8 @@ def show(plan: Plan, console: Console) -> None:
         table.add_row(stage, f"{work.tokens:,}", f"{work.flops:.3g}")
     console.print(table)
     console.print()
+    for title, text in _timing(plan):
+        console.print(Text(f"{title:<10}{text}"))
     for warning in plan.warnings:
         console.print(Text(f"warning: {warning}", "yellow"))
     for problem in plan.problems:
@@ -85,6 +108,26 @@ def show(plan: Plan, console: Console) -> None:
         console.print(Text("fits", "bold green"))
     else:
         console.print(Text(f"does not fit; {_remedy(plan)}", "bold"))
+
+
+def _timing(plan: Plan) -> list[tuple[str, str]]:
+    """The expected time of a step, what idles, and what is faster; empty if not estimated."""
+    timing = plan.timing
+    if timing is None:
+        return []
+    phases = {"sampling": timing.sample, "teacher": timing.teacher, "training": timing.train}
+    card = f"{timing.card.name} {timing.card.gib} GB"
+    assumed = f"a roofline for {card}{'' if timing.named else ' (assumed)'}, not measured"
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in phases.items())
+    idle = ", ".join(f"GPU {gpu} {share:.0%}" for gpu, share in timing.idle.items())
+    rows = [
+        ("time", f"{timing.step:.1f} s a step: {seconds} ({assumed})"),
+        ("idle", f"{timing.mean_idle:.0%} of the GPUs' time: {idle}"),
+    ]
+    for index, layout in enumerate(plan.faster):
+        title = "" if index else "faster"
+        rows.append((title, f"{layout.seconds:.1f} s with {flags(layout.settings)}"))
+    return [*rows, ("", "")]
 
 
 def refusal(plan: Plan, where: str) -> UserError | None:

@@ -20,7 +20,9 @@ Settings = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class _Search:
+class Search:
+    """Plans with other settings for the same models and machine."""
+
     shapes: Shapes
     models: Models
     machine: Machine
@@ -40,7 +42,7 @@ def smallest_change(
     plan: Plan, shapes: Shapes, models: Models, machine: Machine
 ) -> Mapping[str, Any] | None:
     """The fewest settings that make `plan` fit, earlier `LEVERS` first; None if there are none."""
-    search = _Search(shapes, models, machine)
+    search = Search(shapes, models, machine)
     for count in range(1, len(LEVERS) + 1):
         for levers in combinations(LEVERS, count):
             for candidate, settings in _pull(search, plan, plan, levers, {}):
@@ -66,7 +68,7 @@ Lever = Callable[[Plan], Iterator[Settings]]
 
 
 def _pull(
-    search: _Search, start: Plan, plan: Plan, levers: Sequence[Lever], settings: Settings
+    search: Search, start: Plan, plan: Plan, levers: Sequence[Lever], settings: Settings
 ) -> Iterator[tuple[Plan, Settings]]:
     """Every plan with one change by each lever, smallest changes first."""
     first, *others = levers
