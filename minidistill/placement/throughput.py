@@ -141,8 +141,7 @@ def _sampling(memory: Memory, card: Card) -> float:
     bandwidth, flops = DECODING * card.bandwidth, PREFILL * card.flops * engine.tp
     (student,) = (e for e in memory.engines if e.owner == "student")
     held = max(1, student.sequences(config) / engine.dp)
-    rounds = max(1.0, rollouts / held)
-    steps = longest * rounds
+    steps = max(longest, rollouts * completion / held)
     weights = shape.parameters * itemsize / engine.tp / bandwidth
     cache = rollouts * completion * (prompt + completion / 2) * student.kv_bytes / bandwidth
     reading = steps * max(DECODING_SECONDS, weights) + cache
