@@ -32,6 +32,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FILL = 0.95  # of a device with a trainer: its allocator needs headroom
 RESIDENT = ("weights", "reference copy", "adapter", "optimizer")  # in the trainer between steps
 OTHER_RANKS = "trainer: other ranks"
+BUFFER, DRIVER = "trainer: sync buffer", "trainer: the driver's CUDA context"
+STAGED = (BUFFER, DRIVER)
+"""What the driver has on GPUs that it does not train on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,19 +237,16 @@ class Memory:
         if not self._buffer:
             return {}
         if gpu == self.placement.trainer_gpus[0]:
-            return {"trainer: sync buffer": self._buffer}
+            return {BUFFER: self._buffer}
         if any(engine.received for engine in self.engines if gpu in engine.gpus):
-            return {
-                "trainer: sync buffer": self._buffer,
-                "trainer: the driver's CUDA context": CONTEXT,
-            }
+            return {BUFFER: self._buffer, DRIVER: CONTEXT}
         return {}
 
     def _cache(self, gpu: int) -> MemoryBreakdown:
         """The embedded engine's keys and values."""
         taken = sum(self._resident.values()) + sum(self._gathered.values())
         room = self.usable(gpu) - taken
-        size = embedded_cache(self.placement, self.config, self.itemsize, room)
+        size = embedded_cache(self.placement, self.config, self.itemsize, room // 2)
         return {"trainer: keys and values": size}
 
     # -- the CPU ---------------------------------------------------------------------------------

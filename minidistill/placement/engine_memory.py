@@ -93,7 +93,7 @@ def embedded_cache(
 ) -> int:
     """Bytes of keys and values while the trainer's own model samples, at most.
 
-    On a GPU they take up to `room`, which is what everything else leaves.
+    On a GPU they take up to `room`: half of what everything else leaves.
     """
     one_sequence = kv_bytes_per_token(placement.student.model_config, itemsize) * config.seq_len
     limit = EMBEDDED_CACHE_BYTES if room is None else room

@@ -97,7 +97,8 @@ def evaluation_memory(
     One layer works at a time. Both views' hidden states are kept, and two chunks of fp32 logits.
     Models whose weights are sharded are gathered for such a pass.
     """
-    layer = layer_activations(config, shape, size, itemsize) + 2 * shape.hidden * itemsize
+    layer = layer_activations(config, placement, shape, size, itemsize)
+    layer += 2 * shape.hidden * itemsize  # its input and output
     chunk = chunk_tokens(size.completions, shape.vocab, 0, device)
     parts = {
         "activations": size.tokens * layer,
@@ -116,7 +117,7 @@ def activations(
 
     A checkpointed layer saves only its input. One such layer at a time is recomputed.
     """
-    saved = layer_activations(config, shape, size, itemsize)
+    saved = layer_activations(config, placement, shape, size, itemsize)
     layers, inputs = shape.layers, shape.hidden * itemsize
     total = saved * layers
     if freq := placement.ac_freq:
@@ -132,7 +133,7 @@ def activations(
 
 
 def layer_activations(
-    config: Config, shape: ModelShape, size: MicroBatchSize, itemsize: int
+    config: Config, placement: Placement, shape: ModelShape, size: MicroBatchSize, itemsize: int
 ) -> int:
     """Bytes per token that one layer saves for its backward pass.
 

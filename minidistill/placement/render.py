@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError, printable
-from minidistill.placement.devices import Device
+from minidistill.placement.devices import STAGED, Device
 from minidistill.placement.estimate import Plan
 from minidistill.placement.machine import GIB
 from minidistill.placement.placement import Placement
@@ -171,8 +171,9 @@ def summary(plan: Plan) -> str:
     """What is on each device, and how much of its memory is planned."""
     lines = []
     for device in plan.devices:
-        names = {name.partition(":")[0] for parts in device.phases.values() for name in parts}
-        owners = " and ".join(owner for owner in COLORS if owner in names)
+        names = {name for parts in device.phases.values() for name in parts} - {*STAGED}
+        present = {name.partition(":")[0] for name in names}
+        owners = " and ".join(owner for owner in COLORS if owner in present)
         memory = f"{device.peak / GIB:.1f} of {device.bytes / GIB:.1f} GiB"
         lines.append(f"{device.name}: {owners}, {memory} planned for")
     return "; ".join(lines)
