@@ -129,7 +129,8 @@ def test_the_promises_of_one_gpu(folder: Path) -> None:
     for model, gib in (("Qwen/Qwen3-0.6B", 24), ("Qwen/Qwen3-4B-Instruct-2507", 80)):
         plan = plan_run(configured(folder, model), machine(1, gib), shipped=True)
         assert plan.fits
-        assert (plan.placement.micro_batch_tokens, plan.placement.ac_freq) == (4096, 0)
+        assert plan.placement.micro_batch_tokens >= 4096
+        assert plan.placement.ac_freq == 0
         assert plan.sequences["student"] >= 64
         assert plan.warnings == ()
 
@@ -145,9 +146,10 @@ FOUR_B = "Qwen/Qwen3-4B-Instruct-2507"
 REFUSED = [
     ((1, 24), ("--inference.gpu_memory_utilization", "0.9"), "GPU 0: sampling needs",
      "--inference.gpu_memory_utilization auto"),
-    ((1, 80), ("--trainer.micro_batch_tokens", "65536"), "GPU 0: training needs",
-     "--trainer.micro_batch_tokens 32768"),
-    ((1, 24), ("--no-trainer.model.ac",), "GPU 0: training needs", "--trainer.model.ac.freq 1"),
+    ((1, 80), ("--trainer.micro_batch_tokens", "32768", "--no-trainer.model.ac"),
+     "GPU 0: training needs", "--trainer.micro_batch_tokens"),
+    ((1, 24), ("--no-trainer.model.ac", "--seq_len", "4096"), "GPU 0: training needs",
+     "--trainer.model.ac.freq 1"),
     ((0, 4), (), "CPU: sampling needs", "no change of settings was found"),
 ]  # fmt: skip
 

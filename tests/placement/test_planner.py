@@ -12,7 +12,7 @@ from minidistill.errors import UserError
 from minidistill.models.hub import load_model_config
 from minidistill.placement.engine_memory import CONTEXT, ENGINE_TOKENS, GRAPHS
 from minidistill.placement.estimate import Plan
-from minidistill.placement.limits import kv_bytes_per_token
+from minidistill.placement.limits import SYNC_CHUNK_BYTES, kv_bytes_per_token
 from minidistill.placement.machine import Machine
 from minidistill.placement.model_shape import read_shape
 from minidistill.placement.planner import load_models, plan
@@ -154,14 +154,15 @@ def test_contexts_and_syncs_are_outside_an_engines_share() -> None:
 
 
 def test_a_sync_of_every_weight_is_a_phase() -> None:
-    """The embedding is larger than a chunk: it is sent, copied and built anew in one piece."""
+    """A chunk is sent and copied; the embedding, the largest layer, is built anew."""
     phases = planned(LARGE, 4, 80, "--no-trainer.model.lora").devices[0].phases
     embedding = 2 * 151936 * 2560
+    chunk = max(embedding, SYNC_CHUNK_BYTES)
     assert phases["syncing"] == phases["sampling"] | {
-        "student: received weights": embedding,
+        "student: received weights": chunk,
         "student: rebuilt layer": embedding,
     }
-    assert phases["sampling"]["trainer: sync buffer"] == embedding
+    assert phases["sampling"]["trainer: sync buffer"] == chunk
 
 
 def test_tensor_parallel_engines_split_weights_and_cache() -> None:
@@ -210,7 +211,8 @@ def test_two_engines_on_one_gpu_split_its_memory() -> None:
     result = planned(LARGE, 2, 80, "--no-teacher_inference.share")
     student, teacher = result.placement.student, result.placement.teacher_engine
     assert teacher is not None
-    assert (student.memory_share, teacher.memory_share) == (0.45, 0.45)
+    # the student's holds an adapter more, and the rest is divided equally
+    assert (student.memory_share, teacher.memory_share) == (0.45, 0.44)
     assert min(result.sequences.values()) > 0
 
 
@@ -228,11 +230,11 @@ CHANGES = [
      {"trainer.micro_batch_tokens": 4096}),
     (SMALL, 1, 24, "--inference.gpu_memory_utilization 0.9",
      {"inference.gpu_memory_utilization": "auto"}),
-    (LARGE, 1, 24, f"{NO_AC} --inference.gpu_memory_utilization 0.9",
+    (LARGE, 1, 24, f"{NO_AC} --seq_len 4096 --inference.gpu_memory_utilization 0.9",
      {"trainer.model.ac.freq": 1, "inference.gpu_memory_utilization": "auto"}),
     (LARGE, 2, 40, f"{NO_AC} --trainer.micro_batch_tokens 4096",
      {"trainer.micro_batch_tokens": 2048}),
-    (LARGE, 2, 24, "--trainer.model.ac false", {"trainer.model.ac.freq": 1}),
+    (LARGE, 2, 24, "--trainer.model.ac false --seq_len 4096", {"trainer.model.ac.freq": 1}),
     (LARGE, 2, 40, "--no-trainer.model.lora --orchestrator.teacher_model.update live",
      {"trainer.model.lora.rank": 16}),
     (LARGE, 1, 24, "--model.name Qwen/Qwen3-8B", {"inference.engine": "embedded"}),
