@@ -41,7 +41,13 @@ def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_text_output(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--inference.gpu_memory_utilization", "0.9", "--no-trainer.model.ac"]
+    flags = [
+        "--inference.gpu_memory_utilization",
+        "0.9",
+        "--no-trainer.model.ac",
+        "--seq_len",
+        "4096",
+    ]
     assert cli.main(["plan", LARGE, "--gpus", "1", "--gpu-memory", "24", *flags]) == 3
     out = capsys.readouterr().out
     assert "4,022,468,096 parameters, bfloat16; adapter of rank 16, 33,030,144" in out
