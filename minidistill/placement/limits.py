@@ -14,7 +14,8 @@ CPU_BLOCK = 32
 CPU_CACHE_BYTES = 2 << 30
 """Largest KV cache of a vLLM engine on a CPU."""
 EMBEDDED_CACHE_BYTES = 2 << 30
-"""Largest KV cache of the sequences that the embedded engine decodes at a time."""
+"""The largest KV cache of the sequences that the embedded engine decodes at a time on a CPU. On a
+GPU it takes half of what is free."""
 MICRO_BATCH_TOKENS = 16384
 """Tokens of the largest micro-batch that is chosen. More make no pass faster."""
 SYNC_CHUNK_BYTES = 1 << 30

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 
 from minidistill.placement import vllm_version
 
@@ -27,6 +28,8 @@ class Machine:
     """Processes that torchrun started on all machines; 1 without it."""
     torchrun_local_ranks: int = 1
     """Those of them on this machine."""
+    flash_attn: bool = False
+    """Whether the package flash-attn is installed."""
     each: tuple[int, ...] = ()
     """Bytes of each GPU, if they differ."""
     card: str = ""
@@ -60,11 +63,15 @@ class Machine:
             torchrun_local_ranks=local_ranks,
             each=each,
             card=str(getattr(torch.cuda.get_device_properties(0), "name", "")) if gpus else "",
+            flash_attn=_has_flash_attn(),
         )
 
     @classmethod
     def imagined(cls, gpus: int | None, bytes: int | None) -> Machine:
-        """A machine to plan for. Its GPUs have vLLM and bfloat16. None takes this machine's."""
+        """A machine to plan for. None takes this machine's number.
+
+        GPUs come with vLLM, bfloat16 and flash-attn.
+        """
         import torch
 
         if gpus is None and bytes is None:
@@ -81,12 +88,21 @@ class Machine:
             bf16=gpus > 0,
             torchrun_ranks=ranks,
             torchrun_local_ranks=local_ranks,
+            flash_attn=gpus > 0,
         )
 
 
 def _torchrun() -> tuple[int, int]:
     """Processes that torchrun started on all machines, and on this one."""
     return int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def _has_flash_attn() -> bool:
+    try:
+        metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _gpu_bytes() -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from minidistill.config import Config
+from minidistill.placement.attention import FLASH
 from minidistill.placement.model_shape import ModelShape
 from minidistill.placement.placement import Placement
 from minidistill_kernels.distill import chunk_tokens
@@ -140,18 +141,18 @@ def layer_activations(
     norms        2 · 4H in fp32, and w · 2H of outputs that fp32 adapters or trained weights read
     q, k norm    4 (Q + K) if the model has them
     attention    w (Q + 2 keys and values + Q), keys and values widened to Q under a mask; 4 a head
-    mask         w L with padding, w · tokens with packing, none with flash attention
+    mask         w L with padding, w · tokens if packing needs a mask, none without one
     MLP          w · 3I: gate, its activation, up
     adapters     4 · inputs + 4 · rank for each adapted layer, in fp32 whatever the base's dtype
     """
-    w, lora, attn = itemsize, config.trainer.model.lora, config.model.attn
+    w, lora, attention = itemsize, config.trainer.model.lora, placement.attention
     h, i, q, k = shape.hidden, shape.intermediate, shape.attention, shape.keys
-    flash = attn == "flash_attention_2"
-    total = 2 * 4 * h + 3 * w * i + w * (2 * q + 2 * (k if flash else q)) + 4 * shape.heads + 8
-    width = size.tokens if config.trainer.packing else size.longest
-    if attn == "eager":
+    unmasked = attention.unpadded or attention.implementation == FLASH
+    total = 2 * 4 * h + 3 * w * i + w * (2 * q + 2 * (k if unmasked else q)) + 4 * shape.heads + 8
+    width = size.tokens if attention.packed else size.longest
+    if attention.implementation == "eager":
         total += shape.heads * size.longest * (4 if w == 4 else 4 + w)
-    elif not flash:
+    elif not unmasked:
         total += w * width
     if shape.qk_norm:
         total += 4 * (q + k + shape.heads + shape.kv_heads)

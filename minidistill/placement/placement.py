@@ -9,6 +9,7 @@ from minidistill.config import Config, LoadedConfig
 from minidistill.config.engine_kinds import ENGINE_KINDS, SERVER, EngineKind
 from minidistill.config.schema import AcConfig, EngineConfig
 from minidistill.errors import UserError
+from minidistill.placement.attention import TRANSFORMERS_CHOICE, Attention, place_attention
 from minidistill.placement.gpus import (
     GpuLayout,
     Ids,
@@ -98,6 +99,8 @@ class Placement:
     max_length: int
     """Tokens that context, prompt and completion may have together: `seq_len`, or the limit of the
     student's or the teacher's model if that is lower."""
+    attention: Attention = TRANSFORMERS_CHOICE
+    """Of the trainer."""
     micro_batch_tokens: int = MICRO_BATCH_TOKENS
     """Tokens in one forward pass of the trainer, padding included."""
     ac_freq: int = 0
@@ -164,6 +167,7 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
     check_schedule(config, separate_engine=separate, sleeps=sleeps)
     ranks = _ranks(config, machine, layout.trainer)
     shard = config.trainer.shard
+    both = models.student, models.teacher  # an engine's teacher may yet move to the trainer
     trainer, ac = config.trainer, config.trainer.model.ac
     tokens = trainer.micro_batch_tokens
     return Placement(
@@ -175,6 +179,7 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
         sharded=ranks > 1 and (not config.trainer.model.lora if shard == "auto" else shard),
         dtype=dtype,
         max_length=max_length,
+        attention=place_attention(config, both, machine, dtype, max_length),
         micro_batch_tokens=MICRO_BATCH_TOKENS if tokens == "auto" else tokens,
         ac_freq=ac.freq if isinstance(ac, AcConfig) else 0,
         warnings=layout.warnings,

@@ -52,6 +52,7 @@ def header(
         ("devices", summary(plan)),
         *choice_rows(placement),
     ]
+    rows.append(("attention", placement.attention.text))
     if config.schedule == "async":
         rows.append(("schedule", "the next step is sampled while this one is trained on"))
     if placement.ranks > 1:

@@ -32,8 +32,8 @@ class MicroBatches:
     On OOM the budget is halved for the rest of the run.
     """
 
-    def __init__(self, budget: int, packing: bool, rank_group: RankGroup) -> None:
-        self.budget, self.packing, self.rank_group = budget, packing, rank_group
+    def __init__(self, budget: int, rank_group: RankGroup, *, packed: bool) -> None:
+        self.budget, self.packed, self.rank_group = budget, packed, rank_group
 
     def passes(self, lengths: Sequence[int], *, sharded: bool) -> list[list[int]]:
         """The rollouts of each of this rank's micro-batches.
@@ -44,7 +44,7 @@ class MicroBatches:
         passes = []
         for share in share_out(lengths, self.rank_group.size):
             share_lengths = [lengths[i] for i in share]
-            groups = split_by_tokens(share_lengths, self.budget, self.packing)
+            groups = split_by_tokens(share_lengths, self.budget, self.packed)
             passes.append([[share[i] for i in group] for group in groups])
         if sharded:
             most = max(map(len, passes))
