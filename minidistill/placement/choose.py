@@ -85,17 +85,17 @@ def _share_of(gpu: int, engine: EngineOnGpus, memory: Memory) -> float:
     if neighbor is not None:
         setting = getattr(memory.config, neighbor.table).gpu_memory_utilization
         if setting == "auto":
-            needs = [_least(e, memory.config) / memory.bytes for e in (engine, neighbor)]
+            needs = [_least(e) / memory.bytes for e in (engine, neighbor)]
             most = needs[0] + max(0.0, most - sum(needs)) / 2
         else:
             most -= neighbor.placement.memory_share
     return max(0, int(STEPS * most + 1e-9)) / STEPS
 
 
-def _least(engine: EngineOnGpus, config: Config) -> int:
+def _least(engine: EngineOnGpus) -> int:
     """Bytes with which an engine holds one sequence."""
     fixed = sum(size for name, size in engine.budget.items() if name != "keys and values")
-    return fixed + engine.kv_bytes * config.seq_len
+    return fixed + engine.sequence_bytes
 
 
 def _gpus(gpus: tuple[int, ...]) -> str:
@@ -110,7 +110,7 @@ def _choose_micro_batch(
 ) -> Placement:
     """The first of the candidates that fits with a margin, or else the last."""
     refused: dict[int, str] = {}
-    for tokens, freq in _candidates(config):
+    for tokens, freq in _candidates(config, placement.max_length):
         placement = replace(placement, micro_batch_tokens=tokens, ac_freq=freq)
         need = _need(Memory(config, placement, shapes, machine).devices())
         if not need:
@@ -130,10 +130,13 @@ def _choose_micro_batch(
     return replace(placement, choices=(*placement.choices, *choices))
 
 
-def _candidates(config: Config) -> Iterator[tuple[int, int]]:
-    """Tokens of a micro-batch and the frequency of recomputed layers, the fastest first."""
+def _candidates(config: Config, longest: int) -> Iterator[tuple[int, int]]:
+    """Tokens of a micro-batch and the frequency of recomputed layers, the fastest first.
+
+    `longest` are the tokens of the longest sequence.
+    """
     tokens, ac = config.trainer.micro_batch_tokens, config.trainer.model.ac
-    sizes = _sizes(config.seq_len) if tokens == "auto" else [tokens]
+    sizes = _sizes(longest) if tokens == "auto" else [tokens]
     if ac != "auto":
         freq = ac.freq if isinstance(ac, AcConfig) else 0
         yield from ((size, freq) for size in sizes)

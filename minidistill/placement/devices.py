@@ -67,8 +67,8 @@ class EngineOnGpus:
     table: str
     """Of its settings in the configuration."""
     placement: EnginePlacement
-    kv_bytes: int
-    """Of a token's keys and values on one GPU."""
+    sequence_bytes: int
+    """Of the keys and values of the longest sequence on one GPU."""
     budget: MemoryBreakdown
     """What its share of the memory holds. The size of keys and values is negative if nothing is
     left for them."""
@@ -79,10 +79,10 @@ class EngineOnGpus:
     def gpus(self) -> tuple[int, ...]:
         return self.placement.gpus
 
-    def sequences(self, config: Config) -> int:
-        """Sequences of `seq_len` whose keys and values have room at a time, in all replicas."""
-        room = self.budget["keys and values"]
-        return max(0, room // (self.kv_bytes * config.seq_len)) * self.placement.dp
+    @property
+    def sequences(self) -> int:
+        """The longest sequences whose keys and values have room at a time, in all replicas."""
+        return max(0, self.budget["keys and values"] // self.sequence_bytes) * self.placement.dp
 
 
 class Memory:
@@ -150,7 +150,8 @@ class Memory:
                     owner=owner,
                     table=table,
                     placement=engine,
-                    kv_bytes=kv_bytes_per_token(engine.model_config, self.itemsize, engine.tp),
+                    sequence_bytes=placement.max_length
+                    * kv_bytes_per_token(engine.model_config, self.itemsize, engine.tp),
                     budget=engine_memory(
                         config, shape, self.itemsize, engine.tp, budget, adapters[owner]
                     ),
@@ -175,7 +176,7 @@ class Memory:
         )
         if self.on_gpus:  # the trainer's model samples for the drift, and for its own teacher
             kv_bytes = kv_bytes_per_token(placement.student.model_config, self.itemsize)
-            evaluating["keys and values"] = kv_bytes * config.seq_len
+            evaluating["keys and values"] = kv_bytes * placement.max_length
         context = {"CUDA context": CONTEXT} if self.on_gpus else {}
         resident = context | {name: training[name] for name in RESIDENT if name in training}
         self._resident = _owned("trainer", resident)

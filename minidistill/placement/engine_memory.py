@@ -95,6 +95,7 @@ def embedded_cache(
 
     On a GPU they take up to `room`: half of what everything else leaves.
     """
-    one_sequence = kv_bytes_per_token(placement.student.model_config, itemsize) * config.seq_len
+    kv_bytes = kv_bytes_per_token(placement.student.model_config, itemsize)
+    one_sequence = kv_bytes * placement.max_length
     limit = EMBEDDED_CACHE_BYTES if room is None else room
     return max(one_sequence, min(limit, one_sequence * config.orchestrator.batch_size))

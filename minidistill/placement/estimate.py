@@ -26,7 +26,7 @@ class Plan:
     """Of the student."""
     devices: tuple[Device, ...]
     sequences: Mapping[str, int]
-    """How many sequences of `seq_len` the KV cache of each engine holds, over all replicas."""
+    """How many of the longest sequences the KV cache of each engine holds, over all replicas."""
     work: Mapping[str, Work]
     timing: Timing | None
     """None where it is not estimated: see `step_timing`."""
@@ -50,14 +50,15 @@ def estimate(config: Config, shapes: Shapes, models: Models, machine: Machine) -
     problems: list[str] = []
     warnings = list(placement.warnings)
     for engine in memory.engines:
-        _judge(engine, config, problems, warnings)
+        batch = config.orchestrator.batch_size
+        _judge(engine, placement.max_length, batch, problems, warnings)
     devices, work = memory.devices(), step_work(config, placement, shapes)
     return Plan(
         config=config,
         placement=placement,
         shape=shapes.student,
         devices=tuple(devices),
-        sequences={engine.owner: engine.sequences(config) for engine in memory.engines},
+        sequences={engine.owner: engine.sequences for engine in memory.engines},
         work=work,
         timing=step_timing(memory, work, machine),
         problems=(*problems, *overfull(devices)),
@@ -65,16 +66,18 @@ def estimate(config: Config, shapes: Shapes, models: Models, machine: Machine) -
     )
 
 
-def _judge(engine: EngineOnGpus, config: Config, problems: list[str], warnings: list[str]) -> None:
-    """Report an engine that cannot hold one sequence, or not a whole batch."""
-    held, batch = engine.sequences(config), config.orchestrator.batch_size
+def _judge(
+    engine: EngineOnGpus, longest: int, batch: int, problems: list[str], warnings: list[str]
+) -> None:
+    """Report an engine that cannot hold one sequence, or not a whole batch of them."""
+    held = engine.sequences
     if held == 0:
         problems.append(
             f"the {engine.owner}'s engine has no room for one sequence of "
-            f"{config.seq_len} tokens on GPU {', '.join(map(str, engine.gpus))}"
+            f"{longest} tokens on GPU {', '.join(map(str, engine.gpus))}"
         )
     elif held < batch:
         warnings.append(
-            f"the {engine.owner}'s engine holds {held} sequences of {config.seq_len} tokens: "
+            f"the {engine.owner}'s engine holds {held} sequences of {longest} tokens: "
             f"a batch of {batch} goes through in several rounds"
         )

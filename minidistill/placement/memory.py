@@ -34,8 +34,8 @@ class MicroBatchSize:
 
 
 def largest_micro_batch(config: Config, placement: Placement) -> MicroBatchSize:
-    """The largest micro-batch that a step can have: every sequence has `seq_len` tokens."""
-    longest, orchestrator = config.seq_len, config.orchestrator
+    """The largest micro-batch that a step can have: every sequence has the longest length."""
+    longest, orchestrator = placement.max_length, config.orchestrator
     rank_tokens = orchestrator.batch_size // placement.ranks * longest
     tokens = min(max(placement.micro_batch_tokens, longest), rank_tokens)
     sequences = tokens // longest

@@ -86,8 +86,8 @@ def _pull(
 def _micro_batch(plan: Plan) -> Iterator[Settings]:
     """Halve the tokens that are set, down to one sequence."""
     tokens = plan.config.trainer.micro_batch_tokens
-    while tokens != "auto" and tokens > plan.config.seq_len:
-        tokens = max(tokens // 2, plan.config.seq_len)
+    while tokens != "auto" and tokens > plan.placement.max_length:
+        tokens = max(tokens // 2, plan.placement.max_length)
         yield {"trainer.micro_batch_tokens": tokens}
 
 

@@ -140,10 +140,17 @@ def _sampling(memory: Memory, card: Card) -> float:
     rollouts = orchestrator.batch_size / engine.dp  # of one replica
     bandwidth, flops = DECODING * card.bandwidth, PREFILL * card.flops * engine.tp
     (student,) = (e for e in memory.engines if e.owner == "student")
-    held = max(1, student.sequences(config) / engine.dp)
+    held = max(1, student.sequences / engine.dp)
     steps = max(longest, rollouts * completion / held)
     weights = shape.parameters * itemsize / engine.tp / bandwidth
-    cache = rollouts * completion * (prompt + completion / 2) * student.kv_bytes / bandwidth
+    cache = (
+        rollouts
+        * completion
+        * (prompt + completion / 2)
+        * student.sequence_bytes
+        / memory.placement.max_length
+        / bandwidth
+    )
     reading = steps * max(DECODING_SECONDS, weights) + cache
     computing = 2 * _read(shape) * rollouts * completion / flops
     groups = rollouts / orchestrator.rollouts_per_example

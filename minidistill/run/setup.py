@@ -126,6 +126,7 @@ def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prep
         by_env = evaluation_prompts(evaluated, builder, orchestrator.eval.num_examples)
         for env_prompts in by_env.values():
             check_lengths(config, plan.placement.max_length, env_prompts)
+    _check_memory(loaded, plan)
     return Prepared(
         loaded=loaded,
         resume=resume,
@@ -188,15 +189,19 @@ def build(prepared: Prepared, display: Display) -> Components:
 
 
 def _plan(loaded: LoadedConfig) -> Plan:
-    """Plan what runs where. Raises UserError (exit code 3) if it does not fit."""
+    """Plan what runs where."""
     plan = plan_run(loaded, Machine.local())
+    for warning in plan.warnings:
+        logger.warning(warning)
+    return plan
+
+
+def _check_memory(loaded: LoadedConfig, plan: Plan) -> None:
+    """Raise UserError (exit code 3) if the run does not fit, with what `plan` prints."""
     settings = tuple(choice.key for choice in plan.placement.choices)
     error = refusal(plan, origins(loaded, settings) or "model.name")
     if error is not None:
         raise error
-    for warning in plan.warnings:
-        logger.warning(warning)
-    return plan
 
 
 def _prompts_to_check(

@@ -158,7 +158,8 @@ def test_two_engines_on_a_gpu_share_its_memory(configure: Configure) -> None:
 
 def test_an_engine_takes_its_share_even_if_no_sequence_fits(configure: Configure) -> None:
     config = configure("--seq_len", "20000000").config
-    models, small = load_models(config), replace(FOUR_GPUS, bytes=8 * GIB)
+    models = with_limit(load_models(config), student=10**9, teacher=10**9)
+    small = replace(FOUR_GPUS, bytes=8 * GIB)
     plan = estimate(config, Shapes.of(models), models, small)
     assert any("no room for one sequence of 20000000 tokens" in text for text in plan.problems)
     sampling = plan.devices[0].phases["sampling"]

@@ -227,7 +227,7 @@ def test_an_engine_without_room_for_a_sequence_does_not_fit() -> None:
 NO_AC = "--no-trainer.model.ac"
 CHANGES = [
     (LARGE, 4, 80, f"{NO_AC} --trainer.micro_batch_tokens 16384",
-     {"trainer.micro_batch_tokens": 4096}),
+     {"trainer.micro_batch_tokens": 8192}),
     (SMALL, 1, 24, "--inference.gpu_memory_utilization 0.9",
      {"inference.gpu_memory_utilization": "auto"}),
     (LARGE, 1, 24, f"{NO_AC} --seq_len 4096 --inference.gpu_memory_utilization 0.9",
