@@ -210,7 +210,7 @@ class Memory:
             phases["sampling"] = self._resident | self._gathered | self._cache(gpu)
         if trains:
             buffer = self._buffers(gpu)
-            asleep = {}
+            asleep: MemoryBreakdown = {}
             for engine in local:
                 asleep |= _owned(engine.owner, {"CUDA context": CONTEXT, "CUDA graphs": GRAPHS})
             phases["training"] = self._training | buffer | asleep
