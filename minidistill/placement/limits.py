@@ -15,8 +15,8 @@ CPU_CACHE_BYTES = 2 << 30
 """Largest KV cache of a vLLM engine on a CPU."""
 EMBEDDED_CACHE_BYTES = 2 << 30
 """Largest KV cache of the sequences that the embedded engine decodes at a time."""
-SYNC_CHUNK_BYTES = 1 << 30
-"""The trainer's buffer for a sync of all weights."""
+SYNC_CHUNK_BYTES = 256 << 20
+"""The trainer's buffer for a sync of all weights. A larger tensor is sent alone."""
 
 
 def kv_bytes_per_token(model_config: Any, itemsize: int, tp: int = 1) -> int:

@@ -62,10 +62,11 @@ def trainer_memory(
     itemsize: int,
     shards: int = 1,
     teacher_shape: ModelShape | None = None,
+    adapter_itemsize: int = 4,
 ) -> MemoryBreakdown:
     """Bytes on one rank at the trainer's peak, which is in the backward pass.
 
-    `itemsize` is that of a base weight. The weights, and under full fine-tuning the gradients and
+    `itemsize` is that of a base weight, `adapter_itemsize` of an adapter's as it computes. The weights, and under full fine-tuning the gradients and
     the optimizer's state, are split into `shards`; with more than one, layers and the embedding are
     gathered for use. `teacher_shape` is given if the teacher is another model.
     """
@@ -77,8 +78,10 @@ def trainer_memory(
         unsharded = 2 * shape.layer_parameters + shape.embedding + shape.head
         parts["gathered layers"] = unsharded * itemsize
     if lora:
-        parts["adapter"] = 4 * trained * (2 if teacher.update == "ema" else 1)
-        parts["gradients"], parts["optimizer"] = 4 * trained, 8 * trained
+        fp32_copy = 4 if adapter_itemsize < 4 else 0  # of the weights, and of their average
+        ema = adapter_itemsize + fp32_copy if teacher.update == "ema" else 0
+        parts["adapter"] = (adapter_itemsize + ema) * trained
+        parts["gradients"], parts["optimizer"] = 4 * trained, (8 + fp32_copy) * trained
     else:
         if teacher.update == "ema" or (teacher.update == "frozen" and in_trainer):
             parts["reference copy"] = weights // shards
@@ -87,19 +90,25 @@ def trainer_memory(
         parts["optimizer"] = (8 + master) * trained // shards
     if teacher_shape is not None and in_trainer:
         parts["reference copy"] = teacher_shape.parameters * itemsize // shards
-    parts["activations"] = activations(config, shape, size, itemsize)
+    parts["activations"] = activations(config, shape, size, itemsize, adapter_itemsize)
     parts["head chunk"] = head_chunk(config, shape, teacher_placement, size, device, itemsize)
     if in_trainer:
         parts["teacher's hidden states"] = size.completions * shape.hidden * itemsize
     return parts
 
 
-def activations(config: Config, shape: ModelShape, size: MicroBatchSize, itemsize: int) -> int:
+def activations(
+    config: Config,
+    shape: ModelShape,
+    size: MicroBatchSize,
+    itemsize: int,
+    adapter_itemsize: int = 4,
+) -> int:
     """Bytes that are saved for a micro-batch's backward pass, and those it works with.
 
     A checkpointed layer saves only its input. One such layer at a time is recomputed.
     """
-    saved = layer_activations(config, shape, size, itemsize)
+    saved = layer_activations(config, shape, size, itemsize, adapter_itemsize)
     layers, inputs = shape.layers, shape.hidden * itemsize
     total = saved * layers
     if (ac := config.trainer.model.ac) is not None:
@@ -115,7 +124,11 @@ def activations(config: Config, shape: ModelShape, size: MicroBatchSize, itemsiz
 
 
 def layer_activations(
-    config: Config, shape: ModelShape, size: MicroBatchSize, itemsize: int
+    config: Config,
+    shape: ModelShape,
+    size: MicroBatchSize,
+    itemsize: int,
+    adapter_itemsize: int = 4,
 ) -> int:
     """Bytes per token that one layer saves for its backward pass.
 
@@ -124,7 +137,8 @@ def layer_activations(
     attention    w (Q + 2 keys and values + Q), keys and values widened to Q under a mask; 4 a head
     mask         w L with padding, w · tokens with packing, none with flash attention
     MLP          w · 3I: gate, its activation, up
-    adapters     4 · inputs + 4 · rank for each adapted layer, in fp32 whatever the base's dtype
+    adapters     4 · inputs + 4 · rank for each adapted layer in fp32 on a narrower base; in the
+                 base's dtype w · inputs once for layers that read the same, and w · rank
     """
     w, lora, attn = itemsize, config.trainer.model.lora, config.model.attn
     h, i, q, k = shape.hidden, shape.intermediate, shape.attention, shape.keys
@@ -142,14 +156,14 @@ def layer_activations(
         total += 2 * 2 * w * h + w * i
         return total + (w * (q + k) if shape.qk_norm else 0)
     adapted = shape.adapted(lora.target_modules)
-    total += 4 * lora.rank * len(adapted) // shape.layers
-    if w < 4:
+    total += adapter_itemsize * lora.rank * len(adapted) // shape.layers
+    if w < adapter_itemsize:
         return total + 4 * sum(x.inputs for x in adapted) // shape.layers
-    # with an fp32 base, adapters save no copies: each input counts once
+    # adapters in the base's dtype save no copies: each input counts once
     blocks = {(x.name.rpartition(".")[0], x.inputs) for x in adapted}
     attended = {name for name, _ in blocks if name.endswith("attn")}
     distinct = sum(inputs for name, inputs in blocks if name not in attended)
-    return total + 4 * (distinct + h * len(attended)) // shape.layers
+    return total + w * (distinct + h * len(attended)) // shape.layers
 
 
 def head_chunk(

@@ -47,7 +47,8 @@ class Lab:
         optimizer = self.trainer.optimizer
 
         def record(rate: float) -> None:
-            gradients.update({n: p.grad.clone() for n, p in optimizer.named if p.grad is not None})
+            held = optimizer.stepped.items()
+            gradients.update({n: p.grad.clone() for n, p in held if p.grad is not None})
             optimizer.zero_grad()
 
         original = optimizer.step, optimizer.clip
