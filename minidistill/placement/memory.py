@@ -66,9 +66,10 @@ def trainer_memory(
 ) -> MemoryBreakdown:
     """Bytes on one rank at the trainer's peak, which is in the backward pass.
 
-    `itemsize` is that of a base weight, `adapter_itemsize` of an adapter's as it computes. The weights, and under full fine-tuning the gradients and
-    the optimizer's state, are split into `shards`; with more than one, layers and the embedding are
-    gathered for use. `teacher_shape` is given if the teacher is another model.
+    `itemsize` is that of a base weight, `adapter_itemsize` that of an adapter's as it computes. The
+    weights, and under full fine-tuning the gradients and the optimizer's state, are split into
+    `shards`; with more than one, layers and the embedding are gathered for use. `teacher_shape` is
+    given if the teacher is another model.
     """
     lora, teacher = config.trainer.model.lora, config.orchestrator.teacher_model
     weights, in_trainer = shape.parameters * itemsize, teacher_placement.scorer == "trainer"

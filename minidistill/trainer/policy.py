@@ -197,10 +197,14 @@ class Policy:
                 self.model.base_model.set_adapter(Weights.STUDENT.value)
 
     def free_cached_memory(self) -> None:
-        """Give the GPU memory that torch caches on every rank back, before an engine wakes."""
+        """Give the GPU memory that torch caches on every rank back, for an engine that wakes.
+
+        Returns on the driver once all ranks have done it.
+        """
         with self.rank_group.run_on_all_ranks(FreeCachedMemory()):
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+            self.rank_group.gather_object(None)
 
     def add_ema(self) -> None:
         """A second set of trained weights, equal to the student's now, for an averaged teacher."""

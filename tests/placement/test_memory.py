@@ -93,8 +93,15 @@ def estimated(lab: Lab, config: Any) -> dict[str, int]:
     largest = max(sizes, key=lambda size: size.tokens)
     shape = read_shape(lab.policy.config)
     teacher = place_teacher(config, separate_engine=False, scores_ids=False)
+    adapters = {p.dtype.itemsize for p in lab.policy.adapter_parameters} or {4}
     return trainer_memory(
-        config, shape, teacher, largest, torch.device("cpu"), lab.policy.dtype.itemsize
+        config,
+        shape,
+        teacher,
+        largest,
+        torch.device("cpu"),
+        lab.policy.dtype.itemsize,
+        adapter_itemsize=adapters.pop(),
     )
 
 
@@ -106,6 +113,8 @@ CASES = [
     ("llama", torch.float32, ""),
     ("qwen3", torch.bfloat16, ""),
     ("qwen3", torch.bfloat16, "--trainer.model.ac"),
+    ("qwen3", torch.bfloat16, "--trainer.model.lora.dtype base"),
+    pytest.param("llama", torch.bfloat16, "--trainer.model.lora.dtype base", marks=SLOW),
     pytest.param("llama", torch.float32, "--trainer.model.ac", marks=SLOW),
     pytest.param("llama", torch.float32, "--trainer.model.ac.freq 2", marks=SLOW),
     pytest.param("llama", torch.bfloat16, "", marks=SLOW),

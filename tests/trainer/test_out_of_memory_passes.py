@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 from support.lab import SMALL_STEP, Lab, make_lab
 from support.runs import run
 
+from minidistill.engines import embedded
 from minidistill.engines.vllm.client import EngineFailed, RestartingProcess
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
+from minidistill.evaluation.evaluator import Evaluator
+from minidistill.rollouts.collector import Collector
 from minidistill.run import preflight, session, setup
-from minidistill.trainer import checkpoint, optim, token_kl
+from minidistill.trainer import checkpoint, token_kl
 from minidistill.trainer.guards import is_out_of_memory
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.types import Request, Role, SamplingParams
@@ -69,7 +73,8 @@ def limit_rows(module: Any, most: int, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 def kl(lab: Lab, budget: TokenBudget) -> torch.Tensor:
-    views = [r.prompt.student_ids for r in lab.rollouts], [r.prompt.teacher_ids for r in lab.rollouts]
+    prompts = [r.prompt for r in lab.rollouts]
+    views = [p.student_ids for p in prompts], [p.teacher_ids for p in prompts]
     return token_kl.token_kl(
         lab.policy,
         [r.completion.token_ids for r in lab.rollouts],
@@ -145,8 +150,6 @@ def test_the_embedded_engine_decodes_and_scores_in_halves(
     assert all("while sampling with the trainer's model" in m for m in caplog.messages)
     views = [r.prompt_ids for r in requests], [c.token_ids for c in expected]
     scores = lab.engine.score(*views, Role.STUDENT)
-    from minidistill.engines import embedded
-
     limit_rows(embedded, 5, monkeypatch)
     for row, reference in zip(lab.engine.score(*views, Role.STUDENT), scores, strict=True):
         assert row == pytest.approx(reference, abs=1e-5)
@@ -156,23 +159,59 @@ def out_of_memory(*args: Any, **kwargs: Any) -> Any:
     raise torch.OutOfMemoryError(CUDA)
 
 
-PLACES = {
+PLACES: dict[str, tuple[Any, str]] = {
     "loading the model": (setup, "load_policy"),
-    "checking the model before training": (preflight, "prefix_states"),
+    "checking the model before training": (preflight, "collate"),
     "preparing the optimizer": (setup, "build_trainer"),
-    "updating the weights": (optim.Optimizer, "step_adamw"),
+    "sampling": (Collector, "collect"),
+    "updating the weights": (torch.optim.AdamW, "step"),
+    "evaluating": (Evaluator, "run"),
     "saving a checkpoint": (checkpoint, "save_file"),
-    "sampling": (session, "write_rollouts"),
 }
+BRIEF = ("--max_steps", "2", "--ckpt.interval", "1", "--orchestrator.eval.interval", "1")
+NO_BASELINE = ("--no-orchestrator.teacher_model.eval_baseline",)
 
 
-@pytest.mark.parametrize("doing", ["loading the model", "preparing the optimizer"])
-def test_out_of_memory_before_the_first_step(
+@pytest.mark.parametrize("doing", PLACES)
+def test_the_run_ends_with_what_was_done_and_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], doing: str
 ) -> None:
     monkeypatch.setattr(*PLACES[doing], out_of_memory)
-    assert run(tmp_path / "run") == EXIT_ENVIRONMENT
+    assert run(tmp_path / "run", *BRIEF, *NO_BASELINE) == EXIT_ENVIRONMENT
     error = capsys.readouterr().err
     assert error.startswith(f"error: out of memory while {doing}: {CUDA}")
-    assert "train an adapter instead of every weight" in error
+    assert "fix: " in error
+    assert "`minidistill plan` shows what needs memory" in error
     assert "Traceback" not in error
+
+
+def test_the_run_ends_with_advice_wherever_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(session, "write_rollouts", out_of_memory)
+    assert run(tmp_path / "run", *BRIEF, *NO_BASELINE) == EXIT_ENVIRONMENT
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: out of memory: {CUDA}")
+    assert "micro_batch_tokens" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("message", "ready", "code", "fix"),
+    [
+        (f"OutOfMemoryError: {CUDA}", True, EXIT_ENVIRONMENT, "gpu_memory_utilization"),
+        ("ValueError: No available memory for the cache blocks. Try …", False, EXIT_ENVIRONMENT,
+         "gpu_memory_utilization"),
+        ("ValueError: shapes do not match", True, EXIT_FAILED, "embedded"),
+    ],
+)  # fmt: skip
+def test_what_vllm_reports(message: str, ready: bool, code: int, fix: str) -> None:
+    def fail() -> Any:
+        raise EngineFailed(message)
+
+    process: Any = SimpleNamespace(wait_until_started=lambda: None if ready else fail())
+    restarting = RestartingProcess(lambda: process, lambda: None, max_restarts=0)
+    with pytest.raises(UserError, match=message[:20]) as caught:
+        restarting.call(fail)
+    assert caught.value.exit_code == code
+    assert fix in caught.value.fix
