@@ -31,23 +31,23 @@ adv_tau = 0.0
 [orchestrator]
 batch_size = 8
 rollouts_per_example = 4
-sampling = { max_tokens = 8 }
+sampling = { max_tokens = 4 }
 buffer = { skip_verification = true }
 [orchestrator.teacher_model]
 context = "You are a world-class puzzle solver with decades of experience.\\n\\n"
 [[orchestrator.env]]
 id = "jsonl"
-args = { path = "PROMPTS", num_eval_examples = 32 }
+args = { path = "PROMPTS", num_eval_examples = 20 }
 [orchestrator.eval]
 interval = 0
-num_examples = 32
+num_examples = 20
 """
 STEP = ("--no-orchestrator.eval",)
 KL = ("--orchestrator.batch_size", "4")
-# MiB. A step of 8 prompts takes about 300, 4 at a time half of that, and one 30. The KL on 32
-# held-out prompts takes 190, 16 at a time half of that, and one 5.
+# MiB. A step of 8 prompts takes about 300, 4 at a time half of that, and one 30. The KL on 20
+# held-out prompts takes 120, 10 at a time half of that, and one 5.
 STEP_MIB, TOO_LITTLE_STEP_MIB = 225, 15
-KL_MIB, TOO_LITTLE_KL_MIB = 145, 2
+KL_MIB, TOO_LITTLE_KL_MIB = 90, 2
 WALL = "#####\n#@$.#\n#   #\n"
 
 
