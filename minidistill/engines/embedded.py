@@ -38,8 +38,7 @@ class EmbeddedEngine(Engine):
 
     def __init__(self, policy: Policy, prefixes: PrefixCache) -> None:
         self.policy, self.prefixes = policy, prefixes
-        kv_bytes = kv_bytes_per_token(policy.config, policy.dtype.itemsize)
-        self.decoding = TokenBudget(max(1, EMBEDDED_CACHE_BYTES // kv_bytes))
+        self.decoding = TokenBudget()
         self.scoring = TokenBudget(SCORING_TOKENS)
         self._peak_memory: int | None = None
 
@@ -77,8 +76,13 @@ class EmbeddedEngine(Engine):
                 done = dict(zip(rows, completions, strict=True))
                 return [done[order[i]] for i in batch]
 
-            lengths = [len(requests[i].prompt_ids) + params.max_tokens for i in order]
-            ordered = self.decoding.run(lengths, decode, "sampling with the trainer's model")
+            kv_bytes = kv_bytes_per_token(self.policy.config, self.policy.dtype.itemsize)
+            ordered = self.decoding.run(
+                [len(requests[i].prompt_ids) + params.max_tokens for i in order],
+                decode,
+                "sampling with the trainer's model",
+                at_most=max(1, EMBEDDED_CACHE_BYTES // kv_bytes),
+            )
             done = dict(zip(order, ordered, strict=True))
         if on_gpu:
             peak = torch.cuda.max_memory_allocated(self.policy.device)

@@ -18,7 +18,7 @@ from minidistill.types import Role
 logger = logging.getLogger(__name__)
 FILE = "scoreboard.json"
 MISSING = "missing"
-"""Of the scoreboard: the figures that are still to be computed. A finished run's has no such key."""
+"""The scoreboard's figures that are still to be computed. A finished run's has no such key."""
 LAST_STEPS = 10  # whose mean KL is `teacher_kl_last`
 
 

@@ -62,9 +62,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_on_card(
-    config: Path, path: Path, place: str, mib: int, *flags: str
-) -> tuple[int, str]:
+def run_on_card(config: Path, path: Path, place: str, mib: int, *flags: str) -> tuple[int, str]:
     """Returns the exit code and the output."""
     done = subprocess.run(
         [

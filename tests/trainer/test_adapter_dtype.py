@@ -21,7 +21,7 @@ from minidistill.placement.placement import place
 from minidistill.placement.planner import load_models
 from minidistill.run.preflight import check_model
 from minidistill.trainer import checkpoint
-from minidistill.trainer.batching import collate
+from minidistill.trainer.batching import Tokens, collate
 from minidistill.trainer.forward import hidden_states
 from minidistill.trainer.optim import Optimizer
 from minidistill.trainer.policy import Weights
@@ -56,6 +56,13 @@ def test_which_dtype(
     assert place(config, load_models(config), machine).adapter_dtype == expected
 
 
+def tokens_of(lab: Lab) -> Tokens:
+    """The student's view of the lab's rollouts."""
+    prompts = [r.prompt.student_ids for r in lab.rollouts]
+    completions = [r.completion.token_ids for r in lab.rollouts]
+    return collate(prompts, completions, pad_id=lab.policy.pad_id)
+
+
 def saved_bytes(lab: Lab) -> int:
     """Bytes that a forward pass of the student saves for its backward pass."""
     storages: dict[int, int] = {}
@@ -67,9 +74,7 @@ def saved_bytes(lab: Lab) -> int:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    prompts = [r.prompt.student_ids for r in lab.rollouts]
-    completions = [r.completion.token_ids for r in lab.rollouts]
-    tokens = collate(prompts, completions, pad_id=lab.policy.pad_id)
+    tokens = tokens_of(lab)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         kept = hidden_states(lab.policy, tokens)
     assert kept.requires_grad
@@ -106,8 +111,7 @@ def test_roles_run_with_their_weights(configure: Configure) -> None:
     untrained = make_lab(configure(*SMALL_STEP, *BASE), trained=False)
     check_model(untrained.policy, [r.prompt for r in untrained.rollouts], TokenBudget(4096))
     lab = make_lab(configure(*SMALL_STEP, *BASE, *EMA))
-    tokens = collate([r.prompt.student_ids for r in lab.rollouts],
-                     [r.completion.token_ids for r in lab.rollouts], pad_id=lab.policy.pad_id)  # fmt: skip
+    tokens = tokens_of(lab)
     outputs = {}
     with torch.no_grad():
         for role in (Role.STUDENT, Role.TEACHER, Role.BASE):
