@@ -120,11 +120,12 @@ def test_every_rank_frees_its_cache_before_an_engine_wakes(
     monkeypatch.setenv("RECORD", str(file))
     monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=":")
     monkeypatch.setattr(launcher, "MODULE", "support.recording_rank")
-    process: Any = SimpleNamespace(
-        wait_until_started=lambda: None,
-        call=lambda method, *args, **kwargs: record(method),
-        close=lambda: None,
-    )
+
+    def call(method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        record(method)
+        return []
+
+    process: Any = SimpleNamespace(wait_until_started=lambda: None, call=call, close=lambda: None)
     monkeypatch.setattr("minidistill.engines.vllm.engine.EngineProcess", lambda *args: process)
     options = Options({"tensor_parallel_size": 1}, {}, {}, (), "0", sleeps=True)
     with ranked_lab(configure(*SMALL_STEP, *TWO_RANKS)) as lab:

@@ -179,7 +179,8 @@ def test_the_run_ends_with_what_was_done_and_advice(
     monkeypatch.setattr(*PLACES[doing], out_of_memory)
     assert run(tmp_path / "run", *BRIEF, *NO_BASELINE) == EXIT_ENVIRONMENT
     error = capsys.readouterr().err
-    assert error.startswith(f"error: out of memory while {doing}: {CUDA}")
+    assert error.startswith(f"error: out of memory while {doing}")
+    assert f": {CUDA}\n" in error
     assert "fix: " in error
     assert "`minidistill plan` shows what needs memory" in error
     assert "Traceback" not in error
