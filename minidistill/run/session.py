@@ -23,10 +23,10 @@ from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.types import Metrics, Role, Rollout, TokenFigures
 
 logger = logging.getLogger(__name__)
-SMALLER_EVALUATION = {
-    "where": "orchestrator.eval",
-    "fix": "lower orchestrator.eval.batch_size or orchestrator.sampling.max_tokens, or evaluate "
-    "with an engine on another GPU",
+SHORTER = {
+    "where": "orchestrator.sampling.max_tokens",
+    "fix": "lower orchestrator.sampling.max_tokens, or give engines on the trainer's GPU less "
+    "(inference.gpu_memory_utilization)",
 }
 
 
@@ -140,7 +140,6 @@ class Session:
         settings = self.config.orchestrator.eval
         return settings is not None and settings.interval > 0 and step % settings.interval == 0
 
-    @explain_out_of_memory("evaluating", **SMALLER_EVALUATION)
     def evaluate(self, step: int) -> Scores:
         """Evaluate the student without the context."""
         assert self.evaluator is not None
@@ -155,14 +154,14 @@ class Session:
         self.display.evaluation(step, metrics)
         return scores
 
-    @explain_out_of_memory("computing the KL on held-out prompts", **SMALLER_EVALUATION)
+    @explain_out_of_memory("computing the KL on held-out prompts", **SHORTER)
     def held_out_kl(self) -> float:
         """Mean KL(student‖teacher) on held-out prompts, nats a token."""
         assert self.evaluator is not None
         prompts = self.evaluator.held_out()
         return held_out_kl(self.config, self.policy, self.engine, prompts, self.budget)
 
-    @explain_out_of_memory("computing the drift on unrelated prompts", **SMALLER_EVALUATION)
+    @explain_out_of_memory("computing the drift on unrelated prompts", **SHORTER)
     def drift_kl(self) -> float | None:
         """Mean KL(base‖student) on unrelated prompts, nats a token; None without a base."""
         return drift_kl(self.config, self.policy, self.engine, self.builder, self.budget)

@@ -165,7 +165,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "preparing the optimizer": (setup, "build_trainer"),
     "sampling": (Collector, "collect"),
     "updating the weights": (torch.optim.AdamW, "step"),
-    "evaluating": (Evaluator, "run"),
+    "evaluating": (Evaluator, "_sample"),
     "saving a checkpoint": (checkpoint, "save_file"),
 }
 BRIEF = ("--max_steps", "2", "--ckpt.interval", "1", "--orchestrator.eval.interval", "1")
