@@ -23,6 +23,7 @@ from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.trainer.token_kl import token_kl
 from minidistill.types import Prompt, Role, Task
+from minidistill_kernels import linear_reverse_kl
 
 Ids = tuple[int, ...]
 
@@ -82,7 +83,8 @@ def check_model(policy: Policy, prompts: Sequence[Prompt], budget: TokenBudget) 
 
     `budget` bounds the passes. Raises UserError (exit code 3) if hidden states times the head are
     not the model's logits, if student and teacher differ on the same prompt although their weights
-    are equal, or if one prompt does not fit in memory.
+    are equal, if packed sequences are not what each is alone, or if one prompt does not fit in
+    memory.
     """
     if len(policy.tokenizer) > policy.head_VH.shape[0]:
         raise UserError(
@@ -95,6 +97,8 @@ def check_model(policy: Policy, prompts: Sequence[Prompt], budget: TokenBudget) 
     prompts = prompts[:4]
     completions = [p.student_ids[-6:] for p in prompts]  # any tokens will do
     _check_logits(policy, prompts, completions, tolerance, budget)
+    if policy.attention.unpadded:
+        _check_packed_passes(policy, prompts, completions, tolerance, budget)
     if policy.holds(Role.TEACHER) and policy.teacher_weights is not Weights.OTHER:
         _check_equal_roles(policy, prompts, completions, tolerance, budget)
     return _prefix_cache_is_exact(policy, prompts, completions, tolerance, budget)
@@ -148,6 +152,44 @@ def _completion_logprobs(policy: Policy, prompt: Ids, completion: Ids) -> Tensor
     return logits_BLV[0, -needed:-1].float().log_softmax(-1)
 
 
+def _check_packed_passes(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Ids],
+    tolerance: float,
+    budget: TokenBudget,
+) -> None:
+    """Check that a packed pass gives each sequence the distributions that it has alone, padded."""
+    view = [p.student_ids for p in prompts]
+
+    def divergences(rows: list[int]) -> list[float]:
+        batch = [view[i] for i in rows], [completions[i] for i in rows]
+        packed = collate(*batch, pad_id=policy.pad_id, packed=True)
+        alone_NH = torch.cat(
+            [
+                hidden_states(policy, collate([prompt], [completion], pad_id=policy.pad_id))
+                for prompt, completion in zip(*batch, strict=True)
+            ]
+        )
+        head_VH = policy.head_VH.detach()
+        kl_N = linear_reverse_kl(hidden_states(policy, packed), alone_NH, head_VH)
+        return [float(part.abs().max()) for part in kl_N.split([len(c) for c in batch[1]])]
+
+    other = policy.teacher_weights is Weights.OTHER and policy.holds(Role.TEACHER)
+    for role in (Role.STUDENT, Role.TEACHER) if other else (Role.STUDENT,):
+        with policy.inference(), policy.running_as(role):
+            lengths = _lengths(view, completions)
+            measured = budget.run(lengths, divergences, DOING, packed=True)
+        if not all(kl <= tolerance for kl in measured):
+            raise UserError(
+                f"packed sequences have other distributions than alone: the KL between them is "
+                f"{max(measured):.2g}, not 0",
+                where="model.attn",
+                fix='use model.attn = "sdpa"',
+                exit_code=EXIT_ENVIRONMENT,
+            )
+
+
 def _check_equal_roles(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -191,12 +233,13 @@ def _prefix_cache_is_exact(
     if not prefix:
         return True
     role = Role.TEACHER if policy.holds(Role.TEACHER) else Role.STUDENT
+    packed = policy.attention.unpadded
 
     def errors(rows: list[int]) -> list[float]:
         batch = [view[i] for i in rows], [completions[i] for i in rows]
         logp = []
         for shared in ((), prefix):
-            tokens = collate(*batch, pad_id=policy.pad_id, prefix=shared)
+            tokens = collate(*batch, pad_id=policy.pad_id, packed=packed, prefix=shared)
             states = prefix_states(policy, shared) if shared else None
             hidden = hidden_states(policy, tokens, states)
             logp.append(policy.logits(hidden).float().log_softmax(-1))
@@ -205,7 +248,7 @@ def _prefix_cache_is_exact(
         return [float(part.max()) for part in difference.split([len(c) for c in batch[1]])]
 
     with policy.inference(), policy.running_as(role):
-        measured = budget.run(_lengths(view, completions), errors, DOING)
+        measured = budget.run(_lengths(view, completions), errors, DOING, packed=packed)
     if not all(error <= tolerance for error in measured):
         logger.warning(
             "the context's cached keys and values do not reproduce the model's log-probs: "

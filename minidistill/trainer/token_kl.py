@@ -36,12 +36,13 @@ def token_kl(
         max(len(first), len(second)) + len(completion)
         for first, second, completion in zip(*prompts, completions, strict=True)
     ]
+    packed = policy.attention.unpadded
 
     def run_batch(rows: list[int]) -> Sequence[Tensor]:
         hidden, heads = [], []
         batch = [completions[i] for i in rows]
         for view, role in zip(prompts, roles, strict=True):
-            tokens = collate([view[i] for i in rows], batch, pad_id=policy.pad_id)
+            tokens = collate([view[i] for i in rows], batch, pad_id=policy.pad_id, packed=packed)
             with policy.running_as(role):
                 hidden.append(hidden_states(policy, tokens))
                 heads.append(policy.head_VH)
@@ -52,4 +53,4 @@ def token_kl(
         return kl_N.cpu().split([len(c) for c in batch])
 
     with policy.unsharded(*roles), policy.inference():
-        return torch.cat(budget.run(longest, run_batch, doing))
+        return torch.cat(budget.run(longest, run_batch, doing, packed=packed))

@@ -133,11 +133,11 @@ def test_the_embedded_engine_decodes_and_scores_in_halves(
     expected = lab.engine.generate(requests, params, Role.STUDENT)
     original, failures = lab.engine._forward, []
 
-    def limited(ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
-        if ids.shape[1] == 1 and mask.shape[0] > 5 and mask.shape[1] % 3 == 0:
-            failures.append(mask.shape[0])  # in the middle of decoding
+    def limited(ids: torch.Tensor, mask: Any, positions: Any, cache: Any) -> torch.Tensor:
+        if ids.shape[1] == 1 and ids.shape[0] > 5 and cache.get_seq_length() % 3 == 0:
+            failures.append(ids.shape[0])  # in the middle of decoding
             raise torch.OutOfMemoryError(CUDA)
-        return original(ids, mask, cache)
+        return original(ids, mask, positions, cache)
 
     monkeypatch.setattr(lab.engine, "_forward", limited)
     progress: list[int] = []
