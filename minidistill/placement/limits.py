@@ -18,8 +18,8 @@ EMBEDDED_CACHE_BYTES = 2 << 30
 GPU it takes half of what is free."""
 MICRO_BATCH_TOKENS = 16384
 """Tokens of the largest micro-batch that is chosen. More make no pass faster."""
-SYNC_CHUNK_BYTES = 1 << 30
-"""The trainer's buffer for a sync of all weights."""
+SYNC_CHUNK_BYTES = 256 << 20
+"""The trainer's buffer for a sync of all weights. A larger tensor is sent alone."""
 
 
 def kv_bytes_per_token(model_config: Any, itemsize: int, tp: int = 1) -> int:

@@ -66,8 +66,11 @@ def trainer_memory(
         unsharded = 2 * shape.layer_parameters + shape.embedding + shape.head
         parts["gathered layers"] = unsharded * itemsize
     if lora:
-        parts["adapter"] = 4 * trained * (2 if teacher.update == "ema" else 1)
-        parts["gradients"], parts["optimizer"] = 4 * trained, 8 * trained
+        width = _adapter_itemsize(placement)
+        fp32_copy = 4 if width < 4 else 0  # of the weights, and of their average
+        ema = width + fp32_copy if teacher.update == "ema" else 0
+        parts["adapter"] = (width + ema) * trained
+        parts["gradients"], parts["optimizer"] = 4 * trained, (8 + fp32_copy) * trained
     else:
         if teacher.update == "ema" or (teacher.update == "frozen" and in_trainer):
             parts["reference copy"] = weights // shards
@@ -143,7 +146,8 @@ def layer_activations(
     attention    w (Q + 2 keys and values + Q), keys and values widened to Q under a mask; 4 a head
     mask         w L with padding, w · tokens if packing needs a mask, none without one
     MLP          w · 3I: gate, its activation, up
-    adapters     4 · inputs + 4 · rank for each adapted layer, in fp32 whatever the base's dtype
+    adapters     4 · inputs + 4 · rank for each adapted layer in fp32 on a narrower base; in the
+                 base's dtype w · inputs once for layers that read the same, and w · rank
     """
     w, lora, attention = itemsize, config.trainer.model.lora, placement.attention
     h, i, q, k = shape.hidden, shape.intermediate, shape.attention, shape.keys
@@ -161,14 +165,20 @@ def layer_activations(
         total += 2 * 2 * w * h + w * i
         return total + (w * (q + k) if shape.qk_norm else 0)
     adapted = shape.adapted(lora.target_modules)
-    total += 4 * lora.rank * len(adapted) // shape.layers
-    if w < 4:
+    adapter_itemsize = _adapter_itemsize(placement)
+    total += adapter_itemsize * lora.rank * len(adapted) // shape.layers
+    if w < adapter_itemsize:
         return total + 4 * sum(x.inputs for x in adapted) // shape.layers
-    # with an fp32 base, adapters save no copies: each input counts once
+    # adapters in the base's dtype save no copies: each input counts once
     blocks = {(x.name.rpartition(".")[0], x.inputs) for x in adapted}
     attended = {name for name, _ in blocks if name.endswith("attn")}
     distinct = sum(inputs for name, inputs in blocks if name not in attended)
-    return total + 4 * (distinct + h * len(attended)) // shape.layers
+    return total + w * (distinct + h * len(attended)) // shape.layers
+
+
+def _adapter_itemsize(placement: Placement) -> int:
+    """Bytes of an adapter's parameter as it computes."""
+    return int(getattr(torch, placement.adapter_dtype or placement.dtype).itemsize)
 
 
 def head_chunk(

@@ -96,6 +96,8 @@ class Placement:
     """Each rank holds a shard of the weights, not all of them."""
     dtype: str
     """Of the base weights."""
+    adapter_dtype: str | None
+    """In which the adapter computes. None if every weight is trained."""
     max_length: int
     """Tokens that context, prompt and completion may have together: `seq_len`, or the limit of the
     student's or the teacher's model if that is lower."""
@@ -178,6 +180,7 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
         ranks=ranks,
         sharded=ranks > 1 and (not config.trainer.model.lora if shard == "auto" else shard),
         dtype=dtype,
+        adapter_dtype=_adapter_dtype(config, dtype, on_gpu=bool(layout.trainer)),
         max_length=max_length,
         attention=place_attention(config, both, machine, dtype, max_length),
         micro_batch_tokens=MICRO_BATCH_TOKENS if tokens == "auto" else tokens,
@@ -240,6 +243,17 @@ def _engines(
         shares[1],
     )
     return student, teacher_engine
+
+
+def _adapter_dtype(config: Config, dtype: str, *, on_gpu: bool) -> str | None:
+    """float16 gradients underflow without a scaled loss, so `auto` avoids them."""
+    lora = config.trainer.model.lora
+    if lora is False:
+        return None
+    in_base_dtype = lora.dtype == "base" or (
+        lora.dtype == "auto" and on_gpu and dtype == "bfloat16"
+    )
+    return dtype if in_base_dtype else "float32"
 
 
 def _ranks(config: Config, machine: Machine, trainer: Ids) -> int:

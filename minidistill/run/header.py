@@ -33,7 +33,8 @@ def header(
     size = _millions(total - trained if lora else total)
     rows = [("model", f"{config.model.name}, {size} parameters, {placement.dtype}")]
     if lora:
-        rows.append(("adapter", f"LoRA rank {lora.rank}, {_millions(trained)} parameters"))
+        adapter = f"LoRA rank {lora.rank}, {_millions(trained)} parameters"
+        rows.append(("adapter", f"{adapter}, {placement.adapter_dtype}"))
     else:
         rows.append(("trained", "every weight"))
     mode = "pure distillation" if loss.adv_tau == 0 else "hybrid"

@@ -24,9 +24,8 @@ def load_policy(
 ) -> Policy:
     """The model on `device` (the driver's by default), with the teacher if it runs in the trainer.
 
-    Under LoRA the base is frozen and gets a new adapter in fp32 (B = 0), whose initialization
-    depends on `config.seed` only. Otherwise every weight is trained, and a frozen teacher is a
-    second copy.
+    Under LoRA the base is frozen and gets a new adapter (B = 0), whose initialization depends on
+    `config.seed` only. Otherwise every weight is trained, and a frozen teacher is a second copy.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = config.trainer.model
@@ -47,7 +46,7 @@ def load_policy(
         if in_trainer and teacher is Weights.BASE:
             reference_models[Weights.BASE] = frozen_copy(base)
     else:
-        model = _with_adapter(config, settings.lora, base)
+        model = _with_adapter(config, settings.lora, base, placement.adapter_dtype)
     # only dropout and checkpointing need training mode
     dropout = settings.lora is not False and settings.lora.dropout > 0
     model.train(dropout or placement.ac_freq > 0)
@@ -106,7 +105,7 @@ def _load_other(
     return model
 
 
-def _with_adapter(config: Config, lora: LoraConfig, base: Any) -> Any:
+def _with_adapter(config: Config, lora: LoraConfig, base: Any, dtype: str | None) -> Any:
     import peft
 
     torch.manual_seed(config.seed)
@@ -120,7 +119,8 @@ def _with_adapter(config: Config, lora: LoraConfig, base: Any) -> Any:
                 target_modules=lora.target_modules,
                 task_type="CAUSAL_LM",
             ),
-            autocast_adapter_dtype=True,
+            # else the adapter gets the base's dtype, and peft casts neither inputs nor outputs
+            autocast_adapter_dtype=dtype == "float32",
         )
     except ValueError as error:
         raise UserError(

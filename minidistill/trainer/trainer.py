@@ -76,7 +76,8 @@ class Trainer:
         began = time.perf_counter()
         reset_peak(self.policy.device)
         local_figures = self._gradient(rollouts, step, advance)
-        self.rank_group.sum_gradients([p for _, p in self.optimizer.named if not is_sharded(p)])
+        stepped = self.optimizer.stepped.values()
+        self.rank_group.sum_gradients([p for p in stepped if not is_sharded(p)])
         rate = learning_rate(self.config, step)
         norm = self.optimizer.clip()
         figures = self._gather_figures(local_figures, advance)
@@ -232,6 +233,7 @@ class Trainer:
             parameters += self.policy.sharded.parameters()
         for parameter in parameters:
             parameter.grad = None
+        self.optimizer.zero_grad()
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
 

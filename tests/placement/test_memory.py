@@ -108,6 +108,8 @@ CASES = [
     ("llama", torch.float32, ""),
     ("qwen3", torch.bfloat16, ""),
     ("qwen3", torch.bfloat16, "--trainer.model.ac"),
+    ("qwen3", torch.bfloat16, "--trainer.model.lora.dtype base"),
+    pytest.param("llama", torch.bfloat16, "--trainer.model.lora.dtype base", marks=SLOW),
     pytest.param("llama", torch.float32, "--trainer.model.ac", marks=SLOW),
     pytest.param("llama", torch.float32, "--trainer.model.ac.freq 2", marks=SLOW),
     pytest.param("llama", torch.bfloat16, "", marks=SLOW),
