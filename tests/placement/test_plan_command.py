@@ -27,7 +27,7 @@ def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed["trainer"] == {"ranks": 2, "sharded": False}
     assert printed["estimator"] == "full"
     assert printed["gpu_memory_utilization"] == 0.9
-    assert (printed["micro_batch_tokens"], printed["ac_freq"]) == (4096, 0)
+    assert (printed["micro_batch_tokens"], printed["ac_freq"]) == (8192, 0)
     assert printed["max_model_len"] == 2049
     assert [device["gpu"] for device in printed["memory"]] == [0, 1, 2, 3]
     for device in printed["memory"]:
