@@ -10,6 +10,7 @@ from bench.checks.report import Findings, Setting
 from minidistill.run.preflight import TOLERANCE, check_model
 from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import hidden_states, prefix_states
+from minidistill.trainer.token_budget import TokenBudget
 from minidistill.types import Prompt, Request, Role, SamplingParams
 from minidistill_kernels import linear_logprob
 
@@ -24,7 +25,7 @@ def check(setting: Setting, findings: Findings) -> None:
     findings.holds("sequences are packed without a mask", policy.attention.unpadded)
     prompts = make_prompts(policy, 8, context=length // 2, own=length // 2)
     with warnings() as texts:  # before the adapter is trained, as in a run
-        shares = check_model(policy, prompts)
+        shares = check_model(policy, prompts, TokenBudget())
     findings.figure("preflight's warnings", texts)
     findings.holds("preflight is silent and caches the context", shares and not texts)
     errors = prefix_errors(job, prompts)

@@ -12,6 +12,7 @@ from bench.checks.models import SMALL, Job, load, make_prompts, make_rollouts, w
 from bench.checks.report import Findings, Setting
 from minidistill.evaluation.kl import held_out_kl
 from minidistill.placement.machine import GIB
+from minidistill.trainer.token_budget import TokenBudget
 
 CARD = 23.5 * GIB  # what a card of 24 GB has
 ENGINE = 0.55  # of it, for the other process
@@ -35,7 +36,7 @@ def check(setting: Setting, findings: Findings) -> None:
         job = load(setting, SMALL, *flags)
         own = length - new - setting.size(128, 8)
         prompts = make_prompts(job.policy, 4, context=setting.size(128, 8), own=own)
-        kl = held_out_kl(job.config, job.policy, job.engine, prompts)
+        kl = held_out_kl(job.config, job.policy, job.engine, prompts, TokenBudget())
         findings.figure("held-out KL", kl)
         findings.holds("held-out KL is finite", math.isfinite(kl))
         if setting.device.type == "cuda":

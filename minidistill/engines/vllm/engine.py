@@ -22,6 +22,7 @@ from minidistill.engines.vllm.options import Options, build_options
 from minidistill.engines.vllm.weights_send import SendBuffer, chunked
 from minidistill.placement.limits import SYNC_CHUNK_BYTES
 from minidistill.placement.placement import EnginePlacement
+from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
@@ -188,6 +189,11 @@ class VllmEngine(Engine):
         if self.restarting.ready:
             self.restarting.call(self._send)
 
+    @explain_out_of_memory(
+        "sending weights to vLLM",
+        where="inference.gpu_memory_utilization",
+        fix="give the engine a smaller share of the GPU that it shares with the trainer",
+    )
     def _send(self) -> None:
         """Send the current weights to the process."""
         if self._version is None or self._policy is None:
@@ -263,7 +269,8 @@ class VllmEngine(Engine):
 
     def _wake(self) -> None:
         if self._asleep:
-            torch.cuda.empty_cache()  # the engine needs the memory that torch caches here
+            if self._policy is not None:  # the engine needs the memory that torch caches
+                self._policy.free_cached_memory()
             self.process.call("wake")
             self._asleep = False
 
