@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidistill.engines.base import Engine, EngineCapabilities, Ids, not_finite_error
+from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids, not_finite_error
 from minidistill.placement.limits import EMBEDDED_CACHE_BYTES, kv_bytes_per_token
 from minidistill.trainer.batching import collate, split_by_tokens
 from minidistill.trainer.forward import PrefixCache, hidden_states, seeded_cache
@@ -53,6 +53,7 @@ class EmbeddedEngine(Engine):
         params: SamplingParams,
         role: Role,
         advance: Advance | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
         if params.top_ids:
             raise ValueError("the embedded engine returns no likeliest ids")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from minidistill.engines.base import Engine, EngineCapabilities, Ids
+from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids
 from minidistill.trainer.batching import share_out
 from minidistill.trainer.policy import Policy
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
@@ -27,7 +27,10 @@ class Replicas(Engine):
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = list(engines)
         self.name = f"{len(self.engines)} × {self.engines[0].name}"
-        self._threads = ThreadPoolExecutor(len(self.engines), thread_name_prefix="replica")
+        self._threads = ThreadPoolExecutor(
+            2 * len(self.engines),  # for two calls at a time: one samples, one scores
+            thread_name_prefix="replica",
+        )
 
     @property
     def location(self) -> str:
@@ -40,6 +43,22 @@ class Replicas(Engine):
             scores_at_any_temperature=all(r.scores_at_any_temperature for r in replicas),
             scores_ids=all(r.scores_ids for r in replicas),
         )
+
+    @property
+    def streams(self) -> bool:
+        return all(engine.streams for engine in self.engines)
+
+    @property
+    def sleeps(self) -> bool:
+        return any(engine.sleeps for engine in self.engines)
+
+    @property
+    def scores_while_sampling(self) -> bool:
+        return all(engine.scores_while_sampling for engine in self.engines)
+
+    @property
+    def score_counts(self) -> tuple[int, int]:
+        return add_counts(self.engines)
 
     def attach(self, policy: Policy, roles: Sequence[Role]) -> None:
         for engine in self.engines:
@@ -58,6 +77,7 @@ class Replicas(Engine):
         params: SamplingParams,
         role: Role,
         advance: Advance | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
         lock = threading.Lock()
 
@@ -67,7 +87,13 @@ class Replicas(Engine):
                     advance(count)
 
         def generate(engine: Engine, rows: Sequence[int]) -> list[Completion]:
-            return engine.generate([requests[i] for i in rows], params, role, locked_advance)
+            def hand_over(row: int, *result: Any) -> None:
+                if finished is not None:
+                    with lock:
+                        finished(rows[row], *result)
+
+            asked = [requests[i] for i in rows]
+            return engine.generate(asked, params, role, locked_advance, hand_over)
 
         prompts = [r.prompt_ids for r in requests]
         return self._distribute(prompts, [len(p) + params.max_tokens for p in prompts], generate)
@@ -144,6 +170,12 @@ class Replicas(Engine):
         for rows, future in futures:
             results.update(zip(rows, future.result(), strict=True))
         return [results[i] for i in range(len(prompts))]
+
+
+def add_counts(engines: Sequence[Engine]) -> tuple[int, int]:
+    """The `score_counts` of several engines together."""
+    scored, repeated = zip(*(engine.score_counts for engine in engines), strict=True)
+    return sum(scored), sum(repeated)
 
 
 def _lengths(a: Sequence[Ids], b: Sequence[Ids]) -> list[int]:

@@ -52,6 +52,7 @@ class Session:
         self.policy, self.trainer = components.policy, components.trainer
         self.engine, self.evaluator = components.engine, components.evaluator
         self.collector, self.async_collector = components.collector, components.async_collector
+        self.stream_collector = components.stream_collector
         self.texts = TokenTexts(prepared.tokenizer)
         self.first_step = 1
         self._began, self._seconds_before = time.perf_counter(), 0.0

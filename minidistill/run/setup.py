@@ -27,6 +27,7 @@ from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal.base import Display
 from minidistill.rollouts.async_collector import AsyncCollector
 from minidistill.rollouts.collector import Collector
+from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run import preflight
 from minidistill.tasks.lengths import check_lengths
 from minidistill.tasks.prompts import PromptBuilder
@@ -43,6 +44,9 @@ from minidistill.types import Prompt
 logger = logging.getLogger(__name__)
 CHECKED_TASKS = 32  # prompts checked before the run, of a split that generates its tasks
 CHECKED_LIST = 2000  # prompts checked before the run, of a split that is a list
+
+STREAMED_TOKENS = {"cpu": 256, "cuda": 2048}
+"""Tokens for a rank that are worth a pass while others are still sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,9 @@ class Components:
     collector: Collector
     async_collector: AsyncCollector | None
     """Collects one step ahead, with `schedule = "async"`."""
+    stream_collector: StreamCollector | None
+    """Hands groups to the trainer while others are sampled, with `schedule = "sync"` and engines
+    that run beside the trainer."""
     evaluator: Evaluator | None
     ranks: RankLauncher
 
@@ -92,8 +99,9 @@ class Components:
     def close(self) -> None:
         self.ranks.close()
         self.engine.close()
-        if self.async_collector is not None:
-            self.async_collector.close()
+        for collector in (self.async_collector, self.stream_collector):
+            if collector is not None:
+                collector.close()
 
 
 def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prepared:
@@ -175,13 +183,17 @@ def build(prepared: Prepared, display: Display) -> Components:
         ranks.close()
         launcher.close()
         raise
+    is_async = config.schedule == "async"
+    streams = not is_async and engine.streams and not engine.sleeps
+    least_tokens = STREAMED_TOKENS[devices[0].type] * len(devices)
     return Components(
         placement=placement,
         policy=policy,
         trainer=trainer,
         engine=engine,
         collector=collector,
-        async_collector=AsyncCollector(collector, engine) if config.schedule == "async" else None,
+        async_collector=AsyncCollector(collector, engine) if is_async else None,
+        stream_collector=StreamCollector(collector, engine, least_tokens) if streams else None,
         evaluator=evaluator,
         ranks=ranks,
     )

@@ -47,7 +47,7 @@ def test_a_handle_opens_in_another_process(gpu: int) -> None:
         torch.manual_seed(seed)
         tensors = [(n, torch.randn(shape)) for n, shape in (("a", (3, 5)), ("b", (7,)))]
         entries, answers = outbox.pack(tensors), spawn.Queue()
-        process = spawn.Process(target=read, args=(outbox.handle(), entries, gpu, answers))
+        process = spawn.Process(target=read, args=(outbox.handles((gpu,)), entries, gpu, answers))
         process.start()
         found = answers.get(timeout=120)
         process.join()
@@ -84,6 +84,9 @@ def test_any_ids_are_scored_where_the_v2_runner_is() -> None:
             truth = logp.gather(1, torch.as_tensor(ids))
             torch.testing.assert_close(torch.as_tensor(found), truth, rtol=0, atol=1e-2)
             engine.sleep()
+        group = torch.randint(2, 600, (64,), generator=generator).tolist()  # whole blocks
+        engine.score([group] * 4, [completion, completion, completion[::-1], [7]], Role.TEACHER)
+        assert engine.score_counts == (7, 0), "a sequence was scored twice"
     finally:
         engine.close()
 
@@ -98,7 +101,47 @@ def test_a_run_that_shares_one_gpu(tmp_path: Path, estimator: str) -> None:
     flags = ("--inference_gpu_ids", "0", "--trainer_gpu_ids", "0", "--trainer.loss.estimator",
              estimator, "--inference.gpu_memory_utilization", "0.3")  # fmt: skip
     assert cli.main(["run", SOKOBAN, *SHORT, *flags, "--output_dir", str(tmp_path / "run")]) == 0
-    assert all(record["kl/sampler_mismatch"] < 1e-2 for record in steps(tmp_path / "run"))
+    found = steps(tmp_path / "run")
+    assert all(record["kl/sampler_mismatch"] < 1e-2 for record in found)
+    assert not any("perf/overlap" in record for record in found), "the engine must sleep"
+    if estimator != "full":
+        assert all(record["perf/teacher_repeat_frac"] == 0 for record in found)
+
+
+@TWO_GPUS
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--trainer.loss.estimator", "sampled"),
+        ("--trainer.loss.estimator", "top_k"),
+        ("--trainer.loss.estimator", "sampled", "--teacher_gpu_ids", "0"),
+    ],
+    ids=["in the trainer", "in the engine", "at the likeliest ids", "in its own engine"],
+)
+def test_steps_are_streamed_on_two_gpus(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """With every place for the teacher: all overlap, and no sequence is scored twice."""
+    placed = ("--inference_gpu_ids", "0", "--trainer_gpu_ids", "1", *flags)
+    if "--teacher_gpu_ids" in flags:
+        placed += ("--inference.gpu_memory_utilization", "0.3")
+        placed += ("--teacher_inference.gpu_memory_utilization", "0.3")
+    path = tmp_path / "run"
+    assert cli.main(["run", SOKOBAN, *SHORT, *placed, "--output_dir", str(path)]) == EXIT_OK
+    for record in steps(path):
+        assert record["kl/sampler_mismatch"] < 1e-2
+        assert 0 <= record["perf/overlap"] <= 1
+        assert record.get("perf/teacher_repeat_frac", 0) == 0
+
+
+@TWO_GPUS
+@pytest.mark.parametrize("more", [(), ("--no-trainer.model.lora",)])
+def test_two_replicas_read_one_copy_of_the_weights(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """One beside the trainer, one whose GPU the copy is staged on."""
+    flags = ("--inference_gpu_ids", "0,1", "--trainer_gpu_ids", "0", *more)
+    flags += ("--inference.parallel.dp", "2", "--inference.gpu_memory_utilization", "0.3")
+    path = tmp_path / "run"
+    assert cli.main(["run", SOKOBAN, *SHORT, *flags, "--output_dir", str(path)]) == EXIT_OK
+    assert all(record["kl/sampler_mismatch"] < 1e-2 for record in steps(path))
 
 
 @TWO_GPUS

@@ -35,6 +35,22 @@ def test_every_sync_took(finished: Path) -> None:
         assert all(0 < record[f"perf/peak_memory_gib/{process}"] < 64 for record in found)
 
 
+def test_steps_are_streamed_with_the_results_of_plain_ones(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to float error, which AdamW amplifies."""
+    monkeypatch.setattr(VllmEngine, "streams", False)
+    path = tmp_path / "plain"
+    assert cli.main(["run", SOKOBAN, *SHORT, "--output_dir", str(path)]) == EXIT_OK
+    for streamed, plain in zip(steps(finished), steps(path), strict=True):
+        assert 0 <= streamed["perf/overlap"] <= 1
+        assert "perf/overlap" not in plain
+        compared = {k for k in plain if not k.startswith(("time/", "perf/"))}
+        assert compared == {k for k in streamed if not k.startswith(("time/", "perf/"))}
+        for key in compared:
+            assert streamed[key] == pytest.approx(plain[key], rel=1e-4, abs=1e-5), key
+
+
 def test_a_stale_adapter_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
