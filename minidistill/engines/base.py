@@ -149,6 +149,9 @@ class Engine(ABC):
     def sleep(self) -> None:  # noqa: B027 - optional
         """Free the memory that the trainer needs; the next call takes it back."""
 
+    def wake(self) -> None:  # noqa: B027 - optional
+        """Take back the memory that `sleep` freed, before a call does."""
+
     def peak_memory(self) -> int | None:
         """The most bytes that any process of the engine has held so far; None if unknown."""
         return None

@@ -136,6 +136,9 @@ class Replicas(Engine):
     def sleep(self) -> None:
         self._on_each(lambda engine: engine.sleep())
 
+    def wake(self) -> None:
+        self._on_each(lambda engine: engine.wake())
+
     def peak_memory(self) -> int | None:
         return max((p for e in self.engines if (p := e.peak_memory()) is not None), default=None)
 

@@ -114,15 +114,12 @@ class RolloutStream:
     def metrics(self, trained: Metrics) -> Metrics:
         """The step's metrics, from those of the training, which has just ended."""
         elapsed = time.perf_counter() - self._began
-        training = trained["time/train"] - self._waited
-        rate = trained["perf/train_tokens_per_second"] * trained["time/train"] / training
+        training = trained["time/train"]
         hidden = self._collecting + training - elapsed
         return {
             **trained,
             **self._collected,
-            "time/train": training,
             "time/wait": self._waited,
-            "perf/train_tokens_per_second": rate,
             "perf/overlap": max(0.0, hidden / min(self._collecting, training)),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -54,12 +55,17 @@ class ReceivedParts:
     def __init__(self, rank_group: RankGroup, parts: Iterator[Sequence[Rollout]]) -> None:
         """The other ranks' own `parts` are empty."""
         self.parts: list[Sequence[Rollout]] = []
+        self.waited = 0.0
+        """Seconds that the driver waited for them."""
         self._rank_group, self._next, self._complete = rank_group, parts, False
 
     def __iter__(self) -> Iterator[Sequence[Rollout]]:
         for index in count():
             if index == len(self.parts) and not self._complete:
-                part = self._rank_group.broadcast_object(next(self._next, None))
+                began = time.perf_counter()
+                part = next(self._next, None)
+                self.waited += time.perf_counter() - began
+                part = self._rank_group.broadcast_object(part)
                 if part is None:
                     self._complete = True
                 else:

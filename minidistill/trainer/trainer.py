@@ -118,7 +118,8 @@ class Trainer:
             self.optimizer.step(rate)
             if self.policy.teacher_weights is Weights.EMA:
                 self.policy.update_ema(self.config.orchestrator.teacher_model.ema_decay)
-        return StepResult(metrics | self._performance(tokens, began), figures, rollouts)
+        metrics |= self._performance(tokens, began + received.waited)
+        return StepResult(metrics, figures, rollouts)
 
     def _gather_figures(
         self, local_figures: dict[int, TokenFigures], advance: Advance, count: Count
@@ -138,7 +139,7 @@ class Trainer:
         return [by_rollout[i] for i in sorted(by_rollout)]
 
     def _performance(self, tokens: int, began: float) -> Metrics:
-        """Time and memory of a step that began at `began`; empty on the other ranks."""
+        """Time and memory of a step that has computed since `began`; empty on the other ranks."""
         peaks = self.rank_group.gather_object(peak_gib(self.policy.device))
         if not peaks:
             return {}

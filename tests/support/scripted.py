@@ -64,7 +64,10 @@ class ScriptedEngine(Engine):
         temperature: float = 1.0,
     ) -> list[list[float]]:
         self.scored.append(len(prompts))
-        return [[-0.5 * len(p) - token for token in c] for p, c in zip(prompts, completions)]  # noqa: B905
+        return [
+            [-0.5 * len(p) - token for token in c]
+            for p, c in zip(prompts, completions, strict=True)
+        ]
 
     def sync(self, version: int) -> None:
         """Nothing to do."""

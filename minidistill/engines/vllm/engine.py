@@ -265,7 +265,6 @@ class VllmEngine(Engine):
         return self.restarting.call(call)
 
     def wake(self) -> None:
-        """Take back the memory that `sleep` freed."""
         if self._asleep:
             self.restarting.call(self._wake)
 
@@ -299,20 +298,22 @@ def send_current(engines: Sequence[VllmEngine]) -> None:
 class VllmReplicas(Replicas):
     """Replicas of one vLLM engine, which are sent the same copy of the weights."""
 
-    engines: list[VllmEngine]
+    def __init__(self, replicas: Sequence[VllmEngine]) -> None:
+        super().__init__(replicas)
+        self.replicas = replicas
 
     def attach(self, policy: Policy, roles: Sequence[Role]) -> None:
-        sender = WeightSender(policy, roles, [engine.options for engine in self.engines])
-        for engine in self.engines:
-            engine.sender = sender
+        sender = WeightSender(policy, roles, [replica.options for replica in self.replicas])
+        for replica in self.replicas:
+            replica.sender = sender
 
     def sync(self, version: int) -> None:
         """Send the adapters' tensors or the whole model's to all replicas at once, in memory."""
-        sender = self.engines[0].sender
+        sender = self.replicas[0].sender
         assert sender is not None
         if sender.take(version):
-            self._on_each(VllmEngine.wake)  # waking takes long; one at a time it would add up
-            send_current(self.engines)
+            self.wake()  # at once: waking takes long
+            send_current(self.replicas)
 
 
 def _teacher_scores(scores: np.ndarray | None, params: SamplingParams) -> TeacherScores | None:

@@ -40,4 +40,4 @@ def _limited(self: KVCacheManager, request: Any) -> Any:
     return _get_computed_blocks(self, request)
 
 
-KVCacheManager.get_computed_blocks = _limited
+KVCacheManager.get_computed_blocks = _limited  # type: ignore[method-assign]

@@ -45,6 +45,7 @@ class WeightSender:
         """The most bytes of a chunk, when a whole model's weights are sent."""
         self.bytes_packed = 0
         self._weights: Callable[[], NamedTensors] | None = None
+        self._adapters = any(options.adapter for options in replicas)
         gpus = [gpu for options in replicas for gpu in options.gpu_ids]
         self._buffer = SendBuffer(policy.dtype, policy.device, gpus)
 
@@ -85,19 +86,15 @@ class WeightSender:
 
     def _send_adapters(self, sending: _Sending) -> None:
         for weights in dict.fromkeys(map(self.policy.weights_of, self.roles)):
-            takes_adapters = any(r.options.adapter for r in sending.receivers)
-            if takes_adapters and weights in SLOTS:
+            if self._adapters and weights in SLOTS:
                 entries = self._pack(self.policy.adapter(weights))
-                sending.command(
-                    "load_adapter",
-                    lambda receiver, slot=SLOTS[weights], entries=entries: {
-                        "slot": slot,
-                        "config": receiver.options.adapter,
-                        "handle": self._handle(receiver),
-                        "entries": entries,
-                        "version": self.version,
-                    },
-                )
+                arguments = {"slot": SLOTS[weights], "entries": entries, "version": self.version}
+
+                def of_adapter(receiver: Receiver, shared: Any = arguments) -> dict[str, Any]:
+                    config = receiver.options.adapter
+                    return shared | {"config": config, "handle": self._handle(receiver)}
+
+                sending.command("load_adapter", of_adapter)
 
     def _send_weights(self, sending: _Sending, weights: Callable[[], NamedTensors]) -> None:
         sending.command("start_update")
@@ -108,14 +105,12 @@ class WeightSender:
             # fetched only now: weights sharded over ranks are unsharded one chunk at a time
             chunk = next(chunks, None)
             only, first = first and chunk is None, False
-            sending.command(
-                "update_weights",
-                lambda receiver, entries=entries, only=only: {
-                    "handle": self._handle(receiver),
-                    "entries": entries,
-                    "only": only,
-                },
-            )
+            arguments = {"entries": entries, "only": only}
+
+            def of_chunk(receiver: Receiver, shared: Any = arguments) -> dict[str, Any]:
+                return shared | {"handle": self._handle(receiver)}
+
+            sending.command("update_weights", of_chunk)
         sending.command("finish_update", lambda receiver: {"version": self.version})
 
     def _pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[Entry]:

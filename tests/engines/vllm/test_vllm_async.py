@@ -123,7 +123,7 @@ def test_replicas_are_one_engine(adapter_bench: Bench, monkeypatch: pytest.Monke
         for seed in (3, 4, 5):
             one.change(seed)
             if seed == 5:
-                os.killpg(replicas.engines[1].process.popen.pid, signal.SIGKILL)
+                os.killpg(replicas.replicas[1].process.popen.pid, signal.SIGKILL)
             packed.clear()
             replicas.sync(next(one.versions))
             assert len(packed) == (2 if seed == 5 else 1), "the restarted one has its own"
@@ -145,9 +145,9 @@ def test_replicas_are_one_engine(adapter_bench: Bench, monkeypatch: pytest.Monke
                 both = [e.score(prompts, tails, role) for e in (one.engine, replicas)]
                 for ours, theirs in zip(*both, strict=True):
                     assert ours == pytest.approx(theirs, abs=1e-4)
-        assert [engine.restarts for engine in replicas.engines][1] == 1
+        assert replicas.replicas[1].restarts == 1
     finally:
-        replicas.engines[1].close()
+        replicas.replicas[1].close()
         one.engine.attach(one.policy, (Role.STUDENT, Role.TEACHER))
         one.sync()
 
