@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol
 
 from minidistill.trainer.distributed.rank_group import RankGroup
-from minidistill.types import Metrics, Rollout, TokenFigures
+from minidistill.types import Advance, Metrics, Rollout, TokenFigures
 
 Count = Callable[[Sequence[TokenFigures]], int]
 """What is reported as progress: the number of trained rollouts, or of their tokens."""
@@ -73,3 +74,29 @@ class ReceivedParts:
             if index == len(self.parts):
                 return
             yield self.parts[index]
+
+
+class TakesSteps(Protocol):
+    """What the command below needs of a rank's trainer."""
+
+    def take_step(
+        self,
+        command: TrainStep,
+        parts: Iterator[Sequence[Rollout]],
+        advance: Advance,
+        count: Count,
+    ) -> StepResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStep:
+    """Command: take part in a step."""
+
+    step: int
+    tokens: int
+    """See `StepRollouts`."""
+    prefix: tuple[int, ...]
+    """That all of the step's teacher prompts begin with, if the trainer runs the teacher."""
+
+    def run(self, trainer: TakesSteps) -> None:
+        trainer.take_step(self, iter(()), lambda count: None, len)

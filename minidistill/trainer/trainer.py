@@ -22,7 +22,14 @@ from minidistill.trainer.micro_batches import MicroBatches, OutOfMemory, sequenc
 from minidistill.trainer.objective import figures_by_rollout, loss_settings
 from minidistill.trainer.optim import Optimizer, learning_rate
 from minidistill.trainer.policy import Policy, Weights
-from minidistill.trainer.step import Count, ReceivedParts, StepResult, StepRollouts, token_count
+from minidistill.trainer.step import (
+    Count,
+    ReceivedParts,
+    StepResult,
+    StepRollouts,
+    TrainStep,
+    token_count,
+)
 from minidistill.types import Advance, Metrics, Role, Rollout, TokenFigures
 from minidistill_kernels import DistillOutput
 
@@ -381,20 +388,6 @@ class Trainer:
                     for key, tensor in state.items()
                     if key.startswith(prefix)
                 )
-
-
-@dataclass(frozen=True, slots=True)
-class TrainStep:
-    """Command: take part in a step."""
-
-    step: int
-    tokens: int
-    """See `StepRollouts`."""
-    prefix: tuple[int, ...]
-    """That all of the step's teacher prompts begin with, if the trainer runs the teacher."""
-
-    def run(self, trainer: Trainer) -> None:
-        trainer.take_step(self, iter(()), lambda count: None, len)
 
 
 @dataclass(frozen=True, slots=True)
