@@ -20,9 +20,10 @@ from minidistill.types import (
 )
 
 Ids = Sequence[int]
-Finished = Callable[[int, Completion, TeacherScores | None], None]
-"""Takes a request's index, its completion, and the teacher's scores if the request asks for
-them."""
+Sampled = tuple[int, Completion, TeacherScores | None]
+"""A request's index, its completion, and the teacher's scores if the request asks for them."""
+Finished = Callable[[int, Sequence[Sampled]], None]
+"""Takes what ended in one step of an engine: the step's number, and the results by index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,11 @@ class Engine(ABC):
     def streams(self) -> bool:
         """Whether `generate` hands over completions while others are sampled, and leaves this
         process free meanwhile."""
+        return False
+
+    @property
+    def ends_in_order(self) -> bool:
+        """Whether the order in which completions are handed over depends on no timing."""
         return False
 
     @property
@@ -107,7 +113,7 @@ class Engine(ABC):
 
         Log-probs are those of the distribution sampled from; greedy ones are taken at
         temperature 1. `advance` is called with numbers of finished completions. An engine that
-        `streams` calls `finished` for each, from any thread; others ignore it.
+        `streams` hands each completion to `finished`, from any thread; others ignore it.
 
         Raises UserError (exit code 4) if the model's logits are not finite, ValueError for
         `params.top_ids` without the capability `scores_ids` and for requests with `teacher_ids`

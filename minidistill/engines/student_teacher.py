@@ -43,6 +43,10 @@ class StudentTeacherEngine(Engine):
         return self.student.streams
 
     @property
+    def ends_in_order(self) -> bool:
+        return self.student.ends_in_order
+
+    @property
     def sleeps(self) -> bool:
         return self.student.sleeps or self.teacher.sleeps
 

@@ -5,42 +5,33 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 
-from minidistill.engines.base import Engine
+from minidistill.engines.base import Engine, Sampled
 from minidistill.rollouts.collector import (
     Collector,
     RepeatCounter,
     sampling_metrics,
     warn_of_errors,
 )
-from minidistill.trainer.step import StepRollouts
-from minidistill.types import (
-    Advance,
-    Completion,
-    Metrics,
-    Role,
-    Rollout,
-    TeacherScores,
-)
+from minidistill.trainer.step import StepResult, StepRollouts
+from minidistill.types import Advance, Completion, Metrics, Role, Rollout, TeacherScores
 
 MAX_PARTS = 8
 """Parts of a step. With more, less is left to do after the last completion, in smaller passes."""
 
-Sampled = tuple[int, Completion, TeacherScores | None]
 
+def split_into_parts(groups: int, tokens: int, least: int) -> list[int]:
+    """How many of a step's groups are in each part: at most MAX_PARTS, of about `least` tokens.
 
-def split_into_parts(groups: int, tokens: int, least: int) -> list[range]:
-    """Ranges of a step's groups, in order: at most MAX_PARTS, of at least about `least` tokens.
-
-    `tokens` is the most that the step can have. It is known before the step is sampled, so a
-    repeated step adds up its gradient in the same order, whatever finishes first.
+    `tokens` is the most that the step can have, which is known before it is sampled.
     """
     parts = max(1, min(MAX_PARTS, groups, tokens // least))
-    ends = [groups * (part + 1) // parts for part in range(parts)]
-    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    ends = [groups * part // parts for part in range(parts + 1)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 class StreamCollector:
@@ -64,7 +55,11 @@ class StreamCollector:
 
 
 class RolloutStream:
-    """The rollouts of one step, in parts of whole groups, in the order of the groups.
+    """The rollouts of one step, in parts of whole groups.
+
+    A part has the groups that ended next in the engine, or the next by number if the engine ends
+    them in an order that depends on timing. So a repeated step adds up its gradient in the same
+    order.
 
     An error of either thread is raised once, by the iterator. What the other thread still does then
     ends when the engine is closed.
@@ -78,10 +73,16 @@ class RolloutStream:
         self.max_tokens = self.asked.params.max_tokens
         longest = [len(p.student_ids) + self.max_tokens for p, _ in self.asked.jobs]
         self.parts = split_into_parts(len(self.asked.prompts), sum(longest), least_tokens)
+        self._ready: dict[int, Sampled] = {}
+        self._missing = [collector.group_size] * len(self.asked.prompts)  # samples of each group
+        self._ended: list[int] = []  # groups
+        self._taken = 0
         self._began = time.perf_counter()
         self._collecting = self._waited = 0.0
         self._collected: Metrics = {}
-        self._sampled: queue.SimpleQueue[Sampled | Metrics | Exception] = queue.SimpleQueue()
+        self._sampled: queue.SimpleQueue[Sequence[Sampled] | Metrics | Exception] = (
+            queue.SimpleQueue()
+        )
         self._complete: queue.SimpleQueue[list[Rollout] | Exception | None] = queue.SimpleQueue()
 
     @property
@@ -110,6 +111,14 @@ class RolloutStream:
                 raise part
             if part:  # not dropped entirely
                 yield part
+
+    def by_number(self, result: StepResult) -> StepResult:
+        """The result with the rollouts in the order of their groups."""
+        numbers = {(id(p), s): number for number, (p, s) in enumerate(self.asked.jobs)}
+        pairs = zip(result.rollouts, result.tokens, strict=True)
+        ordered = sorted(pairs, key=lambda pair: numbers[id(pair[0].prompt), pair[0].sample])
+        rollouts, tokens = zip(*ordered, strict=True)
+        return replace(result, rollouts=list(rollouts), tokens=list(tokens))
 
     def metrics(self, trained: Metrics) -> Metrics:
         """The step's metrics, from those of the training, which has just ended."""
@@ -140,7 +149,7 @@ class RolloutStream:
                     self.asked.params,
                     Role.STUDENT,
                     advance,
-                    lambda *sampled: self._sampled.put(sampled),
+                    lambda step, ended: self._sampled.put(ended),
                 )
             seconds = time.perf_counter() - self._began
             self._sampled.put(sampling_metrics(completions, seconds))
@@ -165,14 +174,12 @@ class RolloutStream:
         score_advance = phase("score") if collector.computes_rewards else None
         teacher_advance = phase("teacher") if collector.scores_teacher else None
         repeats = RepeatCounter(self.engine)
-        ready: dict[int, tuple[Completion, TeacherScores | None]] = {}
         errors: list[str] = []
         reward_seconds = teacher_seconds = 0.0
-        for groups in self.parts:
-            rows = range(groups.start * group_size, groups.stop * group_size)
-            while not all(row in ready for row in rows):
-                self._receive(ready)
-            rollouts = [self._rollout(row, *ready[row]) for row in rows]
+        for size in self.parts:
+            groups = sorted(self._next_group() for _ in range(size))
+            rows = [g * group_size + sample for g in groups for sample in range(group_size)]
+            rollouts = [self._rollout(*self._ready.pop(row)) for row in rows]
             if score_advance is not None:
                 began = time.perf_counter()
                 rollouts, failed = collector.reward(rollouts, score_advance)
@@ -188,7 +195,7 @@ class RolloutStream:
             self._complete.put(collector.with_advantages(rollouts))
             self._collecting = time.perf_counter() - self._began
         while not self._collected:
-            self._receive(ready)
+            self._receive()
         warn_of_errors(errors)
         if score_advance is not None:
             self._collected |= {"time/score": reward_seconds, "env/errors": len(errors)}
@@ -197,16 +204,33 @@ class RolloutStream:
                 self._collected["time/teacher"] = teacher_seconds
             self._collected |= repeats.metrics()
 
-    def _receive(self, ready: dict[int, tuple[Completion, TeacherScores | None]]) -> None:
-        """Wait for one more completion, or for the end of the sampling."""
+    def _next_group(self) -> int:
+        """Wait for a group to be complete. Returns its number."""
+        while True:
+            if self.engine.ends_in_order and self._taken < len(self._ended):
+                group = self._ended[self._taken]
+                break
+            if not self.engine.ends_in_order and self._missing[self._taken] == 0:
+                group = self._taken
+                break
+            self._receive()
+        self._taken += 1
+        return group
+
+    def _receive(self) -> None:
+        """Wait for more completions, or for the end of the sampling."""
         sampled = self._sampled.get()
         if isinstance(sampled, Exception):
             raise sampled
         if isinstance(sampled, dict):
             self._collected = sampled
-        else:
-            row, completion, scores = sampled
-            ready[row] = completion, scores
+            return
+        for result in sampled:
+            self._ready[result[0]] = result
+            group = result[0] // self.collector.group_size
+            self._missing[group] -= 1
+            if self._missing[group] == 0:
+                self._ended.append(group)
 
     def _rollout(self, row: int, completion: Completion, scores: TeacherScores | None) -> Rollout:
         prompt, sample = self.asked.jobs[row]

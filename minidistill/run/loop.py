@@ -87,7 +87,7 @@ def _streamed_step(
     stream = collector.start(step, step - 1)
     with session.display.phase("train", stream.size, "rollouts") as advance:
         result = session.trainer.stream_step(stream.rollouts, step, advance)
-    return result, stream.metrics(result.metrics)
+    return stream.by_number(result), stream.metrics(result.metrics)
 
 
 class Interrupt:

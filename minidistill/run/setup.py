@@ -45,8 +45,9 @@ logger = logging.getLogger(__name__)
 CHECKED_TASKS = 32  # prompts checked before the run, of a split that generates its tasks
 CHECKED_LIST = 2000  # prompts checked before the run, of a split that is a list
 
-STREAMED_TOKENS = {"cpu": 256, "cuda": 2048}
-"""Tokens for a rank that are worth a pass while others are still sampled."""
+STREAMED_TOKENS = 2048
+"""Of a part that is trained while others are sampled, for each rank. Smaller passes cost more than
+they hide (docs/performance.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,7 @@ def build(prepared: Prepared, display: Display) -> Components:
         raise
     is_async = config.schedule == "async"
     streams = not is_async and engine.streams and not engine.sleeps
-    least_tokens = STREAMED_TOKENS[devices[0].type] * len(devices)
+    least_tokens = STREAMED_TOKENS * len(devices)
     return Components(
         placement=placement,
         policy=policy,

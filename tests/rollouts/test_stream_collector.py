@@ -75,12 +75,12 @@ def shuffled(seed: int) -> Callable[[int], list[int]]:
     return lambda count: random.Random(seed).sample(range(count), count)
 
 
-def test_a_step_has_few_parts_of_whole_groups_in_order() -> None:
+def test_a_step_has_few_parts_of_nearly_equal_numbers_of_groups() -> None:
     for groups, tokens in ((1, 10**6), (7, 10**6), (64, 10**6), (64, 1000), (64, 10)):
         parts = split_into_parts(groups, tokens, least=256)
-        assert [group for part in parts for group in part] == list(range(groups))
+        assert sum(parts) == groups
         assert len(parts) == max(1, min(groups, MAX_PARTS, tokens // 256))
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert max(parts) - min(parts) <= 1
 
 
 @pytest.mark.parametrize("scorer", ["trainer", "engine"])
@@ -101,6 +101,26 @@ def test_the_rollouts_are_the_plain_ones_whatever_ends_first(
             assert [r for part in parts for r in part] == expected
             assert len(parts) == 8
         assert stream.engine.scored == ([3] * 16 if scorer == "engine" else [])
+
+
+def test_groups_are_taken_as_the_engine_ends_them(configure: Configure) -> None:
+    """If that order depends on no timing. The results are in the order of the prompts again."""
+    with streaming(configure(*STEP)) as stream:
+        expected = stream.plain()
+        stream.engine.ends_in_order = True
+        order = [*range(3, 21), 0, 1, 22, 23, 21, 2]  # group 1 ends first, group 0 last
+        stream.engine.order = lambda count: order
+        parts = stream.parts()
+        assert [part[0].prompt.task.id for part in parts] == [
+            expected[3 * group].prompt.task.id for group in (1, 2, 3, 4, 5, 6, 7, 0)
+        ]
+        started = stream.start()
+        result = stream.lab.trainer.stream_step(started.rollouts, 1, lambda count: None)
+        assert result.rollouts != expected
+        again = started.by_number(result)
+        assert again.rollouts == expected
+        for rollout, tokens in zip(again.rollouts, again.tokens, strict=True):
+            assert len(tokens.loss) == len(rollout.completion.token_ids)
 
 
 def vars_of(instance: Any) -> dict[str, Any]:

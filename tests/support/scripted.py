@@ -20,6 +20,7 @@ class ScriptedEngine(Engine):
     name = "scripted"
     location = "a thread"
     streams = True
+    ends_in_order = False
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -53,7 +54,7 @@ class ScriptedEngine(Engine):
             if advance is not None:
                 advance(1)
             if finished is not None:
-                finished(index, completions[index], None)
+                finished(position, [(index, completions[index], None)])
         return completions
 
     def score(

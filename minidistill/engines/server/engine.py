@@ -137,7 +137,7 @@ class ServerEngine(Engine):
             if advance is not None:
                 advance(1)
             if finished is not None:
-                finished(index, completions[index], None)
+                finished(0, [(index, completions[index], None)])
 
         self._complete(bodies, role, take)
         return [completions[i] for i in range(len(requests))]

@@ -16,7 +16,14 @@ import numpy as np
 import torch
 
 from minidistill.config import Config
-from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids, not_finite_error
+from minidistill.engines.base import (
+    Engine,
+    EngineCapabilities,
+    Finished,
+    Ids,
+    Sampled,
+    not_finite_error,
+)
 from minidistill.engines.replicas import Replicas
 from minidistill.engines.vllm.client import EngineProcess, RestartingProcess
 from minidistill.engines.vllm.options import Options, build_options
@@ -35,9 +42,6 @@ from minidistill.types import (
 
 NAMES = {Weights.STUDENT: "student", Weights.EMA: "teacher"}
 SEED_BITS = (1 << 63) - 1  # vLLM takes signed 64-bit seeds
-# On a CPU a step's time grows with its sequences, so few at a time are hardly slower, and the first
-# groups are complete early
-CPU_AT_ONCE: int | None = int(__import__("os").environ.get("AT_ONCE", "16")) or None
 
 
 class VllmEngine(Engine):
@@ -48,6 +52,7 @@ class VllmEngine(Engine):
     """
 
     streams = True
+    ends_in_order = True
 
     def __init__(self, options: Options, max_restarts: int) -> None:
         self.options = options
@@ -111,24 +116,27 @@ class VllmEngine(Engine):
         finished: Finished | None = None,
     ) -> list[Completion]:
         completions: dict[int, Completion] = {}
-        finite = True
+        finite, steps = True, 0
 
         def generate() -> None:
             # a restarted process samples what had not finished
             rows = [i for i in range(len(requests)) if i not in completions]
+            before = steps
 
-            def take(report: tuple[int, tuple[Any, ...], np.ndarray | None, bool]) -> None:
-                nonlocal finite
-                row, fields, scores, repeated = report
-                index, completion = rows[row], Completion(*fields)
-                completions[index] = completion
-                self._scored += scores is not None
-                self._repeated += repeated
-                finite = finite and all(map(math.isfinite, completion.logprobs))
-                if advance is not None:
-                    advance(1)
+            def take(report: tuple[int, list[Any]]) -> None:
+                nonlocal finite, steps
+                steps = before + report[0]
+                ended: list[Sampled] = []
+                for row, fields, scores, repeated in report[1]:
+                    completion = completions[rows[row]] = Completion(*fields)
+                    self._scored += scores is not None
+                    self._repeated += repeated
+                    finite = finite and all(map(math.isfinite, completion.logprobs))
+                    ended.append((rows[row], completion, _teacher_scores(scores, params)))
+                if advance is not None and ended:
+                    advance(len(ended))
                 if finished is not None and finite:
-                    finished(index, completion, _teacher_scores(scores, params))
+                    finished(steps, ended)
 
             asked = [requests[i] for i in rows]
             scored = any(r.teacher_ids for r in asked)
@@ -143,7 +151,8 @@ class VllmEngine(Engine):
                 adapter=self._adapter(role),
                 teacher_prompts=[r.teacher_ids for r in asked] if scored else None,
                 teacher_adapter=self._adapter(Role.TEACHER) if scored else None,
-                at_once=self._at_once(scored) if finished is not None else None,
+                # vLLM would sample its whole queue before it scored the first completion
+                at_once=MAX_SEQUENCES if scored else None,
             )
 
         if any(r.teacher_ids for r in requests) and not self.scores_while_sampling:
@@ -152,13 +161,6 @@ class VllmEngine(Engine):
         if not finite:
             raise not_finite_error()
         return [completions[i] for i in range(len(requests))]
-
-    def _at_once(self, scored: bool) -> int | None:
-        """How many sequences to sample at a time while the trainer waits for the first groups."""
-        if not self.options.gpu_ids:
-            return CPU_AT_ONCE
-        # vLLM would sample its whole queue before it scored the first completion
-        return MAX_SEQUENCES if scored else None
 
     def score(
         self,

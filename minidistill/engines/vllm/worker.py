@@ -17,6 +17,7 @@ from functools import partial
 from itertools import count
 from multiprocessing import current_process
 from multiprocessing.connection import Connection, wait
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -67,15 +68,23 @@ class EngineWorker:
         teacher_adapter: Adapter = None,
         at_once: int | None = None,
     ) -> None:
-        """Report each completion when it has finished: its row, the fields of a `Completion`, the
-        teacher's scores (None without `teacher_prompts`), and whether they were computed twice.
+        """Report what has ended after every engine step: the step's number, and for each prompt its
+        row, the fields of a `Completion`, the teacher's scores (None without `teacher_prompts`),
+        and whether they were computed twice.
 
         At most `at_once` prompts are sampled at a time. A completion is scored before the next of
-        those that wait is sampled. Which engine step does what does not depend on timing.
+        those that wait is sampled. Which step does what does not depend on timing.
         """
         import vllm
 
-        waiting = deque(range(len(prompts)))
+        waiting, ended = deque(range(len(prompts))), []
+
+        def end(row: int, fields: tuple[Any, ...], scores: Any = None, twice: bool = False) -> None:
+            ended.append((row, fields, scores, twice))
+
+        def report(step: int) -> None:
+            self.report((step, sorted(ended, key=itemgetter(0))))
+            ended.clear()
 
         def sample_next() -> None:
             row = waiting.popleft()
@@ -95,13 +104,13 @@ class EngineWorker:
         def sampled(row: int, output: Any) -> None:
             fields = self._completion(output, params.top_ids)
             if teacher_prompts is None:
-                self.report((row, fields, None, False))
+                end(row, fields)
             else:
                 tokens, likeliest = fields[0], fields[3]
                 ids = np.array(tokens)[:, None]
                 if likeliest is not None:
                     ids = np.c_[ids, likeliest]
-                done = lambda scores, twice: self.report((row, fields, scores, twice))  # noqa: E731
+                done = partial(end, row, fields)
                 self._submit_scoring(teacher_prompts[row], tokens, ids, teacher_adapter, done)
             if waiting:
                 sample_next()
@@ -110,7 +119,7 @@ class EngineWorker:
             for _ in range(min(len(prompts), at_once or len(prompts))):
                 sample_next()
 
-        self._run(submit)
+        self._run(submit, report)
 
     def _completion(self, output: Any, top_ids: int) -> tuple[Any, ...]:
         """The fields of a `Completion`."""
@@ -220,11 +229,18 @@ class EngineWorker:
         self._done[id] = done
         return id
 
-    def _run(self, submit: Callable[[], None]) -> None:
-        """Submit requests, and step until they and those that they led to have finished."""
+    def _run(
+        self, submit: Callable[[], None], stepped: Callable[[int], None] = lambda step: None
+    ) -> None:
+        """Submit requests, and step until they and those that they led to have finished.
+
+        `stepped` is called with the number of each step.
+        """
         try:
             submit()
-            while self._done:
+            for step in count(1):
+                if not self._done:
+                    break
                 self.serve_commands()
                 try:
                     outputs = self.engine.step()
@@ -234,6 +250,7 @@ class EngineWorker:
                 for output in outputs:
                     if output.finished:
                         self._done.pop(output.request_id)(output)
+                stepped(step)
         except Exception:
             if not self.broken:
                 self.engine.abort_request([*self._done])

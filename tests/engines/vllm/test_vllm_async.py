@@ -101,7 +101,7 @@ def check_completions_continue(bench: Bench) -> None:
 
 
 def keep_in(handed: dict[int, Any]) -> Any:
-    return lambda index, completion, scores: handed.update({index: completion})
+    return lambda step, ended: handed.update({index: completion for index, completion, _ in ended})
 
 
 def test_replicas_are_one_engine(adapter_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

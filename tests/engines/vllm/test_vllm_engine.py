@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -129,10 +130,17 @@ def test_a_completion_is_scored_while_others_are_sampled(bench: Bench) -> None:
         for sample in range(50)  # more than is decoded at a time
     ]
     how = SamplingParams(9), Role.STUDENT
-    (counted, repeated), found = bench.engine.score_counts, {}
-    completions = bench.engine.generate(
-        asked, *how, finished=lambda index, *result: found.update({index: result})
-    )
+    counted, repeated = bench.engine.score_counts
+    steps: list[int] = []
+    found: dict[int, Any] = {}
+
+    def finished(step: int, ended: Any) -> None:
+        steps.append(step)
+        assert [index for index, *_ in ended] == sorted(index for index, *_ in ended)
+        found.update({index: result for index, *result in ended})
+
+    completions = bench.engine.generate(asked, *how, finished=finished)
+    assert steps == list(range(1, len(steps) + 1))
     assert [found[i][0] for i in range(len(asked))] == completions
     assert bench.engine.score_counts == (counted + len(asked), repeated)
     assert list(found) != sorted(found), "each is handed over as it ends"
