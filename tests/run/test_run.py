@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from support.other_model import scaled_copy
 from support.runs import board, records, run, start
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_HEALTH, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
@@ -241,3 +242,15 @@ def test_a_loss_that_is_no_number_is_a_health_stop(
     assert run(tmp_path / "nan", *flags) == EXIT_HEALTH
     assert "logits are not finite" in capsys.readouterr().err
     assert not (tmp_path / "nan" / "scoreboard.json").exists()
+
+
+def test_the_baseline_student_is_the_student_if_the_teacher_is_another_model(
+    tmp_path: Path,
+) -> None:
+    """Nothing is trained, so both evaluations sample the same completions."""
+    scaled_copy(tmp_path / "other", 1.1)
+    flags = ("--max_steps", "1", "--trainer.optim.lr", "1e-30", "--teacher_inference.model.name")
+    assert run(tmp_path / "run", *flags, str(tmp_path / "other")) == EXIT_OK
+    found = board(tmp_path / "run")
+    assert found["length_before"] == found["length_after"]
+    assert found["baseline_student"] == found["student"]

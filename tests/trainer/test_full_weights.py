@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.lab import NO_MISMATCH_LIMIT, SMALL_STEP, Lab, make_lab
+from support.other_model import scaled_copy
 from support.plain_forward import completion_logits, completion_logprobs, step_loss
 from support.runs import board, records, run
 
@@ -136,15 +137,7 @@ def test_half_precision_keeps_small_updates(configure: Configure) -> None:
 
 def test_a_teacher_from_another_model_in_the_trainer(configure: Configure, tmp_path: Path) -> None:
     """It has its own weights and head. The student's base is kept for the drift."""
-    from transformers import AutoModelForCausalLM
-
-    from minidistill.models.registry import resolve
-
-    other = AutoModelForCausalLM.from_pretrained(resolve("tiny-sokoban"), dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.1)
-    other.save_pretrained(tmp_path)
+    other = scaled_copy(tmp_path, 1.1)
     lab = make_lab(
         configure(*SMALL_STEP, *NO_MISMATCH_LIMIT, "--teacher_inference.model.name", str(tmp_path))
     )

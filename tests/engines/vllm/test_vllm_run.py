@@ -88,11 +88,10 @@ def test_vllm_killed_in_mid_run_is_started_again(finished: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("number", "code"),
     [
-        (signal.SIGINT, EXIT_INTERRUPTED),
-        (signal.SIGTERM, EXIT_INTERRUPTED),
+        (signal.SIGTERM, EXIT_INTERRUPTED),  # and SIGINT: tests/run/test_run.py
         (signal.SIGKILL, -signal.SIGKILL),
     ],
-    ids=["SIGINT", "SIGTERM", "SIGKILL"],
+    ids=["SIGTERM", "SIGKILL"],
 )
 def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals, code: int) -> None:
     run = start(tmp_path / "stopped", "--max_steps", "400")
