@@ -1,6 +1,7 @@
 """Compares the ways to schedule a step on the shipped model: plain, streamed and asynchronous.
 
-    python -m bench.schedule [--steps N] [--repeats N] [--threads N] [--name NAME] [--key VALUE]…
+    python -m bench.schedule [--steps N] [--repeats N] [--threads N] [--name NAME] [--no-async]
+                            [--key VALUE]…
 
 All sample with vLLM in its own process, in alternating runs. `streamed` is what `schedule = "sync"`
 does, `plain` the same without training on groups while others are sampled. Other flags are passed
@@ -59,9 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
+    parser.add_argument("--no-async", action="store_true", help="compare plain and streamed only")
     parser.add_argument("--name", default="schedule", help="of the file of results")
     arguments, settings = parser.parse_known_args(argv)
-    runs: dict[str, list[list[Record]]] = {name: [] for name in SCHEDULES}
+    names = [name for name in SCHEDULES if not (arguments.no_async and name == "async")]
+    runs: dict[str, list[list[Record]]] = {name: [] for name in names}
     for _ in range(arguments.repeats):
         for name in runs:  # alternating, so that changes of the machine's load affect all
             runs[name].append(run(name, arguments.steps, arguments.threads, settings))
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures_of(one)["time/step"] / figures_of(other)["time/step"]
             for one, other in zip(runs["plain"], runs[name], strict=True)
         ]
-        for name in ("streamed", "async")
+        for name in names[1:]
     }
     report: dict[str, Any] = {
         "steps": arguments.steps,

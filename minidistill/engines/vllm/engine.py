@@ -28,7 +28,6 @@ from minidistill.engines.replicas import Replicas
 from minidistill.engines.vllm.client import EngineProcess, RestartingProcess
 from minidistill.engines.vllm.options import Options, build_options
 from minidistill.engines.vllm.weights_sender import SLOTS, NamedTensors, Receiver, WeightSender
-from minidistill.placement.limits import MAX_SEQUENCES
 from minidistill.placement.placement import EnginePlacement
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import (
@@ -152,7 +151,7 @@ class VllmEngine(Engine):
                 teacher_prompts=[r.teacher_ids for r in asked] if scored else None,
                 teacher_adapter=self._adapter(Role.TEACHER) if scored else None,
                 # vLLM would sample its whole queue before it scored the first completion
-                at_once=MAX_SEQUENCES if scored else None,
+                at_once=self.options.arguments["max_num_seqs"] if scored else None,
             )
 
         if any(r.teacher_ids for r in requests) and not self.scores_while_sampling:

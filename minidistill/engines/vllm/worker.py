@@ -24,6 +24,8 @@ import numpy as np
 
 from minidistill.types import SamplingParams
 
+REPORTED_STEPS = 8
+"""Every so many steps are reported if nothing ends too: replicas wait for each other's steps."""
 Adapter = tuple[str, int] | None
 """An adapter's name and slot; None for the base."""
 
@@ -68,7 +70,7 @@ class EngineWorker:
         teacher_adapter: Adapter = None,
         at_once: int | None = None,
     ) -> None:
-        """Report what has ended after every engine step: the step's number, and for each prompt its
+        """Report what has ended after an engine step: the step's number, and for each prompt its
         row, the fields of a `Completion`, the teacher's scores (None without `teacher_prompts`),
         and whether they were computed twice.
 
@@ -83,8 +85,9 @@ class EngineWorker:
             ended.append((row, fields, scores, twice))
 
         def report(step: int) -> None:
-            self.report((step, sorted(ended, key=itemgetter(0))))
-            ended.clear()
+            if ended or step % REPORTED_STEPS == 0:
+                self.report((step, sorted(ended, key=itemgetter(0))))
+                ended.clear()
 
         def sample_next() -> None:
             row = waiting.popleft()
