@@ -13,6 +13,7 @@ from support.vllm import NEEDS_VLLM, SHORT, SOKOBAN, start, steps
 from minidistill import cli
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.errors import EXIT_HEALTH, EXIT_INTERRUPTED, EXIT_OK
+from minidistill.run import setup
 
 pytestmark = NEEDS_VLLM
 
@@ -35,20 +36,19 @@ def test_every_sync_took(finished: Path) -> None:
         assert all(0 < record[f"perf/peak_memory_gib/{process}"] < 64 for record in found)
 
 
-def test_steps_are_streamed_with_the_results_of_plain_ones(
+def test_steps_in_parts_have_the_results_of_whole_ones(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to float error, which AdamW amplifies."""
-    monkeypatch.setattr(VllmEngine, "streams", False)
-    path = tmp_path / "plain"
+    monkeypatch.setattr(setup, "STREAMED_TOKENS", 100)  # four parts instead of one
+    path = tmp_path / "parts"
     assert cli.main(["run", SOKOBAN, *SHORT, "--output_dir", str(path)]) == EXIT_OK
-    for streamed, plain in zip(steps(finished), steps(path), strict=True):
-        assert 0 <= streamed["perf/overlap"] <= 1
-        assert "perf/overlap" not in plain
-        compared = {k for k in plain if not k.startswith(("time/", "perf/"))}
-        assert compared == {k for k in streamed if not k.startswith(("time/", "perf/"))}
-        for key in compared:
-            assert streamed[key] == pytest.approx(plain[key], rel=1e-4, abs=1e-5), key
+    for parts, whole in zip(steps(path), steps(finished), strict=True):
+        assert 0 <= parts["perf/overlap"] <= 1
+        assert parts.keys() == whole.keys()
+        for key in whole:
+            if not key.startswith(("time/", "perf/")):
+                assert parts[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-5), key
 
 
 def test_a_stale_adapter_stops_the_run(
