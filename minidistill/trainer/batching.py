@@ -17,7 +17,7 @@ class Tokens:
     """Prompts with their completions, ready for a forward pass.
 
     `ids_BL` and `positions_BL` are int64. So is `mask_BL`, which is None if sequences are packed in
-    one row and separated by their positions. `rows_N` and `columns_N` locate the hidden state that
+    one row of `lengths`. `rows_N` and `columns_N` locate the hidden state that
     predicts each completion token. `targets_N` has those tokens, sequence by sequence.
     """
 
@@ -29,6 +29,8 @@ class Tokens:
     targets_N: Tensor
     prefix: tuple[int, ...] = ()
     """Ids that every sequence begins with and that `ids_BL` leaves out (a cached context)."""
+    lengths: tuple[int, ...] = ()
+    """Of the sequences in a packed row, without the prefix. Empty for padded sequences."""
 
     def to(self, device: torch.device) -> Tokens:
         if device.type == "cpu":
@@ -41,6 +43,7 @@ class Tokens:
             self.columns_N.to(device),
             self.targets_N.to(device),
             self.prefix,
+            self.lengths,
         )
 
 
@@ -84,6 +87,7 @@ def collate(
         torch.cat(columns),
         torch.cat(targets),
         tuple(prefix),
+        tuple(lengths) if packed else (),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minidistill.trainer.attention import PackedPrefix, prefix_index, sequence_arguments
 from minidistill.trainer.batching import Tokens, common_prefix
 from minidistill.trainer.policy import Policy
 from minidistill.types import Role
@@ -87,21 +88,36 @@ def seeded_cache(policy: Policy, states: KeysValues | None, rows: int) -> Any:
     return cache
 
 
+def packed_cache(policy: Policy, states: KeysValues, lengths: Sequence[int]) -> Any:
+    """A cache that begins with `states` for each sequence of a packed row."""
+    cache = new_cache(policy)
+    index_T = prefix_index(lengths, states[0][0].shape[2], policy.device)
+    cache.layers = [PackedPrefix(keys, values, index_T) for keys, values in states]
+    return cache
+
+
 def hidden_states(policy: Policy, tokens: Tokens, states: KeysValues | None = None) -> Tensor:
     """Hidden states that predict each completion token, (N, H), under the current role.
 
-    `states` are the keys and values of `tokens.prefix`.
+    `states` are the keys and values of `tokens.prefix`. Packed tokens with a prefix need attention
+    that reads lengths.
     """
     tokens = tokens.to(policy.device)
-    cache = None
+    cache, lengths = None, tokens.lengths
     if tokens.prefix:
         assert states is not None, "tokens without their prefix's states"
-        cache = seeded_cache(policy, states, tokens.ids_BL.shape[0])
+        assert policy.attention.unpadded or not lengths, "a mask cannot separate prefixes"
+        if lengths:
+            cache = packed_cache(policy, states, lengths)
+        else:
+            cache = seeded_cache(policy, states, tokens.ids_BL.shape[0])
+    packed = sequence_arguments(lengths, len(tokens.prefix), policy.device) if lengths else {}
     hidden_BLH = policy.body(
         input_ids=tokens.ids_BL,
         attention_mask=tokens.mask_BL,
         position_ids=tokens.positions_BL,
         past_key_values=cache,
         use_cache=cache is not None,
+        **packed,
     ).last_hidden_state
     return hidden_BLH[tokens.rows_N, tokens.columns_N]

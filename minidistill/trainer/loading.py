@@ -15,6 +15,7 @@ from minidistill.errors import UserError
 from minidistill.models.hub import hub_arguments, readable_errors
 from minidistill.models.registry import resolve
 from minidistill.placement.placement import Placement
+from minidistill.trainer import attention
 from minidistill.trainer.policy import Policy, Weights, frozen_copy
 
 
@@ -31,14 +32,16 @@ def load_policy(
     settings = config.trainer.model
     device = placement.devices[0] if device is None else device
     dtype = getattr(torch, placement.dtype)
-    base = _load_weights(config, config.model.name, dtype, device)
+    attention.register()
+    implementation = placement.attention.implementation
+    base = _load_weights(config, config.model.name, dtype, device, implementation)
     if settings.ac is not None:
         _checkpoint_activations(base, settings.ac.freq)
     teacher = teacher_weights(config)
     reference_models: dict[Weights, Any] = {}
     in_trainer = placement.teacher.scorer == "trainer"
     if in_trainer and teacher is Weights.OTHER:
-        reference_models[Weights.OTHER] = _load_other(config, base, dtype, device)
+        reference_models[Weights.OTHER] = _load_other(config, base, dtype, device, implementation)
     if settings.lora is False:
         model = base.requires_grad_(True)
         if in_trainer and teacher is Weights.BASE:
@@ -49,6 +52,7 @@ def load_policy(
     dropout = settings.lora is not False and settings.lora.dropout > 0
     model.train(dropout or settings.ac is not None)
     policy = Policy(model, tokenizer, _end_ids(base, tokenizer), device, teacher, reference_models)
+    policy.attention = placement.attention
     if policy.lora and policy.head_VH.requires_grad:
         raise UserError(
             "the LM head would be trained",
@@ -68,26 +72,29 @@ def teacher_weights(config: Config) -> Weights:
     return by_update[config.orchestrator.teacher_model.update]
 
 
-def _load_weights(config: Config, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_weights(
+    config: Config, name: str, dtype: torch.dtype, device: torch.device, implementation: str | None
+) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    attention = {} if config.model.attn == "auto" else {"attn_implementation": config.model.attn}
     with readable_errors(name):
         return AutoModelForCausalLM.from_pretrained(
             resolve(name),
             dtype=dtype,
-            **attention,
+            **({} if implementation is None else {"attn_implementation": implementation}),
             **hub_arguments(config, name),
         ).to(device)  # type: ignore[arg-type]
 
 
-def _load_other(config: Config, base: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_other(
+    config: Config, base: Any, dtype: torch.dtype, device: torch.device, implementation: str | None
+) -> Any:
     """A separate teacher model. Raises UserError if its head has another number of rows."""
     name = config.separate_teacher
     assert name is not None
-    model = _load_weights(config, name, dtype, device).requires_grad_(False).eval()
+    model = _load_weights(config, name, dtype, device, implementation).requires_grad_(False).eval()
     rows, needed = (m.get_output_embeddings().weight.shape[0] for m in (model, base))
     if rows != needed:
         raise UserError(

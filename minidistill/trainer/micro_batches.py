@@ -33,8 +33,8 @@ class MicroBatches:
     On OOM the budget is halved for the rest of the run.
     """
 
-    def __init__(self, config: Config, rank_group: RankGroup) -> None:
-        self.budget, self.packing = config.trainer.micro_batch_tokens, config.trainer.packing
+    def __init__(self, config: Config, rank_group: RankGroup, *, packed: bool) -> None:
+        self.budget, self.packed = config.trainer.micro_batch_tokens, packed
         self.rank_group = rank_group
 
     def passes(self, lengths: Sequence[int], *, sharded: bool) -> list[list[int]]:
@@ -46,7 +46,7 @@ class MicroBatches:
         passes = []
         for share in share_out(lengths, self.rank_group.size):
             share_lengths = [lengths[i] for i in share]
-            groups = split_by_tokens(share_lengths, self.budget, self.packing)
+            groups = split_by_tokens(share_lengths, self.budget, self.packed)
             passes.append([[share[i] for i in group] for group in groups])
         if sharded:
             most = max(map(len, passes))

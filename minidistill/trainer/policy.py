@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from minidistill.placement.attention import TRANSFORMERS_CHOICE, Attention
 from minidistill.trainer.distributed.fsdp import ShardedModels, full_tensor, sharded_like
 from minidistill.trainer.distributed.rank_group import RankGroup
 from minidistill.types import Role
@@ -55,6 +56,8 @@ class Policy:
     rank_group: RankGroup = field(default_factory=RankGroup)
     sharded: ShardedModels | None = None
     """The models as FSDP runs them, if the ranks shard the weights."""
+    attention: Attention = TRANSFORMERS_CHOICE
+    """Of all models."""
     _current: Any = None
 
     @property

@@ -34,12 +34,15 @@ def token_kl(
         for first, second, completion in zip(*prompts, completions, strict=True)
     ]
     by_completion: dict[int, Tensor] = {}
+    packed = policy.attention.unpadded
     with policy.unsharded(*roles), policy.inference():
-        for rows in split_by_tokens(longest, budget):
+        for rows in split_by_tokens(longest, budget, packed):
             hidden, heads = [], []
             batch = [completions[i] for i in rows]
             for view, role in zip(prompts, roles, strict=True):
-                tokens = collate([view[i] for i in rows], batch, pad_id=policy.pad_id)
+                tokens = collate(
+                    [view[i] for i in rows], batch, pad_id=policy.pad_id, packed=packed
+                )
                 with policy.running_as(role):
                     hidden.append(hidden_states(policy, tokens))
                     heads.append(policy.head_VH)

@@ -55,7 +55,7 @@ class Trainer:
         self.rank_group = policy.rank_group
         self.prefixes = prefixes
         self.loss = loss_settings(config, estimator, len(policy.head_VH))
-        self.micro_batches = MicroBatches(config, policy.rank_group)
+        self.micro_batches = MicroBatches(config, policy.rank_group, packed=policy.attention.packed)
         self.optimizer = Optimizer(policy, config)
         self.max_mismatch = mismatch_limit(config, policy.dtype)
 
@@ -307,7 +307,7 @@ class Trainer:
             [r.prompt.student_ids for r in rollouts],
             completions,
             pad_id=policy.pad_id,
-            packed=self.config.trainer.packing,
+            packed=policy.attention.packed,
         ).to(policy.device)
         teacher = self._teacher_inputs(rollouts, context)
         student_NH = hidden_states(policy, student)
@@ -352,6 +352,7 @@ class Trainer:
             [r.prompt.teacher_ids for r in rollouts],
             [c.token_ids for c in completions],
             pad_id=policy.pad_id,
+            packed=policy.attention.unpadded,
             prefix=prefix,
         )
         student = policy.causal

@@ -14,7 +14,8 @@ from support.paths import SOKOBAN
 from support.plain_forward import completion_logprobs
 
 from minidistill.config import load_config
-from minidistill.engines.embedded import sample
+from minidistill.engines.embedded import EmbeddedEngine, cache_bytes, sample
+from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.types import Request, Role, SamplingParams
 
 
@@ -119,6 +120,73 @@ def test_small_batches_give_the_same_samples(lab: Lab, monkeypatch: pytest.Monke
     batched = lab.engine.generate(requests, params, Role.STUDENT, advance=steps.append)
     assert len(steps) > 2 * params.max_tokens, "there are at most two batches"
     assert [c.token_ids for c in batched] == [c.token_ids for c in one_batch]
+
+
+def test_rows_that_leave_late_get_the_same_samples(lab: Lab) -> None:
+    """On a GPU finished rows stay in the batch until the host looks at it."""
+    requests, params = make_requests(lab, context=True), SamplingParams(13)
+    every_step = lab.engine.generate(requests, params, Role.TEACHER)
+    late, progress = EmbeddedEngine(lab.policy, lab.trainer.prefixes), []
+    late.steps_per_check = 5
+    completions = late.generate(requests, params, Role.TEACHER, advance=progress.append)
+    assert len({len(c.token_ids) for c in every_step}) > 2, "all rows end at the same step"
+    for completion, expected in zip(completions, every_step, strict=True):
+        assert (completion.token_ids, completion.stop) == (expected.token_ids, expected.stop)
+        assert completion.logprobs == pytest.approx(expected.logprobs, abs=2e-5)
+    assert len(progress) <= 3
+    assert sum(progress) == len(requests)
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_the_host_reads_the_device_once_in_several_steps(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Whatever the number of sequences, whose prompts differ in length."""
+    engine = EmbeddedEngine(lab.policy, lab.trainer.prefixes)
+    engine.steps_per_check = 4
+    monkeypatch.setattr(lab.policy, "eos_ids", frozenset())
+    requests = [
+        Request(request.prompt_ids[i % 3 :], request.seed)
+        for i, request in enumerate(make_requests(lab)[:count])
+    ]
+    reads: list[str] = []
+
+    def watch(name: str) -> None:
+        original = getattr(torch.Tensor, name)
+
+        def read(tensor: torch.Tensor, *args: Any) -> Any:
+            reads.append(name)
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+
+    for name in ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__"):
+        watch(name)
+    engine.generate(requests, SamplingParams(4), Role.STUDENT)
+    short = len(reads)
+    reads.clear()
+    engine.generate(requests, SamplingParams(24), Role.STUDENT)
+    assert reads.count("tolist") == 6
+    assert len(reads) - short == 5
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_not_finite_stop_the_run(configure: Any, temperature: float) -> None:
+    lab = make_lab(configure("--orchestrator.batch_size", "8"))
+    requests = make_requests(lab)
+    named = lab.policy.model.named_parameters()
+    next(p for n, p in named if n.endswith("model.norm.weight")).data[0] = float("nan")
+    with pytest.raises(UserError, match="not finite") as caught:
+        lab.engine.generate(requests, SamplingParams(5, temperature), Role.STUDENT)
+    assert caught.value.exit_code == EXIT_HEALTH
+
+
+def test_the_cache_is_sized_by_the_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 << 30)
+    assert cache_bytes(torch.device("cuda", 0)) == 30 << 30  # half of what is free or only cached
+    assert cache_bytes(torch.device("cpu")) == 2 << 30
 
 
 def test_sampling_follows_the_distribution() -> None:

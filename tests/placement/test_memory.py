@@ -84,18 +84,20 @@ def estimated(lab: Lab, config: Any) -> dict[str, int]:
     sizes = []
     trainer = config.trainer
     lengths = [max(r.student_length, r.teacher_length) for r in lab.rollouts]
-    for rows in split_by_tokens(lengths, trainer.micro_batch_tokens, trainer.packing):
+    attention = lab.policy.attention
+    for rows in split_by_tokens(lengths, trainer.micro_batch_tokens, attention.packed):
         batch = [lab.rollouts[i] for i in rows]
         student = [r.student_length for r in batch]
-        tokens = sum(student) if trainer.packing else max(student) * len(batch)
+        tokens = sum(student) if attention.packed else max(student) * len(batch)
         completions = sum(len(r.completion.token_ids) for r in batch)
         sizes.append(MicroBatchSize(tokens, max(student), completions))
     largest = max(sizes, key=lambda size: size.tokens)
     shape = read_shape(lab.policy.config)
     teacher = place_teacher(config, separate_engine=False, scores_ids=False)
     return trainer_memory(
-        config, shape, teacher, largest, torch.device("cpu"), lab.policy.dtype.itemsize
-    )
+        config, shape, teacher, largest, torch.device("cpu"), lab.policy.dtype.itemsize,
+        attention=attention,
+    )  # fmt: skip
 
 
 SLOW = pytest.mark.slow
@@ -103,6 +105,8 @@ CASES = [
     ("tiny-sokoban", torch.float32, ""),
     ("tiny-sokoban", torch.float32, "--trainer.micro_batch_tokens 1024"),
     ("tiny-sokoban", torch.float32, "--trainer.packing"),
+    ("tiny-sokoban", torch.float32, "--trainer.packing --model.attn sdpa"),
+    ("qwen3", torch.bfloat16, "--model.attn varlen"),
     ("llama", torch.float32, ""),
     ("qwen3", torch.bfloat16, ""),
     ("qwen3", torch.bfloat16, "--trainer.model.ac"),

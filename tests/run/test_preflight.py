@@ -14,6 +14,7 @@ from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.run import preflight
 from minidistill.tasks.lengths import check_lengths
 from minidistill.tasks.prompts import PromptBuilder
+from minidistill.trainer import attention
 from minidistill.trainer.policy import Policy
 
 SMALL = ("--orchestrator.batch_size", "8", "--orchestrator.env.0.args.num_train_examples", "8")
@@ -32,6 +33,28 @@ def check_model(lab: Lab) -> bool:
 def test_a_sound_model_passes(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
     assert check_model(lab) is True
     assert not caplog.messages
+
+
+@pytest.fixture
+def packed_lab(configure: Configure) -> Lab:
+    return make_lab(configure(*SMALL, "--model.attn", "varlen"), trained=False)
+
+
+def test_a_sound_model_passes_packed(packed_lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    assert check_model(packed_lab) is True
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("error", [1.0, float("nan")])
+def test_packed_attention_that_is_not_exact_is_noticed(
+    packed_lab: Lab, monkeypatch: pytest.MonkeyPatch, error: float
+) -> None:
+    """As by a kernel that lets a sequence attend to the one before it."""
+    right = attention.one_by_one
+    monkeypatch.setattr(attention, "one_by_one", lambda *args: right(*args) + error)
+    with pytest.raises(UserError, match="packed sequences have other distributions") as caught:
+        check_model(packed_lab)
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
 
 
 def test_a_trained_adapter_is_noticed(configure: Configure) -> None:

@@ -85,6 +85,21 @@ def test_rollouts_on_disk(finished: Path) -> None:
         assert "".join(rollout["tokens"]).startswith(rollout["completion"])
 
 
+def test_a_packed_run_is_the_padded_one(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up to rounding, and the header says which of them it is."""
+    assert run(tmp_path / "packed", "--model.attn", "varlen") == EXIT_OK
+    assert "varlen, sequences are packed, no mask" in capsys.readouterr().out
+    packed, padded = records(tmp_path / "packed"), records(finished)
+    assert len(packed) == len(padded)
+    for ours, theirs in zip(packed, padded, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ("teacher_kl", "loss/total", "optim/grad_norm", "reward/mean"):
+            if key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5)
+
+
 def test_the_same_seed_gives_the_same_run_and_another_does_not(
     finished: Path, tmp_path: Path
 ) -> None:

@@ -47,6 +47,8 @@ def assert_same_gradients(ours: Lab, reference: Lab) -> None:
         ("--trainer.micro_batch_tokens", "1"),
         ("--trainer.micro_batch_tokens", "300"),
         ("--trainer.packing",),
+        ("--trainer.packing", "--model.attn", "sdpa"),
+        ("--model.attn", "varlen", "--trainer.model.ac.freq", "1"),
         ("--trainer.packing", "--trainer.micro_batch_tokens", "500"),
         ("--trainer.model.ac.freq", "1"),
         ("--trainer.model.ac.freq", "3"),
