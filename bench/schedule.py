@@ -1,7 +1,7 @@
 """Compares the ways to schedule a step on the shipped model: plain, streamed and asynchronous.
 
     python -m bench.schedule [--steps N] [--repeats N] [--threads N] [--name NAME] [--no-async]
-                            [--key VALUE]…
+                            [--spread] [--key VALUE]…
 
 All sample with vLLM in its own process, in alternating runs. `streamed` is what `schedule = "sync"`
 does, `plain` the same without training on groups while others are sampled. Other flags are passed
@@ -61,13 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--no-async", action="store_true", help="compare plain and streamed only")
+    parser.add_argument(
+        "--spread", action="store_true", help="completions of very different lengths"
+    )
     parser.add_argument("--name", default="schedule", help="of the file of results")
     arguments, settings = parser.parse_known_args(argv)
+    model = tempfile.TemporaryDirectory()
+    used = [*(spread_lengths(Path(model.name)) if arguments.spread else ()), *settings]
     names = [name for name in SCHEDULES if not (arguments.no_async and name == "async")]
     runs: dict[str, list[list[Record]]] = {name: [] for name in names}
     for _ in range(arguments.repeats):
         for name in runs:  # alternating, so that changes of the machine's load affect all
-            runs[name].append(run(name, arguments.steps, arguments.threads, settings))
+            runs[name].append(run(name, arguments.steps, arguments.threads, used))
     first, *others = map(results, runs["streamed"])
     if any(other != first for other in others):
         raise SystemExit("two streamed runs differ: their metrics are not equal bit for bit")
@@ -87,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "steps": arguments.steps,
         "repeats": arguments.repeats,
         "threads": arguments.threads,
+        "spread": arguments.spread,
         "settings": settings,
         "largest_difference": largest_difference(results(runs["plain"][0]), first),
         "ratio": {name: statistics.median(values) for name, values in ratios.items()},
@@ -102,6 +108,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     metric, difference = report["largest_difference"]
     print(f"plain and streamed metrics differ by {difference:.2g} at most ({metric})")
     return 0
+
+
+def spread_lengths(folder: Path) -> list[str]:
+    """Settings with which completions have 5 to 64 tokens, and groups end all through a step.
+
+    The model is the shipped one with smaller logits, because vLLM's highest temperature is 2.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from minidistill.models.registry import resolve
+
+    source = resolve("tiny-sokoban")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        model.base_model.norm.weight.mul_(2 / 3)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    settings = ("temperature", "2.0"), ("max_tokens", "64")
+    flags = [f for key, value in settings for f in (f"--orchestrator.sampling.{key}", value)]
+    return ["--model.name", str(folder), *flags, "--orchestrator.batch_size", "128"]
 
 
 def run(name: str, steps: int, threads: int, settings: Sequence[str]) -> list[Record]:
