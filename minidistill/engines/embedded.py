@@ -163,7 +163,7 @@ class EmbeddedEngine(Engine):
     def _completions(self, ids_BL: Array, logprobs_BL: Array) -> list[Completion]:
         """Each row up to its first end token."""
         ends_BL = np.isin(ids_BL, sorted(self.policy.eos_ids))
-        ended: list[bool] = ends_BL.any(axis=1).tolist()
+        ended = [bool(ends.any()) for ends in ends_BL]
         lengths: list[int] = np.where(ended, ends_BL.argmax(axis=1) + 1, ids_BL.shape[1]).tolist()
         rows = zip(ids_BL, logprobs_BL, lengths, ended, strict=True)
         return [

@@ -21,6 +21,7 @@ class FakeModel:
     """The parts of a model's configuration that its placement depends on."""
 
     max_position_embeddings = None
+    model_type, head_dim = "llama", 64
 
     def __init__(self, heads: int) -> None:
         self.num_attention_heads = heads
