@@ -136,8 +136,8 @@ def test_steps_are_streamed_on_two_gpus(tmp_path: Path, flags: tuple[str, ...]) 
 @TWO_GPUS
 @pytest.mark.parametrize("more", [(), ("--no-trainer.model.lora",)])
 def test_two_replicas_read_one_copy_of_the_weights(tmp_path: Path, more: tuple[str, ...]) -> None:
-    """One beside the trainer, one whose GPU the copy is staged on."""
-    flags = ("--inference_gpu_ids", "0,1", "--trainer_gpu_ids", "0", *more)
+    """Each beside a rank; for the second one the copy is staged on its GPU."""
+    flags = ("--inference_gpu_ids", "0,1", "--trainer_gpu_ids", "0,1", *more)
     flags += ("--inference.parallel.dp", "2", "--inference.gpu_memory_utilization", "0.3")
     path = tmp_path / "run"
     assert cli.main(["run", SOKOBAN, *SHORT, *flags, "--output_dir", str(path)]) == EXIT_OK
