@@ -91,11 +91,30 @@ def _print_error(error: Exception) -> int:
             print(f"(and {error.hidden} more)", file=sys.stderr)
         return error.exit_code
     first_line, *_ = str(error).strip().splitlines() or [""]
-    problem = UserError(
-        f"{type(error).__name__}: {first_line}", fix="--traceback shows where it was raised"
-    )
+    if _is_out_of_memory(error):
+        problem = UserError(
+            f"out of memory: {first_line or type(error).__name__}",
+            fix="lower trainer.micro_batch_tokens or orchestrator.sampling.max_tokens, set "
+            "trainer.model.ac.freq = 1, or give engines on the trainer's GPU less "
+            "(inference.gpu_memory_utilization). `minidistill plan` shows what needs memory",
+            exit_code=EXIT_ENVIRONMENT,
+        )
+    else:
+        problem = UserError(
+            f"{type(error).__name__}: {first_line}",
+            fix="--traceback shows where it was raised",
+            exit_code=EXIT_FAILED,
+        )
     print(f"error: {problem}", file=sys.stderr)
-    return EXIT_ENVIRONMENT if isinstance(error, MemoryError) else EXIT_FAILED
+    return problem.exit_code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from minidistill.trainer.guards import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -165,7 +165,7 @@ def test_the_traceback_option_may_be_anywhere(capsys: pytest.CaptureFixture[str]
         (UserError("no GPU", fix="add one", exit_code=3), 3, "error: no GPU\n  fix: add one\n"),
         (ValueError("bad\nmore"), 1, "error: ValueError: bad\n  fix: --traceback"),
         (ModuleNotFoundError("x", name="vllm"), 3, "pip install vllm"),
-        (MemoryError(), 3, "error: MemoryError"),
+        (MemoryError(), 3, "error: out of memory: MemoryError\n  fix: lower trainer."),
     ],
 )
 def test_errors_of_a_run(

@@ -102,6 +102,8 @@ def _take_value(node: Node, following: list[str], flag: str) -> Any:
     kinds = tree.kinds(node)
     has_next = bool(following) and not following[0].startswith("--") and following[0] != "@"
     if "object" in kinds and tree.properties(node):
+        if has_next and following[0] in tree.choices(node):
+            return following.pop(0)
         if has_next and kinds & {"null", "boolean"} and _is_bool(following[0]):
             off = None if "null" in kinds else False
             return {} if following.pop(0).lower() == "true" else off

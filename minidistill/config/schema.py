@@ -86,10 +86,14 @@ class LoraConfig(Table):
     """Dropout on the adapter's input."""
     target_modules: Literal["all-linear"] | Annotated[list[Text], MinLen(1)] = "all-linear"
     """Layers that get an adapter: all linear layers except the head, or a list of module names."""
+    dtype: Literal["auto", "float32", "base"] = "auto"
+    """Number format in which the adapter computes: `base` is the base model's. The optimizer keeps
+    fp32 copies of the weights in any case. `auto` is `base` for a bfloat16 model on a GPU, else
+    `float32`."""
 
 
 class AcConfig(Table):
-    """Activation checkpointing: less memory, more compute; off unless the table is present."""
+    """Activation checkpointing: less memory, more compute."""
 
     freq: Positive = 1
     """Checkpoint every n-th layer."""
@@ -102,7 +106,9 @@ class TrainerModelConfig(Table):
     """Model implementation; both values mean the one in transformers."""
     lora: LoraConfig | Literal[False] = LoraConfig()
     """`false` (`--no-trainer.model.lora`) trains every weight of the model instead."""
-    ac: AcConfig | None = None
+    ac: AcConfig | Literal[False] | Literal["auto"] = "auto"
+    """`auto` recomputes activations if they do not fit otherwise, the table
+    (`--trainer.model.ac`) always, and `false` (`--no-trainer.model.ac`) never."""
 
 
 class OptimConfig(Table):
@@ -166,9 +172,9 @@ class LossConfig(Table):
 class TrainerConfig(Table):
     """The trainer."""
 
-    micro_batch_tokens: Positive = 16384
+    micro_batch_tokens: Literal["auto"] | Positive = "auto"
     """Tokens in one forward pass, padding included. Fewer need less memory and give the same
-    result."""
+    result. `auto` is the most that fit, up to 16384."""
     packing: Literal["auto"] | bool = "auto"
     """Put several sequences in one row instead of padding. `auto` does if the attention needs no
     mask for it (`varlen`, `flash_attention_2`)."""
@@ -196,8 +202,9 @@ class EngineConfig(Table):
     """An engine on GPUs."""
 
     parallel: ParallelConfig = ParallelConfig()
-    gpu_memory_utilization: Fraction = 0.9
-    """Share of each GPU's memory that the engine may use."""
+    gpu_memory_utilization: Literal["auto"] | Fraction = "auto"
+    """Share of each GPU's memory that the engine may use. `auto` is what the trainer leaves on GPUs
+    that they share, and at most 0.9."""
     server_urls: Urls | None = None
     """URLs of running vLLM servers to use instead, on this machine or others: see
     `docs/servers.md`. Several share the work. The API key is read from `VLLM_API_KEY`."""

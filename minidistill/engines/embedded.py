@@ -7,7 +7,8 @@ Shapes: `_B` sequences, `_V` vocabulary, `_L` length, `_N` completion tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any
@@ -20,9 +21,10 @@ from transformers.cache_utils import DynamicLayer
 from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids, not_finite_error
 from minidistill.placement.attention import VARLEN
 from minidistill.placement.limits import EMBEDDED_CACHE_BYTES, kv_bytes_per_token
-from minidistill.trainer.batching import collate, split_by_tokens
+from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import PrefixCache, hidden_states, seeded_cache
 from minidistill.trainer.policy import Policy
+from minidistill.trainer.token_budget import TokenBudget
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 from minidistill_kernels import linear_logprob
 
@@ -63,6 +65,8 @@ class EmbeddedEngine(Engine):
         self.policy, self.prefixes = policy, prefixes
         self.steps_per_check = STEPS_PER_CHECK if policy.device.type == "cuda" else 1
         """Rows leave at other steps with another value, which changes log-probs by rounding."""
+        self.decoding = TokenBudget()
+        self.scoring = TokenBudget(SCORING_TOKENS)
         self._peak_memory: int | None = None
 
     @property
@@ -84,36 +88,41 @@ class EmbeddedEngine(Engine):
     ) -> list[Completion]:
         if params.top_ids:
             raise ValueError("the embedded engine returns no likeliest ids")
-        done: dict[int, Completion] = {}
         on_gpu = self.policy.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.policy.device)
         with self.policy.unsharded(role), self.policy.running_as(role), self.policy.inference():
             # equal prompts side by side, to be prefilled once
             order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_ids)
-            for rows in self._batches(requests, order, params.max_tokens):
-                completions = self._decode([requests[i] for i in rows], params, role, advance)
-                done.update(zip(rows, completions, strict=True))
+            progress = _Progress(advance or (lambda count: None))
+
+            def decode(batch: list[int]) -> list[Completion]:
+                # back in the order of the rows, so that requests of one prompt stay side by side
+                rows = sorted(order[i] for i in batch)
+                with progress.attempt():
+                    completions = self._decode([requests[i] for i in rows], params, role, progress)
+                done = dict(zip(rows, completions, strict=True))
+                return [done[order[i]] for i in batch]
+
+            kv_bytes = kv_bytes_per_token(self.policy.config, self.policy.dtype.itemsize)
+            ordered = self.decoding.run(
+                [len(requests[i].prompt_ids) + params.max_tokens for i in order],
+                decode,
+                "sampling with the trainer's model",
+                at_most=max(1, cache_bytes(self.policy.device) // kv_bytes),
+            )
+            done = dict(zip(order, ordered, strict=True))
         if on_gpu:
             peak = torch.cuda.max_memory_allocated(self.policy.device)
             self._peak_memory = max(peak, self._peak_memory or 0)
         return [done[i] for i in range(len(requests))]
-
-    def _batches(
-        self, requests: Sequence[Request], order: Sequence[int], max_tokens: int
-    ) -> list[list[int]]:
-        kv_bytes = kv_bytes_per_token(self.policy.config, self.policy.dtype.itemsize)
-        lengths = [len(requests[i].prompt_ids) + max_tokens for i in order]
-        groups = split_by_tokens(lengths, max(1, cache_bytes(self.policy.device) // kv_bytes))
-        # back in the order of the rows, so that requests of one prompt stay side by side
-        return [sorted(order[i] for i in group) for group in groups]
 
     def _decode(
         self,
         requests: Sequence[Request],
         params: SamplingParams,
         role: Role,
-        advance: Advance | None,
+        advance: Advance,
     ) -> list[Completion]:
         """Decode one batch. Finished rows leave it at the next check."""
         policy, max_tokens = self.policy, params.max_tokens
@@ -141,8 +150,7 @@ class EmbeddedEngine(Engine):
                 if not all_finite:
                     raise not_finite_error()
                 unfinished = [i for i, end in enumerate(ended) if not end]
-                if advance is not None:
-                    advance(len(ended) - (0 if last else len(unfinished)))
+                advance(len(ended) - (0 if last else len(unfinished)))
                 if not unfinished or last:
                     break
                 if len(unfinished) < len(ended):
@@ -229,12 +237,12 @@ class EmbeddedEngine(Engine):
         role: Role,
         temperature: float = 1.0,
     ) -> list[list[float]]:
-        scores: dict[int, list[float]] = {}
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
         prefix, packed = self.prefixes.common(prompts), self.policy.attention.unpadded
         with self.policy.unsharded(role), self.policy.running_as(role), self.policy.inference():
             states = self.prefixes.states(prefix, role)
-            for rows in split_by_tokens(lengths, SCORING_TOKENS, packed):
+
+            def score(rows: list[int]) -> list[list[float]]:
                 tokens = collate(
                     [prompts[i] for i in rows],
                     [completions[i] for i in rows],
@@ -247,8 +255,10 @@ class EmbeddedEngine(Engine):
                     hidden_NH, self.policy.head_VH, tokens.targets_N, temperature=temperature
                 )
                 parts = logp_N.cpu().split([len(completions[i]) for i in rows])
-                scores.update((i, part.tolist()) for i, part in zip(rows, parts, strict=True))
-        return [scores[i] for i in range(len(prompts))]
+                return [part.tolist() for part in parts]
+
+            doing = "scoring with the trainer's model"
+            return self.scoring.run(lengths, score, doing, packed=packed)
 
     def sync(self, version: int) -> None:
         """Does nothing: the engine runs the trainer's own tensors."""
@@ -256,6 +266,30 @@ class EmbeddedEngine(Engine):
     def peak_memory(self) -> int | None:
         """On a GPU the peak while sampling. None on a CPU: the trainer reports this process."""
         return self._peak_memory
+
+
+class _Progress:
+    """Counts finished completions. A batch that is repeated after OOM is counted once."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance, self._repeated = advance, 0
+        self._attempt = 0
+
+    def __call__(self, count: int) -> None:
+        self._attempt += count
+        before = min(self._repeated, count)
+        self._repeated -= before
+        self._advance(count - before)
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Decoding a batch. After an error its completions are expected again."""
+        self._attempt = 0
+        try:
+            yield
+        except BaseException:
+            self._repeated += self._attempt
+            raise
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -29,20 +29,29 @@ class EngineLauncher:
     def start(self) -> Placement:
         """Start the engines of the placement. Returns the placement as started.
 
+        Those that share GPUs with the trainer sleep until it has loaded and checked its model.
+
         It differs in one case: only a running engine can say whether it scores chosen ids. If it
         does not, the teacher runs in the trainer.
         """
-        placement = self.placement
         try:
-            if not placement.student.in_trainer:
-                self.student = self._start(placement.student, teacher=False)
-            if self._needs_ids() and not self._scores_ids():
-                return placement.with_teacher_in_trainer(self.config)
-            if placement.teacher_engine is not None:
-                self.teacher = self._start(placement.teacher_engine, teacher=True)
+            placement = self._start_all()
+            for engine in (self.student, self.teacher):
+                if engine is not None:
+                    engine.sleep()
         except BaseException:
             self.close()
             raise
+        return placement
+
+    def _start_all(self) -> Placement:
+        placement = self.placement
+        if not placement.student.in_trainer:
+            self.student = self._start(placement.student, teacher=False)
+        if self._needs_ids() and not self._scores_ids():
+            return placement.with_teacher_in_trainer(self.config)
+        if placement.teacher_engine is not None:
+            self.teacher = self._start(placement.teacher_engine, teacher=True)
         return placement
 
     def _needs_ids(self) -> bool:

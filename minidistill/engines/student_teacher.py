@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids
+from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.engines.replicas import add_counts
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
@@ -56,7 +57,12 @@ class StudentTeacherEngine(Engine):
 
     def _engine_of(self, role: Role) -> Engine:
         equal = self.equal_at_start and self.version == 0
-        return self.student if role is Role.STUDENT or equal else self.teacher
+        engine, other = self.student, self.teacher
+        if not (role is Role.STUDENT or equal):
+            engine, other = other, engine
+        if isinstance(engine, EmbeddedEngine):
+            other.sleep()  # it may share the trainer's GPU, whose memory this call needs
+        return engine
 
     def generate(
         self,

@@ -13,6 +13,7 @@ from minidistill.reporting.terminal.base import Display
 from minidistill.seeding import stable_seed
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_errors, score
+from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.types import Advance, Prompt, Request, Role, Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,11 @@ class Evaluator:
         self.environments, self.engine, self.display = environments, engine, display
         self.prompts, self.builder = prompts, builder
 
+    @explain_out_of_memory(
+        "evaluating",
+        where="orchestrator.eval.batch_size",
+        fix="lower orchestrator.eval.batch_size or orchestrator.eval.sampling.max_tokens",
+    )
     def run(self, label: str, role: Role, *, context: bool) -> Scores:
         """Sample and score every task in a role, with or without the context in the prompt."""
         samples = self.settings.rollouts_per_example

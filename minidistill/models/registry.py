@@ -8,8 +8,7 @@ _FOLDER = Path(__file__).parent
 BUILT_IN = {"tiny-sokoban": _FOLDER / "tiny_sokoban"}
 # Hub models whose configuration ships with the package, so that `plan` works offline
 SHIPPED_CONFIGS = {
-    name: _FOLDER / "known" / f"{name.replace('/', '--')}.json"
-    for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B-Instruct-2507")
+    path.stem.replace("--", "/"): path for path in sorted((_FOLDER / "known").glob("*.json"))
 }
 
 

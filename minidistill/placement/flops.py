@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minidistill.config import Config
-from minidistill.placement.model_shape import ModelShape
+from minidistill.placement.model_shape import ModelShape, Shapes
+from minidistill.placement.placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class Work:
     flops: int
 
 
-def step_work(config: Config, shape: ModelShape, teacher: ModelShape) -> dict[str, Work]:
+def step_work(config: Config, placement: Placement, shapes: Shapes) -> dict[str, Work]:
     """The work of sampling, of the teacher and of training.
 
     With P parameters in the layers and D = vocabulary × hidden in the LM head:
@@ -35,11 +36,12 @@ def step_work(config: Config, shape: ModelShape, teacher: ModelShape) -> dict[st
     groups = rollouts // orchestrator.rollouts_per_example
     sampled = groups * (longest - orchestrator.sampling.max_tokens) + completions
     tokens = rollouts * longest
+    shape = shapes.student
     body, head = _parameters(shape)
     passes = 4.0 if config.trainer.model.lora else 6.0
-    if (ac := config.trainer.model.ac) is not None:
-        passes += 2 * -(-shape.layers // ac.freq) / shape.layers
-    teacher_body, teacher_head = _parameters(teacher if config.separate_teacher else shape)
+    if freq := placement.ac_freq:
+        passes += 2 * -(-shape.layers // freq) / shape.layers
+    teacher_body, teacher_head = _parameters(shapes.teacher)
     return {
         "sample": Work(sampled, 2 * body * sampled + 2 * head * completions),
         "teacher": Work(tokens, 2 * teacher_body * tokens + 2 * teacher_head * completions),

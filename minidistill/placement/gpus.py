@@ -12,6 +12,8 @@ from minidistill.placement.teacher import TeacherPlacement
 
 Ids = tuple[int, ...]
 KEYS = ("inference_gpu_ids", "teacher_gpu_ids", "trainer_gpu_ids")
+MOST_OF_A_GPU = 0.9
+"""The share of a GPU's memory that engines take if nothing else needs it."""
 ALL_SHARE = "to share GPUs, name the same ones in each list"
 
 
@@ -65,13 +67,19 @@ def lay_out_gpus(
 
 
 def memory_shares(config: Config, layout: GpuLayout) -> tuple[float, float]:
-    """The shares of a GPU's memory that the student's and the teacher's engine may take.
+    """The shares of a GPU's memory that the student's and the teacher's engine may take at most.
 
     As configured, or half of that each if both are on the same GPUs.
     """
     split = 2 if set(layout.inference) & set(layout.teacher) else 1
-    student, teacher = config.inference, config.teacher_inference
-    return student.gpu_memory_utilization / split, teacher.gpu_memory_utilization / split
+    student, teacher = (
+        MOST_OF_A_GPU if setting == "auto" else setting
+        for setting in (
+            config.inference.gpu_memory_utilization,
+            config.teacher_inference.gpu_memory_utilization,
+        )
+    )
+    return student / split, teacher / split
 
 
 def _teacher_has_engine(config: Config, gpus: int, teacher: TeacherPlacement) -> bool:

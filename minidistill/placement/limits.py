@@ -14,10 +14,12 @@ CPU_BLOCK = 32
 CPU_CACHE_BYTES = 2 << 30
 """Largest KV cache of a vLLM engine on a CPU."""
 EMBEDDED_CACHE_BYTES = 2 << 30
-"""KV cache of the sequences that the embedded engine decodes at a time: the largest on a CPU. On a
-GPU a plan leaves room for it, and the engine takes half of what is free."""
-SYNC_CHUNK_BYTES = 1 << 30
-"""The trainer's buffer for a sync of all weights."""
+"""The largest KV cache of the sequences that the embedded engine decodes at a time on a CPU. On a
+GPU it takes half of what is free."""
+MICRO_BATCH_TOKENS = 16384
+"""Tokens of the largest micro-batch that is chosen. More make no pass faster."""
+SYNC_CHUNK_BYTES = 256 << 20
+"""The trainer's buffer for a sync of all weights. A larger tensor is sent alone."""
 
 
 def kv_bytes_per_token(model_config: Any, itemsize: int, tp: int = 1) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -29,6 +30,17 @@ class Machine:
     """Those of them on this machine."""
     flash_attn: bool = False
     """Whether the package flash-attn is installed."""
+    each: tuple[int, ...] = ()
+    """Bytes of each GPU, if they differ."""
+    card: str = ""
+    """The name of the GPUs; empty if it is not known."""
+
+    def smallest(self, gpus: Iterable[int]) -> int:
+        """Bytes of the smallest of these GPUs, or of the CPU's memory if there are none.
+
+        A run is planned for GPUs of one size, so a smaller one among those that it uses counts.
+        """
+        return min((self.each[gpu] for gpu in gpus if gpu < len(self.each)), default=self.bytes)
 
     @property
     def device_type(self) -> str:
@@ -41,13 +53,16 @@ class Machine:
 
         gpus = torch.cuda.device_count()
         ranks, local_ranks = _torchrun()
+        each = _gpu_bytes()
         return cls(
             gpus=gpus,
-            bytes=_local_bytes(gpus),
+            bytes=max(each) if each else _cpu_bytes(),
             vllm=gpus > 0 and vllm_version.is_supported(vllm_version.installed()),
             bf16=gpus > 0 and torch.cuda.is_bf16_supported(),
             torchrun_ranks=ranks,
             torchrun_local_ranks=local_ranks,
+            each=each,
+            card=str(getattr(torch.cuda.get_device_properties(0), "name", "")) if gpus else "",
             flash_attn=_has_flash_attn(),
         )
 
@@ -59,10 +74,12 @@ class Machine:
         """
         import torch
 
+        if gpus is None and bytes is None:
+            return cls.local()
         local_gpus = torch.cuda.device_count()
         gpus = local_gpus if gpus is None else gpus
         if bytes is None:
-            bytes = GPU_BYTES if gpus and not local_gpus else _local_bytes(gpus)
+            bytes = min(_gpu_bytes(), default=GPU_BYTES) if gpus else _cpu_bytes()
         ranks, local_ranks = _torchrun()
         return cls(
             gpus=gpus,
@@ -88,12 +105,13 @@ def _has_flash_attn() -> bool:
     return True
 
 
-def _local_bytes(gpus: int) -> int:
-    """The memory of this machine's smallest GPU, or the CPU's if `gpus` is 0."""
+def _gpu_bytes() -> tuple[int, ...]:
+    """The total memory of each of this machine's GPUs."""
     import torch
 
-    if not gpus:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(
-        torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())
-    )
+    count = torch.cuda.device_count()
+    return tuple(torch.cuda.get_device_properties(i).total_memory for i in range(count))
+
+
+def _cpu_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -6,7 +6,8 @@ import resource
 
 import torch
 
-from minidistill.placement.estimate import OTHER_RANKS, Plan
+from minidistill.placement.devices import OTHER_RANKS
+from minidistill.placement.estimate import Plan
 from minidistill.placement.machine import GIB
 
 UNMEASURED = ("trainer: CUDA context", OTHER_RANKS)

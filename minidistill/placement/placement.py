@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from minidistill.config import Config, LoadedConfig
 from minidistill.config.engine_kinds import ENGINE_KINDS, SERVER, EngineKind
-from minidistill.config.schema import EngineConfig
+from minidistill.config.schema import AcConfig, EngineConfig
 from minidistill.errors import UserError
 from minidistill.placement.attention import TRANSFORMERS_CHOICE, Attention, place_attention
 from minidistill.placement.gpus import (
@@ -18,7 +18,7 @@ from minidistill.placement.gpus import (
     lay_out_gpus,
     memory_shares,
 )
-from minidistill.placement.limits import longest_sequence
+from minidistill.placement.limits import MICRO_BATCH_TOKENS, longest_sequence
 from minidistill.placement.machine import Machine
 from minidistill.placement.teacher import TeacherPlacement, place_teacher
 
@@ -72,6 +72,15 @@ class EnginePlacement:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """A setting of memory, as it was chosen or set, for people."""
+
+    key: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """What runs where, and why."""
 
@@ -87,11 +96,19 @@ class Placement:
     """Each rank holds a shard of the weights, not all of them."""
     dtype: str
     """Of the base weights."""
+    adapter_dtype: str | None
+    """In which the adapter computes. None if every weight is trained."""
     max_length: int
     """Tokens that context, prompt and completion may have together: `seq_len`, or the limit of the
     student's or the teacher's model if that is lower."""
     attention: Attention = TRANSFORMERS_CHOICE
     """Of the trainer."""
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS
+    """Tokens in one forward pass of the trainer, padding included."""
+    ac_freq: int = 0
+    """Activations of every n-th layer are recomputed; 0: of none."""
+    choices: tuple[Choice, ...] = ()
+    """The settings of memory, as chosen or as set."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -131,6 +148,9 @@ class Placement:
 def place(config: Config, models: Models, machine: Machine) -> Placement:
     """Place a run on a machine.
 
+    Settings of memory that are "auto" have the values that a large machine allows:
+    `choose` lowers them to what fits.
+
     Raises UserError for settings that cannot be placed: exit code 3 for missing GPUs, otherwise 2.
     """
     kind = student_kind(config, machine)
@@ -150,6 +170,8 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
     ranks = _ranks(config, machine, layout.trainer)
     shard = config.trainer.shard
     both = models.student, models.teacher  # an engine's teacher may yet move to the trainer
+    trainer, ac = config.trainer, config.trainer.model.ac
+    tokens = trainer.micro_batch_tokens
     return Placement(
         student=student,
         teacher=teacher,
@@ -158,8 +180,11 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
         ranks=ranks,
         sharded=ranks > 1 and (not config.trainer.model.lora if shard == "auto" else shard),
         dtype=dtype,
+        adapter_dtype=_adapter_dtype(config, dtype, on_gpu=bool(layout.trainer)),
         max_length=max_length,
         attention=place_attention(config, both, machine, dtype, max_length),
+        micro_batch_tokens=MICRO_BATCH_TOKENS if tokens == "auto" else tokens,
+        ac_freq=ac.freq if isinstance(ac, AcConfig) else 0,
         warnings=layout.warnings,
     )
 
@@ -220,6 +245,17 @@ def _engines(
     return student, teacher_engine
 
 
+def _adapter_dtype(config: Config, dtype: str, *, on_gpu: bool) -> str | None:
+    """float16 gradients underflow without a scaled loss, so `auto` avoids them."""
+    lora = config.trainer.model.lora
+    if lora is False:
+        return None
+    in_base_dtype = lora.dtype == "base" or (
+        lora.dtype == "auto" and on_gpu and dtype == "bfloat16"
+    )
+    return dtype if in_base_dtype else "float32"
+
+
 def _ranks(config: Config, machine: Machine, trainer: Ids) -> int:
     if machine.torchrun_ranks > 1:
         return machine.torchrun_ranks
@@ -238,14 +274,14 @@ def _check_engine_settings(loaded: LoadedConfig, placement: Placement) -> None:
     reason = "the run samples with the embedded engine, which is the trainer's own model"
     where = ""
     if placement.student.in_trainer:
-        where = _origins(loaded, sum(map(_gpu_settings, tables), ()))
+        where = origins(loaded, sum(map(_gpu_settings, tables), ()))
     engine = placement.teacher_engine
     if not where and (engine is None or engine.urls):
         reason = "the teacher has no engine of its own"
-        where = _origins(loaded, _gpu_settings("teacher_inference"))
+        where = origins(loaded, _gpu_settings("teacher_inference"))
     if not where and not placement.trainer_gpus:
         reason = "there is no GPU"
-        where = _origins(loaded, tuple(_gpu_settings(table)[1] for table in tables))
+        where = origins(loaded, tuple(_gpu_settings(table)[1] for table in tables))
     if where:
         raise UserError(
             f"these settings are for engines that the run does not have: {reason}",
@@ -269,20 +305,20 @@ def _check_ranks(loaded: LoadedConfig, placement: Placement, machine: Machine) -
         )
         raise UserError(
             f"trainer.world_size = {world_size}, but {source}",
-            where=_origins(loaded, ("trainer.world_size", "trainer_gpu_ids")),
+            where=origins(loaded, ("trainer.world_size", "trainer_gpu_ids")),
             fix="leave trainer.world_size out, or name as many GPUs in trainer_gpu_ids",
         )
     if torchrun and gpus and len(gpus) != machine.torchrun_local_ranks:
         raise UserError(
             f"torchrun starts {machine.torchrun_local_ranks} processes on this machine, "
             f"and {len(gpus)} GPUs train",
-            where=_origins(loaded, ("trainer_gpu_ids",)),
+            where=origins(loaded, ("trainer_gpu_ids",)),
             fix=f"start one for each GPU: --nproc-per-node {len(gpus)}",
         )
     check_ranks(config, placement.ranks, "ranks", "trainer.world_size")
 
 
-def _origins(loaded: LoadedConfig, prefixes: tuple[str, ...]) -> str:
+def origins(loaded: LoadedConfig, prefixes: tuple[str, ...]) -> str:
     """Where settings under these keys were made; empty if none was."""
     origins = {
         f"{key} ({origin})"

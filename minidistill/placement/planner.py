@@ -7,6 +7,7 @@ from dataclasses import replace
 from minidistill.config import Config, LoadedConfig
 from minidistill.models.hub import load_model_config
 from minidistill.placement.estimate import Plan, estimate
+from minidistill.placement.layouts import faster_layouts
 from minidistill.placement.machine import Machine
 from minidistill.placement.model_shape import Shapes
 from minidistill.placement.placement import Models, check_settings
@@ -19,7 +20,7 @@ def plan(config: Config, models: Models, machine: Machine) -> Plan:
     shapes = Shapes.of(models)
     result = estimate(config, shapes, models, machine)
     if result.fits:
-        return result
+        return replace(result, faster=faster_layouts(result, shapes, models, machine))
     return replace(result, change=smallest_change(result, shapes, models, machine))
 
 

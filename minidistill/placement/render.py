@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minidistill.errors import printable
-from minidistill.placement.estimate import Device, Plan
+from minidistill.errors import EXIT_ENVIRONMENT, UserError, printable
+from minidistill.placement.devices import STAGED, Device
+from minidistill.placement.estimate import Plan
 from minidistill.placement.machine import GIB
+from minidistill.placement.placement import Placement
 
 BAR = 24  # cells
 COLORS = {"student": "cyan", "teacher": "magenta", "trainer": "green", "engine": "cyan"}
@@ -36,6 +38,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "trainer": {"ranks": placement.ranks, "sharded": placement.sharded},
         "sleeps": placement.sleeps,
+        "micro_batch_tokens": placement.micro_batch_tokens,
+        "ac_freq": placement.ac_freq,
+        "gpu_memory_utilization": student.memory_share,
+        "teacher_gpu_memory_utilization": teacher.memory_share if teacher else 0.0,
+        "max_model_len": student.max_length,
+        "choices": {choice.key: [choice.value, choice.reason] for choice in placement.choices},
         "estimator": placement.teacher.estimator.name,
         "scorer": placement.teacher.scorer,
         "teacher": placement.teacher_text,
@@ -54,6 +62,27 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "sequences": dict(plan.sequences),
         "tokens_per_step": {stage: work.tokens for stage, work in plan.work.items()},
         "flops_per_step": {stage: work.flops for stage, work in plan.work.items()},
+        "timing": _timing_json(plan),
+    }
+
+
+def _timing_json(plan: Plan) -> dict[str, Any] | None:
+    timing = plan.timing
+    if timing is None:
+        return None
+    return {
+        "card": timing.card.name,
+        "card_is_assumed": not timing.named,
+        "seconds": {
+            "sample": timing.sample,
+            "teacher": timing.teacher,
+            "train": timing.train,
+            "step": timing.step,
+        },
+        "idle": {str(gpu): share for gpu, share in timing.idle.items()},
+        "faster": [
+            {"change": dict(layout.settings), "step": layout.seconds} for layout in plan.faster
+        ],
     }
 
 
@@ -69,16 +98,63 @@ def show(plan: Plan, console: Console) -> None:
         table.add_row(stage, f"{work.tokens:,}", f"{work.flops:.3g}")
     console.print(table)
     console.print()
+    for title, text in _timing(plan):
+        console.print(Text(f"{title:<10}{text}"))
     for warning in plan.warnings:
         console.print(Text(f"warning: {warning}", "yellow"))
     for problem in plan.problems:
         console.print(Text(problem, "red"))
     if plan.fits:
         console.print(Text("fits", "bold green"))
-    elif plan.change is None:
-        console.print("does not fit, and no change of settings was found with which it does")
     else:
-        console.print(Text(f"does not fit; it would with {flags(plan.change)}", "bold"))
+        console.print(Text(f"does not fit; {_remedy(plan)}", "bold"))
+
+
+def _timing(plan: Plan) -> list[tuple[str, str]]:
+    """The expected time of a step, what idles, and what is faster; empty if not estimated."""
+    timing = plan.timing
+    if timing is None:
+        return []
+    phases = {"sampling": timing.sample, "teacher": timing.teacher, "training": timing.train}
+    card = f"{timing.card.name} {timing.card.gib} GB"
+    assumed = f"a roofline for {card}{'' if timing.named else ' (assumed)'}, not measured"
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in phases.items())
+    idle = ", ".join(f"GPU {gpu} {share:.0%}" for gpu, share in timing.idle.items())
+    rows = [
+        ("time", f"{timing.step:.1f} s a step: {seconds} ({assumed})"),
+        ("idle", f"{timing.mean_idle:.0%} of the GPUs' time: {idle}"),
+    ]
+    for index, layout in enumerate(plan.faster):
+        title = "" if index else "faster"
+        rows.append((title, f"{layout.seconds:.1f} s with {flags(layout.settings)}"))
+    return [*rows, ("", "")]
+
+
+def refusal(plan: Plan, where: str) -> UserError | None:
+    """The error (exit code 3) of a run that does not fit, with what `show` prints; None if it does.
+
+    `where` names the settings that are concerned.
+    """
+    if plan.fits:
+        return None
+    return UserError(
+        f"this run does not fit: {'; '.join(plan.problems)}",
+        where=where,
+        fix=_remedy(plan),
+        exit_code=EXIT_ENVIRONMENT,
+    )
+
+
+def _remedy(plan: Plan) -> str:
+    if plan.change is None:
+        return "no change of settings was found with which it fits"
+    return f"it fits with {flags(plan.change)}"
+
+
+def choice_rows(placement: Placement) -> list[tuple[str, str]]:
+    """The settings of memory with their reasons, as rows under one title."""
+    texts = [f"{c.key} {c.value}: {c.reason}" for c in placement.choices]
+    return [("memory" if index == 0 else "", text) for index, text in enumerate(texts)]
 
 
 def flags(settings: Mapping[str, Any]) -> str:
@@ -95,8 +171,9 @@ def summary(plan: Plan) -> str:
     """What is on each device, and how much of its memory is planned."""
     lines = []
     for device in plan.devices:
-        names = {name.partition(":")[0] for parts in device.phases.values() for name in parts}
-        owners = " and ".join(owner for owner in COLORS if owner in names)
+        names = {name for parts in device.phases.values() for name in parts} - {*STAGED}
+        present = {name.partition(":")[0] for name in names}
+        owners = " and ".join(owner for owner in COLORS if owner in present)
         memory = f"{device.peak / GIB:.1f} of {device.bytes / GIB:.1f} GiB"
         lines.append(f"{device.name}: {owners}, {memory} planned for")
     return "; ".join(lines)
@@ -126,7 +203,7 @@ def _head(plan: Plan) -> list[tuple[str, str]]:
     else:
         ranks = f" ({placement.ranks} ranks, {weights})" if placement.ranks > 1 else ""
         rows.append(("trainer", f"the CPU{ranks}"))
-    return rows
+    return rows + choice_rows(placement)
 
 
 def _gpus(ids: Sequence[int]) -> str:

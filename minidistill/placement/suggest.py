@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,6 +9,7 @@ from typing import Any
 
 from minidistill.config import Config
 from minidistill.config.checks import contradictions
+from minidistill.config.schema import AcConfig, EngineConfig
 from minidistill.errors import UserError
 from minidistill.placement.estimate import Plan, estimate
 from minidistill.placement.machine import Machine
@@ -20,7 +20,9 @@ Settings = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class _Search:
+class Search:
+    """Plans with other settings for the same models and machine."""
+
     shapes: Shapes
     models: Models
     machine: Machine
@@ -40,12 +42,10 @@ def smallest_change(
     plan: Plan, shapes: Shapes, models: Models, machine: Machine
 ) -> Mapping[str, Any] | None:
     """The fewest settings that make `plan` fit, earlier `LEVERS` first; None if there are none."""
-    search = _Search(shapes, models, machine)
+    search = Search(shapes, models, machine)
     for count in range(1, len(LEVERS) + 1):
         for levers in combinations(LEVERS, count):
-            # last, because what is left for the engines depends on all other settings
-            order = sorted(levers, key=lambda lever: lever is _utilization)
-            for candidate, settings in _pull(search, plan, plan, order, {}):
+            for candidate, settings in _pull(search, plan, plan, levers, {}):
                 if candidate.fits:
                     return settings
     return None
@@ -58,7 +58,7 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
         *tables, name = key.split(".")
         at = data
         for table in tables:
-            at[table] = at[table] or {}
+            at[table] = at[table] if isinstance(at[table], dict) else {}
             at = at[table]
         at[name] = value
     return Config.model_validate(data)
@@ -68,7 +68,7 @@ Lever = Callable[[Plan], Iterator[Settings]]
 
 
 def _pull(
-    search: _Search, start: Plan, plan: Plan, levers: Sequence[Lever], settings: Settings
+    search: Search, start: Plan, plan: Plan, levers: Sequence[Lever], settings: Settings
 ) -> Iterator[tuple[Plan, Settings]]:
     """Every plan with one change by each lever, smallest changes first."""
     first, *others = levers
@@ -84,38 +84,28 @@ def _pull(
 
 
 def _micro_batch(plan: Plan) -> Iterator[Settings]:
-    """Halve the tokens, down to one sequence."""
+    """Halve the tokens that are set, down to one sequence."""
     tokens = plan.config.trainer.micro_batch_tokens
-    while tokens > plan.config.seq_len:
-        tokens = max(tokens // 2, plan.config.seq_len)
+    while tokens != "auto" and tokens > plan.placement.max_length:
+        tokens = max(tokens // 2, plan.placement.max_length)
         yield {"trainer.micro_batch_tokens": tokens}
 
 
 def _checkpointing(plan: Plan) -> Iterator[Settings]:
     ac = plan.config.trainer.model.ac
-    if ac is None or ac.freq > 1:
+    if ac is False or (isinstance(ac, AcConfig) and ac.freq > 1):
         yield {"trainer.model.ac.freq": 1}
 
 
 def _utilization(plan: Plan) -> Iterator[Settings]:
-    """Give the engines what the trainer leaves on shared GPUs."""
-    placement, room = plan.placement, 1.0
-    trainer = set(placement.trainer_gpus)
-    if not placement.sleeps:
-        return
-    for device in plan.devices:
-        sampling = device.phases.get("sampling", {})
-        kept = sum(size for name, size in sampling.items() if name.startswith("trainer:"))
-        if kept and device.id in trainer:
-            room = min(room, (device.usable - kept) / device.bytes)
-    share = math.floor(20 * room) / 20
-    tables = {"inference": placement.student.gpus, "teacher_inference": _teacher_gpus(plan)}
-    settings = {
-        f"{table}.gpu_memory_utilization": share
-        for table, ids in tables.items()
-        if set(ids) & trainer and getattr(plan.config, table).gpu_memory_utilization > share
+    """Choose the share of engines that have one set."""
+    engines = {"inference": plan.placement.student.gpus, "teacher_inference": _teacher_gpus(plan)}
+    settings: Settings = {
+        f"{table}.gpu_memory_utilization": "auto"
+        for table, gpus in engines.items()
+        if gpus and getattr(plan.config, table).gpu_memory_utilization != "auto"
     }
-    if settings and share > 0:
+    if settings:
         yield settings
 
 
@@ -152,6 +142,18 @@ def _adapter(plan: Plan) -> Iterator[Settings]:
         yield {"trainer.model.lora.rank": 16}
 
 
+def _embedded(plan: Plan) -> Iterator[Settings]:
+    """Sample with the trainer's own weights, if no engine is configured."""
+    config = plan.config
+    engines = config.inference, config.teacher_inference
+    default = all(
+        engine.parallel == EngineConfig().parallel and engine.gpu_memory_utilization == "auto"
+        for engine in engines
+    )
+    if default and config.inference.engine == "auto" and plan.placement.student.gpus:
+        yield {"inference.engine": "embedded"}
+
+
 def _teacher_gpus(plan: Plan) -> tuple[int, ...]:
     engine = plan.placement.teacher_engine
     return () if engine is None else engine.gpus
@@ -164,5 +166,6 @@ LEVERS: tuple[Lever, ...] = (
     _utilization,
     _tensor_parallel,
     _ranks,
+    _embedded,
     _adapter,
 )

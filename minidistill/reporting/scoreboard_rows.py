@@ -38,6 +38,8 @@ def scoreboard_rows(board: Mapping[str, Any]) -> list[Row]:
             rows.append((name, f"{number(get(before))} → {number(get(after))}"))
     if get("drift_kl") is not None:
         rows.append(("drift KL", number(get("drift_kl"))))
+    if missing := get("missing"):
+        rows.append(("not computed", clean(", ".join(missing))))
     return rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from minidistill.engines.base import Engine
 from minidistill.placement.estimate import Plan
 from minidistill.placement.placement import Placement
-from minidistill.placement.render import summary
+from minidistill.placement.render import choice_rows, summary
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal.base import Header
 from minidistill.trainer.policy import Policy
@@ -33,7 +33,8 @@ def header(
     size = _millions(total - trained if lora else total)
     rows = [("model", f"{config.model.name}, {size} parameters, {placement.dtype}")]
     if lora:
-        rows.append(("adapter", f"LoRA rank {lora.rank}, {_millions(trained)} parameters"))
+        adapter = f"LoRA rank {lora.rank}, {_millions(trained)} parameters"
+        rows.append(("adapter", f"{adapter}, {placement.adapter_dtype}"))
     else:
         rows.append(("trained", "every weight"))
     mode = "pure distillation" if loss.adv_tau == 0 else "hybrid"
@@ -50,6 +51,7 @@ def header(
         ("estimator", f"{scored.estimator}, scored in the {scored.scorer}: {scored.reason}"),
         ("engine", engine.description),
         ("devices", summary(plan)),
+        *choice_rows(placement),
     ]
     rows.append(("attention", placement.attention.text))
     if config.schedule == "async":

@@ -18,7 +18,7 @@ from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run.baseline import evaluate_baseline
 from minidistill.run.session import Session, open_session
 from minidistill.run.setup import prepare
-from minidistill.run.summary import finish
+from minidistill.run.summary import finish, show_finished
 from minidistill.trainer.step import StepResult
 from minidistill.types import Metrics
 
@@ -30,8 +30,7 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
     display = open_display()
     with contextlib.closing(display), logs.to_terminal(display.note):
         directory = RunDirectory(choose_path(loaded, resume))
-        if resume and (board := directory.read("scoreboard.json")):
-            display.scoreboard(board)  # the run has finished
+        if resume and show_finished(directory, display):
             return EXIT_OK
         with logs.to_file(directory.log_path):
             prepared = prepare(loaded, directory, resume)

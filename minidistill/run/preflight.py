@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from minidistill.config import Config
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
@@ -18,6 +20,7 @@ from minidistill.trainer.forward import (
     prefix_states,
 )
 from minidistill.trainer.policy import Policy, Weights
+from minidistill.trainer.token_budget import TokenBudget
 from minidistill.trainer.token_kl import token_kl
 from minidistill.types import Prompt, Role, Task
 from minidistill_kernels import linear_reverse_kl
@@ -26,6 +29,7 @@ Ids = tuple[int, ...]
 
 # Rounding error of a KL or log-prob between two passes of different shapes, by dtype
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+DOING = "checking the model before training"
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +78,13 @@ def generation_prompt(builder: PromptBuilder, task: Task) -> str:
 
 
 @torch.no_grad()
-def check_model(policy: Policy, prompts: Sequence[Prompt]) -> bool:
+def check_model(policy: Policy, prompts: Sequence[Prompt], budget: TokenBudget) -> bool:
     """Check the model's numerics before training. Returns whether prefixes may be cached.
 
-    Raises UserError (exit code 3) if hidden states times the head are not the model's logits, or
-    if student and teacher differ on the same prompt although their weights are equal, or if packed
-    sequences are not what each is alone.
+    `budget` bounds the passes. Raises UserError (exit code 3) if hidden states times the head are
+    not the model's logits, if student and teacher differ on the same prompt although their weights
+    are equal, if packed sequences are not what each is alone, or if one prompt does not fit in
+    memory.
     """
     if len(policy.tokenizer) > policy.head_VH.shape[0]:
         raise UserError(
@@ -91,25 +96,41 @@ def check_model(policy: Policy, prompts: Sequence[Prompt]) -> bool:
     tolerance = TOLERANCE[policy.dtype]
     prompts = prompts[:4]
     completions = [p.student_ids[-6:] for p in prompts]  # any tokens will do
-    _check_logits(policy, prompts, completions, tolerance)
+    _check_logits(policy, prompts, completions, tolerance, budget)
     if policy.attention.unpadded:
-        _check_packed_passes(policy, prompts, completions, tolerance)
+        _check_packed_passes(policy, prompts, completions, tolerance, budget)
     if policy.holds(Role.TEACHER) and policy.teacher_weights is not Weights.OTHER:
-        _check_equal_roles(policy, prompts, completions, tolerance)
-    return _prefix_cache_is_exact(policy, prompts, completions, tolerance)
+        _check_equal_roles(policy, prompts, completions, tolerance, budget)
+    return _prefix_cache_is_exact(policy, prompts, completions, tolerance, budget)
 
 
 def _check_logits(
-    policy: Policy, prompts: Sequence[Prompt], completions: Sequence[Ids], tolerance: float
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Ids],
+    tolerance: float,
+    budget: TokenBudget,
 ) -> None:
     """Check that the model's logits are its hidden states times the head."""
-    tokens = collate([p.student_ids for p in prompts], completions, pad_id=policy.pad_id)
-    tokens = tokens.to(policy.device)
-    with policy.inference():
+
+    def agree(rows: list[int]) -> list[bool]:
+        view = [prompts[i].student_ids for i in rows]
+        tokens = collate(view, [completions[i] for i in rows], pad_id=policy.pad_id)
         ours = policy.logits(hidden_states(policy, tokens)).float().log_softmax(-1)
-        theirs = policy.causal(input_ids=tokens.ids_BL, attention_mask=tokens.mask_BL).logits
-        theirs = theirs[tokens.rows_N, tokens.columns_N].float().log_softmax(-1)
-    if not torch.allclose(ours, theirs, atol=10 * tolerance, rtol=0):
+        sizes = [len(completions[i]) for i in rows]
+        return [
+            torch.allclose(
+                part,
+                _completion_logprobs(policy, prompts[i].student_ids, completions[i]),
+                atol=10 * tolerance,
+                rtol=0,
+            )
+            for i, part in zip(rows, ours.split(sizes), strict=True)
+        ]
+
+    with policy.inference():
+        agreed = budget.run(_lengths([p.student_ids for p in prompts], completions), agree, DOING)
+    if not all(agreed):
         raise UserError(
             "the model changes its logits after the LM head (a scale or a soft cap)",
             where="model.name",
@@ -118,27 +139,51 @@ def _check_logits(
         )
 
 
+def _completion_logprobs(policy: Policy, prompt: Ids, completion: Ids) -> Tensor:
+    """The model's own log-probs at a completion's positions, (len(completion), vocabulary) fp32.
+
+    The model is asked for the last logits only: all of them may be gigabytes.
+    """
+    needed = len(completion) + 1
+    parameters = inspect.signature(policy.causal.forward).parameters
+    options = {"logits_to_keep": needed} if "logits_to_keep" in parameters else {}
+    ids_BL = torch.tensor([[*prompt, *completion]], device=policy.device)
+    logits_BLV = policy.causal(input_ids=ids_BL, use_cache=False, **options).logits
+    return logits_BLV[0, -needed:-1].float().log_softmax(-1)
+
+
 def _check_packed_passes(
-    policy: Policy, prompts: Sequence[Prompt], completions: Sequence[Ids], tolerance: float
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Ids],
+    tolerance: float,
+    budget: TokenBudget,
 ) -> None:
     """Check that a packed pass gives each sequence the distributions that it has alone, padded."""
     view = [p.student_ids for p in prompts]
+
+    def divergences(rows: list[int]) -> list[float]:
+        batch = [view[i] for i in rows], [completions[i] for i in rows]
+        packed = collate(*batch, pad_id=policy.pad_id, packed=True)
+        alone_NH = torch.cat(
+            [
+                hidden_states(policy, collate([prompt], [completion], pad_id=policy.pad_id))
+                for prompt, completion in zip(*batch, strict=True)
+            ]
+        )
+        head_VH = policy.head_VH.detach()
+        kl_N = linear_reverse_kl(hidden_states(policy, packed), alone_NH, head_VH)
+        return [float(part.abs().max()) for part in kl_N.split([len(c) for c in batch[1]])]
+
     other = policy.teacher_weights is Weights.OTHER and policy.holds(Role.TEACHER)
     for role in (Role.STUDENT, Role.TEACHER) if other else (Role.STUDENT,):
         with policy.inference(), policy.running_as(role):
-            packed = collate(view, completions, pad_id=policy.pad_id, packed=True)
-            alone_NH = torch.cat(
-                [
-                    hidden_states(policy, collate([prompt], [completion], pad_id=policy.pad_id))
-                    for prompt, completion in zip(view, completions, strict=True)
-                ]
-            )
-            head_VH = policy.head_VH.detach()
-            kl_N = linear_reverse_kl(hidden_states(policy, packed), alone_NH, head_VH)
-        if not float(kl_N.abs().max()) <= tolerance:
+            lengths = _lengths(view, completions)
+            measured = budget.run(lengths, divergences, DOING, packed=True)
+        if not all(kl <= tolerance for kl in measured):
             raise UserError(
                 f"packed sequences have other distributions than alone: the KL between them is "
-                f"{float(kl_N.abs().max()):.2g}, not 0",
+                f"{max(measured):.2g}, not 0",
                 where="model.attn",
                 fix='use model.attn = "sdpa"',
                 exit_code=EXIT_ENVIRONMENT,
@@ -146,7 +191,11 @@ def _check_packed_passes(
 
 
 def _check_equal_roles(
-    policy: Policy, prompts: Sequence[Prompt], completions: Sequence[Ids], tolerance: float
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Ids],
+    tolerance: float,
+    budget: TokenBudget,
 ) -> None:
     """Check that student and teacher agree on the same prompts, since their weights are equal."""
     view = [p.student_ids for p in prompts]
@@ -156,9 +205,11 @@ def _check_equal_roles(
         prompts=(view, view),
         roles=(Role.STUDENT, Role.TEACHER),
         temperature=1.0,
-        budget=1 << 16,
+        budget=budget,
+        doing=DOING,
     )
-    if float(kl_N.abs().max()) > tolerance:
+    # "not at most": NaN is a difference too
+    if not float(kl_N.abs().max()) <= tolerance:
         raise UserError(
             f"with no context the KL between student and teacher is {float(kl_N.max()):.2g}, not 0",
             where="model.name",
@@ -168,7 +219,11 @@ def _check_equal_roles(
 
 
 def _prefix_cache_is_exact(
-    policy: Policy, prompts: Sequence[Prompt], completions: Sequence[Ids], tolerance: float
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Ids],
+    tolerance: float,
+    budget: TokenBudget,
 ) -> bool:
     """Whether a pass on the context's cached keys and values equals a pass on all tokens."""
     view = [p.teacher_ids for p in prompts]
@@ -177,26 +232,31 @@ def _prefix_cache_is_exact(
     prefix = PrefixCache(policy, shares=True).common(view)
     if not prefix:
         return True
-    logp = []
     role = Role.TEACHER if policy.holds(Role.TEACHER) else Role.STUDENT
-    with policy.inference(), policy.running_as(role):
+    packed = policy.attention.unpadded
+
+    def errors(rows: list[int]) -> list[float]:
+        batch = [view[i] for i in rows], [completions[i] for i in rows]
+        logp = []
         for shared in ((), prefix):
-            tokens = collate(
-                view,
-                completions,
-                pad_id=policy.pad_id,
-                packed=policy.attention.unpadded,
-                prefix=shared,
-            )
+            tokens = collate(*batch, pad_id=policy.pad_id, packed=packed, prefix=shared)
             states = prefix_states(policy, shared) if shared else None
             hidden = hidden_states(policy, tokens, states)
             logp.append(policy.logits(hidden).float().log_softmax(-1))
-    # log-probs of tokens with negligible probability carry no information
-    error = ((logp[0] - logp[1]).abs() * logp[0].exp()).max()
-    if float(error) > tolerance:
+        # log-probs of tokens with negligible probability carry no information
+        difference = ((logp[0] - logp[1]).abs() * logp[0].exp()).amax(dim=-1)
+        return [float(part.max()) for part in difference.split([len(c) for c in batch[1]])]
+
+    with policy.inference(), policy.running_as(role):
+        measured = budget.run(_lengths(view, completions), errors, DOING, packed=packed)
+    if not all(error <= tolerance for error in measured):
         logger.warning(
             "the context's cached keys and values do not reproduce the model's log-probs: "
             "the context is read again each time"
         )
         return False
     return True
+
+
+def _lengths(prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[int]:
+    return [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from minidistill.evaluation.evaluator import Scores
-from minidistill.evaluation.kl import held_out_kl
+from minidistill.evaluation.kl import drift_kl, held_out_kl
 from minidistill.placement.machine import GIB
 from minidistill.placement.measured import planned_and_measured
 from minidistill.reporting.monitors import open_monitors
@@ -19,9 +19,15 @@ from minidistill.reporting.terminal.base import Display, Sample
 from minidistill.run.header import header
 from minidistill.run.setup import Components, Prepared, build
 from minidistill.trainer import checkpoint
+from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.types import Metrics, Role, Rollout, TokenFigures
 
 logger = logging.getLogger(__name__)
+SHORTER = {
+    "where": "orchestrator.sampling.max_tokens",
+    "fix": "lower orchestrator.sampling.max_tokens, or give engines on the trainer's GPU less "
+    "(inference.gpu_memory_utilization)",
+}
 
 
 @contextlib.contextmanager
@@ -53,6 +59,7 @@ class Session:
         self.engine, self.evaluator = components.engine, components.evaluator
         self.collector, self.async_collector = components.collector, components.async_collector
         self.stream_collector = components.stream_collector
+        self.budget = components.budget
         self.texts = TokenTexts(prepared.tokenizer)
         self.first_step = 1
         self._began, self._seconds_before = time.perf_counter(), 0.0
@@ -74,6 +81,11 @@ class Session:
         display.open(run_header)
         logger.debug(f"started at step {self.first_step}: {shlex.join(sys.argv[1:])}")
 
+    @explain_out_of_memory(
+        "restoring the checkpoint",
+        where="ckpt",
+        fix="free the memory that other programs hold, or resume on a machine with more",
+    )
     def _resume(self) -> None:
         saved = checkpoint.restore(self.trainer, self.directory.path / "checkpoints")
         step = saved["step"] if saved else 0
@@ -85,6 +97,11 @@ class Session:
 
     # -- a step --------------------------------------------------------------------------------
 
+    @explain_out_of_memory(
+        "sampling",
+        where="orchestrator.batch_size",
+        fix="lower orchestrator.batch_size or orchestrator.sampling.max_tokens",
+    )
     def collect(self, step: int) -> tuple[list[Rollout], Metrics]:
         """The step's rollouts, scored and with advantages, and the collection's metrics."""
         if self.async_collector is None:
@@ -138,11 +155,17 @@ class Session:
         self.display.evaluation(step, metrics)
         return scores
 
+    @explain_out_of_memory("computing the KL on held-out prompts", **SHORTER)
     def held_out_kl(self) -> float:
         """Mean KL(student‖teacher) on held-out prompts, nats a token."""
         assert self.evaluator is not None
         prompts = self.evaluator.held_out()
-        return held_out_kl(self.config, self.policy, self.engine, prompts)
+        return held_out_kl(self.config, self.policy, self.engine, prompts, self.budget)
+
+    @explain_out_of_memory("computing the drift on unrelated prompts", **SHORTER)
+    def drift_kl(self) -> float | None:
+        """Mean KL(base‖student) on unrelated prompts, nats a token; None without a base."""
+        return drift_kl(self.config, self.policy, self.engine, self.builder, self.budget)
 
     # -- checkpoints ---------------------------------------------------------------------------
 
@@ -155,6 +178,11 @@ class Session:
         interval = self.config.ckpt.interval
         return interval > 0 and step % interval == 0
 
+    @explain_out_of_memory(
+        "saving a checkpoint",
+        where="ckpt.interval",
+        fix="give the machine more free memory; --resume continues from the last checkpoint",
+    )
     def save_checkpoint(self, step: int) -> None:
         progress = {"metrics_lines": self.directory.lines(), "seconds": self.seconds}
         root = self.directory.path / "checkpoints"

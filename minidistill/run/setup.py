@@ -19,9 +19,9 @@ from minidistill.evaluation.evaluator import Evaluator, evaluation_prompts
 from minidistill.models.hub import check_same_tokens, load_tokenizer
 from minidistill.placement.estimate import Plan
 from minidistill.placement.machine import Machine
-from minidistill.placement.placement import Placement
+from minidistill.placement.placement import Placement, origins
 from minidistill.placement.planner import plan_run
-from minidistill.placement.render import flags
+from minidistill.placement.render import refusal
 from minidistill.reporting.monitors import check_monitors
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal.base import Display
@@ -36,12 +36,19 @@ from minidistill.tasks.sampling import fingerprint
 from minidistill.trainer.build import build_trainer
 from minidistill.trainer.distributed.launcher import RankLauncher
 from minidistill.trainer.forward import PrefixCache
+from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.loading import load_policy
 from minidistill.trainer.policy import Policy
+from minidistill.trainer.token_budget import TokenBudget
 from minidistill.trainer.trainer import Trainer
 from minidistill.types import Prompt
 
 logger = logging.getLogger(__name__)
+SMALLER_MODEL = {
+    "where": "model.name",
+    "fix": 'use a smaller model or model.dtype = "bfloat16", train an adapter instead of every '
+    "weight, or give engines on this GPU less (inference.gpu_memory_utilization)",
+}
 CHECKED_TASKS = 32  # prompts checked before the run, of a split that generates its tasks
 CHECKED_LIST = 2000  # prompts checked before the run, of a split that is a list
 
@@ -90,6 +97,8 @@ class Components:
     """Hands groups to the trainer while others are sampled, with `schedule = "sync"` and engines
     that run beside the trainer."""
     evaluator: Evaluator | None
+    budget: TokenBudget
+    """Of the trainer's passes outside a training step."""
     ranks: RankLauncher
 
     def abort(self) -> None:
@@ -135,6 +144,7 @@ def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prep
         by_env = evaluation_prompts(evaluated, builder, orchestrator.eval.num_examples)
         for env_prompts in by_env.values():
             check_lengths(config, plan.placement.max_length, env_prompts)
+    _check_memory(loaded, plan)
     return Prepared(
         loaded=loaded,
         resume=resume,
@@ -164,9 +174,14 @@ def build(prepared: Prepared, display: Display) -> Components:
     try:
         placement = launcher.start()
         ranks.start(config, placement)
-        policy = load_policy(config, prepared.tokenizer, placement)
-        prefixes = PrefixCache(policy, preflight.check_model(policy, prepared.prompts))
-        trainer = build_trainer(policy, config, placement, ranks.group, prefixes)
+        with explain_out_of_memory("loading the model", **SMALLER_MODEL):
+            policy = load_policy(config, prepared.tokenizer, placement)
+        budget = TokenBudget(placement.micro_batch_tokens)
+        with explain_out_of_memory(preflight.DOING, **SMALLER_MODEL):
+            shares = preflight.check_model(policy, prepared.prompts, budget)
+        with explain_out_of_memory("preparing the optimizer", **SMALLER_MODEL):
+            prefixes = PrefixCache(policy, shares)
+            trainer = build_trainer(policy, config, placement, ranks.group, prefixes)
         engine = launcher.attach(policy, prefixes)
         collector = Collector(config, prepared.environments, prepared.builder, placement, display)
         evaluator = None
@@ -196,19 +211,25 @@ def build(prepared: Prepared, display: Display) -> Components:
         async_collector=AsyncCollector(collector, engine) if is_async else None,
         stream_collector=StreamCollector(collector, engine, least_tokens) if streams else None,
         evaluator=evaluator,
+        budget=budget,
         ranks=ranks,
     )
 
 
 def _plan(loaded: LoadedConfig) -> Plan:
-    """Plan what runs where. If it does not fit, that is only a warning: it is an estimate."""
+    """Plan what runs where."""
     plan = plan_run(loaded, Machine.local())
-    for problem in plan.problems:
-        change = f"; try {flags(plan.change)}" if plan.change else ""
-        logger.warning(f"the plan estimates that this does not fit: {problem}{change}")
     for warning in plan.warnings:
         logger.warning(warning)
     return plan
+
+
+def _check_memory(loaded: LoadedConfig, plan: Plan) -> None:
+    """Raise UserError (exit code 3) if the run does not fit, with what `plan` prints."""
+    settings = tuple(choice.key for choice in plan.placement.choices)
+    error = refusal(plan, origins(loaded, settings) or "model.name")
+    if error is not None:
+        raise error
 
 
 def _prompts_to_check(

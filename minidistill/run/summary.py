@@ -1,43 +1,88 @@
-"""The end of a run: final evaluation, adapter, scoreboard and report."""
+"""The end of a run: adapter, final evaluation, scoreboard and report."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from minidistill.evaluation import scoreboard
-from minidistill.evaluation.kl import drift_kl
 from minidistill.reporting.html import write_report
+from minidistill.reporting.run_directory import RunDirectory
+from minidistill.reporting.terminal.base import Display
 from minidistill.run import baseline
 from minidistill.run.session import Session
 from minidistill.trainer import checkpoint
 from minidistill.types import Role
 
 logger = logging.getLogger(__name__)
+FILE = "scoreboard.json"
+MISSING = "missing"
+"""The scoreboard's figures that are still to be computed. A finished run's has no such key."""
 LAST_STEPS = 10  # whose mean KL is `teacher_kl_last`
 
 
 def finish(session: Session) -> None:
-    """Evaluate the student, then write the adapter, the scoreboard and the report."""
-    before = session.directory.read(baseline.FILE) or {}
+    """Write the adapter, evaluate the student, and write the scoreboard and the report.
+
+    What is known is on disk before each pass that may fail.
+    """
+    directory = session.directory
+    saved = checkpoint.save_model(session.policy, directory.path)
+    before = directory.read(baseline.FILE) or {}
     board = _scores(session, before)
-    kls = session.directory.column("teacher_kl")
+    kls = directory.column("teacher_kl")
     last_kls = kls[-LAST_STEPS:]
     board |= {
         "teacher_kl_first": kls[0],
         "teacher_kl_last": sum(last_kls) / len(last_kls),
         "heldout_kl_before": before.get("heldout_kl"),
-        "heldout_kl_after": session.held_out_kl() if session.evaluator else None,
-        "drift_kl": drift_kl(session.config, session.policy, session.engine, session.builder),
+        "heldout_kl_after": None,
+        "drift_kl": None,
         "steps": session.config.max_steps,
         "seconds": session.seconds,
     }
-    saved = checkpoint.save_model(session.policy, session.directory.path)
-    session.directory.write("scoreboard.json", board)
+    passes: dict[str, Callable[[], float | None]] = {"drift_kl": session.drift_kl}
+    if session.evaluator is not None:
+        passes = {"heldout_kl_after": session.held_out_kl} | passes
+    _fill_in(session, board, passes)
     session.display.scoreboard(board)
-    session.monitor.close(board)
-    report = write_report(session.directory.path)
+    report = write_report(directory.path)
     logger.info(f"{saved.name}: {saved}  report: {report}")
+    session.monitor.close(board)
+
+
+def _fill_in(
+    session: Session, board: dict[str, Any], passes: dict[str, Callable[[], float | None]]
+) -> None:
+    """Write the scoreboard with each figure as it is computed."""
+    missing = list(passes)
+    try:
+        while missing:
+            session.directory.write(FILE, board | {MISSING: missing})
+            board[missing[0]] = passes[missing[0]]()
+            del missing[0]
+    except BaseException:
+        logger.warning(
+            f"the adapter is saved; {FILE} lacks {' and '.join(missing)}, which --resume computes"
+        )
+        raise
+    board["seconds"] = session.seconds
+    session.directory.write(FILE, board)
+
+
+def show_finished(directory: RunDirectory, display: Display) -> bool:
+    """Show the scoreboard of a finished run, and write its report if there is none.
+
+    Returns whether the run has finished.
+    """
+    board = directory.read(FILE)
+    if not board or board.get(MISSING):
+        return False
+    display.scoreboard(board)
+    if not (directory.path / "report.html").exists():
+        write_report(directory.path)
+    return True
 
 
 def _scores(session: Session, before: dict[str, Any]) -> dict[str, Any]:

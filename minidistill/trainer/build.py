@@ -30,6 +30,4 @@ def build_trainer(
             models, policy.adapter_parameters, policy.device, rank_group.size
         )
         prefixes = None  # every rank must run the same passes, whatever the driver has sampled
-    return Trainer(
-        policy, config, placement.teacher.estimator, prefixes or PrefixCache(policy, shares)
-    )
+    return Trainer(policy, config, placement, prefixes or PrefixCache(policy, shares))

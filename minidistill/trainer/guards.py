@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 
 from minidistill.config import Config
-from minidistill.errors import EXIT_HEALTH, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_HEALTH, UserError
 from minidistill.types import Metrics
 
 # Highest `kl/sampler_mismatch` that rounding explains: about 100 and 20 times vLLM's
 MISMATCH = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+# In lower case: CUDA and NCCL, CUDA's allocator, cuBLAS, cuDNN, torch on a CPU, C++, the kernel
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "cudaerrormemoryallocation",
+    "failed to cuda calloc",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "device_allocation_failed",
+    "defaultcpuallocator",
+    "not enough memory",
+    "std::bad_alloc",
+    "cannot allocate memory",
+)
 
 
 def mismatch_limit(config: Config, dtype: torch.dtype) -> float:
@@ -50,7 +66,44 @@ def refusal(metrics: Metrics, step: int, max_mismatch: float) -> UserError | Non
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed. On a CPU only torch's message says so."""
+    """Whether an allocation failed. Except for torch's on a GPU, only the message says so."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+    return not isinstance(error, UserError) and says_out_of_memory(str(error))
+
+
+def says_out_of_memory(message: str) -> bool:
+    """Whether an error's message says that an allocation failed."""
+    message = message.lower()
+    # cuBLAS needs a workspace for a handle, and reports its lack as a failed initialization
+    no_handle = "cublas_status_not_initialized" in message and "cublascreate" in message
+    return no_handle or any(phrase in message for phrase in _OUT_OF_MEMORY)
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().partition("\n")[0] or "out of memory"
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(doing: str, *, where: str, fix: str) -> Iterator[None]:
+    """Raise OOM as a UserError (exit code 3). Also a decorator. See `out_of_memory_error`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory_error(doing, first_line(error), where=where, fix=fix) from error
+
+
+def out_of_memory_error(doing: str, message: str, *, where: str, fix: str) -> UserError:
+    """The error (exit code 3) of a run that ends because memory ran out.
+
+    `doing` says what needed the memory, after "while"; `message` is the allocator's.
+    """
+    return UserError(
+        f"out of memory while {doing}: {message}",
+        where=where,
+        fix=f"{fix}. `minidistill plan` shows what needs memory",
+        exit_code=EXIT_ENVIRONMENT,
+    )

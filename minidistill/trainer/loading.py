@@ -24,9 +24,8 @@ def load_policy(
 ) -> Policy:
     """The model on `device` (the driver's by default), with the teacher if it runs in the trainer.
 
-    Under LoRA the base is frozen and gets a new adapter in fp32 (B = 0), whose initialization
-    depends on `config.seed` only. Otherwise every weight is trained, and a frozen teacher is a
-    second copy.
+    Under LoRA the base is frozen and gets a new adapter (B = 0), whose initialization depends on
+    `config.seed` only. Otherwise every weight is trained, and a frozen teacher is a second copy.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = config.trainer.model
@@ -35,8 +34,8 @@ def load_policy(
     attention.register()
     implementation = placement.attention.implementation
     base = _load_weights(config, config.model.name, dtype, device, implementation)
-    if settings.ac is not None:
-        _checkpoint_activations(base, settings.ac.freq)
+    if placement.ac_freq:
+        _checkpoint_activations(base, placement.ac_freq)
     teacher = teacher_weights(config)
     reference_models: dict[Weights, Any] = {}
     in_trainer = placement.teacher.scorer == "trainer"
@@ -47,10 +46,10 @@ def load_policy(
         if in_trainer and teacher is Weights.BASE:
             reference_models[Weights.BASE] = frozen_copy(base)
     else:
-        model = _with_adapter(config, settings.lora, base)
+        model = _with_adapter(config, settings.lora, base, placement.adapter_dtype)
     # only dropout and checkpointing need training mode
     dropout = settings.lora is not False and settings.lora.dropout > 0
-    model.train(dropout or settings.ac is not None)
+    model.train(dropout or placement.ac_freq > 0)
     policy = Policy(model, tokenizer, _end_ids(base, tokenizer), device, teacher, reference_models)
     policy.attention = placement.attention
     if policy.lora and policy.head_VH.requires_grad:
@@ -106,7 +105,7 @@ def _load_other(
     return model
 
 
-def _with_adapter(config: Config, lora: LoraConfig, base: Any) -> Any:
+def _with_adapter(config: Config, lora: LoraConfig, base: Any, dtype: str | None) -> Any:
     import peft
 
     torch.manual_seed(config.seed)
@@ -120,7 +119,8 @@ def _with_adapter(config: Config, lora: LoraConfig, base: Any) -> Any:
                 target_modules=lora.target_modules,
                 task_type="CAUSAL_LM",
             ),
-            autocast_adapter_dtype=True,
+            # else the adapter gets the base's dtype, and peft casts neither inputs nor outputs
+            autocast_adapter_dtype=dtype == "float32",
         )
     except ValueError as error:
         raise UserError(

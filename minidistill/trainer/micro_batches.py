@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minidistill.config import Config
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.trainer.batching import share_out, split_by_tokens
 from minidistill.trainer.distributed.rank_group import RankGroup
@@ -33,9 +32,8 @@ class MicroBatches:
     On OOM the budget is halved for the rest of the run.
     """
 
-    def __init__(self, config: Config, rank_group: RankGroup, *, packed: bool) -> None:
-        self.budget, self.packed = config.trainer.micro_batch_tokens, packed
-        self.rank_group = rank_group
+    def __init__(self, budget: int, rank_group: RankGroup, *, packed: bool) -> None:
+        self.budget, self.packed, self.rank_group = budget, packed, rank_group
 
     def passes(self, lengths: Sequence[int], *, sharded: bool) -> list[list[int]]:
         """The rollouts of each of this rank's micro-batches.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from minidistill.config import Config
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.trainer.distributed.fsdp import full_tensor, sharded_like
+from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.policy import Policy
 
 
@@ -29,8 +32,8 @@ def learning_rate(config: Config, step: int) -> float:
 class Optimizer:
     """AdamW with a clipped global norm, whose state is plain tensors by parameter name.
 
-    A parameter in half precision is updated through an fp32 copy. Otherwise updates smaller than
-    its last digit would be lost.
+    A parameter in half precision has an fp32 copy, its master: gradients add up there over
+    micro-batches, and updates too. Otherwise what is smaller than the last digit would be lost.
     """
 
     def __init__(self, policy: Policy, config: Config) -> None:
@@ -40,6 +43,10 @@ class Optimizer:
         half = [(n, p) for n, p in self.named if p.dtype != torch.float32]
         self.masters = {n: torch.nn.Parameter(p.detach().float()) for n, p in half}
         self.stepped = {n: self.masters.get(n, p) for n, p in self.named}
+        """The tensors that are updated, and that hold the gradients between passes."""
+        for name, parameter in half:
+            hook = partial(_move_gradient, self.masters[name])
+            parameter.register_post_accumulate_grad_hook(hook)
         self.adamw = torch.optim.AdamW(
             self.stepped.values(),
             lr=optim.lr,
@@ -49,14 +56,15 @@ class Optimizer:
 
     def clip(self) -> float:
         """Clip the gradients. Returns their norm before clipping."""
-        for name, parameter in self.named:
-            if name in self.masters and parameter.grad is not None:
-                self.masters[name].grad = parameter.grad.float()
-                parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.stepped.values(), self.max_norm)
         return float(full_tensor(norm))
 
     @torch.no_grad()
+    @explain_out_of_memory(
+        "updating the weights",
+        where="trainer.model.lora",
+        fix="train an adapter instead of every weight, or train on more GPUs with trainer.shard",
+    )
     def step(self, rate: float) -> None:
         """Update the parameters with the clipped gradients, then clear them."""
         self.adamw.param_groups[0]["lr"] = rate
@@ -79,13 +87,39 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, state: Iterable[tuple[str, Tensor]]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned.
+
+        Raises UserError (exit code 3) if it lacks fp32 copies of these parameters.
+        """
+        missing = set(self.masters)
         for key, value in state:
             kind, _, name = key.partition("/")
             target = self.stepped[name]
             if kind == "master":
                 target.copy_(sharded_like(value, target))
+                missing.discard(name)
             elif kind == "step":
                 self.adamw.state[target][kind] = value.to("cpu")
             else:
                 self.adamw.state[target][kind] = sharded_like(value.to(target.device), target)
+        if missing:
+            raise UserError(
+                "the checkpoint's weights have another number format than this run's",
+                where="model.dtype, trainer.model.lora.dtype",
+                fix="resume on the kind of device that the run was started on",
+                exit_code=EXIT_ENVIRONMENT,
+            )
+
+
+@torch.no_grad()
+def _move_gradient(master: Tensor, parameter: Tensor) -> None:
+    """Add the gradient of one pass to the master's and free it, as soon as it is complete.
+
+    FSDP calls this hook too, with shards, after it has summed the ranks' gradients in fp32.
+    """
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None, "another optimizer has taken the gradient"
+    if master.grad is None:
+        master.grad = gradient.float()
+    else:
+        master.grad.add_(gradient)

@@ -59,6 +59,8 @@ class Policy:
     attention: Attention = TRANSFORMERS_CHOICE
     """Of all models."""
     _current: Any = None
+    _averages: dict[str, Tensor] = field(default_factory=dict)
+    """The averaged weights in fp32, if the model computes in half precision."""
 
     @property
     def lora(self) -> bool:
@@ -197,11 +199,25 @@ class Policy:
             finally:
                 self.model.base_model.set_adapter(Weights.STUDENT.value)
 
+    def free_cached_memory(self) -> None:
+        """Give the GPU memory that torch caches on every rank back, for an engine that wakes.
+
+        Returns on the driver once all ranks have done it.
+        """
+        with self.rank_group.run_on_all_ranks(FreeCachedMemory()):
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.rank_group.gather_object(None)
+
     def add_ema(self) -> None:
         """A second set of trained weights, equal to the student's now, for an averaged teacher."""
         if self.lora:
             student = Weights.STUDENT.value
-            self.model.add_adapter(Weights.EMA.value, self.model.peft_config[student])
+            self.model.add_adapter(
+                Weights.EMA.value,
+                self.model.peft_config[student],
+                autocast_adapter_dtype=all(p.dtype == torch.float32 for _, p in self.parameters),
+            )
             self.model.base_model.set_adapter(student)
             self.update_ema(0.0)
         else:
@@ -209,10 +225,26 @@ class Policy:
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
-        """ema ← decay * ema + (1 - decay) * student."""
-        named = self._ema()
+        """ema ← decay * ema + (1 - decay) * student, in fp32."""
+        averages = self._ema_in_fp32()
         for name, parameter in self.parameters:
-            named[name].lerp_(parameter.to(named[name].dtype), 1 - decay)
+            averages[name].lerp_(parameter.to(averages[name].dtype), 1 - decay)
+        self._round_ema()
+
+    def _ema_in_fp32(self) -> dict[str, Tensor]:
+        """The averaged weights, or fp32 copies of those in half precision, which lose updates."""
+        weights = self._ema()
+        for name, weight in weights.items():
+            if weight.dtype != torch.float32 and name not in self._averages:
+                self._averages[name] = weight.detach().float()
+        return weights | self._averages
+
+    @torch.no_grad()
+    def _round_ema(self) -> None:
+        """Give the model the averages that are kept in fp32."""
+        for name, weight in self._ema().items() if self._averages else ():
+            if name in self._averages:
+                weight.copy_(self._averages[name])
 
     def _ema(self) -> dict[str, Tensor]:
         """The averaged weights, under the names of the student's parameters."""
@@ -251,8 +283,8 @@ class Policy:
         """What training changes, for a checkpoint: "student/<name>", "ema/<name>"."""
         state: dict[str, Tensor] = {f"student/{n}": p for n, p in self.parameters}
         if self.teacher_weights is Weights.EMA and self._holds(Weights.EMA):
-            average = self._ema()
-            state |= {f"ema/{n}": average[n] for n, _ in self.parameters}
+            averages = self._ema_in_fp32()
+            state |= {f"ema/{n}": averages[n] for n, _ in self.parameters}
         return state
 
     @torch.no_grad()
@@ -261,6 +293,7 @@ class Policy:
         current = self.state()
         for name, value in state:
             current[name].copy_(sharded_like(value, current[name]))
+        self._round_ema()
 
 
 class HoldsPolicy(Protocol):
@@ -285,6 +318,14 @@ class Reshard:
 
     def run(self, trainer: HoldsPolicy) -> None:
         trainer.policy.reshard()
+
+
+@dataclass(frozen=True, slots=True)
+class FreeCachedMemory:
+    """Command: give the memory that torch caches back to the GPU."""
+
+    def run(self, trainer: HoldsPolicy) -> None:
+        trainer.policy.free_cached_memory()
 
 
 @dataclass(frozen=True, slots=True)

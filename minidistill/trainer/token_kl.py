@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minidistill.trainer.batching import collate, split_by_tokens
+from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import hidden_states
 from minidistill.trainer.policy import Policy
+from minidistill.trainer.token_budget import TokenBudget
 from minidistill.types import Role
 from minidistill_kernels import linear_reverse_kl
 
@@ -22,34 +23,34 @@ def token_kl(
     prompts: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]],
     roles: tuple[Role, Role],
     temperature: float,
-    budget: int,
+    budget: TokenBudget,
+    doing: str,
 ) -> Tensor:
     """KL(p‖q) in nats of each completion token, (N,) fp32, in the order of `completions`.
 
     p reads `prompts[0]` under `roles[0]`, q reads `prompts[1]` under `roles[1]`. `budget` bounds
-    the padded tokens of one pass.
+    the padded tokens of one pass. Raises UserError (exit code 3) if one sequence does not fit in
+    memory; `doing` says in it what the KL is for.
     """
     longest = [
         max(len(first), len(second)) + len(completion)
         for first, second, completion in zip(*prompts, completions, strict=True)
     ]
-    by_completion: dict[int, Tensor] = {}
     packed = policy.attention.unpadded
+
+    def run_batch(rows: list[int]) -> Sequence[Tensor]:
+        hidden, heads = [], []
+        batch = [completions[i] for i in rows]
+        for view, role in zip(prompts, roles, strict=True):
+            tokens = collate([view[i] for i in rows], batch, pad_id=policy.pad_id, packed=packed)
+            with policy.running_as(role):
+                hidden.append(hidden_states(policy, tokens))
+                heads.append(policy.head_VH)
+        second_head_VH = None if heads[1] is heads[0] else heads[1]
+        kl_N = linear_reverse_kl(
+            hidden[0], hidden[1], heads[0].detach(), second_head_VH, temperature=temperature
+        )
+        return kl_N.cpu().split([len(c) for c in batch])
+
     with policy.unsharded(*roles), policy.inference():
-        for rows in split_by_tokens(longest, budget, packed):
-            hidden, heads = [], []
-            batch = [completions[i] for i in rows]
-            for view, role in zip(prompts, roles, strict=True):
-                tokens = collate(
-                    [view[i] for i in rows], batch, pad_id=policy.pad_id, packed=packed
-                )
-                with policy.running_as(role):
-                    hidden.append(hidden_states(policy, tokens))
-                    heads.append(policy.head_VH)
-            second_head_VH = None if heads[1] is heads[0] else heads[1]
-            kl_N = linear_reverse_kl(
-                hidden[0], hidden[1], heads[0].detach(), second_head_VH, temperature=temperature
-            )
-            parts = kl_N.cpu().split([len(c) for c in batch])
-            by_completion.update(zip(rows, parts, strict=True))
-    return torch.cat([by_completion[i] for i in range(len(completions))])
+        return torch.cat(budget.run(longest, run_batch, doing, packed=packed))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from minidistill.config import Config
-from minidistill.estimators import Estimator, TeacherInputs
+from minidistill.estimators import TeacherInputs
+from minidistill.placement.placement import Placement
 from minidistill.trainer.batching import collate
 from minidistill.trainer.distributed.fsdp import full_tensor, is_sharded
 from minidistill.trainer.forward import KeysValues, PrefixCache, hidden_states
@@ -49,13 +50,16 @@ class Trainer:
     """
 
     def __init__(
-        self, policy: Policy, config: Config, estimator: Estimator, prefixes: PrefixCache
+        self, policy: Policy, config: Config, placement: Placement, prefixes: PrefixCache
     ) -> None:
-        self.policy, self.config, self.estimator = policy, config, estimator
+        self.policy, self.config = policy, config
+        self.estimator = placement.teacher.estimator
         self.rank_group = policy.rank_group
         self.prefixes = prefixes
-        self.loss = loss_settings(config, estimator, len(policy.head_VH))
-        self.micro_batches = MicroBatches(config, policy.rank_group, packed=policy.attention.packed)
+        self.loss = loss_settings(config, self.estimator, len(policy.head_VH))
+        self.micro_batches = MicroBatches(
+            placement.micro_batch_tokens, policy.rank_group, packed=policy.attention.packed
+        )
         self.optimizer = Optimizer(policy, config)
         self.max_mismatch = mismatch_limit(config, policy.dtype)
 
@@ -106,7 +110,8 @@ class Trainer:
         tokens = sum(len(r.completion.token_ids) for r in rollouts)
         if tokens != command.tokens:
             self._scale_gradients(command.tokens / tokens)
-        self.rank_group.sum_gradients([p for _, p in self.optimizer.named if not is_sharded(p)])
+        stepped = self.optimizer.stepped.values()
+        self.rank_group.sum_gradients([p for p in stepped if not is_sharded(p)])
         rate = learning_rate(self.config, command.step)
         norm = self.optimizer.clip()
         figures = self._gather_figures(local_figures, advance, count)
@@ -290,6 +295,7 @@ class Trainer:
             parameters += self.policy.sharded.parameters()
         for parameter in parameters:
             parameter.grad = None
+        self.optimizer.zero_grad()
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -57,7 +57,9 @@ def test_defaults_of_the_public_experiment(tmp_path: Path) -> None:
     assert config.trainer.model.lora.rank == 16
     assert config.orchestrator.teacher_model.eval_baseline is False
     assert config.orchestrator.env[0].name == "sokoban-env"
-    assert config.wandb is config.orchestrator.eval is config.trainer.model.ac is None
+    assert config.wandb is config.orchestrator.eval is None
+    assert config.trainer.model.ac == config.trainer.micro_batch_tokens == "auto"
+    assert config.inference.gpu_memory_utilization == "auto"
 
 
 def test_later_files_override_earlier_ones_and_flags_override_files(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_every_setting_has_provenance(tmp_path: Path) -> None:
     for path, node in walk():
         if not properties(node) and "*" not in path and path[:2] != ("orchestrator", "eval"):
             key = ".".join(map(str, path))
-            assert key in loaded.provenance or key.startswith("trainer.model.ac"), key
+            assert key in loaded.provenance or key.startswith("trainer.model.ac."), key
     assert loaded.provenance["orchestrator.env.0.args.max_w"].endswith("a.toml:11")
 
 

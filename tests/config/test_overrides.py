@@ -7,7 +7,9 @@ import tomli
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from minidistill.config import load_config
 from minidistill.config.overrides import parse
+from minidistill.config.schema import AcConfig
 from minidistill.config.schema_tree import child, properties, root
 from minidistill.config.toml import inline, key_lines, to_toml
 from minidistill.errors import UserError
@@ -228,6 +230,29 @@ def test_none_is_not_written() -> None:
     data = {"a": None, "b": {"c": None, "d": [{"e": None}]}}
     assert tomli.loads(to_toml(data)) == {"b": {"d": [{}]}}
     assert inline(data) == "{ b = { d = [{}] } }"
+
+
+AC_FORMS = [
+    ("", "auto"),
+    ("--trainer.model.ac", AcConfig()),
+    ("--trainer.model.ac true", AcConfig()),
+    ("--trainer.model.ac auto", "auto"),
+    ("--trainer.model.ac=auto", "auto"),
+    ("--trainer.model.ac.freq 2", AcConfig(freq=2)),
+    ("--trainer.model.ac {freq=3}", AcConfig(freq=3)),
+    ("--no-trainer.model.ac", False),
+    ("--trainer.model.ac false", False),
+    ("--no-trainer.model.ac --trainer.model.ac.freq 2", AcConfig(freq=2)),
+    ("--trainer.model.ac.freq 2 --no-trainer.model.ac", False),
+]
+
+
+@pytest.mark.parametrize(("argv", "expected"), AC_FORMS)
+def test_a_table_that_may_also_be_off_or_automatic(
+    argv: str, expected: Any, minimal_config: str
+) -> None:
+    config = load_config([minimal_config, *argv.split()]).config
+    assert config.trainer.model.ac == expected
 
 
 def test_the_schema_tree_has_optional_tables_and_list_items() -> None:

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.lab import Lab, make_lab
+from support.lab import Lab, cpu_placement, make_lab
 
+from minidistill.config import LoadedConfig
 from minidistill.errors import UserError
 from minidistill.models.registry import BUILT_IN
-from minidistill.placement.estimate import OTHER_RANKS
+from minidistill.placement.devices import OTHER_RANKS
 from minidistill.placement.machine import GIB, Machine
 from minidistill.placement.memory import MicroBatchSize, trainer_memory
 from minidistill.placement.model_shape import read_shape
 from minidistill.placement.planner import load_models, plan
-from minidistill.placement.teacher import place_teacher
 from minidistill.trainer.batching import split_by_tokens
 
 Configure = Callable[..., Any]
@@ -79,13 +79,13 @@ def measured(lab: Lab) -> int:
     return parameters + sum(t.nbytes for t in states) + peak
 
 
-def estimated(lab: Lab, config: Any) -> dict[str, int]:
+def estimated(lab: Lab, loaded: LoadedConfig) -> dict[str, int]:
     """The estimate for the largest micro-batch of the lab's step."""
     sizes = []
-    trainer = config.trainer
+    placement = cpu_placement(loaded)
     lengths = [max(r.student_length, r.teacher_length) for r in lab.rollouts]
     attention = lab.policy.attention
-    for rows in split_by_tokens(lengths, trainer.micro_batch_tokens, attention.packed):
+    for rows in split_by_tokens(lengths, placement.micro_batch_tokens, attention.packed):
         batch = [lab.rollouts[i] for i in rows]
         student = [r.student_length for r in batch]
         tokens = sum(student) if attention.packed else max(student) * len(batch)
@@ -93,11 +93,9 @@ def estimated(lab: Lab, config: Any) -> dict[str, int]:
         sizes.append(MicroBatchSize(tokens, max(student), completions))
     largest = max(sizes, key=lambda size: size.tokens)
     shape = read_shape(lab.policy.config)
-    teacher = place_teacher(config, separate_engine=False, scores_ids=False)
-    return trainer_memory(
-        config, shape, teacher, largest, torch.device("cpu"), lab.policy.dtype.itemsize,
-        attention=attention,
-    )  # fmt: skip
+    itemsize = lab.policy.dtype.itemsize
+    device = torch.device("cpu")
+    return trainer_memory(loaded.config, placement, shape, largest, device, itemsize)
 
 
 SLOW = pytest.mark.slow
@@ -110,6 +108,8 @@ CASES = [
     ("llama", torch.float32, ""),
     ("qwen3", torch.bfloat16, ""),
     ("qwen3", torch.bfloat16, "--trainer.model.ac"),
+    ("qwen3", torch.bfloat16, "--trainer.model.lora.dtype base"),
+    pytest.param("llama", torch.bfloat16, "--trainer.model.lora.dtype base", marks=SLOW),
     pytest.param("llama", torch.float32, "--trainer.model.ac", marks=SLOW),
     pytest.param("llama", torch.float32, "--trainer.model.ac.freq 2", marks=SLOW),
     pytest.param("llama", torch.bfloat16, "", marks=SLOW),
@@ -133,7 +133,7 @@ def test_the_estimate_is_within_20_percent_of_the_measured_peak(
         "--orchestrator.batch_size", "16",
     )  # fmt: skip
     lab = make_lab(loaded)
-    parts = estimated(lab, loaded.config)
+    parts = estimated(lab, loaded)
     peak = measured(lab)
     # the profile must include the parts whose size is known exactly
     assert peak > sum(parts[name] for name in ("weights", "adapter", "gradients", "optimizer"))
@@ -143,7 +143,7 @@ def test_the_estimate_is_within_20_percent_of_the_measured_peak(
 def test_the_estimates_of_weights_and_optimizer_are_exact(configure: Configure) -> None:
     loaded = configure(*COMMON)
     lab = make_lab(loaded)
-    parts = estimated(lab, loaded.config)
+    parts = estimated(lab, loaded)
     lab.trainer.step(lab.rollouts, 1, lambda count: None)
     trained = [p for _, p in lab.policy.parameters]
     total = sum(p.nbytes for p in lab.policy.model.parameters())

@@ -21,11 +21,14 @@ def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
     printed = json.loads(capsys.readouterr().out)
     assert printed["fits"] is True
     assert printed["change"] == {}
-    assert printed["inference_gpu_ids"] == [0]
-    assert printed["teacher_gpu_ids"] == [1]
+    assert printed["inference_gpu_ids"] == [0, 1]
+    assert printed["teacher_gpu_ids"] == []
     assert printed["trainer_gpu_ids"] == [2, 3]
     assert printed["trainer"] == {"ranks": 2, "sharded": False}
-    assert printed["estimator"] == "sampled"
+    assert printed["estimator"] == "full"
+    assert printed["gpu_memory_utilization"] == 0.9
+    assert (printed["micro_batch_tokens"], printed["ac_freq"]) == (8192, 0)
+    assert printed["max_model_len"] == 2049
     assert [device["gpu"] for device in printed["memory"]] == [0, 1, 2, 3]
     for device in printed["memory"]:
         sums = [sum(parts.values()) for parts in device["phases"].values()]
@@ -38,13 +41,22 @@ def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_text_output(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", LARGE, "--gpus", "1", "--gpu-memory", "24"]) == 3
+    flags = [
+        "--inference.gpu_memory_utilization",
+        "0.9",
+        "--no-trainer.model.ac",
+        "--seq_len",
+        "4096",
+    ]
+    assert cli.main(["plan", LARGE, "--gpus", "1", "--gpu-memory", "24", *flags]) == 3
     out = capsys.readouterr().out
     assert "4,022,468,096 parameters, bfloat16; adapter of rank 16, 33,030,144" in out
-    assert "in the student's engine; estimator sampled" in out
-    assert "training needs 45.4 GiB of 22.8 usable" in out
-    change = "--trainer.model.ac.freq 1 --inference.gpu_memory_utilization 0.55"
-    assert f"does not fit; it would with {change}" in out
+    assert "in the trainer: its logits give the exact gradient; estimator full" in out
+    assert "inference.gpu_memory_utilization 0.9 of GPU 0: set in the configuration" in out
+    assert "training needs" in out
+    assert "GiB of 22.8 usable" in out
+    change = "--trainer.model.ac.freq 1 --inference.gpu_memory_utilization auto"
+    assert f"does not fit; it fits with {change}" in out
 
 
 def test_gpus_that_the_machine_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +126,6 @@ def test_both_spellings_of_the_gpu_memory_option(
     flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for argv in ([flag, "24", LARGE], [LARGE, f"{flag}=24"]):
-        assert cli.main(["plan", "--gpus", "1", "--json", *argv]) == 3
+        assert cli.main(["plan", "--gpus", "1", "--json", *argv]) == 0
         (device,) = json.loads(capsys.readouterr().out)["memory"]
         assert device["usable"] <= 24 * GIB

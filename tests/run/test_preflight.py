@@ -16,6 +16,7 @@ from minidistill.tasks.lengths import check_lengths
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer import attention
 from minidistill.trainer.policy import Policy
+from minidistill.trainer.token_budget import TokenBudget
 
 SMALL = ("--orchestrator.batch_size", "8", "--orchestrator.env.0.args.num_train_examples", "8")
 Configure = Callable[..., Any]
@@ -27,7 +28,8 @@ def lab(configure: Configure) -> Lab:
 
 
 def check_model(lab: Lab) -> bool:
-    return preflight.check_model(lab.policy, [r.prompt for r in lab.rollouts[::4]])
+    prompts = [r.prompt for r in lab.rollouts[::4]]
+    return preflight.check_model(lab.policy, prompts, TokenBudget(16384))
 
 
 def test_a_sound_model_passes(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,6 +17,8 @@ from minidistill.placement.planner import plan_run
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import score, with_advantages
 from minidistill.tasks.sampling import TaskSampler
+from minidistill.trainer.build import build_trainer
+from minidistill.trainer.distributed.rank_group import RankGroup
 from minidistill.trainer.forward import PrefixCache, can_share_prefix
 from minidistill.trainer.loading import load_policy
 from minidistill.trainer.policy import Policy
@@ -47,7 +49,8 @@ class Lab:
         optimizer = self.trainer.optimizer
 
         def record(rate: float) -> None:
-            gradients.update({n: p.grad.clone() for n, p in optimizer.named if p.grad is not None})
+            held = optimizer.stepped.items()
+            gradients.update({n: p.grad.clone() for n, p in held if p.grad is not None})
             optimizer.zero_grad()
 
         original = optimizer.step, optimizer.clip
@@ -63,8 +66,14 @@ def cpu_placement(loaded: LoadedConfig) -> Placement:
     return plan_run(loaded, machine).placement
 
 
-def make_lab(loaded: LoadedConfig, *, shares: bool | None = None, trained: bool = True) -> Lab:
-    """A lab of this configuration.
+def make_lab(
+    loaded: LoadedConfig,
+    *,
+    shares: bool | None = None,
+    trained: bool = True,
+    rank_group: RankGroup | None = None,
+) -> Lab:
+    """A lab of this configuration, on the driver of a rank group.
 
     With `trained` the weights differ from their initial values, as after some training. `shares`
     sets whether the prefix cache is used; by default it is if the model supports it.
@@ -81,7 +90,7 @@ def make_lab(loaded: LoadedConfig, *, shares: bool | None = None, trained: bool 
                 parameter.data.add_((0.03 if policy.lora else 0.003) * noise)
     share = can_share_prefix(policy) if shares is None else shares
     prefixes = PrefixCache(policy, share)
-    trainer = Trainer(policy, config, placement.teacher.estimator, prefixes)
+    trainer = build_trainer(policy, config, placement, rank_group or RankGroup(), prefixes)
     engine = EmbeddedEngine(policy, prefixes)
     teacher = config.orchestrator.teacher_model
     builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from minidistill.config import LoadedConfig
-from minidistill.trainer.build import build_trainer
 from minidistill.trainer.distributed.launcher import RankLauncher
 from minidistill.types import Rollout
 from support.lab import NO_MISMATCH_LIMIT, SMALL_STEP, Lab, cpu_placement, make_lab
@@ -33,10 +32,7 @@ def ranked_lab(loaded: LoadedConfig, rollouts: list[Rollout] | None = None) -> I
     launcher = RankLauncher(placement.devices)
     try:
         launcher.start(loaded.config, placement)
-        lab = make_lab(loaded, trained=False)
-        lab.trainer = build_trainer(
-            lab.policy, loaded.config, placement, launcher.group, lab.engine.prefixes
-        )
+        lab = make_lab(loaded, trained=False, rank_group=launcher.group)
         lab.rollouts = rollouts or lab.rollouts
         yield lab
     finally:

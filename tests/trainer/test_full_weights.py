@@ -119,10 +119,11 @@ def test_half_precision_keeps_small_updates(configure: Configure) -> None:
     name = "model.norm.weight"
     weight = dict(lab.policy.parameters)[name]
     assert weight.dtype == torch.bfloat16
-    weight.data.fill_(1.0)
-    optimizer = Optimizer(lab.policy, config)
+    optimizer = lab.trainer.optimizer
+    for tensor in (weight, optimizer.masters[name]):
+        tensor.data.fill_(1.0)
     for step in range(100):
-        weight.grad = torch.ones_like(weight)
+        weight.sum().backward()
         assert optimizer.clip() > 0
         optimizer.step(1e-4)
         if step == 0:

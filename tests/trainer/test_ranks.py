@@ -30,6 +30,7 @@ from minidistill.errors import EXIT_HEALTH, EXIT_OK, UserError
 from minidistill.trainer import checkpoint
 from minidistill.trainer.batching import share_out
 from minidistill.trainer.step import StepRollouts
+from minidistill.trainer.token_budget import TokenBudget
 from minidistill.trainer.token_kl import token_kl
 from minidistill.types import Role
 
@@ -144,7 +145,8 @@ def test_sharded_weights_are_complete_on_the_driver_between_steps(
                 prompts=views,
                 roles=(Role.STUDENT, Role.BASE),
                 temperature=1.0,
-                budget=4096,
+                budget=TokenBudget(4096),
+                doing="testing",
             )
             scores = [
                 torch.tensor(

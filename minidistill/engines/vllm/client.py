@@ -14,11 +14,17 @@ from typing import Any, TypeVar
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.subprocesses import Subprocess
+from minidistill.trainer.guards import first_line, says_out_of_memory
 
 logger = logging.getLogger(__name__)
 MODULE = "minidistill.engines.vllm.worker"
 T = TypeVar("T")
 Report = Callable[[Any], None]
+# What vLLM says if its share of the GPU is too small, or is not free
+TOO_LITTLE = (
+    "No available memory for the cache blocks",
+    "less than desired GPU memory utilization",
+)
 
 
 class EngineDied(Exception):
@@ -134,16 +140,28 @@ class RestartingProcess:
                         self._on_start()
                 return function()
             except EngineFailed as error:
-                raise UserError(
-                    f"vLLM: {str(error).strip().splitlines()[0]}",
-                    where="inference.engine",
-                    fix='see the message; inference.engine = "embedded" does without vLLM',
-                    exit_code=EXIT_FAILED if self.ready else EXIT_ENVIRONMENT,
-                ) from error
+                raise self._failure(str(error)) from error
             except EngineDied as death:
                 with self._lock:
                     if self.process is process:  # else another thread has restarted it
                         self._restart(death)
+
+    def _failure(self, message: str) -> UserError:
+        """The error for an error that the process reports."""
+        memory = says_out_of_memory(message) or any(text in message for text in TOO_LITTLE)
+        fix = 'see the message; inference.engine = "embedded" does without vLLM'
+        if memory:
+            fix = (
+                "lower orchestrator.sampling.max_tokens or seq_len, give the engine another share "
+                "of the GPU (inference.gpu_memory_utilization), or more GPUs. `minidistill plan` "
+                "shows what needs memory"
+            )
+        return UserError(
+            f"vLLM: {first_line(message)}",
+            where="inference.gpu_memory_utilization" if memory else "inference.engine",
+            fix=fix,
+            exit_code=EXIT_ENVIRONMENT if memory or not self.ready else EXIT_FAILED,
+        )
 
     def _restart(self, death: EngineDied) -> None:
         self.process.close()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from minidistill.config import Config
 from minidistill.engines.base import (
@@ -271,7 +270,8 @@ class VllmEngine(Engine):
 
     def _wake(self) -> None:
         if self._asleep:
-            torch.cuda.empty_cache()  # the engine needs the memory that torch caches here
+            if self.sender is not None:  # the engine needs the memory that torch caches
+                self.sender.policy.free_cached_memory()
             self.process.call("wake")
             self._asleep = False
 

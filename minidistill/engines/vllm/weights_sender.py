@@ -12,6 +12,7 @@ from minidistill.engines.vllm.client import EngineDied, EngineFailed, EngineProc
 from minidistill.engines.vllm.options import Options
 from minidistill.engines.vllm.weights_send import Entry, SendBuffer, chunked
 from minidistill.placement.limits import SYNC_CHUNK_BYTES
+from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import Role
 
@@ -69,6 +70,11 @@ class WeightSender:
         """
         self.version, self._weights = version, weights
 
+    @explain_out_of_memory(
+        "sending weights to vLLM",
+        where="inference.gpu_memory_utilization",
+        fix="give the engine a smaller share of the GPU that it shares with the trainer",
+    )
     def send(self, receivers: Sequence[Receiver]) -> dict[EngineProcess, Exception]:
         """Send the current weights to all receivers at once.
 

@@ -127,7 +127,9 @@ class RankProcess(Subprocess):
         """The error to raise now that it has ended."""
         code, report = self.exit_report()
         memory = code == EXIT_ENVIRONMENT
-        advice = "lower trainer.micro_batch_tokens; " if memory else ""
+        advice = (
+            "lower trainer.micro_batch_tokens or set trainer.model.ac.freq = 1; " if memory else ""
+        )
         return UserError(
             f"rank {self.rank} of the trainer ended: {report}",
             where="training",

@@ -26,7 +26,7 @@ from minidistill.placement.machine import Machine
 from minidistill.placement.planner import plan_run
 from minidistill.trainer.build import build_trainer
 from minidistill.trainer.distributed.rank_group import RankGroup, launched_by_torchrun
-from minidistill.trainer.guards import is_out_of_memory
+from minidistill.trainer.guards import first_line, is_out_of_memory
 from minidistill.trainer.loading import load_policy
 
 
@@ -66,7 +66,11 @@ def _exit_code(group: RankGroup, device: torch.device) -> int:
         return error.exit_code
     except Exception as error:
         traceback.print_exc()
-        return EXIT_ENVIRONMENT if is_out_of_memory(error) else EXIT_FAILED
+        if not is_out_of_memory(error):
+            return EXIT_FAILED
+        # again, because only the last line is reported, and CUDA's messages have several
+        print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        return EXIT_ENVIRONMENT
 
 
 def main(arguments: list[str]) -> None:

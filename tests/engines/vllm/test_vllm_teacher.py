@@ -50,7 +50,7 @@ def made(*flags: str, shared: Bench | None = None) -> Iterator[tuple[Trainer, Co
             assert placement.teacher_engine is None
         policy = load_policy(config, tokenizer, placement)
         prefixes = PrefixCache(policy, shares=True)
-        trainer = Trainer(policy, config, placement.teacher.estimator, prefixes)
+        trainer = Trainer(policy, config, placement, prefixes)
         teacher = config.orchestrator.teacher_model
         builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
         environments = load_environments(config.orchestrator.env, "")

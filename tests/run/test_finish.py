@@ -1,0 +1,82 @@
+"""The end of a run: what is on disk when its last passes fail, and how a resume completes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from support.runs import board, records, run
+
+from minidistill.errors import EXIT_FAILED, EXIT_OK
+from minidistill.run import session, summary
+
+BRIEF = ("--max_steps", "2")
+ADAPTER = Path("adapter/adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(path, *BRIEF) == EXIT_OK
+    return path
+
+
+def failing(*args: Any) -> Any:
+    raise RuntimeError("it broke")
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("held_out_kl", ["heldout_kl_after", "drift_kl"]), ("drift_kl", ["drift_kl"])],
+)
+def test_the_adapter_and_a_scoreboard_are_safe_and_a_resume_completes_them(
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    missing: list[str],
+) -> None:
+    path = tmp_path / "run"
+    calls: list[Any] = []
+    original = getattr(session, name)
+
+    def second_call_fails(*args: Any) -> Any:
+        calls.append(args)
+        before_training = name == "held_out_kl" and len(calls) == 1
+        return original(*args) if before_training else failing()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, name, second_call_fails)
+        assert run(path, *BRIEF) == EXIT_FAILED
+    output = capsys.readouterr().out
+    assert f"scoreboard.json lacks {' and '.join(missing)}, which --resume computes" in output
+    ours, theirs = load_file(path / ADAPTER), load_file(whole / ADAPTER)
+    assert all((ours[key] == theirs[key]).all() for key in theirs)
+    incomplete, complete = board(path), board(whole)
+    assert incomplete.pop("missing") == missing
+    known = {key: None if key in missing else value for key, value in complete.items()}
+    assert incomplete == known
+    assert run(path, *BRIEF, "--resume") == EXIT_OK
+    assert board(path) == complete
+    assert "missing" not in complete
+    assert records(path) == records(whole)
+    assert (path / "report.html").exists()
+
+
+def test_a_report_that_fails_is_written_by_a_resume(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(summary, "write_report", failing)
+        assert run(path, *BRIEF) == EXIT_FAILED
+    assert board(path) == board(whole)
+    before = (path / "metrics.jsonl").read_bytes()
+    assert run(path, *BRIEF, "--resume") == EXIT_OK
+    assert (path / "report.html").exists()
+    assert (path / "metrics.jsonl").read_bytes() == before
+    assert json.loads((path / "scoreboard.json").read_text())["steps"] == 2

@@ -1,0 +1,124 @@
+"""Runs whose memory is really limited: they halve what they do at a time, or end with advice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT, TESTS
+from support.runs import board, records
+from support.simulated_card import ENVIRONMENT
+
+from minidistill import cli
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK
+
+CONFIG = """
+max_steps = 1
+seq_len = 1024
+model = { name = "tiny-sokoban" }
+
+[trainer]
+micro_batch_tokens = 100000
+[trainer.optim]
+lr = 2e-3
+[trainer.loss]
+adv_tau = 0.0
+
+[orchestrator]
+batch_size = 8
+rollouts_per_example = 4
+sampling = { max_tokens = 4 }
+buffer = { skip_verification = true }
+[orchestrator.teacher_model]
+context = "You are a world-class puzzle solver with decades of experience.\\n\\n"
+[[orchestrator.env]]
+id = "jsonl"
+args = { path = "PROMPTS", num_eval_examples = 20 }
+[orchestrator.eval]
+interval = 0
+num_examples = 20
+"""
+STEP = ("--no-orchestrator.eval",)
+KL = ("--orchestrator.batch_size", "4")
+# MiB. A step of 8 prompts takes about 300, 4 at a time half of that, and one 30. The KL on 20
+# held-out prompts takes 120, 10 at a time half of that, and one 5.
+STEP_MIB, TOO_LITTLE_STEP_MIB = 225, 15
+KL_MIB, TOO_LITTLE_KL_MIB = 90, 2
+WALL = "#####\n#@$.#\n#   #\n"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step on long prompts."""
+    folder = tmp_path_factory.mktemp("long")
+    lines = [json.dumps({"prompt": f"{i}\n" + WALL * (36 + i % 3)}) for i in range(64)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    path = folder / "long.toml"
+    path.write_text(CONFIG.replace("PROMPTS", str(folder / "prompts.jsonl")))
+    return path
+
+
+def run_on_card(config: Path, path: Path, place: str, mib: int, *flags: str) -> tuple[int, str]:
+    """Returns the exit code and the output."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "support.simulated_card", place, str(mib),
+            "run", str(config), "--output_dir", str(path), *flags,
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+        env={
+            **os.environ, **ENVIRONMENT,
+            "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT), *filter(None, sys.path)]),
+        },
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def reference_run(config: Path, path: Path, *flags: str) -> None:
+    """The run in this process, without a limit."""
+    assert cli.main(["run", str(config), "--output_dir", str(path), *flags]) == EXIT_OK
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved(config: Path, tmp_path: Path) -> None:
+    code, output = run_on_card(config, tmp_path / "run", "step", STEP_MIB, *STEP)
+    assert code == EXIT_OK, output
+    assert "DefaultCPUAllocator" in output
+    assert "trainer.micro_batch_tokens is" in output
+    reference_run(config, tmp_path / "roomy", *STEP)
+    ours, theirs = records(tmp_path / "run"), records(tmp_path / "roomy")
+    assert len(ours) == len(theirs) == 1
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-3, abs=1e-6)
+
+
+def test_a_sequence_that_does_not_fit_ends_the_run_with_advice(
+    config: Path, tmp_path: Path
+) -> None:
+    code, output = run_on_card(config, tmp_path / "run", "step", TOO_LITTLE_STEP_MIB, *STEP)
+    assert code == EXIT_ENVIRONMENT, output
+    assert "does not fit in memory" in output
+    assert "set trainer.model.ac.freq = 1" in output
+    assert "Traceback" not in output
+
+
+def test_the_held_out_kl_is_halved(config: Path, tmp_path: Path) -> None:
+    code, output = run_on_card(config, tmp_path / "run", "held-out KL", KL_MIB, *KL)
+    assert code == EXIT_OK, output
+    assert output.count("out of memory while computing the KL on held-out prompts") == 1
+    reference_run(config, tmp_path / "roomy", *KL)
+    ours, theirs = board(tmp_path / "run"), board(tmp_path / "roomy")
+    for name in ("heldout_kl_before", "heldout_kl_after", "drift_kl"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6)
+
+
+def test_a_held_out_prompt_that_does_not_fit_ends_the_run_with_advice(
+    config: Path, tmp_path: Path
+) -> None:
+    code, output = run_on_card(config, tmp_path / "run", "held-out KL", TOO_LITTLE_KL_MIB, *KL)
+    assert code == EXIT_ENVIRONMENT, output
+    assert "out of memory while computing the KL on held-out prompts, with one" in output
+    assert "inference.gpu_memory_utilization" in output
+    assert "Traceback" not in output
