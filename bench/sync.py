@@ -149,13 +149,14 @@ def compare(
     for version in range(1, repeats + 2):
         for name in times:
             change()
-            before, began = engine.bytes_synced, time.perf_counter()
+            assert engine.sender is not None
+            before, began = engine.sender.bytes_packed, time.perf_counter()
             if name == "memory":
                 memory(version)
             else:
                 file()
             times[name].append(time.perf_counter() - began)
-            size = max(size, engine.bytes_synced - before)
+            size = max(size, engine.sender.bytes_packed - before)
             if name == "memory" and version in (1, repeats + 1):
                 check_weights(engine, policy)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}

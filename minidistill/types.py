@@ -68,6 +68,8 @@ class Request:
 
     prompt_ids: tuple[int, ...]
     seed: int
+    teacher_ids: tuple[int, ...] = ()
+    """If given, the teacher scores the completion after this prompt as soon as it is sampled."""
 
 
 @dataclass(frozen=True, slots=True)

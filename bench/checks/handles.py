@@ -88,8 +88,13 @@ def full(setting: Setting, findings: Findings, reader: Reader) -> None:
     findings.at_most("MiB of the device taken", taken, 2.5 * chunk / MIB + GROWTH, gpu_only=True)
 
 
+def gpus(setting: Setting) -> tuple[int, ...]:
+    """Those of the reader."""
+    return setting.size((0,), ())
+
+
 def sender(setting: Setting) -> SendBuffer:
-    return SendBuffer(torch.bfloat16, setting.device, gpus=setting.size((0,), ()))
+    return SendBuffer(torch.bfloat16, setting.device, gpus(setting))
 
 
 def checksum(tensor: Tensor) -> int:
@@ -117,6 +122,7 @@ class Reader:
     """A spawned process that reads as vLLM's worker does: open, copy, answer."""
 
     def __init__(self, setting: Setting) -> None:
+        self._gpus = gpus(setting)
         spawn = multiprocessing.get_context("spawn")
         self._pipe, remote = spawn.Pipe()
         self._process = spawn.Process(target=serve, args=(remote, str(setting.device)))
@@ -126,7 +132,7 @@ class Reader:
         self, outbox: SendBuffer, tensors: Sequence[tuple[str, Tensor]], *, sums: bool = True
     ) -> Received:
         entries = outbox.pack(tensors)
-        self._pipe.send((outbox.handle(), entries, sums))
+        self._pipe.send((outbox.handles(self._gpus), entries, sums))
         if not self._pipe.poll(60):
             raise RuntimeError("the reader does not answer")
         return Received(*self._pipe.recv())

@@ -249,8 +249,9 @@ class Config(Table):
     seed: Count = 0
     """Seed of all randomness."""
     schedule: Literal["sync", "async"] = "sync"
-    """`sync` samples, then trains, and is exactly reproducible. `async` samples the rollouts of the
-    next step with vLLM while this one trains: they are at most one update old."""
+    """`sync` trains on rollouts of the current weights, where it can on the first groups while
+    others are sampled, and is exactly reproducible. `async` samples the rollouts of the next step
+    with vLLM while this one trains: they are at most one update old."""
     inference_gpu_ids: GpuIds | None = None
     """GPUs of the engine that samples; by default chosen from those of the machine."""
     teacher_gpu_ids: GpuIds | None = None

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.trainer.policy import Policy
-from minidistill.types import Advance, Completion, Request, Role, SamplingParams
+from minidistill.types import (
+    Advance,
+    Completion,
+    Request,
+    Role,
+    SamplingParams,
+    TeacherScores,
+)
 
 Ids = Sequence[int]
+Sampled = tuple[int, Completion, TeacherScores | None]
+"""A request's index, its completion, and the teacher's scores if the request asks for them."""
+Finished = Callable[[int, Sequence[Sampled]], None]
+"""Takes what ended in one step of an engine: the step's number, and the results by index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,32 @@ class Engine(ABC):
     def capabilities(self) -> EngineCapabilities:
         return EngineCapabilities()
 
+    @property
+    def streams(self) -> bool:
+        """Whether `generate` hands over completions while others are sampled, and leaves this
+        process free meanwhile."""
+        return False
+
+    @property
+    def ends_in_order(self) -> bool:
+        """Whether the order in which completions are handed over depends on no timing."""
+        return False
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether it shares the trainer's GPU, and so sleeps while the trainer computes."""
+        return False
+
+    @property
+    def scores_while_sampling(self) -> bool:
+        """Whether `generate` also scores the completions of requests with `teacher_ids`."""
+        return False
+
+    @property
+    def score_counts(self) -> tuple[int, int]:
+        """Sequences scored so far, and how many of them twice; (0, 0) if that is unknown."""
+        return 0, 0
+
     def attach(self, policy: Policy, roles: Sequence[Role]) -> None:  # noqa: B027 - optional
         """Set the trainer's model, and the roles that this engine will serve."""
 
@@ -70,14 +107,17 @@ class Engine(ABC):
         params: SamplingParams,
         role: Role,
         advance: Advance | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
         """Sample a completion for each request, in the order of the requests.
 
         Log-probs are those of the distribution sampled from; greedy ones are taken at
-        temperature 1. `advance` is called with numbers of finished completions.
+        temperature 1. `advance` is called with numbers of finished completions. An engine that
+        `streams` hands each completion to `finished`, from any thread; others ignore it.
 
         Raises UserError (exit code 4) if the model's logits are not finite, ValueError for
-        `params.top_ids` without the capability `scores_ids`.
+        `params.top_ids` without the capability `scores_ids` and for requests with `teacher_ids`
+        without `scores_while_sampling`.
         """
 
     @abstractmethod
@@ -114,6 +154,9 @@ class Engine(ABC):
 
     def sleep(self) -> None:  # noqa: B027 - optional
         """Free the memory that the trainer needs; the next call takes it back."""
+
+    def wake(self) -> None:  # noqa: B027 - optional
+        """Take back the memory that `sleep` freed, before a call does."""
 
     def peak_memory(self) -> int | None:
         """The most bytes that any process of the engine has held so far; None if unknown."""

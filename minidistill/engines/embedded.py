@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from minidistill.engines.base import Engine, EngineCapabilities, Ids, not_finite_error
+from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids, not_finite_error
 from minidistill.placement.attention import VARLEN
 from minidistill.placement.limits import EMBEDDED_CACHE_BYTES, kv_bytes_per_token
 from minidistill.trainer.batching import collate
@@ -84,6 +84,7 @@ class EmbeddedEngine(Engine):
         params: SamplingParams,
         role: Role,
         advance: Advance | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
         if params.top_ids:
             raise ValueError("the embedded engine returns no likeliest ids")

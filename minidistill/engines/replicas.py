@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import numpy as np
 
-from minidistill.engines.base import Engine, EngineCapabilities, Ids
+from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids, Sampled
 from minidistill.trainer.batching import share_out
 from minidistill.trainer.policy import Policy
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
@@ -27,7 +29,10 @@ class Replicas(Engine):
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = list(engines)
         self.name = f"{len(self.engines)} × {self.engines[0].name}"
-        self._threads = ThreadPoolExecutor(len(self.engines), thread_name_prefix="replica")
+        self._threads = ThreadPoolExecutor(
+            2 * len(self.engines),  # for two calls at a time: one samples, one scores
+            thread_name_prefix="replica",
+        )
 
     @property
     def location(self) -> str:
@@ -40,6 +45,26 @@ class Replicas(Engine):
             scores_at_any_temperature=all(r.scores_at_any_temperature for r in replicas),
             scores_ids=all(r.scores_ids for r in replicas),
         )
+
+    @property
+    def streams(self) -> bool:
+        return all(engine.streams for engine in self.engines)
+
+    @property
+    def ends_in_order(self) -> bool:
+        return all(engine.ends_in_order for engine in self.engines)
+
+    @property
+    def sleeps(self) -> bool:
+        return any(engine.sleeps for engine in self.engines)
+
+    @property
+    def scores_while_sampling(self) -> bool:
+        return all(engine.scores_while_sampling for engine in self.engines)
+
+    @property
+    def score_counts(self) -> tuple[int, int]:
+        return add_counts(self.engines)
 
     def attach(self, policy: Policy, roles: Sequence[Role]) -> None:
         for engine in self.engines:
@@ -58,7 +83,13 @@ class Replicas(Engine):
         params: SamplingParams,
         role: Role,
         advance: Advance | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
+        prompts = [r.prompt_ids for r in requests]
+        shares = self._shares(prompts, [len(p) + params.max_tokens for p in prompts])
+        merged = None
+        if finished is not None:
+            merged = _Merged([e for e, rows in shares if rows], self.ends_in_order, finished)
         lock = threading.Lock()
 
         def locked_advance(count: int) -> None:
@@ -67,10 +98,19 @@ class Replicas(Engine):
                     advance(count)
 
         def generate(engine: Engine, rows: Sequence[int]) -> list[Completion]:
-            return engine.generate([requests[i] for i in rows], params, role, locked_advance)
+            def hand_over(step: int, ended: Sequence[Sampled]) -> None:
+                with lock:
+                    if merged is not None:
+                        merged.take(engine, step, [(rows[i], *rest) for i, *rest in ended])
 
-        prompts = [r.prompt_ids for r in requests]
-        return self._distribute(prompts, [len(p) + params.max_tokens for p in prompts], generate)
+            asked = [requests[i] for i in rows]
+            completions = engine.generate(asked, params, role, locked_advance, hand_over)
+            with lock:
+                if merged is not None:
+                    merged.end(engine)
+            return completions
+
+        return self._call(shares, generate)
 
     def score(
         self,
@@ -84,7 +124,7 @@ class Replicas(Engine):
                 [prompts[i] for i in rows], [completions[i] for i in rows], role, temperature
             )
 
-        return self._distribute(prompts, _lengths(prompts, completions), score)
+        return self._call(self._shares(prompts, _lengths(prompts, completions)), score)
 
     def score_ids(
         self,
@@ -101,7 +141,7 @@ class Replicas(Engine):
                 role,
             )
 
-        return self._distribute(prompts, _lengths(prompts, completions), score_ids)
+        return self._call(self._shares(prompts, _lengths(prompts, completions)), score_ids)
 
     def sync(self, version: int) -> None:
         """Sync all replicas at once."""
@@ -109,6 +149,9 @@ class Replicas(Engine):
 
     def sleep(self) -> None:
         self._on_each(lambda engine: engine.sleep())
+
+    def wake(self) -> None:
+        self._on_each(lambda engine: engine.wake())
 
     def peak_memory(self) -> int | None:
         return max((p for e in self.engines if (p := e.peak_memory()) is not None), default=None)
@@ -122,28 +165,68 @@ class Replicas(Engine):
         for future in [self._threads.submit(action, engine) for engine in self.engines]:
             future.result()
 
-    def _distribute(
-        self,
-        prompts: Sequence[Ids],
-        costs: Sequence[int],
-        call: Callable[[Engine, Sequence[int]], Sequence[T]],
-    ) -> list[T]:
-        """Call each engine with its share of the rows. Returns the results in the order of rows."""
+    def _shares(
+        self, prompts: Sequence[Ids], costs: Sequence[int]
+    ) -> list[tuple[Engine, list[int]]]:
+        """Each engine with its share of the rows."""
         by_prompt: dict[tuple[int, ...], list[int]] = {}
         for index, prompt in enumerate(prompts):
             by_prompt.setdefault(tuple(prompt), []).append(index)
         groups = list(by_prompt.values())
         shares = share_out([sum(costs[i] for i in g) for g in groups], len(self.engines))
         by_engine = [sorted(i for g in share for i in groups[g]) for share in shares]
+        return list(zip(self.engines, by_engine, strict=True))
+
+    def _call(
+        self,
+        shares: Sequence[tuple[Engine, list[int]]],
+        call: Callable[[Engine, Sequence[int]], Sequence[T]],
+    ) -> list[T]:
+        """Call each engine with its share. Returns the results in the order of rows."""
         futures = [
-            (rows, self._threads.submit(call, engine, rows))
-            for engine, rows in zip(self.engines, by_engine, strict=True)
-            if rows
+            (rows, self._threads.submit(call, engine, rows)) for engine, rows in shares if rows
         ]
         results: dict[int, T] = {}
         for rows, future in futures:
             results.update(zip(rows, future.result(), strict=True))
-        return [results[i] for i in range(len(prompts))]
+        return [results[i] for i in range(len(results))]
+
+
+class _Merged:
+    """What ends in several engines, in the order of their steps.
+
+    It depends on no timing if that of each engine does not: what ends in a step is handed over when
+    all engines have come as far.
+    """
+
+    def __init__(self, engines: Sequence[Engine], in_order: bool, finished: Finished) -> None:
+        self.finished, self.in_order = finished, in_order
+        self._steps: dict[Engine, float] = dict.fromkeys(engines, 0)
+        self._held: dict[int, list[Sampled]] = {}
+
+    def take(self, engine: Engine, step: int, ended: Sequence[Any]) -> None:
+        """Take what ended in an engine's step."""
+        if not self.in_order:
+            self.finished(step, ended)
+            return
+        self._held.setdefault(step, []).extend(ended)
+        self._reach(engine, step)
+
+    def end(self, engine: Engine) -> None:
+        """The engine has nothing more to sample."""
+        self._reach(engine, math.inf)
+
+    def _reach(self, engine: Engine, step: float) -> None:
+        self._steps[engine] = step
+        reached = min(self._steps.values())
+        for held in sorted(step for step in self._held if step <= reached):
+            self.finished(held, sorted(self._held.pop(held), key=itemgetter(0)))
+
+
+def add_counts(engines: Sequence[Engine]) -> tuple[int, int]:
+    """The `score_counts` of several engines together."""
+    scored, repeated = zip(*(engine.score_counts for engine in engines), strict=True)
+    return sum(scored), sum(repeated)
 
 
 def _lengths(a: Sequence[Ids], b: Sequence[Ids]) -> list[int]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minidistill.engines.base import Engine, EngineCapabilities, Ids
+from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids
 from minidistill.engines.embedded import EmbeddedEngine
+from minidistill.engines.replicas import add_counts
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
 
@@ -38,6 +39,22 @@ class StudentTeacherEngine(Engine):
         """The teacher's engine's, because it scores."""
         return self.teacher.capabilities
 
+    @property
+    def streams(self) -> bool:
+        return self.student.streams
+
+    @property
+    def ends_in_order(self) -> bool:
+        return self.student.ends_in_order
+
+    @property
+    def sleeps(self) -> bool:
+        return self.student.sleeps or self.teacher.sleeps
+
+    @property
+    def score_counts(self) -> tuple[int, int]:
+        return add_counts([self.student, self.teacher])
+
     def _engine_of(self, role: Role) -> Engine:
         equal = self.equal_at_start and self.version == 0
         engine, other = self.student, self.teacher
@@ -53,8 +70,9 @@ class StudentTeacherEngine(Engine):
         params: SamplingParams,
         role: Role,
         advance: Advance | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
-        return self._engine_of(role).generate(requests, params, role, advance)
+        return self._engine_of(role).generate(requests, params, role, advance, finished)
 
     def score(
         self,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,9 +19,30 @@ from minidistill.tasks.lengths import check_lengths
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_errors, score, with_advantages
 from minidistill.tasks.sampling import TaskSampler
-from minidistill.types import Metrics, Request, Role, Rollout, SamplingParams, TeacherScores
+from minidistill.types import (
+    Advance,
+    Completion,
+    Metrics,
+    Prompt,
+    Request,
+    Role,
+    Rollout,
+    SamplingParams,
+    TeacherScores,
+)
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a step samples."""
+
+    prompts: list[Prompt]
+    jobs: list[tuple[Prompt, int]]
+    """Each request's prompt, and its number among the samples of that prompt."""
+    requests: list[Request]
+    params: SamplingParams
 
 
 class Collector:
@@ -42,36 +63,67 @@ class Collector:
     def collect(self, engine: Engine, step: int, version: int) -> tuple[list[Rollout], Metrics]:
         """The rollouts of a step, sampled by the weights of `version`, and each stage's time."""
         metrics: Metrics = {}
-        rollouts = self._sample(engine, step, version, metrics)
-        if not self.config.orchestrator.buffer.skip_verification:
-            rollouts = self._reward(rollouts, metrics)
-        if self.placement.teacher.scorer == "engine":
-            rollouts = self._score_with_teacher(engine, rollouts, metrics)
-        return with_advantages(rollouts, self.config.orchestrator.advantage.std_norm), metrics
-
-    def _sample(self, engine: Engine, step: int, version: int, metrics: Metrics) -> list[Rollout]:
         began = time.perf_counter()
+        asked = self.draw(step)
+        with self.display.phase("sample", len(asked.requests), "rollouts") as advance:
+            completions = engine.generate(asked.requests, asked.params, Role.STUDENT, advance)
+        metrics |= sampling_metrics(completions, time.perf_counter() - began)
+        rollouts = [
+            self.rollout(p, s, c, version)
+            for (p, s), c in zip(asked.jobs, completions, strict=True)
+        ]
+        if self.computes_rewards:
+            with self.display.phase("score", len(rollouts), "rollouts") as advance:
+                began = time.perf_counter()
+                rollouts, errors = self.reward(rollouts, advance)
+            self.check_errors(errors, len(asked.jobs))
+            metrics |= {"time/score": time.perf_counter() - began, "env/errors": len(errors)}
+            warn_of_errors(errors)
+        if self.scores_teacher:
+            repeats = RepeatCounter(engine)
+            with self.display.phase("teacher", len(rollouts), "rollouts") as advance:
+                began = time.perf_counter()
+                rollouts = self.score_with_teacher(engine, rollouts)
+                advance(len(rollouts))
+            metrics |= {"time/teacher": time.perf_counter() - began} | repeats.metrics()
+        return self.with_advantages(rollouts), metrics
+
+    def draw(self, step: int) -> Asked:
+        """What a step samples: its prompts and requests."""
         orchestrator = self.config.orchestrator
-        group_size = orchestrator.rollouts_per_example
-        tasks = self.tasks.draw(step, orchestrator.batch_size // group_size)
+        tasks = self.tasks.draw(step, orchestrator.batch_size // self.group_size)
         prompts = [self.builder.build(env, task) for env, task in tasks]
         check_lengths(self.config, self.placement.max_length, prompts)
-        jobs = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
+        jobs = [(prompt, sample) for prompt in prompts for sample in range(self.group_size)]
         requests = [
             Request(prompt.student_ids, stable_seed(self.config.seed, "train", step, index))
             for index, (prompt, _) in enumerate(jobs)
         ]
         sampling = orchestrator.sampling
         params = SamplingParams(sampling.max_tokens, sampling.temperature, self._top_ids)
-        with self.display.phase("sample", len(jobs), "rollouts") as advance:
-            completions = engine.generate(requests, params, Role.STUDENT, advance)
-        tokens = sum(len(c.token_ids) for c in completions)
-        seconds = time.perf_counter() - began
-        metrics |= {"time/sample": seconds, "perf/sample_tokens_per_second": tokens / seconds}
-        return [
-            Rollout(p, s, c, self.builder.decode(c.token_ids), policy_version=version)
-            for (p, s), c in zip(jobs, completions, strict=True)
-        ]
+        return Asked(prompts, jobs, requests, params)
+
+    def rollout(self, prompt: Prompt, sample: int, completion: Completion, version: int) -> Rollout:
+        text = self.builder.decode(completion.token_ids)
+        return Rollout(prompt, sample, completion, text, policy_version=version)
+
+    def with_advantages(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Whole groups, with their advantages."""
+        return with_advantages(rollouts, self.config.orchestrator.advantage.std_norm)
+
+    @property
+    def group_size(self) -> int:
+        """Rollouts of a prompt."""
+        return self.config.orchestrator.rollouts_per_example
+
+    @property
+    def computes_rewards(self) -> bool:
+        return not self.config.orchestrator.buffer.skip_verification
+
+    @property
+    def scores_teacher(self) -> bool:
+        """Whether an engine scores the teacher, and not the trainer."""
+        return self.placement.teacher.scorer == "engine"
 
     @property
     def _top_ids(self) -> int:
@@ -80,38 +132,57 @@ class Collector:
             return 0
         return self.placement.teacher.estimator.top_ids(self.config.trainer.loss.top_k)
 
-    def _reward(self, rollouts: Sequence[Rollout], metrics: Metrics) -> list[Rollout]:
-        """The rollouts with their rewards, without those whose environment failed."""
-        began = time.perf_counter()
-        with self.display.phase("score", len(rollouts), "rollouts") as advance:
-            rewards, errors = score(self.environments, rollouts, advance)
-        check_errors(errors, len(rollouts), self.config.orchestrator.max_env_error_frac)
-        metrics |= {"time/score": time.perf_counter() - began, "env/errors": len(errors)}
-        if errors:
-            logger.warning(f"{len(errors)} rollouts dropped: {errors[0]}")
-        return [
+    def reward(
+        self, rollouts: Sequence[Rollout], advance: Advance
+    ) -> tuple[list[Rollout], list[str]]:
+        """The rollouts with their rewards, without those that the environment failed on; errors."""
+        rewards, errors = score(self.environments, rollouts, advance)
+        kept = [
             replace(rollout, reward=reward)
             for rollout, reward in zip(rollouts, rewards, strict=True)
             if reward is not None
         ]
+        return kept, errors
 
-    def _score_with_teacher(
-        self, engine: Engine, rollouts: Sequence[Rollout], metrics: Metrics
-    ) -> list[Rollout]:
+    def check_errors(self, errors: Sequence[str], total: int) -> None:
+        """Raise UserError (exit code 4) if too many of a step's `total` rollouts failed."""
+        check_errors(errors, total, self.config.orchestrator.max_env_error_frac)
+
+    def score_with_teacher(self, engine: Engine, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with the log-probs that the teacher's engine gives their tokens."""
-        began = time.perf_counter()
         prompts = [r.prompt.teacher_ids for r in rollouts]
         completions = [r.completion.token_ids for r in rollouts]
-        with self.display.phase("teacher", len(rollouts), "rollouts") as advance:
-            if self._top_ids:
-                # the sampled token's column, then those of the likeliest ids
-                ids = [np.c_[list(r.completion.token_ids), r.completion.top_ids] for r in rollouts]
-                logps = engine.score_ids(prompts, completions, ids, Role.TEACHER)
-                scores = [TeacherScores(row[:, 0].tolist(), row[:, 1:]) for row in logps]
-            else:
-                scores = [
-                    TeacherScores(row) for row in engine.score(prompts, completions, Role.TEACHER)
-                ]
-            advance(len(rollouts))
-        metrics["time/teacher"] = time.perf_counter() - began
+        if self._top_ids:
+            # the sampled token's column, then those of the likeliest ids
+            ids = [np.c_[list(r.completion.token_ids), r.completion.top_ids] for r in rollouts]
+            logps = engine.score_ids(prompts, completions, ids, Role.TEACHER)
+            scores = [TeacherScores(row[:, 0].tolist(), row[:, 1:]) for row in logps]
+        else:
+            scores = [
+                TeacherScores(row) for row in engine.score(prompts, completions, Role.TEACHER)
+            ]
         return [replace(r, teacher=s) for r, s in zip(rollouts, scores, strict=True)]
+
+
+def sampling_metrics(completions: Iterable[Completion], seconds: float) -> Metrics:
+    tokens = sum(len(c.token_ids) for c in completions)
+    return {"time/sample": seconds, "perf/sample_tokens_per_second": tokens / seconds}
+
+
+def warn_of_errors(errors: Sequence[str]) -> None:
+    if errors:
+        logger.warning(f"{len(errors)} rollouts dropped: {errors[0]}")
+
+
+class RepeatCounter:
+    """Counts from now on which of the sequences that an engine scores it computes twice."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.before = engine, engine.score_counts
+
+    def metrics(self) -> Metrics:
+        """Their share; empty if the engine does not count."""
+        scored, repeated = (
+            now - then for now, then in zip(self.engine.score_counts, self.before, strict=True)
+        )
+        return {"perf/teacher_repeat_frac": repeated / scored} if scored else {}

@@ -14,10 +14,13 @@ from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_INTERRUPTED, EXIT_OK
 from minidistill.reporting.run_directory import RunDirectory, choose_path
 from minidistill.reporting.terminal import open_display
+from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run.baseline import evaluate_baseline
 from minidistill.run.session import Session, open_session
 from minidistill.run.setup import prepare
 from minidistill.run.summary import finish, show_finished
+from minidistill.trainer.step import StepResult
+from minidistill.types import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +58,35 @@ def _run(session: Session, interrupt: Interrupt) -> int:
 def train_step(session: Session, step: int) -> None:
     """Collect a step's rollouts, train on them, and send the new weights to the engine."""
     step_began = time.perf_counter()
+    if session.stream_collector is not None:
+        result, metrics = _streamed_step(session, session.stream_collector, step)
+    else:
+        result, metrics = _plain_step(session, step)
+    sync_began = time.perf_counter()
+    session.engine.sync(step)
+    now = time.perf_counter()
+    timings = {"time/sync": now - sync_began, "time/step": now - step_began}
+    session.record(step, result.rollouts, result.tokens, metrics | timings)
+
+
+def _plain_step(session: Session, step: int) -> tuple[StepResult, Metrics]:
     rollouts, collected = session.collect(step)
     tokens = sum(len(r.completion.token_ids) for r in rollouts)
     if session.async_collector is None:
         session.engine.sleep()
     with session.display.phase("train", tokens, "tokens") as advance:
         result = session.trainer.step(rollouts, step, advance)
-    sync_began = time.perf_counter()
-    session.engine.sync(step)
-    now = time.perf_counter()
-    timings = {"time/sync": now - sync_began, "time/step": now - step_began}
-    session.record(step, rollouts, result.tokens, result.metrics | collected | timings)
+    return result, result.metrics | collected
+
+
+def _streamed_step(
+    session: Session, collector: StreamCollector, step: int
+) -> tuple[StepResult, Metrics]:
+    """Train on complete groups while others are sampled."""
+    stream = collector.start(step, step - 1)
+    with session.display.phase("train", stream.size, "rollouts") as advance:
+        result = session.trainer.stream_step(stream.rollouts, step, advance)
+    return stream.by_number(result), stream.metrics(result.metrics)
 
 
 class Interrupt:

@@ -58,6 +58,7 @@ class Session:
         self.policy, self.trainer = components.policy, components.trainer
         self.engine, self.evaluator = components.engine, components.evaluator
         self.collector, self.async_collector = components.collector, components.async_collector
+        self.stream_collector = components.stream_collector
         self.budget = components.budget
         self.texts = TokenTexts(prepared.tokenizer)
         self.first_step = 1

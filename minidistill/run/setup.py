@@ -27,6 +27,7 @@ from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal.base import Display
 from minidistill.rollouts.async_collector import AsyncCollector
 from minidistill.rollouts.collector import Collector
+from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run import preflight
 from minidistill.tasks.lengths import check_lengths
 from minidistill.tasks.prompts import PromptBuilder
@@ -50,6 +51,10 @@ SMALLER_MODEL = {
 }
 CHECKED_TASKS = 32  # prompts checked before the run, of a split that generates its tasks
 CHECKED_LIST = 2000  # prompts checked before the run, of a split that is a list
+
+STREAMED_TOKENS = 2048
+"""Of a part that is trained while others are sampled, for each rank. Smaller passes cost more than
+they hide (docs/performance.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,9 @@ class Components:
     collector: Collector
     async_collector: AsyncCollector | None
     """Collects one step ahead, with `schedule = "async"`."""
+    stream_collector: StreamCollector | None
+    """Hands groups to the trainer while others are sampled, with `schedule = "sync"` and engines
+    that run beside the trainer."""
     evaluator: Evaluator | None
     budget: TokenBudget
     """Of the trainer's passes outside a training step."""
@@ -101,8 +109,9 @@ class Components:
     def close(self) -> None:
         self.ranks.close()
         self.engine.close()
-        if self.async_collector is not None:
-            self.async_collector.close()
+        for collector in (self.async_collector, self.stream_collector):
+            if collector is not None:
+                collector.close()
 
 
 def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prepared:
@@ -190,13 +199,17 @@ def build(prepared: Prepared, display: Display) -> Components:
         ranks.close()
         launcher.close()
         raise
+    is_async = config.schedule == "async"
+    streams = not is_async and engine.streams and not engine.sleeps
+    least_tokens = STREAMED_TOKENS * len(devices)
     return Components(
         placement=placement,
         policy=policy,
         trainer=trainer,
         engine=engine,
         collector=collector,
-        async_collector=AsyncCollector(collector, engine) if config.schedule == "async" else None,
+        async_collector=AsyncCollector(collector, engine) if is_async else None,
+        stream_collector=StreamCollector(collector, engine, least_tokens) if streams else None,
         evaluator=evaluator,
         budget=budget,
         ranks=ranks,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,14 @@ from minidistill.trainer.micro_batches import MicroBatches, OutOfMemory, sequenc
 from minidistill.trainer.objective import figures_by_rollout, loss_settings
 from minidistill.trainer.optim import Optimizer, learning_rate
 from minidistill.trainer.policy import Policy, Weights
+from minidistill.trainer.step import (
+    Count,
+    ReceivedParts,
+    StepResult,
+    StepRollouts,
+    TrainStep,
+    token_count,
+)
 from minidistill.types import Advance, Metrics, Role, Rollout, TokenFigures
 from minidistill_kernels import DistillOutput
 
@@ -30,14 +38,6 @@ logger = logging.getLogger(__name__)
 
 TeacherContext = tuple[tuple[int, ...], KeysValues | None]
 """The ids that all of a step's teacher prompts begin with, and their keys and values."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """A step's metrics, and the per-token figures of each rollout in order."""
-
-    metrics: Metrics
-    tokens: list[TokenFigures]
 
 
 class Trainer:
@@ -66,41 +66,75 @@ class Trainer:
     def step(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> StepResult:
         """One update. Steps count from 1. `advance` is called with the number of trained tokens.
 
-        The result is empty on the other ranks. Raises UserError (exit code 4) if the loss or the
-        gradient is not finite, or if the sampler ran other weights. The weights are then unchanged.
+        Raises UserError (exit code 4) if the loss or the gradient is not finite, or if the sampler
+        ran other weights. The weights are then unchanged.
         """
-        with self.rank_group.run_on_all_ranks(TrainStep(tuple(rollouts), step)):
-            return self._step(rollouts, step, advance)
+        return self._command(StepRollouts.of(rollouts), step, advance, token_count)
 
-    def _step(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> StepResult:
+    def stream_step(self, rollouts: StepRollouts, step: int, advance: Advance) -> StepResult:
+        """`step` on rollouts of which some are still sampled. `advance` counts rollouts.
+
+        The update is that of `step` up to float error, and depends on no timing. With sharded
+        weights training begins when all parts are there: an engine that restarts meanwhile gathers
+        the weights from all ranks.
+        """
+        if self.policy.sharded is not None:
+            rollouts = StepRollouts.of([r for part in rollouts.parts for r in part])
+        return self._command(rollouts, step, advance, len)
+
+    def _command(
+        self, rollouts: StepRollouts, step: int, advance: Advance, count: Count
+    ) -> StepResult:
+        prompts = rollouts.teacher_prompts
+        prefix = self.prefixes.common(prompts) if prompts else ()
+        command = TrainStep(step, rollouts.tokens, prefix)
+        with self.rank_group.run_on_all_ranks(command):
+            return self.take_step(command, iter(rollouts.parts), advance, count)
+
+    def take_step(
+        self,
+        command: TrainStep,
+        parts: Iterator[Sequence[Rollout]],
+        advance: Advance,
+        count: Count,
+    ) -> StepResult:
+        """Take part in a step. The driver sends the rollouts to the other ranks, whose result is
+        empty."""
         began = time.perf_counter()
         reset_peak(self.policy.device)
-        local_figures = self._gradient(rollouts, step, advance)
+        received = ReceivedParts(self.rank_group, parts)
+        if self.policy.sharded is not None:
+            list(received)  # all ranks have them before one may run out of memory
+        local_figures = self._gradient(received, command, advance, count)
+        rollouts = [r for part in received.parts for r in part]
+        tokens = sum(len(r.completion.token_ids) for r in rollouts)
+        if tokens != command.tokens:
+            self._scale_gradients(command.tokens / tokens)
         stepped = self.optimizer.stepped.values()
         self.rank_group.sum_gradients([p for p in stepped if not is_sharded(p)])
-        rate = learning_rate(self.config, step)
+        rate = learning_rate(self.config, command.step)
         norm = self.optimizer.clip()
-        figures = self._gather_figures(local_figures, advance)
+        figures = self._gather_figures(local_figures, advance, count)
         metrics: Metrics = {}
         error = None
         if figures:
             metrics = summarize(rollouts, figures, self.estimator, self.loss)
             metrics |= {"optim/lr": rate, "optim/grad_norm": norm}
-            error = refusal(metrics, step, self.max_mismatch)
+            error = refusal(metrics, command.step, self.max_mismatch)
         if self.rank_group.broadcast_object(error is not None):
             self.optimizer.zero_grad()
             if error is not None:
                 raise error
-            return StepResult({}, [])
+            return StepResult({}, [], [])
         with self.policy.lock:
             self.optimizer.step(rate)
             if self.policy.teacher_weights is Weights.EMA:
                 self.policy.update_ema(self.config.orchestrator.teacher_model.ema_decay)
-        tokens = sum(len(r.completion.token_ids) for r in rollouts)
-        return StepResult(metrics | self._performance(tokens, began), figures)
+        metrics |= self._performance(tokens, began + received.waited)
+        return StepResult(metrics, figures, rollouts)
 
     def _gather_figures(
-        self, local_figures: dict[int, TokenFigures], advance: Advance
+        self, local_figures: dict[int, TokenFigures], advance: Advance, count: Count
     ) -> list[TokenFigures]:
         """The figures of every rollout in order; an empty list on the other ranks.
 
@@ -113,11 +147,11 @@ class Trainer:
             if rank > 0:
                 for warning in warnings:
                     logger.warning(f"rank {rank}: {warning}")
-                advance(sum(len(f.loss) for f in figures.values()))
+                advance(count([*figures.values()]))
         return [by_rollout[i] for i in sorted(by_rollout)]
 
     def _performance(self, tokens: int, began: float) -> Metrics:
-        """Time and memory of a step that began at `began`; empty on the other ranks."""
+        """Time and memory of a step that has computed since `began`; empty on the other ranks."""
         peaks = self.rank_group.gather_object(peak_gib(self.policy.device))
         if not peaks:
             return {}
@@ -131,7 +165,7 @@ class Trainer:
     # -- the gradient --------------------------------------------------------------------------
 
     def _gradient(
-        self, rollouts: Sequence[Rollout], step: int, advance: Advance
+        self, received: ReceivedParts, command: TrainStep, advance: Advance, count: Count
     ) -> dict[int, TokenFigures]:
         """Add the loss's gradient to the parameters. Returns this rank's figures by rollout.
 
@@ -139,17 +173,18 @@ class Trainer:
         single sequence does not fit.
         """
         reported = 0
+        context = self._teacher_context(command.prefix)
         while True:
             done = 0
 
-            def progress(count: int) -> None:
+            def progress(figures: Sequence[TokenFigures]) -> None:
                 nonlocal done, reported
-                done += count
+                done += count(figures)
                 if done > reported:
                     advance(done - reported)
                     reported = done
 
-            figures, failure = self._accumulate(rollouts, step, progress)
+            figures, failure = self._accumulate(received, command, context, progress)
             if self.policy.sharded is None:
                 failures = {self.rank_group.rank: failure} if failure else {}
             else:  # every pass needs all ranks, so all of them start again
@@ -161,9 +196,39 @@ class Trainer:
             self.micro_batches.shrink(failures, sharded=self.policy.sharded is not None)
 
     def _accumulate(
-        self, rollouts: Sequence[Rollout], step: int, advance: Advance
+        self,
+        parts: Iterable[Sequence[Rollout]],
+        command: TrainStep,
+        context: TeacherContext,
+        progress: Callable[[Sequence[TokenFigures]], None],
     ) -> tuple[dict[int, TokenFigures], OutOfMemory | None]:
-        """One attempt at the step.
+        """One attempt at the step, which ends at the first part with OOM."""
+        figures: dict[int, TokenFigures] = {}
+        first = passes = 0
+        for part in parts:
+            lengths = [max(r.student_length, r.teacher_length) for r in part]
+            batches = self.micro_batches.passes(lengths, sharded=self.policy.sharded is not None)
+            seeds = [self._dropout_seed(command.step, passes + i) for i in range(len(batches))]
+            found, failure = self._accumulate_part(
+                part, batches, seeds, 1 / command.tokens, context, progress
+            )
+            if failure is not None:
+                return {}, failure
+            figures |= {first + i: f for i, f in found.items()}
+            first, passes = first + len(part), passes + len(batches)
+        self.policy.reshard()
+        return figures, None
+
+    def _accumulate_part(
+        self,
+        rollouts: Sequence[Rollout],
+        passes: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        weight: float,
+        context: TeacherContext,
+        progress: Callable[[Sequence[TokenFigures]], None],
+    ) -> tuple[dict[int, TokenFigures], OutOfMemory | None]:
+        """The passes of one part, each with its rollouts and its seed for dropout.
 
         On OOM a sharded rank continues with its shortest rollout, because collectives need every
         rank. Other ranks stop.
@@ -171,20 +236,17 @@ class Trainer:
         sharded = self.policy.sharded
         lengths = [max(r.student_length, r.teacher_length) for r in rollouts]
         shortest = [rollouts[lengths.index(min(lengths))]]
-        total = sum(len(r.completion.token_ids) for r in rollouts)
-        context = self._teacher_context(rollouts)
-        passes = self.micro_batches.passes(lengths, sharded=sharded is not None)
         figures: dict[int, TokenFigures] = {}
         message = None
-        for index, rows in enumerate(passes):
-            self._seed_dropout(step, index)
+        for rows, seed in zip(passes, seeds, strict=True):
+            torch.manual_seed(seed)
             if sharded is not None:
                 sharded.begin_pass()
             if message is None:
                 batch = [rollouts[i] for i in rows] or shortest
-                batch_figures, message = self._try_pass(batch, context, 1 / total if rows else 0.0)
+                batch_figures, message = self._try_pass(batch, context, weight if rows else 0.0)
                 figures.update(zip(rows, batch_figures, strict=False))
-                advance(sum(len(f.loss) for f in batch_figures) if rows else 0)
+                progress(batch_figures if rows else [])
                 if message is not None:
                     self._discard_gradients()
                     if sharded is not None:
@@ -193,9 +255,9 @@ class Trainer:
                 break
             if message is not None and self._try_pass(shortest, context, 0.0)[1] is not None:
                 raise sequence_too_long(min(lengths), message)
-        self.policy.reshard()
         if message is None:
             return figures, None
+        self.policy.reshard()
         batches = [rows for rows in passes if rows]
         batch_lengths = [lengths[i] for rows in batches for i in rows] or [min(lengths)]
         return {}, OutOfMemory(
@@ -205,10 +267,10 @@ class Trainer:
             single_sequences=max(map(len, batches), default=1) == 1,
         )
 
-    def _seed_dropout(self, step: int, index: int) -> None:
-        """Give each micro-batch of a step its own dropout, the same on every attempt."""
+    def _dropout_seed(self, step: int, index: int) -> int:
+        """Each micro-batch of a step has its own dropout, the same on every attempt."""
         number = index * self.rank_group.size + self.rank_group.rank
-        torch.manual_seed(self.config.seed * 1_000_003 + step * 1009 + number)
+        return self.config.seed * 1_000_003 + step * 1009 + number
 
     def _try_pass(
         self, batch: Sequence[Rollout], context: TeacherContext, weight: float
@@ -237,6 +299,13 @@ class Trainer:
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    @torch.no_grad()
+    def _scale_gradients(self, factor: float) -> None:
+        """Multiply the gradients, in the dtype in which they have been accumulated."""
+        for parameter in {*self.optimizer.stepped.values(), *(p for _, p in self.optimizer.named)}:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
     def _objective(self, rollouts: Sequence[Rollout], context: TeacherContext) -> DistillOutput:
         policy = self.policy
         completions = [r.completion.token_ids for r in rollouts]
@@ -261,12 +330,11 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def _teacher_context(self, rollouts: Sequence[Rollout]) -> TeacherContext:
+    def _teacher_context(self, prefix: tuple[int, ...]) -> TeacherContext:
         """The prefix that the teacher reads once for the whole step, if it runs in the trainer."""
-        if any(r.teacher is not None for r in rollouts):
+        if not prefix:
             return (), None
         policy = self.policy
-        prefix = self.prefixes.common([r.prompt.teacher_ids for r in rollouts])
         try:
             with policy.running_as(Role.TEACHER), policy.inference():
                 return prefix, self.prefixes.states(prefix, Role.TEACHER)
@@ -327,17 +395,6 @@ class Trainer:
                     for key, tensor in state.items()
                     if key.startswith(prefix)
                 )
-
-
-@dataclass(frozen=True, slots=True)
-class TrainStep:
-    """Command: take part in a step."""
-
-    rollouts: tuple[Rollout, ...]
-    step: int
-
-    def run(self, trainer: Trainer) -> None:
-        trainer.step(self.rollouts, self.step, lambda count: None)
 
 
 @dataclass(frozen=True, slots=True)

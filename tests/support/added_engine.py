@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from minidistill.engines.base import Engine, Ids
+from minidistill.engines.base import Engine, Finished, Ids
 from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.placement.placement import EnginePlacement
 from minidistill.trainer.forward import PrefixCache
@@ -31,6 +31,7 @@ class AddedEngine(Engine):
         params: SamplingParams,
         role: Role,
         advance: Advance | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
         assert self.synced >= 0
         return self.embedded.generate(requests, params, role, advance)

@@ -29,6 +29,7 @@ from support.runs import TINY, records, run
 from minidistill.errors import EXIT_HEALTH, EXIT_OK, UserError
 from minidistill.trainer import checkpoint
 from minidistill.trainer.batching import share_out
+from minidistill.trainer.step import StepRollouts
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.trainer.token_kl import token_kl
 from minidistill.types import Role
@@ -66,6 +67,34 @@ def test_two_ranks_train_as_one(configure: Configure, flags: tuple[str, ...]) ->
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-3, atol=2e-5, msg=name)
         assert any(k.startswith("policy/ema/") for k in state) == (EMA_TEACHER[1] in flags)
+
+
+@pytest.mark.parametrize("flags", [(), ALL_WEIGHTS], ids=["replicated", "sharded"])
+def test_two_ranks_train_on_parts_that_arrive_as_one_does_on_all(
+    configure: Configure, flags: tuple[str, ...]
+) -> None:
+    """The last part has a single rollout, and so nothing for one of the ranks."""
+    alone = make_lab(configure(*SMALL, *flags), trained=False)
+    with ranked_lab(configure(*SMALL, *flags, *TWO_RANKS), alone.rollouts) as lab:
+        rollouts, progress, results = lab.rollouts, [], []
+        assert len(rollouts) == 12
+        for step in (1, 2):
+            arriving = StepRollouts(
+                parts=(rollouts[a:b] for a, b in ((0, 5), (5, 11), (11, 12))),
+                teacher_prompts=[r.prompt.teacher_ids for r in rollouts],
+                tokens=1000,
+            )
+            result = lab.trainer.stream_step(arriving, step, progress.append)
+            assert result.rollouts == rollouts
+            results.append(result.metrics)
+        assert sum(progress) == 2 * len(rollouts)
+        expected = train(alone, 2)
+        assert_close(
+            [{k: r[k] for k in e} for r, e in zip(results, expected, strict=True)], expected
+        )
+        state = lab.trainer.state()
+        for name, value in alone.trainer.state().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize(

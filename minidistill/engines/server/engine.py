@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import httpx
 
 from minidistill.config import Config
-from minidistill.engines.base import Engine, Ids
+from minidistill.engines.base import Engine, Finished, Ids
 from minidistill.engines.server.adapters import Adapter, Adapters
 from minidistill.engines.server.http import KEY, GoneError, Post, message, request, send_all
 from minidistill.engines.server.probe import check_same_model, server_command
@@ -33,7 +33,8 @@ from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Answer = tuple[dict[str, Any], int | None]
+Take = Callable[[int, dict[str, Any], int | None], None]
+"""Takes a request's index, the answer's choice, and the version of the adapter that it used."""
 
 
 class ServerEngine(Engine):
@@ -45,6 +46,7 @@ class ServerEngine(Engine):
 
     name = "vLLM server"
     patience = 120.0
+    streams = True
 
     def __init__(
         self,
@@ -104,6 +106,7 @@ class ServerEngine(Engine):
         params: SamplingParams,
         role: Role,
         advance: Advance | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
         if params.top_ids:
             raise ValueError("a server cannot score the likeliest ids, so it returns none")
@@ -122,15 +125,22 @@ class ServerEngine(Engine):
             "stop_token_ids": sorted(self._policy.eos_ids),
         }
         bodies = [common | {"prompt": r.prompt_ids, "seed": r.seed & SEED_BITS} for r in requests]
-        return [
-            Completion(
+        completions: dict[int, Completion] = {}
+
+        def take(index: int, choice: dict[str, Any], version: int | None) -> None:
+            completions[index] = Completion(
                 tuple(choice["token_ids"]),
                 tuple(choice["logprobs"]["token_logprobs"]),
                 "length" if choice["finish_reason"] == "length" else "eos",
                 versions=() if version is None else ((0, version),),
             )
-            for choice, version in self._complete(bodies, role, advance)
-        ]
+            if advance is not None:
+                advance(1)
+            if finished is not None:
+                finished(0, [(index, completions[index], None)])
+
+        self._complete(bodies, role, take)
+        return [completions[i] for i in range(len(requests))]
 
     def score(
         self,
@@ -144,12 +154,15 @@ class ServerEngine(Engine):
         # a server skips its prefix cache for these requests, so every row is valid
         common = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         bodies = [common | {"prompt": [*p, *c]} for p, c in zip(prompts, completions, strict=True)]
-        scores = []
-        answers = self._complete(bodies, role)
-        for completion, (choice, _) in zip(completions, answers, strict=True):
-            pairs = zip(choice["prompt_logprobs"][-len(completion) :], completion, strict=True)
-            scores.append([row[str(token)]["logprob"] for row, token in pairs])
-        return scores
+        scores: dict[int, list[float]] = {}
+
+        def take(index: int, choice: dict[str, Any], version: int | None) -> None:
+            ids = completions[index]
+            rows = zip(choice["prompt_logprobs"][-len(ids) :], ids, strict=True)
+            scores[index] = [row[str(token)]["logprob"] for row, token in rows]
+
+        self._complete(bodies, role, take)
+        return [scores[i] for i in range(len(prompts))]
 
     def sync(self, version: int) -> None:
         """Send the adapters through the folder."""
@@ -217,13 +230,11 @@ class ServerEngine(Engine):
             why = f"allows {length} tokens, the run needs {self.min_length}"
             raise self._refusal(why, f"start it with\n{self.command}")
 
-    def _complete(
-        self, bodies: Sequence[dict[str, Any]], role: Role, advance: Advance | None = None
-    ) -> list[Answer]:
-        """Each request's choice and the version of its adapter. Requests are sent concurrently."""
+    def _complete(self, bodies: Sequence[dict[str, Any]], role: Role, take: Take) -> None:
+        """Send the requests concurrently, and `take` each answer."""
         assert self._policy is not None
         weights = self._policy.weights_of(role)
-        answers: dict[int, Answer] = {}
+        answered: set[int] = set()
         fixed = {"add_special_tokens": False, "skip_special_tokens": False}
 
         async def complete(post: Post, index: int) -> None:
@@ -233,17 +244,15 @@ class ServerEngine(Engine):
                 if adapter and answer.status_code == HTTPStatus.NOT_FOUND:
                     raise GoneError(f"it was restarted: {message(answer)}")
                 choice = self._checked(answer).json()["choices"][0]
-                answers[index] = choice, adapter.version if adapter else None
-            if advance is not None:
-                advance(1)
+                take(index, choice, adapter.version if adapter else None)
+            answered.add(index)
 
         def send() -> None:
-            unanswered = [i for i in range(len(bodies)) if i not in answers]
+            unanswered = [i for i in range(len(bodies)) if i not in answered]
             send_all(self.url, complete, unanswered, self._closed.is_set)
 
         self._retrying(send)
         self._unload_idle()
-        return [answers[i] for i in range(len(bodies))]
 
     def _retrying(self, call: Callable[[], T]) -> T:
         """The result of `call`, retried when an unreachable server is back."""

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.subprocesses import Subprocess
 from minidistill.trainer.guards import first_line, says_out_of_memory
-from minidistill.types import Advance
 
 logger = logging.getLogger(__name__)
 MODULE = "minidistill.engines.vllm.worker"
 T = TypeVar("T")
+Report = Callable[[Any], None]
 # What vLLM says if its share of the GPU is too small, or is not free
 TOO_LITTLE = (
     "No available memory for the cache blocks",
@@ -62,36 +62,38 @@ class EngineProcess(Subprocess):
         """Wait for the engine to be built. Raises EngineDied or EngineFailed."""
         self._receive(self._calls, None)
 
-    def call(self, method: str, advance: Advance | None = None, **arguments: Any) -> Any:
-        """Call a method of `EngineWorker` and return its result. One call at a time."""
-        return self._request(self._calls, method, arguments, advance)
+    def call(self, method: str, report: Report | None = None, **arguments: Any) -> Any:
+        """Call a method of `EngineWorker` and return its result. One call at a time.
+
+        `report` is called with what the method reports before it returns.
+        """
+        self._send(self._calls, method, arguments)
+        return self._receive(self._calls, report)
 
     def command(self, method: str, **arguments: Any) -> Any:
         """Like `call`, but handled between two steps of a call that is in progress."""
-        return self._request(self._commands, method, arguments, None)
+        return self.start_command(method, **arguments)()
 
-    def _request(
-        self,
-        connection: Connection,
-        method: str,
-        arguments: dict[str, Any],
-        advance: Advance | None,
-    ) -> Any:
+    def start_command(self, method: str, **arguments: Any) -> Callable[[], Any]:
+        """Start a command. Returns the function that waits for its result."""
+        self._send(self._commands, method, arguments)
+        return lambda: self._receive(self._commands, None)
+
+    def _send(self, connection: Connection, method: str, arguments: dict[str, Any]) -> None:
         try:
             connection.send((method, arguments))
         except OSError as error:
             raise EngineDied(self.exit_report()[1]) from error
-        return self._receive(connection, advance)
 
-    def _receive(self, connection: Connection, advance: Advance | None) -> Any:
+    def _receive(self, connection: Connection, report: Report | None) -> Any:
         while True:
             try:
                 kind, value = connection.recv()
             except (EOFError, OSError) as error:
                 raise EngineDied(self.exit_report()[1]) from error
-            if kind == "progress":
-                if advance is not None:
-                    advance(value)
+            if kind == "report":
+                if report is not None:
+                    report(value)
             elif kind == "failed":
                 raise EngineFailed(value)
             else:

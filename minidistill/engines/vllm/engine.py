@@ -8,30 +8,38 @@ keyed by it: the base's cached context stays valid, and an old version's cache i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from minidistill.config import Config
-from minidistill.engines.base import Engine, EngineCapabilities, Ids, not_finite_error
+from minidistill.engines.base import (
+    Engine,
+    EngineCapabilities,
+    Finished,
+    Ids,
+    Sampled,
+    not_finite_error,
+)
+from minidistill.engines.replicas import Replicas
 from minidistill.engines.vllm.client import EngineProcess, RestartingProcess
 from minidistill.engines.vllm.options import Options, build_options
-from minidistill.engines.vllm.weights_send import SendBuffer, chunked
-from minidistill.placement.limits import SYNC_CHUNK_BYTES
+from minidistill.engines.vllm.weights_sender import SLOTS, NamedTensors, Receiver, WeightSender
 from minidistill.placement.placement import EnginePlacement
-from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.policy import Policy, Weights
-from minidistill.types import Advance, Completion, Request, Role, SamplingParams
+from minidistill.types import (
+    Advance,
+    Completion,
+    Request,
+    Role,
+    SamplingParams,
+    TeacherScores,
+)
 
-# vLLM's adapter ids. They stay the same in a run, and adapters' names change with every version.
-SLOTS = {Weights.STUDENT: 1, Weights.EMA: 2}
 NAMES = {Weights.STUDENT: "student", Weights.EMA: "teacher"}
 SEED_BITS = (1 << 63) - 1  # vLLM takes signed 64-bit seeds
-
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 class VllmEngine(Engine):
@@ -41,18 +49,16 @@ class VllmEngine(Engine):
     times a run.
     """
 
+    streams = True
+    ends_in_order = True
+
     def __init__(self, options: Options, max_restarts: int) -> None:
         self.options = options
         self.name = f"vLLM {options.vllm_version}"
-        self.bytes_synced = 0
-        """Bytes of weights sent to the process so far."""
-        self.chunk_bytes = SYNC_CHUNK_BYTES
-        """The most bytes of a chunk, when a whole model's weights are sent."""
-        self._policy: Policy | None = None
-        self._roles: tuple[Role, ...] = ()
-        self._version: int | None = None
-        self._weights: Callable[[], NamedTensors] | None = None
+        self.sender: WeightSender | None = None
+        """Sends it the weights. Replicas share one."""
         self._asleep = False
+        self._scored = self._repeated = 0
 
         def start() -> EngineProcess:
             self._asleep = False
@@ -70,6 +76,18 @@ class VllmEngine(Engine):
         return EngineCapabilities(scores_ids=self._call("scores_ids"))
 
     @property
+    def sleeps(self) -> bool:
+        return self.options.sleeps
+
+    @property
+    def scores_while_sampling(self) -> bool:
+        return self.sender is not None and Role.TEACHER in self.sender.roles
+
+    @property
+    def score_counts(self) -> tuple[int, int]:
+        return self._scored, self._repeated
+
+    @property
     def process(self) -> EngineProcess:
         """The engine's current process."""
         return self.restarting.process
@@ -80,9 +98,7 @@ class VllmEngine(Engine):
         return self.restarting.restarts
 
     def attach(self, policy: Policy, roles: Sequence[Role]) -> None:
-        self._policy, self._roles = policy, tuple(roles)
-        gpus, workers = self.options.gpu_ids, self.options.workers
-        self._buffer = SendBuffer(policy.dtype, policy.device, gpus, workers)
+        self.sender = WeightSender(policy, roles, [self.options])
 
     def wait_until_ready(self) -> None:
         self.restarting.call(lambda: None)
@@ -95,20 +111,54 @@ class VllmEngine(Engine):
         params: SamplingParams,
         role: Role,
         advance: Advance | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
-        sampled = self._call(
-            "generate",
-            advance,
-            prompts=[request.prompt_ids for request in requests],
-            seeds=[request.seed & SEED_BITS for request in requests],
-            params=params,
-            eos_ids=sorted(self._policy.eos_ids) if self._policy else [],
-            adapter=self._adapter(role),
-        )
-        completions = [Completion(*fields) for fields in sampled]
-        if not all(math.isfinite(p) for c in completions for p in c.logprobs):
+        completions: dict[int, Completion] = {}
+        finite, steps = True, 0
+
+        def generate() -> None:
+            # a restarted process samples what had not finished
+            rows = [i for i in range(len(requests)) if i not in completions]
+            before = steps
+
+            def take(report: tuple[int, list[Any]]) -> None:
+                nonlocal finite, steps
+                steps = before + report[0]
+                ended: list[Sampled] = []
+                for row, fields, scores, repeated in report[1]:
+                    completion = completions[rows[row]] = Completion(*fields)
+                    self._scored += scores is not None
+                    self._repeated += repeated
+                    finite = finite and all(map(math.isfinite, completion.logprobs))
+                    ended.append((rows[row], completion, _teacher_scores(scores, params)))
+                if advance is not None and ended:
+                    advance(len(ended))
+                if finished is not None and finite:
+                    finished(steps, ended)
+
+            asked = [requests[i] for i in rows]
+            scored = any(r.teacher_ids for r in asked)
+            self._wake()
+            self.process.call(
+                "generate",
+                take,
+                prompts=[r.prompt_ids for r in asked],
+                seeds=[r.seed & SEED_BITS for r in asked],
+                params=params,
+                eos_ids=sorted(self.sender.policy.eos_ids) if self.sender else [],
+                adapter=self._adapter(role),
+                teacher_prompts=[r.teacher_ids for r in asked] if scored else None,
+                teacher_adapter=self._adapter(Role.TEACHER) if scored else None,
+                # vLLM would sample its whole queue before it scored the first completion
+                at_once=self.options.arguments["max_num_seqs"] if scored else None,
+            )
+
+        if any(r.teacher_ids for r in requests) and not self.scores_while_sampling:
+            raise ValueError(f"{self.name} does not serve the teacher")
+        self.restarting.call(generate)
+        if not finite:
             raise not_finite_error()
-        return completions
+        return [completions[i] for i in range(len(requests))]
 
     def score(
         self,
@@ -149,90 +199,49 @@ class VllmEngine(Engine):
         adapters: Sequence[tuple[str, int] | None],
         ids: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
-        return self._call(
+        scores, repeated = self._call(
             "score",
             prompts=[tuple(p) for p in prompts],
             completions=[tuple(c) for c in completions],
             adapters=list(adapters),
             ids=ids,
         )
+        self._scored += len(scores)
+        self._repeated += repeated
+        return scores
 
     def _adapter(self, role: Role) -> tuple[str, int] | None:
         """The name and the slot of the role's adapter; None if the role runs the base."""
-        if self._policy is None or not self.options.adapter:
+        if self.sender is None or not self.options.adapter:
             return None
-        weights = self._policy.weights_of(role)
+        weights = self.sender.policy.weights_of(role)
         if weights not in SLOTS:
             return None
-        assert self._version is not None, "no adapter before the first sync"
-        return f"{NAMES[weights]}-v{self._version}", SLOTS[weights]
+        assert self.sender.version is not None, "no adapter before the first sync"
+        return f"{NAMES[weights]}-v{self.sender.version}", SLOTS[weights]
 
     # -- weights -------------------------------------------------------------------------------
 
     def sync(self, version: int) -> None:
         """Send the adapters' tensors or the whole model's, in memory."""
-        assert self._policy is not None
-        if not self._policy.lora and Role.STUDENT in self._roles:
-            if version > 0:  # before the first step vLLM's own copy is current
-                self.sync_weights(version, self._policy.weights)
-            return
-        self._version = version
-        if self.restarting.ready:
-            self.restarting.call(self._send)
+        assert self.sender is not None
+        if self.sender.take(version):
+            send_current([self])
 
     def sync_weights(self, version: int, weights: Callable[[], NamedTensors]) -> None:
         """Send a whole model's weights, under Hugging Face's names, in bounded chunks.
 
         `weights` is kept, and called again if the process restarts.
         """
-        self._version, self._weights = version, weights
-        if self.restarting.ready:
-            self.restarting.call(self._send)
+        assert self.sender is not None
+        self.sender.take_weights(version, weights)
+        send_current([self])
 
-    @explain_out_of_memory(
-        "sending weights to vLLM",
-        where="inference.gpu_memory_utilization",
-        fix="give the engine a smaller share of the GPU that it shares with the trainer",
-    )
     def _send(self) -> None:
-        """Send the current weights to the process."""
-        if self._version is None or self._policy is None:
-            return
-        self._wake()
-        with self._policy.lock:
-            if self._weights is not None:
-                self._send_weights()
-            else:
-                self._send_adapters()
-
-    def _send_adapters(self) -> None:
-        assert self._policy is not None
-        for weights in dict.fromkeys(map(self._policy.weights_of, self._roles)):
-            if self.options.adapter and weights in SLOTS:
-                entries = self._buffer.pack(self._policy.adapter(weights))
-                self.bytes_synced += self.process.command(
-                    "load_adapter",
-                    slot=SLOTS[weights],
-                    config=self.options.adapter,
-                    handle=self._buffer.handle(),
-                    entries=entries,
-                    version=self._version,
-                )
-
-    def _send_weights(self) -> None:
-        assert self._weights is not None
-        self.process.command("start_update")
-        chunks = chunked(self._weights(), self._buffer.dtype.itemsize, self.chunk_bytes)
-        chunk, first = next(chunks, None), True
-        while chunk is not None:
-            entries, handle = self._buffer.pack(chunk), self._buffer.handle()
-            # fetched only now: weights sharded over ranks are unsharded one chunk at a time
-            chunk = next(chunks, None)
-            only, first = first and chunk is None, False
-            self.process.command("update_weights", handle=handle, entries=entries, only=only)
-            self.bytes_synced += sum(e.count for e in entries) * self._buffer.dtype.itemsize
-        self.process.command("finish_update", version=self._version)  # drops the adapters
-        self._send_adapters()
+        """Send the current weights to a new process."""
+        if self.sender is not None:
+            for error in self.sender.send([Receiver(self.process, self.options)]).values():
+                raise error
 
     # -- its process ---------------------------------------------------------------------------
 
@@ -248,38 +257,78 @@ class VllmEngine(Engine):
     def close(self) -> None:
         self.restarting.close()
 
-    def _call(self, method: str, advance: Advance | None = None, **arguments: Any) -> Any:
-        reported = 0
-
+    def _call(self, method: str, **arguments: Any) -> Any:
         def call() -> Any:
-            finished = 0
-
-            def progress(count: int) -> None:
-                # a retried call repeats what had finished before the restart
-                nonlocal finished, reported
-                finished += count
-                if advance is not None and finished > reported:
-                    advance(finished - reported)
-                    reported = finished
-
             self._wake()
-            return self.process.call(method, progress, **arguments)
+            return self.process.call(method, **arguments)
 
         return self.restarting.call(call)
 
+    def wake(self) -> None:
+        if self._asleep:
+            self.restarting.call(self._wake)
+
     def _wake(self) -> None:
         if self._asleep:
-            if self._policy is not None:  # the engine needs the memory that torch caches
-                self._policy.free_cached_memory()
+            if self.sender is not None:  # the engine needs the memory that torch caches
+                self.sender.policy.free_cached_memory()
             self.process.call("wake")
             self._asleep = False
+
+
+def send_current(engines: Sequence[VllmEngine]) -> None:
+    """Send the current weights at the same time to engines that share a sender.
+
+    A process that has died is restarted, and gets the weights then. So does one that is starting.
+    """
+    for engine in engines:
+        engine.wake()
+    receivers = {e: Receiver(e.process, e.options) for e in engines if e.restarting.ready}
+    sender = engines[0].sender
+    assert sender is not None
+    failures = sender.send(list(receivers.values()))
+    for engine, receiver in receivers.items():
+
+        def recover(engine: VllmEngine = engine, process: EngineProcess = receiver.process) -> None:
+            if process in failures and engine.process is process:
+                raise failures[process]
+
+        engine.restarting.call(recover)
+
+
+class VllmReplicas(Replicas):
+    """Replicas of one vLLM engine, which are sent the same copy of the weights."""
+
+    def __init__(self, replicas: Sequence[VllmEngine]) -> None:
+        super().__init__(replicas)
+        self.replicas = replicas
+
+    def attach(self, policy: Policy, roles: Sequence[Role]) -> None:
+        sender = WeightSender(policy, roles, [replica.options for replica in self.replicas])
+        for replica in self.replicas:
+            replica.sender = sender
+
+    def sync(self, version: int) -> None:
+        """Send the adapters' tensors or the whole model's to all replicas at once, in memory."""
+        sender = self.replicas[0].sender
+        assert sender is not None
+        if sender.take(version):
+            self.wake()  # at once: waking takes long
+            send_current(self.replicas)
+
+
+def _teacher_scores(scores: np.ndarray | None, params: SamplingParams) -> TeacherScores | None:
+    """From log-probs (tokens, 1 + k) of the sampled token and of the k likeliest ids."""
+    if scores is None:
+        return None
+    return TeacherScores(scores[:, 0].tolist(), scores[:, 1:] if params.top_ids else None)
 
 
 def start(
     engine: EnginePlacement, config: Config, sync_folder: Path, *, teacher: bool
 ) -> list[Engine]:
     """Start the replicas' processes. Weights reach them in memory, not through `sync_folder`."""
-    replicas: list[Engine] = []
+    replicas: list[VllmEngine] = []
     try:
         for gpus in engine.replicas:
             options = build_options(config, engine, gpus, teacher=teacher)
@@ -291,4 +340,4 @@ def start(
         for replica in replicas:
             replica.close()
         raise
-    return replicas
+    return [VllmReplicas(replicas)] if len(replicas) > 1 else [*replicas]

@@ -36,15 +36,13 @@ class Entry:
 class SendBuffer:
     """A buffer of one dtype on the trainer's device, refilled for every version.
 
-    `gpus` are those of the workers that read it; on a CPU there are `workers` of them. The next
-    `pack` overwrites the buffer, so a receiver copies from it before it answers.
+    `gpus` are those of all workers that read it, of any number of engines. The next `pack`
+    overwrites the buffer, so a receiver copies from it before it answers.
     """
 
-    def __init__(
-        self, dtype: torch.dtype, device: torch.device, gpus: Sequence[int] = (), workers: int = 1
-    ) -> None:
-        self.dtype, self.device, self.workers = dtype, device, workers
-        self.readers = [torch.device("cuda", gpu) for gpu in gpus] or [device]
+    def __init__(self, dtype: torch.dtype, device: torch.device, gpus: Iterable[int] = ()) -> None:
+        self.dtype, self.device = dtype, device
+        self.readers = [torch.device("cuda", gpu) for gpu in dict.fromkeys(gpus)]
         self._buffer = torch.empty(0, dtype=dtype, device=device)
         self._staged: dict[torch.device, Tensor] = {}
 
@@ -74,11 +72,15 @@ class SendBuffer:
                 torch.cuda.synchronize(device)
         return entries
 
-    def handle(self) -> dict[str, bytes]:
-        """A handle for each worker, by the worker's address. Each can be opened once."""
+    def handles(self, gpus: Sequence[int] = (), workers: int = 1) -> dict[str, bytes]:
+        """A handle for each worker of one engine, by the worker's address. Each opens once.
+
+        The engine has a worker on each of `gpus`; on a CPU there are `workers` of them.
+        """
         if self.device.type == "cpu":
-            return {str(n): bytes(ForkingPickler.dumps(self._buffer)) for n in range(self.workers)}
-        buffers = [self._staged.get(reader, self._buffer) for reader in self.readers]
+            return {str(n): bytes(ForkingPickler.dumps(self._buffer)) for n in range(workers)}
+        readers = [torch.device("cuda", gpu) for gpu in gpus]
+        buffers = [self._staged.get(reader, self._buffer) for reader in readers]
         return {_gpu(b.device): pickle.dumps(reduce_tensor(b)[1]) for b in buffers}
 
 

@@ -11,37 +11,52 @@ import signal
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from multiprocessing import current_process
 from multiprocessing.connection import Connection, wait
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from minidistill.types import Advance, SamplingParams
+from minidistill.types import SamplingParams
+
+REPORTED_STEPS = 8
+"""Every so many steps are reported if nothing ends too: replicas wait for each other's steps."""
+Adapter = tuple[str, int] | None
+"""An adapter's name and slot; None for the base."""
 
 
 class EngineWorker:
     """A vLLM engine and the methods that the driver calls.
 
-    `progress` reports finished completions. `serve_commands` is called between two engine steps.
+    `report` sends the driver a result before the call returns. `serve_commands` is called between
+    two engine steps.
     """
 
     def __init__(
-        self, options: dict[str, Any], progress: Advance, serve_commands: Callable[[], None]
+        self,
+        options: dict[str, Any],
+        report: Callable[[Any], None],
+        serve_commands: Callable[[], None],
     ) -> None:
         from vllm import LLM
 
-        import minidistill.engines.vllm.weights_receive  # noqa: F401 - registers the weight-transfer backend
+        # the second registers the weight-transfer backend
+        from minidistill.engines.vllm import prefix_limit, weights_receive  # noqa: F401
 
+        self.limit_prefix = prefix_limit.arguments
         self.llm = LLM(**options)
         self.engine: Any = self.llm.llm_engine
-        self.progress, self.serve_commands = progress, serve_commands
+        self.report, self.serve_commands = report, serve_commands
         self.broken = False  # an error in the middle of a step leaves the engine unusable
         self.updating = False  # no call can run between the first and the last chunk of weights
         self.version = 0
         self._versions: dict[str, list[tuple[int, int]]] = {}
+        self._done: dict[str, Callable[[Any], None]] = {}  # takes an unfinished request's output
         self._ids = count()
 
     def generate(
@@ -50,37 +65,75 @@ class EngineWorker:
         seeds: Sequence[int],
         params: SamplingParams,
         eos_ids: list[int],
-        adapter: tuple[str, int] | None,
-    ) -> list[tuple[Any, ...]]:
-        """The fields of a `Completion` for each prompt."""
+        adapter: Adapter,
+        teacher_prompts: Sequence[Sequence[int]] | None = None,
+        teacher_adapter: Adapter = None,
+        at_once: int | None = None,
+    ) -> None:
+        """Report what has ended after an engine step: the step's number, and for each prompt its
+        row, the fields of a `Completion`, the teacher's scores (None without `teacher_prompts`),
+        and whether they were computed twice.
+
+        At most `at_once` prompts are sampled at a time. A completion is scored before the next of
+        those that wait is sampled. Which step does what does not depend on timing.
+        """
         import vllm
 
-        vllm_params = [
-            vllm.SamplingParams(
+        waiting, ended = deque(range(len(prompts))), []
+
+        def end(row: int, fields: tuple[Any, ...], scores: Any = None, twice: bool = False) -> None:
+            ended.append((row, fields, scores, twice))
+
+        def report(step: int) -> None:
+            if ended or step % REPORTED_STEPS == 0:
+                self.report((step, sorted(ended, key=itemgetter(0))))
+                ended.clear()
+
+        def sample_next() -> None:
+            row = waiting.popleft()
+            request_params = vllm.SamplingParams(
                 temperature=params.temperature,
                 max_tokens=params.max_tokens,
-                seed=seed,
+                seed=seeds[row],
                 logprobs=params.top_ids,  # besides the sampled token's
                 flat_logprobs=True,
                 stop_token_ids=eos_ids,
                 ignore_eos=True,  # stop at the caller's eos ids, not at vLLM's
                 detokenize=False,
             )
-            for seed in seeds
-        ]
-        completions: list[tuple[Any, ...]] = []
-        for output in self._run(prompts, vllm_params, adapter, self.progress):
-            sample = output.outputs[0]
-            stop = "length" if sample.finish_reason == "length" else "eos"
-            # a row for each token: the sampled one, then the k likeliest
-            width = len(sample.logprobs.logprobs) // max(1, len(sample.token_ids))
-            logprobs = tuple(sample.logprobs.logprobs[::width])
-            ids = np.array(sample.logprobs.token_ids).reshape(-1, width)[:, 1:]
-            versions = tuple(self._versions.pop(output.request_id))
-            completions.append(
-                (tuple(sample.token_ids), logprobs, stop, ids if params.top_ids else None, versions)
-            )
-        return completions
+            id = self._submit(prompts[row], request_params, adapter, partial(sampled, row))
+            self._versions[id] = [(0, self.version)]
+
+        def sampled(row: int, output: Any) -> None:
+            fields = self._completion(output, params.top_ids)
+            if teacher_prompts is None:
+                end(row, fields)
+            else:
+                tokens, likeliest = fields[0], fields[3]
+                ids = np.array(tokens)[:, None]
+                if likeliest is not None:
+                    ids = np.c_[ids, likeliest]
+                done = partial(end, row, fields)
+                self._submit_scoring(teacher_prompts[row], tokens, ids, teacher_adapter, done)
+            if waiting:
+                sample_next()
+
+        def submit() -> None:
+            for _ in range(min(len(prompts), at_once or len(prompts))):
+                sample_next()
+
+        self._run(submit, report)
+
+    def _completion(self, output: Any, top_ids: int) -> tuple[Any, ...]:
+        """The fields of a `Completion`."""
+        sample = output.outputs[0]
+        stop = "length" if sample.finish_reason == "length" else "eos"
+        # a row for each token: the sampled one, then the k likeliest
+        width = len(sample.logprobs.logprobs) // max(1, len(sample.token_ids))
+        logprobs = tuple(sample.logprobs.logprobs[::width])
+        ids = np.array(sample.logprobs.token_ids).reshape(-1, width)[:, 1:]
+        versions = tuple(self._versions.pop(output.request_id))
+        return tuple(sample.token_ids), logprobs, stop, ids if top_ids else None, versions
 
     def scores_ids(self) -> bool:
         """Whether any ids can be scored at each position, which only vLLM's V2 runner does."""
@@ -90,92 +143,123 @@ class EngineWorker:
         self,
         prompts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
-        adapters: Sequence[tuple[str, int] | None],
+        adapters: Sequence[Adapter],
         ids: Sequence[Any] | None,
-    ) -> list[Any]:
+    ) -> tuple[list[Any], int]:
         """Log-probs at temperature 1 of the completions' tokens, (tokens, 1), or of `ids`.
 
-        Reads the prefix cache. vLLM returns no valid rows for cached positions, so a sequence whose
-        completion is partly cached is scored again without the cache.
+        Also returns how many of the sequences were computed twice.
         """
-        if ids is None and self.scores_ids():  # computes only the rows that are needed
-            ids = [np.array(completion)[:, None] for completion in completions]
         scored: dict[int, Any] = {}
-        for skip_cache in (False, True):
-            rows = [i for i in range(len(prompts)) if i not in scored]
-            outputs = self._run(
-                [[*prompts[i], *completions[i]] for i in rows],
-                [
-                    self._scoring_params(prompts[i], None if ids is None else ids[i], skip_cache)
-                    for i in rows
-                ],
-                [adapters[i] for i in rows],
-            )
-            for row, output in zip(rows, outputs, strict=True):
-                if ids is not None:
-                    if output.prompt_token_id_logprobs is not None:
-                        scored[row] = np.asarray(output.prompt_token_id_logprobs, np.float32)
-                elif skip_cache or (output.num_cached_tokens or 0) < len(prompts[row]):
-                    last = output.prompt_logprobs.logprobs[-len(completions[row]) :]
-                    scored[row] = np.array(last)[:, None]
-        missing = len(prompts) - len(scored)
-        if missing:
-            raise RuntimeError(f"vLLM gave no log-probs for {missing} of {len(prompts)} sequences")
-        return [scored[i] for i in range(len(prompts))]
+        repeated = 0
 
-    def _scoring_params(self, prompt: Sequence[int], ids: Any, skip_cache: bool) -> Any:
+        def done(row: int, scores: Any, twice: bool) -> None:
+            nonlocal repeated
+            scored[row] = scores
+            repeated += twice
+
+        def submit() -> None:
+            for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+                asked = np.array(completion)[:, None] if ids is None else ids[row]
+                self._submit_scoring(prompt, completion, asked, adapters[row], partial(done, row))
+
+        self._run(submit)
+        return [scored[row] for row in range(len(prompts))], repeated
+
+    def _submit_scoring(
+        self,
+        prompt: Sequence[int],
+        completion: Sequence[int],
+        ids: Any,
+        adapter: Adapter,
+        done: Callable[[Any, bool], None],
+        repeat: bool = False,
+    ) -> None:
+        """Ask for log-probs (tokens, k) of `ids` at the completion's tokens.
+
+        `done` takes them, and whether the sequence was computed twice. Reads the prefix cache up to
+        the first of these rows, because vLLM returns no valid rows for cached positions. If it has
+        read further, the sequence is scored again without the cache. Without the V2 runner `ids`
+        must be the completion's own tokens.
+        """
         import vllm
 
-        if ids is None:
-            logprobs: dict[str, Any] = {"prompt_logprobs": 0, "flat_logprobs": True}
+        chosen = self.scores_ids()  # computes only the rows that are needed
+        if chosen:
+            logprobs: dict[str, Any] = {
+                "prompt_logprob_start": len(prompt) - 1,
+                "prompt_logprob_token_ids": ids,
+            }
         else:
-            logprobs = {"prompt_logprob_start": len(prompt) - 1, "prompt_logprob_token_ids": ids}
-        return vllm.SamplingParams(
+            logprobs = {"prompt_logprobs": 0, "flat_logprobs": True}
+        params = vllm.SamplingParams(
             temperature=0,
             max_tokens=1,
             detokenize=False,
-            skip_reading_prefix_cache=skip_cache,
+            skip_reading_prefix_cache=repeat,
+            extra_args=self.limit_prefix(len(prompt) - 1),
             **logprobs,
         )
 
-    def _run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: Sequence[Any],
-        adapter: Any,
-        progress: Advance | None = None,
-    ) -> list[Any]:
-        """The finished output of each prompt. `adapter` is one for all prompts, or a list."""
+        def finished(output: Any) -> None:
+            scores = None
+            if chosen:
+                if output.prompt_token_id_logprobs is not None:
+                    scores = np.asarray(output.prompt_token_id_logprobs, np.float32)
+            elif repeat or (output.num_cached_tokens or 0) < len(prompt):
+                scores = np.array(output.prompt_logprobs.logprobs[-len(completion) :])[:, None]
+            if scores is not None:
+                done(scores, repeat)
+            elif repeat:
+                raise RuntimeError("vLLM gave no log-probs for a sequence")
+            else:
+                self._submit_scoring(prompt, completion, ids, adapter, done, repeat=True)
+
+        self._submit([*prompt, *completion], params, adapter, finished)
+
+    def _submit(
+        self, prompt: Sequence[int], params: Any, adapter: Adapter, done: Callable[[Any], None]
+    ) -> str:
+        """Queue a request. `done` takes its output when it has finished. Returns its id."""
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
-        adapters = adapter if isinstance(adapter, list) else [adapter] * len(prompts)
-        ids: list[str] = []
-        for prompt, request_params, lora in zip(prompts, params, adapters, strict=True):
-            request_params.output_kind = RequestOutputKind.FINAL_ONLY
-            id, tokens = f"{next(self._ids)}", {"prompt_token_ids": list(prompt)}
-            # the path is part of the prefix cache's key; it is never read, the adapter is loaded
-            request = lora and LoRARequest(lora[0], lora[1], lora_path=lora[0])
-            try:
-                self.engine.add_request(id, tokens, request_params, lora_request=request)
-            except Exception:
-                self.engine.abort_request(ids)
-                raise
-            ids.append(id)
-            if progress is not None:
-                self._versions[id] = [(0, self.version)]
-        outputs: dict[str, Any] = {}
-        while self.engine.has_unfinished_requests():
-            self.serve_commands()
-            try:
-                done = [output for output in self.engine.step() if output.finished]
-            except Exception:
-                self.broken = True
-                raise
-            outputs |= {output.request_id: output for output in done}
-            if done and progress is not None:
-                progress(len(done))
-        return [outputs[id] for id in ids]
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        id, tokens = f"{next(self._ids)}", {"prompt_token_ids": list(prompt)}
+        # the path is part of the prefix cache's key; it is never read, the adapter is loaded
+        request = adapter and LoRARequest(adapter[0], adapter[1], lora_path=adapter[0])
+        self.engine.add_request(id, tokens, params, lora_request=request)
+        self._done[id] = done
+        return id
+
+    def _run(
+        self, submit: Callable[[], None], stepped: Callable[[int], None] = lambda step: None
+    ) -> None:
+        """Submit requests, and step until they and those that they led to have finished.
+
+        `stepped` is called with the number of each step.
+        """
+        try:
+            submit()
+            for step in count(1):
+                if not self._done:
+                    break
+                self.serve_commands()
+                try:
+                    outputs = self.engine.step()
+                except Exception:
+                    self.broken = True
+                    raise
+                for output in outputs:
+                    if output.finished:
+                        self._done.pop(output.request_id)(output)
+                stepped(step)
+        except Exception:
+            if not self.broken:
+                self.engine.abort_request([*self._done])
+            self._done.clear()
+            self._versions.clear()
+            raise
 
     def load_adapter(
         self, slot: int, config: dict[str, Any], handle: Any, entries: list[Any], version: int
@@ -252,8 +336,8 @@ def main(calls: int, commands: int, lifeline: int) -> None:
     current_process().authkey = key
     worker: EngineWorker | None = None
 
-    def progress(count: int) -> None:
-        calls_in.send(("progress", count))
+    def report(value: Any) -> None:
+        calls_in.send(("report", value))
 
     def serve_commands() -> None:
         while worker is not None and (worker.updating or commands_in.poll()):
@@ -276,7 +360,7 @@ def main(calls: int, commands: int, lifeline: int) -> None:
 
     def start() -> None:
         nonlocal worker
-        worker = EngineWorker(options, progress, serve_commands)
+        worker = EngineWorker(options, report, serve_commands)
 
     reply(calls_in, start)
     while True:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from support.vllm import (
     steps,
 )
 
-from minidistill.engines.replicas import Replicas
-from minidistill.engines.vllm.engine import VllmEngine
+from minidistill.engines.vllm.engine import VllmEngine, VllmReplicas
+from minidistill.engines.vllm.weights_send import SendBuffer
 from minidistill.errors import EXIT_OK
 from minidistill.types import Request, Role, SamplingParams
 
@@ -98,22 +100,41 @@ def check_completions_continue(bench: Bench) -> None:
     assert max(map(abs, gaps)) > 1e-2
 
 
-def test_replicas_are_one_engine(adapter_bench: Bench) -> None:
+def keep_in(handed: dict[int, Any]) -> Any:
+    return lambda step, ended: handed.update({index: completion for index, completion, _ in ended})
+
+
+def test_replicas_are_one_engine(adapter_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second process gives what the first gives, each has the samples of its own prompts, and
-    both take over the weights."""
+    both take over one copy of the weights. One that dies gets them when it has restarted."""
     one = adapter_bench
-    replicas = Replicas([one.engine, VllmEngine(one.engine.options, 0)])
+    replicas = VllmReplicas([one.engine, VllmEngine(one.engine.options, 1)])
+    packed, pack = [], SendBuffer.pack
+
+    def counted(self: SendBuffer, tensors: Any) -> Any:
+        packed.append(len(tensors))
+        return pack(self, tensors)
+
+    monkeypatch.setattr(SendBuffer, "pack", counted)
     try:
         replicas.attach(one.policy, (Role.STUDENT, Role.TEACHER))
-        for seed in (3, 4):
+        replicas.sync(next(one.versions))
+        replicas.wait_until_ready()
+        for seed in (3, 4, 5):
             one.change(seed)
+            if seed == 5:
+                os.killpg(replicas.replicas[1].process.popen.pid, signal.SIGKILL)
+            packed.clear()
             replicas.sync(next(one.versions))
+            assert len(packed) == (2 if seed == 5 else 1), "the restarted one has its own"
             puzzles = one.puzzles(5)
             asked = [Request(p, 10 * i + s) for i, p in enumerate(puzzles) for s in range(3)]
             told: list[int] = []
+            handed: dict[int, Any] = {}
             how = SamplingParams(8), Role.STUDENT
             expected = one.engine.generate(asked, *how)
-            found = replicas.generate(asked, *how, advance=told.append)
+            found = replicas.generate(asked, *how, told.append, keep_in(handed))
+            assert [handed[i] for i in range(len(asked))] == found
             assert [c.token_ids for c in found] == [c.token_ids for c in expected]
             assert sum(told) == len(asked)
             for ours, theirs in zip(found, expected, strict=True):
@@ -124,8 +145,11 @@ def test_replicas_are_one_engine(adapter_bench: Bench) -> None:
                 both = [e.score(prompts, tails, role) for e in (one.engine, replicas)]
                 for ours, theirs in zip(*both, strict=True):
                     assert ours == pytest.approx(theirs, abs=1e-4)
+        assert replicas.replicas[1].restarts == 1
     finally:
-        replicas.engines[1].close()
+        replicas.replicas[1].close()
+        one.engine.attach(one.policy, (Role.STUDENT, Role.TEACHER))
+        one.sync()
 
 
 @pytest.fixture(scope="module")

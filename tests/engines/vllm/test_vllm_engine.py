@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -100,16 +101,56 @@ def test_greedy_is_the_argmax_with_logprobs_at_temperature_1(bench: Bench) -> No
 
 
 def test_scores_are_right_where_the_prefix_cache_reaches(bench: Bench) -> None:
-    """Blocks hold 32 tokens: the second pass finds the context cached, and in the last row the
-    completion's beginning too, whose rows vLLM would not fill."""
+    """Blocks hold 32 tokens. Every later pass finds the context cached. In the last rows it finds
+    the whole prompt and the completion's beginning, whose rows vLLM would not fill: it is kept
+    from reading them, so that no sequence is computed twice."""
     context = bench.prompts(1, length=130)[0]
     tails = bench.prompts(3, length=12)
-    prompts = [(*context, *tail[:6]) for tail in tails] + [context[:40]]
-    completions = [tail[6:] for tail in tails] + [(*context[40:], 54, 57)]
+    group = context[:96]  # three blocks
+    prompts = [(*context, *tail[:6]) for tail in tails] + [context[:40]] + [group] * 3
+    completions = [
+        *(tail[6:] for tail in tails),
+        (*context[40:], 54, 57),
+        *((*tail, *context) for tail in (tails[0], tails[0], tails[1])),
+    ]
+    _, before = bench.engine.score_counts
     for _ in range(2):
         found = bench.engine.score(prompts, completions, Role.TEACHER)
         for prompt, completion, scores in zip(prompts, completions, found, strict=True):
             assert scores == pytest.approx(bench.truth(prompt, completion, Role.TEACHER), abs=1e-4)
+    assert bench.engine.score_counts[1] == before
+
+
+def test_a_completion_is_scored_while_others_are_sampled(bench: Bench) -> None:
+    """With the teacher's own prompt; the sampled ids and log-probs are those without scores."""
+    prompts, contexts = bench.puzzles(6), bench.prompts(6, length=64)
+    asked = [
+        Request(prompt, 20 + 3 * i + sample, teacher_ids=context)
+        for i, (prompt, context) in enumerate(zip(prompts, contexts, strict=True))
+        for sample in range(50)  # more than is decoded at a time
+    ]
+    how = SamplingParams(9), Role.STUDENT
+    counted, repeated = bench.engine.score_counts
+    steps: list[int] = []
+    found: dict[int, Any] = {}
+
+    def finished(step: int, ended: Any) -> None:
+        steps.append(step)
+        assert [index for index, *_ in ended] == sorted(index for index, *_ in ended)
+        found.update({index: result for index, *result in ended})
+
+    completions = bench.engine.generate(asked, *how, finished=finished)
+    assert len(set(steps)) == len(steps)
+    assert steps == sorted(steps)
+    assert [found[i][0] for i in range(len(asked))] == completions
+    assert bench.engine.score_counts == (counted + len(asked), repeated)
+    assert list(found) != sorted(found), "each is handed over as it ends"
+    for index in range(0, len(asked), 17):
+        ids, scores = completions[index].token_ids, found[index][1]
+        expected = bench.truth(asked[index].teacher_ids, ids, Role.TEACHER)
+        assert list(scores.logprobs) == pytest.approx(expected, abs=1e-4)
+    plain = bench.engine.generate([Request(r.prompt_ids, r.seed) for r in asked], *how)
+    assert [c.token_ids for c in plain] == [c.token_ids for c in completions]
 
 
 def test_scoring_at_another_temperature_is_refused(bench: Bench) -> None:
@@ -178,7 +219,7 @@ def check_full_weights(bench: Bench) -> None:
     """In one chunk and in several."""
     policy = bench.policy
     assert "lm_head.weight" not in dict(policy.weights()), "the shipped model's are tied"
-    for seed, bench.engine.chunk_bytes in ((1, 1 << 30), (2, 1 << 20)):
+    for seed, bench.engine.sender.chunk_bytes in ((1, 1 << 30), (2, 1 << 20)):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for _, parameter in policy.weights():

@@ -52,7 +52,8 @@ def test_a_handle_opens_in_another_process(reader: int) -> None:
         torch.manual_seed(seed)
         tensors = [(n, torch.randn(shape)) for n, shape in (("a", (3, 5)), ("b", (7,)))]
         entries, answers = outbox.pack(tensors), spawn.Queue()
-        process = spawn.Process(target=read, args=(outbox.handle(), entries, device, answers))
+        handles = outbox.handles(size((reader,), ()))
+        process = spawn.Process(target=read, args=(handles, entries, device, answers))
         process.start()
         received = answers.get(timeout=120)
         process.join()
@@ -130,6 +131,17 @@ def test_any_ids_are_scored_where_the_v2_runner_is(adapter_on_gpu: Bench) -> Non
         engine.sleep()
 
 
+def test_no_sequence_of_a_group_is_scored_twice(adapter_on_gpu: Bench) -> None:
+    engine = adapter_on_gpu.engine
+    adapter_on_gpu.sync()
+    generator = torch.Generator().manual_seed(1)
+    group = torch.randint(2, 600, (64,), generator=generator).tolist()  # whole blocks
+    completion = torch.randint(2, 600, (20,), generator=generator).tolist()
+    scored, repeated = engine.score_counts
+    engine.score([group] * 4, [completion, completion, completion[::-1], [7]], Role.TEACHER)
+    assert engine.score_counts == (scored + 4, repeated)
+
+
 def steps(path: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "teacher_kl" in line]
@@ -141,6 +153,45 @@ def test_a_run_that_shares_one_gpu(tmp_path: Path, estimator: str) -> None:
     flags = (*SHORT, *VLLM, *ONE_GPU, *chosen)
     assert run_on_gpus(path, flags, (*EMBEDDED, *chosen)) == EXIT_OK
     assert len(steps(path)) == 3
+    assert all(record["kl/sampler_mismatch"] < 1e-2 for record in steps(path))
+    assert not any("perf/overlap" in record for record in steps(path)), "the engine must sleep"
+    assert all(record.get("perf/teacher_repeat_frac", 0) == 0 for record in steps(path))
+
+
+@TWO_GPUS
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--trainer.loss.estimator", "sampled"),
+        ("--trainer.loss.estimator", "top_k"),
+        ("--trainer.loss.estimator", "sampled", "--teacher_gpu_ids", "0"),
+    ],
+    ids=["in the trainer", "in the engine", "at the likeliest ids", "in its own engine"],
+)
+def test_steps_are_streamed_on_two_gpus(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """With every place for the teacher: all overlap, and no sequence is scored twice."""
+    placed = ("--inference_gpu_ids", "0", "--trainer_gpu_ids", "1", *flags)
+    if "--teacher_gpu_ids" in flags:
+        placed += ("--inference.gpu_memory_utilization", "0.3")
+        placed += ("--teacher_inference.gpu_memory_utilization", "0.3")
+        placed += ("--no-teacher_inference.share",)
+    path = tmp_path / "run"
+    assert run_on_gpus(path, (*SHORT, *VLLM, *placed), (*EMBEDDED, *flags[:2])) == EXIT_OK
+    for record in steps(path):
+        assert record["kl/sampler_mismatch"] < 1e-2
+        assert REHEARSED or 0 <= record["perf/overlap"] <= 1
+        assert record.get("perf/teacher_repeat_frac", 0) == 0
+
+
+@TWO_GPUS
+@pytest.mark.parametrize("more", [(), ("--no-trainer.model.lora",)])
+def test_two_replicas_read_one_copy_of_the_weights(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """One on the driver's GPU, one whose GPU the copy is staged on."""
+    flags = ("--inference_gpu_ids", "0,1", "--trainer_gpu_ids", "0,1", *more)
+    flags += ("--inference.parallel.dp", "2", "--inference.gpu_memory_utilization", "0.3")
+    path = tmp_path / "run"
+    assert run_on_gpus(path, (*SHORT, *VLLM, *flags), (*EMBEDDED, *more)) == EXIT_OK
     assert all(record["kl/sampler_mismatch"] < 1e-2 for record in steps(path))
 
 

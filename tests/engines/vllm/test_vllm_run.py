@@ -13,6 +13,7 @@ from support.vllm import NEEDS_CPU_VLLM, SHORT, SOKOBAN, start, steps
 from minidistill import cli
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.errors import EXIT_HEALTH, EXIT_INTERRUPTED, EXIT_OK
+from minidistill.run import setup
 
 pytestmark = NEEDS_CPU_VLLM
 
@@ -33,6 +34,21 @@ def test_every_sync_took(finished: Path) -> None:
     assert all(record["kl/sampler_mismatch"] < 1e-8 for record in found)
     for process in ("trainer", "engine"):
         assert all(0 < record[f"perf/peak_memory_gib/{process}"] < 64 for record in found)
+
+
+def test_steps_in_parts_have_the_results_of_whole_ones(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to float error, which AdamW amplifies."""
+    monkeypatch.setattr(setup, "STREAMED_TOKENS", 100)  # four parts instead of one
+    path = tmp_path / "parts"
+    assert cli.main(["run", SOKOBAN, *SHORT, "--output_dir", str(path)]) == EXIT_OK
+    for parts, whole in zip(steps(path), steps(finished), strict=True):
+        assert 0 <= parts["perf/overlap"] <= 1
+        assert parts.keys() == whole.keys()
+        for key in whole:
+            if not key.startswith(("time/", "perf/")):
+                assert parts[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-5), key
 
 
 def test_a_stale_adapter_stops_the_run(

@@ -21,6 +21,7 @@ from minidistill.models.hub import check_same_tokens, load_tokenizer
 from minidistill.models.registry import resolve
 from minidistill.reporting.terminal import open_display
 from minidistill.rollouts.collector import Collector
+from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.loading import load_policy
@@ -118,6 +119,38 @@ def check_the_frozen_teacher(
         metrics = trainer.step(rollouts, step, lambda count: None).metrics
         assert metrics["kl/sampler_mismatch"] < 1e-8
         assert "entropy/teacher" not in metrics
+
+
+@pytest.mark.parametrize("teacher", ["base", "live"])
+def test_the_engine_scores_completions_while_it_samples_others(
+    adapter_bench: Bench, teacher: str
+) -> None:
+    """The rollouts of a plain step, each scored once, without a call for the scores."""
+    flags = ("--orchestrator.teacher_model.update", "live") if teacher == "live" else ()
+    with made(*flags, shared=adapter_bench) as (_, collector, engine):
+        version = next(adapter_bench.versions)
+        engine.sync(version)
+        expected, metrics = collector.collect(engine, 1, version)
+        assert metrics["perf/teacher_repeat_frac"] == 0
+        streaming = StreamCollector(collector, engine, least_tokens=100)
+        try:
+            stream = streaming.start(1, version)
+            parts = list(stream.rollouts.parts)
+        finally:
+            streaming.close()
+        assert len(parts) > 1
+        trained = {"time/train": 1.0, "perf/train_tokens_per_second": 1.0}
+        found = stream.metrics(trained)
+        assert found["perf/teacher_repeat_frac"] == 0
+        assert "time/teacher" not in found
+        rollouts = [rollout for part in parts for rollout in part]
+        for ours, theirs in zip(rollouts, expected, strict=True):
+            assert ours.completion.token_ids == theirs.completion.token_ids
+            assert (ours.reward, ours.advantage) == (theirs.reward, theirs.advantage)
+            assert ours.teacher is not None
+            assert theirs.teacher is not None
+            expected_logps = pytest.approx(list(theirs.teacher.logprobs), abs=1e-4)
+            assert list(ours.teacher.logprobs) == expected_logps
 
 
 @pytest.mark.parametrize("weights", ["adapter_bench", "weights_bench"])
