@@ -184,6 +184,9 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     # slower (docs/decisions/0005).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # Interpreted kernels have to be asked for before transformers imports triton.
+    import minidistill_kernels  # noqa: F401
+
     if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
         from minidistill.trainer.distributed.worker import follow
 
