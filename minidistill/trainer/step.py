@@ -1,12 +1,14 @@
-"""A step's rollouts, which may arrive in parts, and its result."""
+"""A step's rollouts, which may arrive in parts, its result, and the commands to other ranks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
+
+from torch import Tensor
 
 from minidistill.trainer.distributed.rank_group import RankGroup
 from minidistill.types import Advance, Metrics, Rollout, TokenFigures
@@ -76,8 +78,8 @@ class ReceivedParts:
             yield self.parts[index]
 
 
-class TakesSteps(Protocol):
-    """What the command below needs of a rank's trainer."""
+class RankTrainer(Protocol):
+    """What the commands below need of a rank's trainer."""
 
     def take_step(
         self,
@@ -86,6 +88,10 @@ class TakesSteps(Protocol):
         advance: Advance,
         count: Count,
     ) -> StepResult: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,5 +104,24 @@ class TrainStep:
     prefix: tuple[int, ...]
     """That all of the step's teacher prompts begin with, if the trainer runs the teacher."""
 
-    def run(self, trainer: TakesSteps) -> None:
+    def run(self, trainer: RankTrainer) -> None:
         trainer.take_step(self, iter(()), lambda count: None, len)
+
+
+@dataclass(frozen=True, slots=True)
+class GatherState:
+    """Command: take part in gathering what a checkpoint holds."""
+
+    def run(self, trainer: RankTrainer) -> None:
+        trainer.state()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    """Command: receive a checkpoint's tensors from the driver."""
+
+    shapes: dict[str, Tensor]
+    """Tensors without data."""
+
+    def run(self, trainer: RankTrainer) -> None:
+        trainer.load_state(self.shapes)

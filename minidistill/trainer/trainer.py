@@ -1,38 +1,44 @@
-"""One optimizer step from a batch of rollouts, in micro-batches that fit in memory."""
+"""One optimizer step from a batch of rollouts: passes of teacher and student, the loss, AdamW."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minidistill.config import Config
+from minidistill.estimators import TeacherInputs
 from minidistill.placement.placement import Placement
+from minidistill.trainer.batching import collate
 from minidistill.trainer.distributed.fsdp import full_tensor, is_sharded
-from minidistill.trainer.forward import PrefixCache
+from minidistill.trainer.forward import KeysValues, PrefixCache, hidden_states
 from minidistill.trainer.guards import is_out_of_memory, mismatch_limit, refusal
 from minidistill.trainer.memory import peak_gib, reset_peak
 from minidistill.trainer.metrics import summarize
 from minidistill.trainer.micro_batches import MicroBatches, OutOfMemory, sequence_too_long
 from minidistill.trainer.objective import figures_by_rollout, loss_settings
 from minidistill.trainer.optim import Optimizer, learning_rate
-from minidistill.trainer.passes import Passes, TeacherContext
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.step import (
     Count,
+    GatherState,
+    LoadState,
     ReceivedParts,
     StepResult,
     StepRollouts,
     TrainStep,
     token_count,
 )
-from minidistill.types import Advance, Metrics, Rollout, TokenFigures
+from minidistill.types import Advance, Metrics, Role, Rollout, TokenFigures
+from minidistill_kernels import DistillOutput
 
 logger = logging.getLogger(__name__)
+
+TeacherContext = tuple[tuple[int, ...], KeysValues | None]
+"""The ids that all of a step's teacher prompts begin with, and their keys and values."""
 
 
 class Trainer:
@@ -52,7 +58,6 @@ class Trainer:
         self.rank_group = policy.rank_group
         self.prefixes = prefixes
         self.loss = loss_settings(config, self.estimator, len(policy.head_VH))
-        self.passes = Passes(policy, self.estimator, self.loss, prefixes)
         self.micro_batches = MicroBatches(
             placement.micro_batch_tokens, policy.rank_group, packed=policy.attention.packed
         )
@@ -169,7 +174,7 @@ class Trainer:
         single sequence does not fit.
         """
         reported = 0
-        context = self.passes.teacher_context(command.prefix)
+        context = self._teacher_context(command.prefix)
         while True:
             done = 0
 
@@ -277,7 +282,7 @@ class Trainer:
         because its traceback would keep the graph in memory.
         """
         try:
-            output = self.passes.objective(batch, context)
+            output = self._objective(batch, context)
             (output.loss.sum() * weight).backward()
             return figures_by_rollout(output, [len(r.completion.token_ids) for r in batch]), None
         except (RuntimeError, MemoryError) as error:
@@ -301,6 +306,67 @@ class Trainer:
         for parameter in {*self.optimizer.stepped.values(), *(p for _, p in self.optimizer.named)}:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
+
+    def _objective(self, rollouts: Sequence[Rollout], context: TeacherContext) -> DistillOutput:
+        policy = self.policy
+        completions = [r.completion.token_ids for r in rollouts]
+        student = collate(
+            [r.prompt.student_ids for r in rollouts],
+            completions,
+            pad_id=policy.pad_id,
+            packed=policy.attention.packed,
+        ).to(policy.device)
+        teacher = self._teacher_inputs(rollouts, context)
+        student_NH = hidden_states(policy, student)
+        sizes = torch.tensor([len(c) for c in completions])
+        advantage_N = torch.tensor([r.advantage for r in rollouts]).repeat_interleave(sizes)
+        sampler_N = torch.tensor([p for r in rollouts for p in r.completion.logprobs])
+        return self.estimator.loss_function(self.loss)(
+            student_NH,
+            policy.head_VH,
+            student.targets_N,
+            **teacher,
+            advantage_N=advantage_N.to(policy.device),
+            sampler_logp_N=sampler_N.to(policy.device),
+        )
+
+    @torch.no_grad()
+    def _teacher_context(self, prefix: tuple[int, ...]) -> TeacherContext:
+        """The prefix that the teacher reads once for the whole step, if it runs in the trainer."""
+        if not prefix:
+            return (), None
+        policy = self.policy
+        try:
+            with policy.running_as(Role.TEACHER), policy.inference():
+                return prefix, self.prefixes.states(prefix, Role.TEACHER)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise sequence_too_long(len(prefix), str(error)) from error
+            raise
+
+    @torch.no_grad()
+    def _teacher_inputs(
+        self, rollouts: Sequence[Rollout], context: TeacherContext
+    ) -> TeacherInputs:
+        """The teacher's inputs to the objective: an engine's scores, or a pass in the trainer."""
+        policy = self.policy
+        completions = [r.completion for r in rollouts]
+        scores = [r.teacher for r in rollouts if r.teacher is not None]
+        if scores:
+            return self.estimator.engine_scores(scores, completions, policy.device)
+        prefix, states = context
+        tokens = collate(
+            [r.prompt.teacher_ids for r in rollouts],
+            [c.token_ids for c in completions],
+            pad_id=policy.pad_id,
+            packed=policy.attention.unpadded,
+            prefix=prefix,
+        )
+        student = policy.causal
+        with policy.running_as(Role.TEACHER), policy.inference():
+            hidden_NH = hidden_states(policy, tokens, states)
+            head_VH = None if policy.causal is student else policy.head_VH
+            return {"h_t_NH": hidden_NH, "teacher_weight": head_VH}
 
     # -- checkpoints ---------------------------------------------------------------------------
 
@@ -330,22 +396,3 @@ class Trainer:
                     for key, tensor in state.items()
                     if key.startswith(prefix)
                 )
-
-
-@dataclass(frozen=True, slots=True)
-class GatherState:
-    """Command: take part in gathering what a checkpoint holds."""
-
-    def run(self, trainer: Trainer) -> None:
-        trainer.state()
-
-
-@dataclass(frozen=True, slots=True)
-class LoadState:
-    """Command: receive a checkpoint's tensors from the driver."""
-
-    shapes: dict[str, Tensor]
-    """Tensors without data."""
-
-    def run(self, trainer: Trainer) -> None:
-        trainer.load_state(self.shapes)

@@ -23,7 +23,7 @@ from minidistill.rollouts.stream_collector import (
     StreamCollector,
     split_into_parts,
 )
-from minidistill.trainer import passes as passes_module
+from minidistill.trainer import trainer as trainer_module
 from minidistill.types import Rollout
 
 Configure = Callable[..., Any]
@@ -198,7 +198,7 @@ def test_out_of_memory_repeats_the_step_from_the_rollouts_at_hand(
     """In the fifth part, whose error the allocator's is: nothing is sampled again."""
     loaded = configure(*STEP)
     expected, moved = trained(loaded, shuffled(1), steps=1)
-    original, passes = passes_module.hidden_states, []
+    original, passes = trainer_module.hidden_states, []
 
     def limited(policy: Any, tokens: Any, *states: Any) -> torch.Tensor:
         passes.append(tokens.ids_BL.shape[0])
@@ -206,7 +206,7 @@ def test_out_of_memory_repeats_the_step_from_the_rollouts_at_hand(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return original(policy, tokens, *states)
 
-    monkeypatch.setattr(passes_module, "hidden_states", limited)
+    monkeypatch.setattr(trainer_module, "hidden_states", limited)
     told: list[int] = []
     with streaming(loaded) as stream:
         generated, generate = [], stream.engine.generate

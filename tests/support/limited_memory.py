@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import minidistill_kernels
-from minidistill.trainer import passes
+from minidistill.trainer import trainer
 from minidistill.trainer.distributed import worker
 from minidistill.trainer.distributed.fsdp import decoder_layers
 
@@ -23,7 +23,7 @@ ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 def limit_memory(place: str, size: int) -> Callable[[], None]:
     """Make passes of more than `size` tokens fail at `place`. Returns a function to undo this."""
-    original_states, original_distill = passes.hidden_states, minidistill_kernels.linear_distill
+    original_states, original_distill = trainer.hidden_states, minidistill_kernels.linear_distill
     too_large = False
 
     def fail(*args: Any) -> None:
@@ -54,10 +54,10 @@ def limit_memory(place: str, size: int) -> Callable[[], None]:
         return original_distill(*args, **kwargs)
 
     def undo() -> None:
-        passes.hidden_states = original_states
+        trainer.hidden_states = original_states
         minidistill_kernels.linear_distill = original_distill
 
-    passes.hidden_states = limited_states
+    trainer.hidden_states = limited_states
     minidistill_kernels.linear_distill = limited_distill
     return undo
 

@@ -10,7 +10,7 @@ import torch
 from support.lab import SMALL_STEP, make_lab
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.trainer import passes as passes_module
+from minidistill.trainer import trainer as trainer_module
 
 CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"
 ERRORS = {
@@ -25,7 +25,7 @@ def limit_memory(
     monkeypatch: pytest.MonkeyPatch, rows: int, error: Callable[[], Any], passes: int = 2
 ) -> None:
     """After `passes` forward passes, a pass of more than `rows` sequences raises `error`."""
-    original, calls = passes_module.hidden_states, []
+    original, calls = trainer_module.hidden_states, []
 
     def limited(policy: Any, tokens: Any, *states: Any) -> torch.Tensor:
         calls.append(tokens)
@@ -33,7 +33,7 @@ def limit_memory(
             raise error()
         return original(policy, tokens, *states)
 
-    monkeypatch.setattr(passes_module, "hidden_states", limited)
+    monkeypatch.setattr(trainer_module, "hidden_states", limited)
 
 
 @pytest.mark.parametrize("kind", ERRORS)
