@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from bench.kernels_report import machine
 from bench.pair import TOLERANCE, build, change_adapter, named_model, save, use_threads
 from minidistill.engines.vllm.engine import VllmEngine
-from minidistill.engines.vllm.weights_send import SendBuffer
+from minidistill.engines.vllm.weights_buffer import SendBuffer
 from minidistill.trainer.policy import Policy
 from minidistill.types import Role
 

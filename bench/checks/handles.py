@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.checks.report import Findings, Setting
-from minidistill.engines.vllm.weights_send import SendBuffer, chunked, open_buffer, views
+from minidistill.engines.vllm.weights_buffer import SendBuffer, chunked, open_buffer, views
 from minidistill.placement.limits import SYNC_CHUNK_BYTES
 
 MIB = 1 << 20

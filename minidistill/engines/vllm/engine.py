@@ -26,7 +26,7 @@ from minidistill.engines.base import (
 from minidistill.engines.replicas import Replicas
 from minidistill.engines.vllm.client import EngineProcess, RestartingProcess
 from minidistill.engines.vllm.options import Options, build_options
-from minidistill.engines.vllm.weights_sender import SLOTS, NamedTensors, Receiver, WeightSender
+from minidistill.engines.vllm.weights_send import SLOTS, NamedTensors, Receiver, WeightSender
 from minidistill.placement.placement import EnginePlacement
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import (

@@ -28,7 +28,7 @@ from vllm.model_executor.model_loader.reload import (
 
 import minidistill.engines.vllm.cpu_lora  # noqa: F401 - replaces what vLLM does on a CPU
 from minidistill.engines.vllm.cpu_repack import Repacker
-from minidistill.engines.vllm.weights_send import Entry, open_buffer, views
+from minidistill.engines.vllm.weights_buffer import Entry, open_buffer, views
 
 BACKEND = "minidistill"
 Handle = dict[str, bytes]
@@ -104,7 +104,7 @@ class HandleUpdate(WeightTransferUpdateInfo):
 
 
 class HandleEngine(WeightTransferEngine[HandleInit, HandleUpdate]):
-    """Full weights through the handles of `weights_send`."""
+    """Full weights through the handles of `weights_buffer`."""
 
     init_info_cls = HandleInit
     update_info_cls = HandleUpdate

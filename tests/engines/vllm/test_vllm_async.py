@@ -19,7 +19,7 @@ from support.vllm import (
 )
 
 from minidistill.engines.vllm.engine import VllmEngine, VllmReplicas
-from minidistill.engines.vllm.weights_send import SendBuffer
+from minidistill.engines.vllm.weights_buffer import SendBuffer
 from minidistill.errors import EXIT_OK
 from minidistill.types import Request, Role, SamplingParams
 

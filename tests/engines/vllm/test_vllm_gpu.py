@@ -20,7 +20,7 @@ from support.gpus import DEVICE, REHEARSED, TWO_GPUS, size
 from support.runs import plan_on_gpus, run_on_gpus
 from support.vllm import NEEDS_VLLM, Bench, make_bench, student_error
 
-from minidistill.engines.vllm.weights_send import SendBuffer, open_buffer, views
+from minidistill.engines.vllm.weights_buffer import SendBuffer, open_buffer, views
 from minidistill.errors import EXIT_OK
 from minidistill.types import Role
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from minidistill.engines.vllm.client import EngineDied, EngineFailed
-from minidistill.engines.vllm.weights_send import open_buffer, views
-from minidistill.engines.vllm.weights_sender import Receiver, WeightSender
+from minidistill.engines.vllm.weights_buffer import open_buffer, views
+from minidistill.engines.vllm.weights_send import Receiver, WeightSender
 from minidistill.trainer.policy import Policy
 from minidistill.types import Role
 
