@@ -77,6 +77,7 @@ class RolloutStream:
         self._missing = [collector.group_size] * len(self.asked.prompts)  # samples of each group
         self._ended: list[int] = []  # groups
         self._taken = 0
+        self._repeats = RepeatCounter(engine)  # before the first score
         self._began = time.perf_counter()
         self._collecting = self._waited = 0.0
         self._collected: Metrics = {}
@@ -173,7 +174,6 @@ class RolloutStream:
 
         score_advance = phase("score") if collector.computes_rewards else None
         teacher_advance = phase("teacher") if collector.scores_teacher else None
-        repeats = RepeatCounter(self.engine)
         errors: list[str] = []
         reward_seconds = teacher_seconds = 0.0
         for size in self.parts:
@@ -202,7 +202,7 @@ class RolloutStream:
         if teacher_advance is not None:
             if not self.engine.scores_while_sampling:
                 self._collected["time/teacher"] = teacher_seconds
-            self._collected |= repeats.metrics()
+            self._collected |= self._repeats.metrics()
 
     def _next_group(self) -> int:
         """Wait for a group to be complete. Returns its number."""

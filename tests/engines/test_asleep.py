@@ -15,7 +15,7 @@ from support.ranks import TWO_RANKS, ranked_lab
 from support.recording_rank import record
 
 from minidistill.engines import launch
-from minidistill.engines.base import Engine, Ids
+from minidistill.engines.base import Engine, Finished, Ids
 from minidistill.engines.student_teacher import StudentTeacherEngine
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.engines.vllm.options import Options
@@ -42,9 +42,10 @@ class RecordingEngine(Engine):
         params: SamplingParams,
         role: Role,
         advance: Advance | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
         self.events.append("generate")
-        return self.engine.generate(requests, params, role, advance)
+        return self.engine.generate(requests, params, role, advance, finished)
 
     def score(
         self,
@@ -121,9 +122,9 @@ def test_every_rank_frees_its_cache_before_an_engine_wakes(
     monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=":")
     monkeypatch.setattr(launcher, "MODULE", "support.recording_rank")
 
-    def call(method: str, *args: Any, **kwargs: Any) -> list[Any]:
+    def call(method: str, *args: Any, **kwargs: Any) -> tuple[list[Any], int]:
         record(method)
-        return []
+        return [], 0
 
     process: Any = SimpleNamespace(wait_until_started=lambda: None, call=call, close=lambda: None)
     monkeypatch.setattr("minidistill.engines.vllm.engine.EngineProcess", lambda *args: process)

@@ -33,7 +33,8 @@ def test_hybrid(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_placebo_closes_nothing(tmp_path: Path) -> None:
     placebo = str(ROOT / "configs" / "overlays" / "placebo.toml")
-    board = scoreboard(tmp_path / "null", "@", placebo, "--max_steps", "30", *TASKS)
+    fewer = (*TASKS, "--orchestrator.eval.num_examples", "128", "--max_steps", "30")
+    board = scoreboard(tmp_path / "null", "@", placebo, *fewer)
     assert abs(board["baseline_diff"]) < 0.05
     assert board["gap_closed"] is None
     assert "no gap" in board["verdict"]

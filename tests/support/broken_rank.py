@@ -10,14 +10,14 @@ import minidistill_kernels
 from minidistill.trainer.distributed import worker
 from minidistill.trainer.trainer import Trainer
 
-original_step, original_distill = Trainer._step, minidistill_kernels.linear_distill
+original_step, original_distill = Trainer.take_step, minidistill_kernels.linear_distill
 current_step = 0
 
 
-def counting_step(self: Any, rollouts: Any, number: int, *rest: Any) -> Any:
+def counting_step(self: Any, command: Any, *rest: Any) -> Any:
     global current_step
-    current_step = number
-    return original_step(self, rollouts, number, *rest)
+    current_step = command.step
+    return original_step(self, command, *rest)
 
 
 def failing_distill(*args: Any, **kwargs: Any) -> Any:
@@ -29,6 +29,6 @@ def failing_distill(*args: Any, **kwargs: Any) -> Any:
     return original_distill(*args, **kwargs)
 
 
-Trainer._step = counting_step  # type: ignore[method-assign]
+Trainer.take_step = counting_step  # type: ignore[method-assign]
 minidistill_kernels.linear_distill = failing_distill
 worker.main(sys.argv[1:])

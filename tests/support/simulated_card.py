@@ -51,7 +51,7 @@ def limited(function: Callable[..., Any], mib: int) -> Callable[..., Any]:
 if __name__ == "__main__":
     place, size, *arguments = sys.argv[1:]
     if place == "step":
-        Trainer._step = limited(Trainer._step, int(size))  # type: ignore[method-assign]
+        Trainer.take_step = limited(Trainer.take_step, int(size))  # type: ignore[method-assign]
     else:
         assert place == "held-out KL"
         kl.token_kl = limited(kl.token_kl, int(size))

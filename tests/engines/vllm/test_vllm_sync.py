@@ -92,7 +92,7 @@ def test_the_engine_has_the_weights_after_1_2_and_20_syncs(pair: Pair) -> None:
     for version in range(1, 21):
         pair.change(version)
         # a whole model at once, and chunks that end in the middle of a fused layer
-        pair.engine.sender.chunk_bytes = 1 << 30 if version % 2 else 1 << 16
+        pair.engine.sender.chunk_bytes = 1 << 30 if version % 2 else 1 << 17
         pair.engine.sync_weights(version, pair.weights)
         if version in (1, 2, 20):
             assert pair.error() < 1e-4
