@@ -29,10 +29,10 @@ class EngineLauncher:
     def start(self) -> Placement:
         """Start the engines of the placement. Returns the placement as started.
 
-        Those that share GPUs with the trainer sleep until it has loaded and checked its model.
-
         It differs in one case: only a running engine can say whether it scores chosen ids. If it
         does not, the teacher runs in the trainer.
+
+        Engines that share GPUs with the trainer sleep until it has loaded and checked its model.
         """
         try:
             placement = self._start_all()

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class StepRequests:
     """What a step samples."""
 
     prompts: list[Prompt]
@@ -64,19 +64,19 @@ class Collector:
         """The rollouts of a step, sampled by the weights of `version`, and each stage's time."""
         metrics: Metrics = {}
         began = time.perf_counter()
-        asked = self.draw(step)
-        with self.display.phase("sample", len(asked.requests), "rollouts") as advance:
-            completions = engine.generate(asked.requests, asked.params, Role.STUDENT, advance)
+        drawn = self.draw(step)
+        with self.display.phase("sample", len(drawn.requests), "rollouts") as advance:
+            completions = engine.generate(drawn.requests, drawn.params, Role.STUDENT, advance)
         metrics |= sampling_metrics(completions, time.perf_counter() - began)
         rollouts = [
             self.rollout(p, s, c, version)
-            for (p, s), c in zip(asked.jobs, completions, strict=True)
+            for (p, s), c in zip(drawn.jobs, completions, strict=True)
         ]
         if self.computes_rewards:
             with self.display.phase("score", len(rollouts), "rollouts") as advance:
                 began = time.perf_counter()
                 rollouts, errors = self.reward(rollouts, advance)
-            self.check_errors(errors, len(asked.jobs))
+            self.check_errors(errors, len(drawn.jobs))
             metrics |= {"time/score": time.perf_counter() - began, "env/errors": len(errors)}
             warn_of_errors(errors)
         if self.scores_teacher:
@@ -88,7 +88,7 @@ class Collector:
             metrics |= {"time/teacher": time.perf_counter() - began} | repeats.metrics()
         return self.with_advantages(rollouts), metrics
 
-    def draw(self, step: int) -> Asked:
+    def draw(self, step: int) -> StepRequests:
         """What a step samples: its prompts and requests."""
         orchestrator = self.config.orchestrator
         tasks = self.tasks.draw(step, orchestrator.batch_size // self.group_size)
@@ -101,7 +101,7 @@ class Collector:
         ]
         sampling = orchestrator.sampling
         params = SamplingParams(sampling.max_tokens, sampling.temperature, self._top_ids)
-        return Asked(prompts, jobs, requests, params)
+        return StepRequests(prompts, jobs, requests, params)
 
     def rollout(self, prompt: Prompt, sample: int, completion: Completion, version: int) -> Rollout:
         text = self.builder.decode(completion.token_ids)

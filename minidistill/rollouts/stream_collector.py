@@ -69,12 +69,12 @@ class RolloutStream:
         self, collector: Collector, engine: Engine, step: int, version: int, least_tokens: int
     ) -> None:
         self.collector, self.engine, self.version = collector, engine, version
-        self.asked = collector.draw(step)
-        self.max_tokens = self.asked.params.max_tokens
-        longest = [len(p.student_ids) + self.max_tokens for p, _ in self.asked.jobs]
-        self.parts = split_into_parts(len(self.asked.prompts), sum(longest), least_tokens)
+        self.drawn = collector.draw(step)
+        self.max_tokens = self.drawn.params.max_tokens
+        longest = [len(p.student_ids) + self.max_tokens for p, _ in self.drawn.jobs]
+        self.parts = split_into_parts(len(self.drawn.prompts), sum(longest), least_tokens)
         self._ready: dict[int, Sampled] = {}
-        self._missing = [collector.group_size] * len(self.asked.prompts)  # samples of each group
+        self._missing = [collector.group_size] * len(self.drawn.prompts)  # samples of each group
         self._ended: list[int] = []  # groups
         self._taken = 0
         self._repeats = RepeatCounter(engine)  # before the first score
@@ -92,14 +92,14 @@ class RolloutStream:
         runs_teacher = not self.collector.scores_teacher
         return StepRollouts(
             parts=self._take(),
-            teacher_prompts=[p.teacher_ids for p in self.asked.prompts] if runs_teacher else [],
+            teacher_prompts=[p.teacher_ids for p in self.drawn.prompts] if runs_teacher else [],
             tokens=self.size * self.max_tokens,
         )
 
     @property
     def size(self) -> int:
         """The number of rollouts, before any is dropped."""
-        return len(self.asked.jobs)
+        return len(self.drawn.jobs)
 
     def _take(self) -> Iterator[list[Rollout]]:
         while True:
@@ -115,7 +115,7 @@ class RolloutStream:
 
     def by_number(self, result: StepResult) -> StepResult:
         """The result with the rollouts in the order of their groups."""
-        numbers = {(id(p), s): number for number, (p, s) in enumerate(self.asked.jobs)}
+        numbers = {(id(p), s): number for number, (p, s) in enumerate(self.drawn.jobs)}
         pairs = zip(result.rollouts, result.tokens, strict=True)
         ordered = sorted(pairs, key=lambda pair: numbers[id(pair[0].prompt), pair[0].sample])
         rollouts, tokens = zip(*ordered, strict=True)
@@ -137,17 +137,17 @@ class RolloutStream:
 
     def sample(self) -> None:
         """Sample the completions, and hand each over as it ends."""
-        requests = self.asked.requests
+        requests = self.drawn.requests
         if self.collector.scores_teacher and self.engine.scores_while_sampling:
             requests = [
                 replace(request, teacher_ids=prompt.teacher_ids)
-                for request, (prompt, _) in zip(requests, self.asked.jobs, strict=True)
+                for request, (prompt, _) in zip(requests, self.drawn.jobs, strict=True)
             ]
         try:
             with self.collector.display.phase("sample", self.size, "rollouts") as advance:
                 completions = self.engine.generate(
                     requests,
-                    self.asked.params,
+                    self.drawn.params,
                     Role.STUDENT,
                     advance,
                     lambda step, ended: self._sampled.put(ended),
@@ -233,6 +233,6 @@ class RolloutStream:
                 self._ended.append(group)
 
     def _rollout(self, row: int, completion: Completion, scores: TeacherScores | None) -> Rollout:
-        prompt, sample = self.asked.jobs[row]
+        prompt, sample = self.drawn.jobs[row]
         rollout = self.collector.rollout(prompt, sample, completion, self.version)
         return replace(rollout, teacher=scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -162,24 +162,21 @@ def _check_packed_passes(
     """Check that a packed pass gives each sequence the distributions that it has alone, padded."""
     view = [p.student_ids for p in prompts]
 
-    def divergences(rows: list[int]) -> list[float]:
-        batch = [view[i] for i in rows], [completions[i] for i in rows]
-        packed = collate(*batch, pad_id=policy.pad_id, packed=True)
+    def divergences(prompts: list[Ids], completions: list[Ids]) -> Tensor:
+        packed = collate(prompts, completions, pad_id=policy.pad_id, packed=True)
         alone_NH = torch.cat(
             [
                 hidden_states(policy, collate([prompt], [completion], pad_id=policy.pad_id))
-                for prompt, completion in zip(*batch, strict=True)
+                for prompt, completion in zip(prompts, completions, strict=True)
             ]
         )
         head_VH = policy.head_VH.detach()
-        kl_N = linear_reverse_kl(hidden_states(policy, packed), alone_NH, head_VH)
-        return [float(part.abs().max()) for part in kl_N.split([len(c) for c in batch[1]])]
+        return linear_reverse_kl(hidden_states(policy, packed), alone_NH, head_VH).abs()
 
     other = policy.teacher_weights is Weights.OTHER and policy.holds(Role.TEACHER)
     for role in (Role.STUDENT, Role.TEACHER) if other else (Role.STUDENT,):
         with policy.inference(), policy.running_as(role):
-            lengths = _lengths(view, completions)
-            measured = budget.run(lengths, divergences, DOING, packed=True)
+            measured = _largest(divergences, view, completions, budget, packed=True)
         if not all(kl <= tolerance for kl in measured):
             raise UserError(
                 f"packed sequences have other distributions than alone: the KL between them is "
@@ -235,20 +232,20 @@ def _prefix_cache_is_exact(
     role = Role.TEACHER if policy.holds(Role.TEACHER) else Role.STUDENT
     packed = policy.attention.unpadded
 
-    def errors(rows: list[int]) -> list[float]:
-        batch = [view[i] for i in rows], [completions[i] for i in rows]
+    def errors(prompts: list[Ids], completions: list[Ids]) -> Tensor:
         logp = []
         for shared in ((), prefix):
-            tokens = collate(*batch, pad_id=policy.pad_id, packed=packed, prefix=shared)
+            tokens = collate(
+                prompts, completions, pad_id=policy.pad_id, packed=packed, prefix=shared
+            )
             states = prefix_states(policy, shared) if shared else None
             hidden = hidden_states(policy, tokens, states)
             logp.append(policy.logits(hidden).float().log_softmax(-1))
         # log-probs of tokens with negligible probability carry no information
-        difference = ((logp[0] - logp[1]).abs() * logp[0].exp()).amax(dim=-1)
-        return [float(part.max()) for part in difference.split([len(c) for c in batch[1]])]
+        return ((logp[0] - logp[1]).abs() * logp[0].exp()).amax(dim=-1)
 
     with policy.inference(), policy.running_as(role):
-        measured = budget.run(_lengths(view, completions), errors, DOING, packed=packed)
+        measured = _largest(errors, view, completions, budget, packed=packed)
     if not all(error <= tolerance for error in measured):
         logger.warning(
             "the context's cached keys and values do not reproduce the model's log-probs: "
@@ -256,6 +253,27 @@ def _prefix_cache_is_exact(
         )
         return False
     return True
+
+
+def _largest(
+    per_token: Callable[[list[Ids], list[Ids]], Tensor],
+    prompts: Sequence[Ids],
+    completions: Sequence[Ids],
+    budget: TokenBudget,
+    *,
+    packed: bool,
+) -> list[float]:
+    """The largest value of each completion's tokens, or NaN if any is NaN.
+
+    `per_token` takes the prompts and completions of one pass and returns a value for each token.
+    """
+
+    def run_batch(rows: list[int]) -> list[float]:
+        batch = [completions[i] for i in rows]
+        values_N = per_token([prompts[i] for i in rows], batch)
+        return [float(part.max()) for part in values_N.split([len(c) for c in batch])]
+
+    return budget.run(_lengths(prompts, completions), run_batch, DOING, packed=packed)
 
 
 def _lengths(prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[int]:

@@ -17,8 +17,8 @@ class Tokens:
     """Prompts with their completions, ready for a forward pass.
 
     `ids_BL` and `positions_BL` are int64. So is `mask_BL`, which is None if sequences are packed in
-    one row of `lengths`. `rows_N` and `columns_N` locate the hidden state that
-    predicts each completion token. `targets_N` has those tokens, sequence by sequence.
+    one row. `rows_N` and `columns_N` locate the hidden state that predicts each completion token.
+    `targets_N` has those tokens, sequence by sequence.
     """
 
     ids_BL: Tensor

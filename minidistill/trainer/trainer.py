@@ -15,7 +15,7 @@ from minidistill.placement.placement import Placement
 from minidistill.trainer.batching import collate
 from minidistill.trainer.distributed.fsdp import full_tensor, is_sharded
 from minidistill.trainer.forward import KeysValues, PrefixCache, hidden_states
-from minidistill.trainer.guards import is_out_of_memory, mismatch_limit, refusal
+from minidistill.trainer.guards import first_line, is_out_of_memory, mismatch_limit, refusal
 from minidistill.trainer.memory import peak_gib, reset_peak
 from minidistill.trainer.metrics import summarize
 from minidistill.trainer.micro_batches import MicroBatches, OutOfMemory, sequence_too_long
@@ -288,7 +288,7 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return [], str(error).strip().partition("\n")[0] or "out of memory"
+            return [], first_line(error)
 
     def _discard_gradients(self) -> None:
         parameters = list(self.policy.model.parameters())

@@ -61,8 +61,8 @@ def streaming(loaded: Any, steps: int = 1) -> Iterator[Stream]:
         loaded.config, environments, lab.builder, cpu_placement(loaded), open_display()
     )
     for step in range(1, steps + 1):
-        asked = collector.draw(step)
-        engine.prepare(asked.requests, asked.params)
+        drawn = collector.draw(step)
+        engine.prepare(drawn.requests, drawn.params)
     stream = StreamCollector(collector, engine, least_tokens=200)
     try:
         yield Stream(lab, engine, collector, stream)
