@@ -19,7 +19,10 @@ from minidistill.config.schema import Config
 from minidistill.config.schema_tree import Path
 from minidistill.config.toml import dotted, key_lines, to_toml
 from minidistill.errors import UserError, UserErrors
+from minidistill.files import read_text
 
+PATH_FIX = "check the path; overrides are written --a.b.c VALUE"
+_WRITTEN_TWICE = ("Cannot overwrite", "Cannot declare", "Duplicate")  # tomli's words
 _TEACHER = ("orchestrator", "teacher_model")
 _CONTEXT = (*_TEACHER, "context")
 _CONTEXT_FILE = (*_TEACHER, "context_file")
@@ -65,12 +68,15 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
 
 def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
     """A TOML file's data, and a function that gives the `file:line` where a path was written."""
-    text = _read_text(FilePath(name), "")
+    text = read_text(FilePath(name), fix=PATH_FIX)
     try:
         data = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         where = f"{name}:{error.lineno}, column {error.colno}"
-        raise UserError(f"not valid TOML: {error.msg}", where, "correct the syntax there") from None
+        twice = error.msg.startswith(_WRITTEN_TWICE)
+        fix = "keep one of the two" if twice else "correct the syntax there"
+        message = f"{error.msg}: it is there twice" if twice else error.msg
+        raise UserError(f"not valid TOML: {message}", where, fix) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid TOML: {error}", name, "correct the syntax") from None
     lines = key_lines(text)
@@ -115,19 +121,8 @@ def _use_context_file(teacher: dict[str, Any], base: FilePath, origin: str) -> N
     where = place(origin, _CONTEXT_FILE)
     if "context" in teacher:
         raise UserError("both context and context_file are set", where, "keep one of the two")
-    teacher["context"] = _read_text(base / FilePath(name).expanduser(), where)
+    teacher["context"] = read_text(base / FilePath(name).expanduser(), where=where, fix=PATH_FIX)
     del teacher["context_file"]
-
-
-def _read_text(path: FilePath, where: str) -> str:
-    try:
-        return path.read_bytes().decode().replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text", where, "save it as UTF-8") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        fix = "check the path; overrides are written --a.b.c VALUE"
-        raise UserError(f"cannot read {path}: {reason}", where, fix) from None
 
 
 def _validate(layers: Layers, files: str) -> Config:

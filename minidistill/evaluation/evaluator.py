@@ -30,16 +30,6 @@ class Scores:
     """Mean tokens of a completion."""
 
 
-def evaluation_prompts(
-    environments: Mapping[str, Environment], builder: PromptBuilder, count: int
-) -> dict[str, list[Prompt]]:
-    """The prompts of the first `count` evaluation tasks of each environment."""
-    return {
-        name: [builder.build(name, env.eval[i]) for i in range(min(count, len(env.eval)))]
-        for name, env in environments.items()
-    }
-
-
 class Evaluator:
     """Evaluates on a fixed set of held-out tasks, with the same seeds every time.
 
@@ -55,7 +45,7 @@ class Evaluator:
         engine: Engine,
         display: Display,
     ) -> None:
-        """`prompts` has those of each environment: see `evaluation_prompts`."""
+        """`prompts` has those of each environment."""
         assert config.orchestrator.eval is not None
         self.config, self.settings = config, config.orchestrator.eval
         self.environments, self.engine, self.display = environments, engine, display

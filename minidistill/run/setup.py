@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from minidistill.config import Config, LoadedConfig
+from minidistill.config.orchestrator import EvalConfig
 from minidistill.engines.base import Engine
 from minidistill.engines.launch import EngineLauncher
 from minidistill.envs.protocol import Environment
 from minidistill.envs.registry import load_environments
 from minidistill.errors import UserError
-from minidistill.evaluation.evaluator import Evaluator, evaluation_prompts
+from minidistill.evaluation.evaluator import Evaluator
 from minidistill.models.hub import check_same_tokens, load_tokenizer
 from minidistill.placement.estimate import Plan
 from minidistill.placement.machine import Machine
@@ -29,10 +30,10 @@ from minidistill.rollouts.async_collector import AsyncCollector
 from minidistill.rollouts.collector import Collector
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run import preflight
-from minidistill.tasks.lengths import check_lengths
+from minidistill.tasks.lengths import PromptLimit
+from minidistill.tasks.measuring import Measurer, Phase, no_progress, refuse_empty
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_rewards
-from minidistill.tasks.sampling import fingerprint
 from minidistill.trainer.build import build_trainer
 from minidistill.trainer.distributed.launcher import RankLauncher
 from minidistill.trainer.forward import PrefixCache
@@ -49,9 +50,6 @@ SMALLER_MODEL = {
     "fix": 'use a smaller model or model.dtype = "bfloat16", train an adapter instead of every '
     "weight, or give engines on this GPU less (inference.gpu_memory_utilization)",
 }
-CHECKED_TASKS = 32  # prompts checked before the run, of a split that generates its tasks
-CHECKED_LIST = 2000  # prompts checked before the run, of a split that is a list
-
 STREAMED_TOKENS = 2048
 """Of a part that is trained while others are sampled, for each rank. Smaller passes cost more than
 they hide (docs/performance.md)."""
@@ -71,7 +69,7 @@ class Prepared:
     """By environment; empty if the run does not evaluate."""
     builder: PromptBuilder
     prompts: Sequence[Prompt]
-    """The prompts that were checked."""
+    """The first ones, for the checks of the model."""
     fingerprint: str
     """Of the tasks and prompts: a resumed run must have the same."""
     plan: Plan
@@ -114,8 +112,12 @@ class Components:
                 collector.close()
 
 
-def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prepared:
+def prepare(
+    loaded: LoadedConfig, directory: RunDirectory, resume: bool, phase: Phase = no_progress
+) -> Prepared:
     """Check everything that can be checked without the model's weights.
+
+    `phase` shows the progress of checks that take long.
 
     Raises UserError for errors the user can fix.
     """
@@ -128,34 +130,38 @@ def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prep
     check_rewards(config, environments)
     teacher = orchestrator.teacher_model
     builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
-    prompts = _prompts_to_check(environments, builder)
-    tasks = fingerprint(environments, prompts)
-    if resume:
-        directory.check_same_tasks(tasks)
-    preflight.check_prompts(config, builder, prompts)
+    preflight.check_prompts(config, builder, _first_prompts(environments, builder))
     check_same_tokens(config, tokenizer)
     plan = _plan(loaded)
-    check_lengths(config, plan.placement.max_length, prompts)
-    evaluated, by_env = environments, {}
-    if orchestrator.eval is not None:
-        if orchestrator.eval.env is not None:
-            evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
-        check_rewards(config, evaluated, evaluated=True)
-        by_env = evaluation_prompts(evaluated, builder, orchestrator.eval.num_examples)
-        for env_prompts in by_env.values():
-            check_lengths(config, plan.placement.max_length, env_prompts)
     _check_memory(loaded, plan)
+    evaluated: Mapping[str, Environment] = environments
+    if orchestrator.eval is not None and orchestrator.eval.env is not None:
+        evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
+    if orchestrator.eval is not None:
+        check_rewards(config, evaluated, evaluated=True)
+    # the longest check comes last
+    limit = PromptLimit.of(config, plan.placement.max_length)
+    eval_limit = PromptLimit.of(config, plan.placement.max_length, evaluation=True)
+    measurer = Measurer(builder, orchestrator.overlong, phase)
+    measured = measurer.measure(environments, limit, eval_limit)
+    if resume:
+        directory.check_same_tasks(measured.fingerprint)
+    by_env: dict[str, Sequence[Prompt]] = {}
+    if orchestrator.eval is not None:
+        if orchestrator.eval.env is None:
+            evaluated = measured.environments
+        by_env = _evaluation_prompts(evaluated, measurer, eval_limit, orchestrator.eval)
     return Prepared(
         loaded=loaded,
         resume=resume,
         directory=directory,
         tokenizer=tokenizer,
-        environments=environments,
+        environments=measured.environments,
         evaluation_environments=evaluated,
         evaluation_prompts=by_env,
         builder=builder,
-        prompts=prompts,
-        fingerprint=tasks,
+        prompts=measured.prompts,
+        fingerprint=measured.fingerprint,
         plan=plan,
     )
 
@@ -232,19 +238,28 @@ def _check_memory(loaded: LoadedConfig, plan: Plan) -> None:
         raise error
 
 
-def _prompts_to_check(
-    environments: Mapping[str, Environment], builder: PromptBuilder
-) -> list[Prompt]:
-    prompts = []
+def _first_prompts(environments: Mapping[str, Environment], builder: PromptBuilder) -> list[Prompt]:
+    """The first prompt of each environment. Others are measured later."""
     for name, environment in environments.items():
-        for split in (environment.train, environment.eval):
-            if len(split) == 0:
-                raise UserError(
-                    f"the environment {name!r} has no tasks in a split",
-                    where="orchestrator.env",
-                    fix="give it at least one task for training and one for evaluation",
-                )
-            limit = CHECKED_LIST if isinstance(split, list | tuple) else CHECKED_TASKS
-            tasks = [split[i] for i in range(min(limit, len(split)))]
-            prompts += [builder.build(name, task) for task in tasks]
-    return prompts
+        refuse_empty(name, environment.train)
+    return [builder.build(name, environment.train[0]) for name, environment in environments.items()]
+
+
+def _evaluation_prompts(
+    environments: Mapping[str, Environment],
+    measurer: Measurer,
+    limit: PromptLimit,
+    settings: EvalConfig,
+) -> dict[str, Sequence[Prompt]]:
+    """The prompts to evaluate, of each environment. Raises UserError."""
+    by_env: dict[str, Sequence[Prompt]] = {}
+    for name, environment in environments.items():
+        tasks = environment.eval
+        if settings.env is not None:  # not measured yet
+            tasks = measurer.fitting(name, tasks, limit)
+        count = min(settings.num_examples, len(tasks))
+        prompts = [measurer.builder.build(name, tasks[i]) for i in range(count)]
+        by_env[name], dropped = measurer.fitting_prompts(prompts, limit)
+        if dropped:
+            logger.warning(f"left out {dropped} of {count} evaluation prompts of {name}: too long")
+    return by_env

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from minidistill.envs.content import text_content
 from minidistill.errors import UserError
 from minidistill.types import Message, Prompt, Task
 
@@ -48,7 +49,7 @@ class PromptBuilder:
         """The chat template's text, up to the beginning of the assistant's answer."""
         try:
             text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                _plain(messages),
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=True,
@@ -72,7 +73,7 @@ class PromptBuilder:
 
     def with_context(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """A copy of the messages with the context in its place."""
-        out = [dict(message) for message in messages]
+        out = _plain(messages)
         if not self.context:
             return out
         indices = (i for i, message in enumerate(out) if message["role"] == self.placement)
@@ -84,11 +85,11 @@ class PromptBuilder:
                     where="orchestrator.teacher_model.context_placement",
                     fix='use context_placement = "system"',
                 )
-            out[index]["content"] = _join(self.context, out[index]["content"])
+            out[index]["content"] = self.context + (out[index].get("content") or "")
         elif index is None:
             out.insert(0, {"role": "system", "content": self.default_system + self.context})
         else:
-            out[index]["content"] = _join(out[index]["content"], self.context)
+            out[index]["content"] = (out[index].get("content") or "") + self.context
         return out
 
     @property
@@ -115,32 +116,30 @@ class PromptBuilder:
 
     def boundary_warning(self, prompt: Prompt) -> str | None:
         """A warning if no white space separates the context from the text beside it, else None."""
-        messages = prompt.task.messages
-        content = next((m["content"] for m in messages if m["role"] == self.placement), None)
+        messages = _plain(prompt.task.messages)
+        content = next((m.get("content") for m in messages if m["role"] == self.placement), None)
         if self.placement == "user":
-            left, right = self.context, _edge_text(content, 0)
+            left, right = self.context, content or ""
         elif content is None:
             left, right = self.default_system, self.context
         else:
-            left, right = _edge_text(content, -1), self.context
+            left, right = content, self.context
         boundary = left[-1:] + right[:1]
         if len(boundary) < 2 or boundary[0].isspace() or not boundary[1].isalnum():
             return None
         return f"no white space between the context and the text beside it ({boundary!r}): add some"
 
 
-def _join(first: Any, second: Any) -> Any:
-    """Concatenate two contents, each a string or a list of typed parts."""
-    if isinstance(first, str) and isinstance(second, str):
-        return first + second
-    return [*_parts(first), *_parts(second)]
-
-
-def _parts(content: Any) -> list[Any]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-
-
-def _edge_text(content: Any, index: int) -> str:
-    """The text of a content's first (0) or last (-1) part, "" if there is none."""
-    parts = _parts(content or "")
-    return parts[index].get("text", "") if parts else ""
+def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """A copy of the messages whose contents are text. Raises UserError for parts of other types."""
+    try:
+        return [
+            {key: text_content(value) if key == "content" else value for key, value in m.items()}
+            for m in messages
+        ]
+    except ValueError as error:
+        raise UserError(
+            f"a message's content has parts that are not text: {error}",
+            where="orchestrator.env",
+            fix="give messages whose contents are text",
+        ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -55,10 +55,23 @@ class TaskSampler:
         return int(self._order[1][offset])
 
 
-def fingerprint(environments: Mapping[str, Environment], prompts: Iterable[Prompt]) -> str:
-    """A hash of the number of tasks, and of the ids, token ids and answers of `prompts`."""
-    sizes = [[name, len(e.train), len(e.eval)] for name, e in environments.items()]
-    contents = [[p.env, p.task.id, p.student_ids, p.teacher_ids, p.task.answer] for p in prompts]
-    # an answer that is not plain data counts by its type, which is the same in every process
-    text = json.dumps([sizes, contents], skipkeys=True, default=lambda value: type(value).__name__)
-    return hashlib.sha256(text.encode()).hexdigest()
+class Fingerprint:
+    """A hash of the numbers of tasks, and of the ids, token ids and answers of prompts."""
+
+    def __init__(self, environments: Mapping[str, Environment]) -> None:
+        sizes = [[name, len(e.train), len(e.eval)] for name, e in environments.items()]
+        self._hash = hashlib.sha256(f"[{json.dumps(sizes)}, [".encode())
+        self._separator = ""
+
+    def add(self, prompt: Prompt) -> None:
+        task = prompt.task
+        content = [prompt.env, task.id, prompt.student_ids, prompt.teacher_ids, task.answer]
+        # an answer that is not plain data counts by its type, the same in every process
+        text = json.dumps(content, skipkeys=True, default=lambda value: type(value).__name__)
+        self._hash.update((self._separator + text).encode())
+        self._separator = ", "
+
+    def hexdigest(self) -> str:
+        whole = self._hash.copy()
+        whole.update(b"]]")
+        return whole.hexdigest()
