@@ -1,4 +1,4 @@
-"""Files: one reader of the text that people write, and writes that survive a crash."""
+"""Files: one reader of the text that people write, writes that survive a crash, lost output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 
@@ -103,3 +103,9 @@ def write_atomic(path: Path, data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def drop_output(stream: TextIO) -> None:
+    """Connect a stream to nothing, also for what it still holds when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

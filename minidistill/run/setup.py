@@ -15,7 +15,6 @@ from minidistill.engines.base import Engine
 from minidistill.engines.launch import EngineLauncher
 from minidistill.envs.protocol import Environment
 from minidistill.envs.registry import load_environments
-from minidistill.errors import UserError
 from minidistill.evaluation.evaluator import Evaluator
 from minidistill.models.hub import check_same_tokens, load_tokenizer
 from minidistill.placement.estimate import Plan
@@ -30,6 +29,7 @@ from minidistill.rollouts.async_collector import AsyncCollector
 from minidistill.rollouts.collector import Collector
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run import preflight
+from minidistill.run.resume import is_extended
 from minidistill.tasks.lengths import PromptLimit
 from minidistill.tasks.measuring import Measurer, Phase, no_progress, refuse_empty
 from minidistill.tasks.prompts import PromptBuilder
@@ -61,6 +61,8 @@ class Prepared:
 
     loaded: LoadedConfig
     resume: bool
+    extended: bool
+    """The run is resumed with more steps than it was started with."""
     directory: RunDirectory
     tokenizer: Any
     environments: Mapping[str, Environment]
@@ -122,8 +124,7 @@ def prepare(
     Raises UserError for errors the user can fix.
     """
     config, orchestrator = loaded.config, loaded.config.orchestrator
-    if resume:
-        directory.check_same_config(loaded)
+    extended = resume and is_extended(loaded, directory)
     check_monitors(config)
     tokenizer = load_tokenizer(config)
     environments = load_environments(orchestrator.env, "orchestrator.env")
@@ -154,6 +155,7 @@ def prepare(
     return Prepared(
         loaded=loaded,
         resume=resume,
+        extended=extended,
         directory=directory,
         tokenizer=tokenizer,
         environments=measured.environments,

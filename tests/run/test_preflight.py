@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.lab import Lab, make_lab
 
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.run import preflight
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer import attention
