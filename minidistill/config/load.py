@@ -12,6 +12,7 @@ import tomli
 from pydantic import ValidationError
 
 from minidistill.config import overrides
+from minidistill.config.adapter import with_initial_adapter
 from minidistill.config.checks import Problem, contradictions
 from minidistill.config.errors import from_validation, place
 from minidistill.config.layers import Layers, leaves
@@ -57,9 +58,9 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
         data, origin = read_file(name)
         layers.put((), data, origin)
     _put_flags(layers, flags)
-    config = _validate(layers, ", ".join(files))
+    config, taken = _validate(layers, ", ".join(files))
     provenance = {
-        dotted(path): layers.origins.get(path, "default")
+        dotted(path): layers.origins.get(path, taken.get(dotted(path), "default"))
         for path, _ in leaves(json.loads(config.model_dump_json()))
     }
     paths = tuple(FilePath(name) for name in files)
@@ -125,7 +126,8 @@ def _use_context_file(teacher: dict[str, Any], base: FilePath, origin: str) -> N
     del teacher["context_file"]
 
 
-def _validate(layers: Layers, files: str) -> Config:
+def _validate(layers: Layers, files: str) -> tuple[Config, dict[str, str]]:
+    """The configuration, and where settings are from that its adapter brings."""
     data = layers.data
     # Empty tables instead of missing ones, so that errors name the keys that are required.
     orchestrator = data.get("orchestrator", {})
@@ -135,10 +137,11 @@ def _validate(layers: Layers, files: str) -> Config:
         config = Config.model_validate(data)
     except ValidationError as error:
         raise from_validation(error, layers, files or "command line") from None
+    config, taken = with_initial_adapter(config)
     problems = [_as_error(problem, layers, files) for problem in contradictions(config)]
     if problems:
         raise UserErrors(problems) if len(problems) > 1 else problems[0]
-    return config
+    return config, taken
 
 
 def _as_error(problem: Problem, layers: Layers, files: str) -> UserError:

@@ -13,7 +13,7 @@ import torch
 
 from minidistill.config import Config
 from minidistill.placement.attention import FLASH
-from minidistill.placement.model_shape import ModelShape
+from minidistill.placement.model_shape import ModelShape, module_rank
 from minidistill.placement.placement import Placement
 from minidistill_kernels.distill import chunk_tokens
 
@@ -59,8 +59,9 @@ def trainer_memory(
     gathered for use. `teacher_shape` is given if the teacher is another model.
     """
     lora, teacher = config.trainer.model.lora, config.orchestrator.teacher_model
-    weights, in_trainer = shape.parameters * itemsize, placement.teacher.scorer == "trainer"
-    trained = shape.adapter(lora.rank, lora.target_modules) if lora else shape.parameters
+    weights = shape.weight_bytes(itemsize, config.model.quantization)
+    in_trainer = placement.teacher.scorer == "trainer"
+    trained = shape.adapter(lora) if lora else shape.parameters
     parts: MemoryBreakdown = {"weights": weights // shards}
     if shards > 1:
         unsharded = 2 * shape.layer_parameters + shape.embedding + shape.head
@@ -80,11 +81,24 @@ def trainer_memory(
         parts["head gradient"] = 2 * 4 * shape.vocab * shape.hidden  # in fp32, and a temporary
     if teacher_shape is not None and in_trainer:
         parts["reference copy"] = teacher_shape.parameters * itemsize // shards
+    parts |= _unpacked_weights(config, shape, itemsize)
     parts["activations"] = activations(config, placement, shape, size, itemsize)
     parts["head chunk"] = head_chunk(placement, shape, size, device, itemsize)
     if in_trainer:
         parts["teacher's hidden states"] = size.completions * shape.hidden * itemsize
     return parts
+
+
+def _unpacked_weights(config: Config, shape: ModelShape, itemsize: int) -> MemoryBreakdown:
+    """The largest weight, for as long as its layer works: a 4-bit weight in the compute dtype, and
+    with DoRA the sum of weight and update whose norms are taken."""
+    lora, copies = config.trainer.model.lora, 0
+    if config.model.quantization is not None:
+        copies += 1
+    if lora and lora.use_dora:
+        copies += 2
+    largest = max((x.inputs * x.outputs for x in shape.linears), default=0)
+    return {"unpacked weights": copies * largest * itemsize} if copies else {}
 
 
 def evaluation_memory(
@@ -108,6 +122,7 @@ def evaluation_memory(
         "activations": size.tokens * layer,
         "hidden states": 2 * size.completions * shape.hidden * itemsize,
         "head chunk": 2 * 4 * chunk * shape.vocab,
+        **_unpacked_weights(config, shape, itemsize),
     }
     if shards > 1:
         parts["gathered weights"] = shape.parameters * itemsize * (shards - 1) // shards
@@ -147,7 +162,8 @@ def layer_activations(
     mask         w L with padding, w · tokens if packing needs a mask, none without one
     MLP          w · 3I: gate, its activation, up
     adapters     4 · inputs + 4 · rank for each adapted layer in fp32 on a narrower base; in the
-                 base's dtype w · inputs once for layers that read the same, and w · rank
+                 base's dtype w · inputs once for layers that read the same, and w · rank;
+                 with DoRA twice the outputs
     """
     w, lora, attention = itemsize, config.trainer.model.lora, placement.attention
     h, i, q, k = shape.hidden, shape.intermediate, shape.attention, shape.keys
@@ -166,7 +182,9 @@ def layer_activations(
         return total + (w * (q + k) if shape.qk_norm else 0)
     adapted = shape.adapted(lora.target_modules)
     adapter_itemsize = _adapter_itemsize(placement)
-    total += adapter_itemsize * lora.rank * len(adapted) // shape.layers
+    total += adapter_itemsize * sum(module_rank(lora, x.name) for x in adapted) // shape.layers
+    if lora.use_dora:  # the base's and the update's output, which the norm scales
+        total += 2 * adapter_itemsize * sum(x.outputs for x in adapted) // shape.layers
     if w < adapter_itemsize:
         return total + 4 * sum(x.inputs for x in adapted) // shape.layers
     # adapters in the base's dtype save no copies: each input counts once

@@ -99,7 +99,8 @@ def check_model(policy: Policy, prompts: Sequence[Prompt], budget: TokenBudget) 
     _check_logits(policy, prompts, completions, tolerance, budget)
     if policy.attention.unpadded:
         _check_packed_passes(policy, prompts, completions, tolerance, budget)
-    if policy.holds(Role.TEACHER) and policy.teacher_weights is not Weights.OTHER:
+    same = policy.starts_as_base and policy.teacher_weights is not Weights.OTHER
+    if policy.holds(Role.TEACHER) and same:
         _check_equal_roles(policy, prompts, completions, tolerance, budget)
     return _prefix_cache_is_exact(policy, prompts, completions, tolerance, budget)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any
 
@@ -10,12 +9,12 @@ import torch
 from torch import nn
 
 from minidistill.config import Config
-from minidistill.config.schema import LoraConfig
 from minidistill.errors import UserError
 from minidistill.models.hub import hub_arguments, readable_errors
 from minidistill.models.registry import resolve
 from minidistill.placement.placement import Placement
 from minidistill.trainer import attention
+from minidistill.trainer.adapter import add_adapter
 from minidistill.trainer.policy import Policy, Weights, frozen_copy
 
 
@@ -24,8 +23,7 @@ def load_policy(
 ) -> Policy:
     """The model on `device` (the driver's by default), with the teacher if it runs in the trainer.
 
-    Under LoRA the base is frozen and gets a new adapter (B = 0), whose initialization depends on
-    `config.seed` only. Otherwise every weight is trained, and a frozen teacher is a second copy.
+    Under LoRA the base is frozen and gets an adapter: see `add_adapter`. Otherwise every weight is trained, and a frozen teacher is a second copy.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = config.trainer.model
@@ -33,7 +31,8 @@ def load_policy(
     dtype = getattr(torch, placement.dtype)
     attention.register()
     implementation = placement.attention.implementation
-    base = _load_weights(config, config.model.name, dtype, device, implementation)
+    quantization = config.model.quantization
+    base = _load_weights(config, config.model.name, dtype, device, implementation, quantization)
     if placement.ac_freq:
         _checkpoint_activations(base, placement.ac_freq)
     teacher = teacher_weights(config)
@@ -46,12 +45,14 @@ def load_policy(
         if in_trainer and teacher is Weights.BASE:
             reference_models[Weights.BASE] = frozen_copy(base)
     else:
-        model = _with_adapter(config, settings.lora, base, placement.adapter_dtype)
+        adapter_dtype = getattr(torch, placement.adapter_dtype or placement.dtype)
+        model = add_adapter(settings.lora, base, adapter_dtype, config.seed)
     # only dropout and checkpointing need training mode
     dropout = settings.lora is not False and settings.lora.dropout > 0
     model.train(dropout or placement.ac_freq > 0)
     policy = Policy(model, tokenizer, _end_ids(base, tokenizer), device, teacher, reference_models)
     policy.attention = placement.attention
+    policy.starts_as_base = settings.lora is False or settings.lora.init is None
     if policy.lora and policy.head_VH.requires_grad:
         raise UserError(
             "the LM head would be trained",
@@ -72,19 +73,39 @@ def teacher_weights(config: Config) -> Weights:
 
 
 def _load_weights(
-    config: Config, name: str, dtype: torch.dtype, device: torch.device, implementation: str | None
+    config: Config,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    implementation: str | None,
+    quantization: str | None = None,
 ) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    arguments: dict[str, Any] = dict(hub_arguments(config, name))
+    if implementation is not None:
+        arguments["attn_implementation"] = implementation
+    if quantization is not None:
+        # weights are quantized on the device as they are read, and cannot be moved after that
+        arguments |= {"quantization_config": four_bit(dtype), "device_map": {"": device}}
     with readable_errors(name):
-        return AutoModelForCausalLM.from_pretrained(
-            resolve(name),
-            dtype=dtype,
-            **({} if implementation is None else {"attn_implementation": implementation}),
-            **hub_arguments(config, name),
-        ).to(device)  # type: ignore[arg-type]
+        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, **arguments)
+        return model if quantization else model.to(device)  # type: ignore[arg-type]
+
+
+def four_bit(dtype: torch.dtype) -> Any:
+    """How transformers quantizes a model to NF4: linear layers except the head, with their scales
+    quantized too, computing in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _load_other(
@@ -102,33 +123,6 @@ def _load_other(
             fix='set trainer.loss.estimator = "sampled" with inference.engine = "vllm", which '
             "compares the sampled tokens only",
         )
-    return model
-
-
-def _with_adapter(config: Config, lora: LoraConfig, base: Any, dtype: str | None) -> Any:
-    import peft
-
-    torch.manual_seed(config.seed)
-    try:
-        model = peft.get_peft_model(
-            base,
-            peft.LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions
-                lora_dropout=lora.dropout,
-                target_modules=lora.target_modules,
-                task_type="CAUSAL_LM",
-            ),
-            # else the adapter gets the base's dtype, and peft casts neither inputs nor outputs
-            autocast_adapter_dtype=dtype == "float32",
-        )
-    except ValueError as error:
-        raise UserError(
-            f"this model cannot have an adapter: {str(error).splitlines()[0]}",
-            where="trainer.model.lora.target_modules",
-            fix='use "all-linear" or names of linear layers that the model has',
-        ) from error
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     return model
 
 

@@ -58,6 +58,8 @@ class Policy:
     """The models as FSDP runs them, if the ranks shard the weights."""
     attention: Attention = TRANSFORMERS_CHOICE
     """Of all models."""
+    starts_as_base: bool = True
+    """Before training, the student is the model as it was loaded, and not a trained adapter."""
     _current: Any = None
     _averages: dict[str, Tensor] = field(default_factory=dict)
     """The averaged weights in fp32, if the model computes in half precision."""
