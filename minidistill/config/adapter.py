@@ -5,6 +5,7 @@ Its shape becomes part of the configuration, so that the plan, the engines and t
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ def adapter_folder(init: str) -> Path:
         fix=f"name a folder with {SETTINGS} and {TENSORS}, or the directory of a run that has "
         "saved a checkpoint",
     )
+
+
+def initial_adapter_digest(config: Config) -> str | None:
+    """A hash of the tensors that the run starts from; None if it starts from a new adapter."""
+    lora = config.trainer.model.lora
+    if lora is False or lora.init is None:
+        return None
+    with open(adapter_folder(lora.init) / TENSORS, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def with_initial_adapter(config: Config) -> tuple[Config, dict[str, str]]:

@@ -90,15 +90,16 @@ def trainer_memory(
 
 
 def _unpacked_weights(config: Config, shape: ModelShape, itemsize: int) -> MemoryBreakdown:
-    """The largest weight, for as long as its layer works: a 4-bit weight in the compute dtype, and
-    with DoRA the sum of weight and update whose norms are taken."""
-    lora, copies = config.trainer.model.lora, 0
-    if config.model.quantization is not None:
-        copies += 1
-    if lora and lora.use_dora:
-        copies += 2
+    """What the layer with the largest weight holds while it works: a 4-bit weight in the compute
+    dtype; with DoRA the weight, its update, their sum, and the identity that gives the update."""
+    lora, size = config.trainer.model.lora, 0
     largest = max((x.inputs * x.outputs for x in shape.linears), default=0)
-    return {"unpacked weights": copies * largest * itemsize} if copies else {}
+    if config.model.quantization is not None:
+        size += largest
+    if lora and lora.use_dora:
+        inputs = max((x.inputs for x in shape.adapted(lora.target_modules)), default=0)
+        size += 3 * largest + inputs**2
+    return {"unpacked weights": size * itemsize} if size else {}
 
 
 def evaluation_memory(

@@ -12,7 +12,6 @@ from torch import nn
 from minidistill.config.schema import LoraConfig
 from minidistill.placement.placement import Models
 
-
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Of a weight: itself, an 8-bit scale for each 64 of them, and an fp32 scale for each 256 scales."""
 

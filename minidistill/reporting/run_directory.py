@@ -134,6 +134,16 @@ class RunDirectory:
                 "or start a new run with another --output_dir",
             )
 
+    def check_same_adapter(self, digest: str | None) -> None:
+        """Raise UserError if a resumed run would start from another adapter than it did."""
+        before = (self.read("env.json") or {}).get("initial_adapter", digest)
+        if before != digest:
+            raise UserError(
+                f"the run in {self.path} was started from an adapter that has changed since",
+                where="trainer.model.lora.init",
+                fix="restore that adapter, or start a new run with another --output_dir",
+            )
+
     def log(self, step: int, metrics: Metrics) -> None:
         """Append a record. Values that are not finite become null."""
         values = {k: finite(v) for k, v in metrics.items()}

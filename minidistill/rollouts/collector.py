@@ -29,6 +29,7 @@ from minidistill.types import (
     Role,
     Rollout,
     SamplingParams,
+    Task,
     TeacherScores,
 )
 
@@ -58,10 +59,12 @@ class Collector:
         builder: PromptBuilder,
         placement: Placement,
         display: Display,
+        tasks: Mapping[str, Sequence[Task]] | None = None,
     ) -> None:
+        """`tasks` has those to train on, by environment; by default all of them."""
         self.config, self.environments, self.builder = config, environments, builder
         self.placement, self.display = placement, display
-        self.tasks = TaskSampler(environments, config.seed)
+        self.tasks = TaskSampler(environments, config.seed, tasks)
         self.measurer = Measurer(builder, config.orchestrator.overlong)
         self.limit = PromptLimit.of(config, placement.max_length)
 

@@ -77,6 +77,8 @@ class Session:
         )
         if not prepared.resume:
             facts = {"header": run_header.rows, "tasks": prepared.fingerprint}
+            if prepared.initial_adapter is not None:
+                facts["initial_adapter"] = prepared.initial_adapter
             self.directory.create(prepared.loaded, facts)
         self.engine.sync(self.first_step - 1)
         self.monitor = open_monitors(self.config, self.directory.path)

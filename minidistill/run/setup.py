@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from minidistill.config import Config, LoadedConfig
-from minidistill.config.orchestrator import EvalConfig
+from minidistill.config.adapter import initial_adapter_digest
 from minidistill.engines.base import Engine
 from minidistill.engines.launch import EngineLauncher
 from minidistill.envs.protocol import Environment
@@ -42,7 +42,7 @@ from minidistill.trainer.loading import load_policy
 from minidistill.trainer.policy import Policy
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.trainer.trainer import Trainer
-from minidistill.types import Prompt
+from minidistill.types import Prompt, Task
 
 logger = logging.getLogger(__name__)
 SMALLER_MODEL = {
@@ -66,6 +66,8 @@ class Prepared:
     directory: RunDirectory
     tokenizer: Any
     environments: Mapping[str, Environment]
+    train_tasks: Mapping[str, Sequence[Task]]
+    """By environment, without those that are too long."""
     evaluation_environments: Mapping[str, Environment]
     evaluation_prompts: Mapping[str, Sequence[Prompt]]
     """By environment; empty if the run does not evaluate."""
@@ -74,6 +76,8 @@ class Prepared:
     """The first ones, for the checks of the model."""
     fingerprint: str
     """Of the tasks and prompts: a resumed run must have the same."""
+    initial_adapter: str | None
+    """A hash of the adapter that the run starts from. None: a new one, or every weight."""
     plan: Plan
 
     @property
@@ -125,6 +129,9 @@ def prepare(
     """
     config, orchestrator = loaded.config, loaded.config.orchestrator
     extended = resume and is_extended(loaded, directory)
+    initial_adapter = initial_adapter_digest(config)
+    if resume:
+        directory.check_same_adapter(initial_adapter)
     check_monitors(config)
     tokenizer = load_tokenizer(config)
     environments = load_environments(orchestrator.env, "orchestrator.env")
@@ -135,7 +142,7 @@ def prepare(
     check_same_tokens(config, tokenizer)
     plan = _plan(loaded)
     _check_memory(loaded, plan)
-    evaluated: Mapping[str, Environment] = environments
+    evaluated = environments
     if orchestrator.eval is not None and orchestrator.eval.env is not None:
         evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
     if orchestrator.eval is not None:
@@ -149,21 +156,24 @@ def prepare(
         directory.check_same_tasks(measured.fingerprint)
     by_env: dict[str, Sequence[Prompt]] = {}
     if orchestrator.eval is not None:
-        if orchestrator.eval.env is None:
-            evaluated = measured.environments
-        by_env = _evaluation_prompts(evaluated, measurer, eval_limit, orchestrator.eval)
+        tasks = measured.eval
+        if orchestrator.eval.env is not None:
+            tasks = {n: measurer.fitting(n, e.eval, eval_limit) for n, e in evaluated.items()}
+        by_env = _evaluation_prompts(tasks, measurer, eval_limit, orchestrator.eval.num_examples)
     return Prepared(
         loaded=loaded,
         resume=resume,
         extended=extended,
         directory=directory,
         tokenizer=tokenizer,
-        environments=measured.environments,
+        environments=environments,
+        train_tasks=measured.train,
         evaluation_environments=evaluated,
         evaluation_prompts=by_env,
         builder=builder,
         prompts=measured.prompts,
         fingerprint=measured.fingerprint,
+        initial_adapter=initial_adapter,
         plan=plan,
     )
 
@@ -191,7 +201,14 @@ def build(prepared: Prepared, display: Display) -> Components:
             prefixes = PrefixCache(policy, shares)
             trainer = build_trainer(policy, config, placement, ranks.group, prefixes)
         engine = launcher.attach(policy, prefixes)
-        collector = Collector(config, prepared.environments, prepared.builder, placement, display)
+        collector = Collector(
+            config,
+            prepared.environments,
+            prepared.builder,
+            placement,
+            display,
+            prepared.train_tasks,
+        )
         evaluator = None
         if config.orchestrator.eval is not None:
             evaluator = Evaluator(
@@ -248,20 +265,13 @@ def _first_prompts(environments: Mapping[str, Environment], builder: PromptBuild
 
 
 def _evaluation_prompts(
-    environments: Mapping[str, Environment],
-    measurer: Measurer,
-    limit: PromptLimit,
-    settings: EvalConfig,
+    tasks: Mapping[str, Sequence[Task]], measurer: Measurer, limit: PromptLimit, count: int
 ) -> dict[str, Sequence[Prompt]]:
-    """The prompts to evaluate, of each environment. Raises UserError."""
+    """The prompts of the first `count` tasks of each environment. Raises UserError."""
     by_env: dict[str, Sequence[Prompt]] = {}
-    for name, environment in environments.items():
-        tasks = environment.eval
-        if settings.env is not None:  # not measured yet
-            tasks = measurer.fitting(name, tasks, limit)
-        count = min(settings.num_examples, len(tasks))
-        prompts = [measurer.builder.build(name, tasks[i]) for i in range(count)]
+    for name, split in tasks.items():
+        prompts = [measurer.builder.build(name, split[i]) for i in range(min(count, len(split)))]
         by_env[name], dropped = measurer.fitting_prompts(prompts, limit)
         if dropped:
-            logger.warning(f"left out {dropped} of {count} evaluation prompts of {name}: too long")
+            logger.warning(f"left out {dropped} evaluation prompts of {name} that are too long")
     return by_env

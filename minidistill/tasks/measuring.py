@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from minidistill.envs.protocol import Environment
 from minidistill.errors import UserError
@@ -36,26 +36,15 @@ def no_progress(name: str, total: int, unit: str) -> Iterator[Advance]:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Environments whose prompts fit."""
+    """What is left of the tasks of environments when those that are too long are left out."""
 
-    environments: Mapping[str, Environment]
-    """Without the tasks that were left out."""
+    train: Mapping[str, Sequence[Task]]
+    """By environment."""
+    eval: Mapping[str, Sequence[Task]]
     prompts: Sequence[Prompt]
     """The first ones, for the checks of the model."""
     fingerprint: str
     """Of all measured prompts: a resumed run must have the same."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fitting:
-    """An environment without the tasks that were left out. The rest is as it was."""
-
-    environment: Environment
-    train: Sequence[Task]
-    eval: Sequence[Task]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.environment, name)
 
 
 class Measurer:
@@ -71,7 +60,7 @@ class Measurer:
     ) -> Measured:
         """Measure both splits of each environment. Raises UserError."""
         digest = Fingerprint(environments)
-        fitting: dict[str, Environment] = {}
+        splits: tuple[dict[str, Sequence[Task]], dict[str, Sequence[Task]]] = ({}, {})
         kept: list[Prompt] = []
 
         def take(prompt: Prompt, fits: bool) -> None:
@@ -80,13 +69,9 @@ class Measurer:
                 kept.append(prompt)
 
         for name, environment in environments.items():
-            train_tasks = self.fitting(name, environment.train, train, take)
-            eval_tasks = self.fitting(name, environment.eval, evaluation, take)
-            unchanged = train_tasks is environment.train and eval_tasks is environment.eval
-            fitting[name] = (
-                environment if unchanged else Fitting(environment, train_tasks, eval_tasks)
-            )
-        return Measured(fitting, kept, digest.hexdigest())
+            splits[0][name] = self.fitting(name, environment.train, train, take)
+            splits[1][name] = self.fitting(name, environment.eval, evaluation, take)
+        return Measured(*splits, kept, digest.hexdigest())
 
     def fitting(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,9 +21,16 @@ class TaskSampler:
     tasks that the uninterrupted run would have drawn.
     """
 
-    def __init__(self, environments: Mapping[str, Environment], seed: int) -> None:
-        self.environments, self.seed = environments, seed
-        sizes = [len(environment.train) for environment in environments.values()]
+    def __init__(
+        self,
+        environments: Mapping[str, Environment],
+        seed: int,
+        tasks: Mapping[str, Sequence[Task]] | None = None,
+    ) -> None:
+        """`tasks` has those to draw, by environment; by default all of their training splits."""
+        self.seed = seed
+        self.tasks = tasks or {name: env.train for name, env in environments.items()}
+        sizes = [len(tasks) for tasks in self.tasks.values()]
         self.starts = np.cumsum([0, *sizes])  # index of its first task among all
         if not len(self):
             raise UserError(
@@ -38,12 +45,12 @@ class TaskSampler:
 
     def draw(self, step: int, count: int) -> list[tuple[str, Task]]:
         """The `count` tasks of a step, each with its environment's name. Steps count from 1."""
-        names = list(self.environments)
+        names = list(self.tasks)
         drawn = []
         for position in range((step - 1) * count, step * count):
             index = self._task_index(position)
             env = int(np.searchsorted(self.starts, index, side="right")) - 1
-            task = self.environments[names[env]].train[index - int(self.starts[env])]
+            task = self.tasks[names[env]][index - int(self.starts[env])]
             drawn.append((names[env], task))
         return drawn
 

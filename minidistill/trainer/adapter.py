@@ -109,7 +109,9 @@ def _by_saved_name(model: Any) -> dict[str, Tensor]:
     named = {n: p for n, p in model.named_parameters() if ".lora_" in n}
     # peft saves DoRA's norms without the name of the module that holds them
     norms = f"lora_magnitude_vector{adapter}.weight"
-    return {n.replace(norms, "lora_magnitude_vector").replace(adapter, ""): p for n, p in named.items()}
+    return {
+        n.replace(norms, "lora_magnitude_vector").replace(adapter, ""): p for n, p in named.items()
+    }
 
 
 def _check_names(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str) -> None:

@@ -221,6 +221,8 @@ class Policy:
                 autocast_adapter_dtype=all(p.dtype == torch.float32 for _, p in self.parameters),
             )
             self.model.base_model.set_adapter(student)
+            for (_, trained), average in zip(self.parameters, self._ema().values(), strict=True):
+                average.data = average.data.to(trained.dtype)  # peft makes 4-bit layers' fp32
             self.update_ema(0.0)
         else:
             self.reference_models[Weights.EMA] = frozen_copy(self.model)
