@@ -27,11 +27,13 @@ _TAKEN = {
 }
 """PEFT's names of what is taken from an adapter, and ours."""
 _UNUSED = {
-    "auto_mapping", "base_model_name_or_path", "bias", "eva_config", "fan_in_fan_out",
+    "auto_mapping", "base_model_name_or_path", "bias", "eva_config", "exclude_modules",
+    "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "lora_dropout", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
-"""PEFT's settings that change nothing once an adapter is trained, or that are checked here."""
+"""PEFT's settings that change nothing once an adapter is trained, or that are checked elsewhere:
+which layers have tensors is seen when they are loaded."""
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Initializations that leave the base's weights as they are."""
 
@@ -130,8 +132,8 @@ def _check_features(settings: dict[str, Any], path: Path) -> None:
     reasons = {
         "modules_to_save": "trained copies of whole modules would have to be kept for both roles, "
         "and vLLM cannot serve them",
-        "init_lora_weights": "such an adapter changes the base's weights too: convert it to a plain "
-        "one with peft's path_initial_model_for_weight_conversion",
+        "init_lora_weights": "such an adapter changes the base's weights too: convert it to a "
+        "plain one with peft's path_initial_model_for_weight_conversion",
     }
     raise UserError(
         f"the adapter has {name} = {value!r}, which cannot be trained on"

@@ -91,9 +91,9 @@ class LoraConfig(Table):
     alpha: PositiveFloat = 32.0
     """Scale of the update: it is multiplied by alpha / rank."""
     use_rslora: bool = False
-    """Multiply the update by alpha / √rank instead, so that its size does not fall with the rank."""
+    """Multiply the update by alpha / √rank instead: its size does not fall with the rank."""
     use_dora: bool = False
-    """Train the norm of each column of a weight besides its direction (DoRA). Only with the
+    """Train the norm of each row of a weight besides its direction (DoRA). Only with the
     embedded engine: vLLM cannot serve it."""
     rank_pattern: dict[str, Rank] = Field(default={})
     """Other ranks for some layers, by a module's name or by the end of it; regular expressions are

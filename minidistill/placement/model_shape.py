@@ -13,7 +13,7 @@ from minidistill.config.schema import LoraConfig
 from minidistill.placement.placement import Models
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-"""Of a weight: itself, an 8-bit scale for each 64 of them, and an fp32 scale for each 256 scales."""
+"""Of a weight: itself, an 8-bit scale for 64 of them, and an fp32 scale for 256 scales."""
 
 
 @dataclass(frozen=True, slots=True)

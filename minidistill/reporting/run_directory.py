@@ -19,7 +19,6 @@ from minidistill.errors import UserError
 from minidistill.files import write_atomic, writing
 from minidistill.types import Metrics
 
-SCOREBOARD = "scoreboard.json"
 RECORDED_PACKAGES = ("minidistill", "torch", "triton", "transformers", "peft", "vllm", "numpy")
 
 
@@ -102,7 +101,7 @@ class RunDirectory:
 
         It is no longer finished, so its scoreboard is removed, first.
         """
-        (self.path / SCOREBOARD).unlink(missing_ok=True)
+        (self.path / "scoreboard.json").unlink(missing_ok=True)
         write_atomic(self.path / "config.toml", loaded.text)
         write_atomic(self.path / "config.resolved.json", _json(loaded.resolved()))
 

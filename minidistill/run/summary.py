@@ -8,7 +8,7 @@ from typing import Any
 
 from minidistill.evaluation import scoreboard
 from minidistill.reporting.html import write_report
-from minidistill.reporting.run_directory import SCOREBOARD, RunDirectory
+from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal.base import Display
 from minidistill.run import baseline
 from minidistill.run.session import Session
@@ -16,6 +16,7 @@ from minidistill.trainer import checkpoint
 from minidistill.types import Role
 
 logger = logging.getLogger(__name__)
+FILE = "scoreboard.json"
 MISSING = "missing"
 """The scoreboard's figures that are still to be computed. A finished run's has no such key."""
 LAST_STEPS = 10  # whose mean KL is `teacher_kl_last`
@@ -58,16 +59,16 @@ def _fill_in(
     missing = list(passes)
     try:
         while missing:
-            session.directory.write(SCOREBOARD, board | {MISSING: missing})
+            session.directory.write(FILE, board | {MISSING: missing})
             board[missing[0]] = passes[missing[0]]()
             del missing[0]
     except BaseException:
         logger.warning(
-            f"the adapter is saved; {SCOREBOARD} lacks {' and '.join(missing)}, which --resume computes"
+            f"the adapter is saved; {FILE} lacks {' and '.join(missing)}, which --resume computes"
         )
         raise
     board["seconds"] = session.seconds
-    session.directory.write(SCOREBOARD, board)
+    session.directory.write(FILE, board)
 
 
 def show_finished(directory: RunDirectory, display: Display) -> bool:
@@ -75,7 +76,7 @@ def show_finished(directory: RunDirectory, display: Display) -> bool:
 
     Returns False, and does nothing, if the run has not finished.
     """
-    board = directory.read(SCOREBOARD)
+    board = directory.read(FILE)
     if not board or board.get(MISSING):
         return False
     display.scoreboard(board)

@@ -64,7 +64,7 @@ def add_adapter(lora: LoraConfig, base: Any, dtype: torch.dtype, seed: int) -> A
 
 def _check_patterns(lora: LoraConfig, model: Any) -> None:
     """Raise UserError for a rank that no layer has."""
-    names = [n.partition(".lora_A")[0] for n, _ in model.named_parameters() if ".lora_A." in n]
+    names = [n.partition(".lora_")[0] for n, _ in model.named_parameters() if ".lora_" in n]
     for pattern in lora.rank_pattern:
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
             raise UserError(
@@ -105,13 +105,14 @@ def _load(init: str, model: Any) -> None:
 
 def _by_saved_name(model: Any) -> dict[str, Tensor]:
     """The adapter's parameters under their names in a PEFT file."""
-    adapter = f".{Weights.STUDENT.value}"
-    named = {n: p for n, p in model.named_parameters() if ".lora_" in n}
-    # peft saves DoRA's norms without the name of the module that holds them
-    norms = f"lora_magnitude_vector{adapter}.weight"
-    return {
-        n.replace(norms, "lora_magnitude_vector").replace(adapter, ""): p for n, p in named.items()
-    }
+    return {_saved_name(n): p for n, p in model.named_parameters() if ".lora_" in n}
+
+
+def _saved_name(name: str) -> str:
+    """`….lora_A.default.weight` as `….lora_A.weight`, and `….lora_embedding_A.default` without its
+    end. DoRA's norms are saved without "weight" too."""
+    start, _, end = name.rpartition(f".{Weights.STUDENT.value}")
+    return start if start.endswith("lora_magnitude_vector") else start + end
 
 
 def _check_names(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str) -> None:

@@ -23,7 +23,8 @@ def load_policy(
 ) -> Policy:
     """The model on `device` (the driver's by default), with the teacher if it runs in the trainer.
 
-    Under LoRA the base is frozen and gets an adapter: see `add_adapter`. Otherwise every weight is trained, and a frozen teacher is a second copy.
+    Under LoRA the base is frozen and gets an adapter: see `add_adapter`. Otherwise
+    every weight is trained, and a frozen teacher is a second copy.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = config.trainer.model
