@@ -101,6 +101,18 @@ def test_options_with_an_adapter(
     assert engine_options.environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
 
 
+def test_options_with_ranks_by_layer(
+    configure: Configure, version: Callable[[str | None], None]
+) -> None:
+    version("0.32.0")
+    flags = ("--trainer.model.lora.rank_pattern", "{ q_proj = 33, k_proj = 4 }")
+    flags = ("--inference.engine", "vllm", *flags, "--trainer.model.lora.use_rslora")
+    engine_options = options(configure(*flags).config)
+    assert engine_options.arguments["max_lora_rank"] == 64
+    assert engine_options.adapter["rank_pattern"] == {"q_proj": 33, "k_proj": 4}
+    assert engine_options.adapter["use_rslora"] is True
+
+
 def test_options_on_gpus(configure: Configure, version: Callable[[str | None], None]) -> None:
     version("0.32.0")
     config = configure("--inference.engine", "vllm", "--inference.parallel.tp", "2").config

@@ -56,6 +56,17 @@ def test_counts_of_qwen3_4b() -> None:
     linears = 2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728)
     assert shape.adapter(LoraConfig()) == 36 * 16 * linears == 33_030_144
     assert shape.adapter(LoraConfig(rank=8, target_modules=["q_proj"])) == 36 * 8 * (2560 + 4096)
+    two = LoraConfig(
+        rank=8,
+        target_modules=["q_proj", "k_proj"],
+        rank_pattern={r"layers\.[0-9]\.self_attn\.q": 2},
+    )
+    plain = 36 * 8 * (2560 + 4096 + 2560 + 1024)
+    assert shape.adapter(two) == plain, "the pattern ends within a name"
+    ends = two.model_copy(update={"rank_pattern": {r"layers\.[0-9]\.self_attn\.q_proj": 2}})
+    assert shape.adapter(ends) == plain - 10 * 6 * (2560 + 4096)
+    dora = two.model_copy(update={"use_dora": True})
+    assert shape.adapter(dora) == plain + 36 * (4096 + 1024)
 
 
 def test_counts_of_qwen3_06b() -> None:
