@@ -60,7 +60,7 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     _put_flags(layers, flags)
     config, taken = _validate(layers, ", ".join(files))
     provenance = {
-        dotted(path): layers.origins.get(path, taken.get(dotted(path), "default"))
+        dotted(path): layers.origins.get(path) or _taken_from(path, taken)
         for path, _ in leaves(json.loads(config.model_dump_json()))
     }
     paths = tuple(FilePath(name) for name in files)
@@ -124,6 +124,12 @@ def _use_context_file(teacher: dict[str, Any], base: FilePath, origin: str) -> N
         raise UserError("both context and context_file are set", where, "keep one of the two")
     teacher["context"] = read_text(base / FilePath(name).expanduser(), where=where, fix=PATH_FIX)
     del teacher["context_file"]
+
+
+def _taken_from(path: Path, taken: dict[str, str]) -> str:
+    """Where an adapter brought the setting at `path`, or the table that holds it, from."""
+    keys = (dotted(path[:length]) for length in range(len(path), 0, -1))
+    return next((taken[key] for key in keys if key in taken), "default")
 
 
 def _validate(layers: Layers, files: str) -> tuple[Config, dict[str, str]]:

@@ -81,15 +81,14 @@ def test_training_starts_from_a_saved_adapter(
 ) -> None:
     """Its shape is taken from it, the student is what was saved, and the teacher the base."""
     lab, folder = saved
-    flags = SMALL[:-2]  # without the rank
-    loaded = configure(*flags, f"{LORA}.init", str(folder))
+    loaded = configure(*SMALL, f"{LORA}.init", str(folder))
     ours, theirs = loaded.config.trainer.model.lora, lab.policy.model.peft_config["default"]
     assert ours
     assert (ours.rank, ours.alpha) == (theirs.r, theirs.lora_alpha)
     assert set(ours.target_modules) == theirs.target_modules
     assert (ours.use_rslora, ours.use_dora) == (theirs.use_rslora, theirs.use_dora)
     assert ours.rank_pattern == theirs.rank_pattern
-    assert loaded.provenance["trainer.model.lora.rank"] == str(folder / "adapter_config.json")
+    assert loaded.provenance["trainer.model.lora.alpha"] == str(folder / "adapter_config.json")
     again = make_lab(loaded, trained=False)
     assert torch.equal(logprobs(lab, again.policy.student), student_logprobs(lab))
     with again.policy.running_as(Role.TEACHER):
@@ -107,7 +106,7 @@ def test_a_moving_average_begins_at_the_saved_adapter(
 ) -> None:
     lab, folder = saved
     flags = ("--orchestrator.teacher_model.update", "ema", f"{LORA}.init", str(folder))
-    again = make_lab(configure(*SMALL[:-2], *flags), trained=False)
+    again = make_lab(configure(*SMALL, *flags), trained=False)
     with again.policy.running_as(Role.TEACHER):
         assert torch.equal(logprobs(lab, again.policy.causal), student_logprobs(lab))
 
