@@ -85,7 +85,7 @@ def trainer_memory(
         parts["head gradient"] = 2 * 4 * shape.vocab * shape.hidden  # in fp32, and a temporary
     if teacher_shape is not None and in_trainer:
         parts["reference copy"] = teacher_shape.parameters * itemsize // shards
-    parts |= _unpacked_weights(config, shape, itemsize)
+    parts |= _unpacked_weights(config, placement, shape, itemsize)
     parts["activations"] = activations(config, placement, shape, size, itemsize)
     parts["head chunk"] = head_chunk(placement, shape, size, device, itemsize)
     if in_trainer:
@@ -93,17 +93,19 @@ def trainer_memory(
     return parts
 
 
-def _unpacked_weights(config: Config, shape: ModelShape, itemsize: int) -> MemoryBreakdown:
+def _unpacked_weights(
+    config: Config, placement: Placement, shape: ModelShape, itemsize: int
+) -> MemoryBreakdown:
     """What the layer with the largest weight holds while it works: a 4-bit weight in the compute
     dtype; with DoRA the weight, its update, their sum, and the identity that gives the update."""
     lora, size = config.trainer.model.lora, 0
     largest = max((x.inputs * x.outputs for x in shape.linears), default=0)
     if config.model.quantization is not None:
-        size += largest
+        size += largest * itemsize
     if lora and lora.use_dora:
         inputs = max((x.inputs for x in shape.adapted(lora.target_modules)), default=0)
-        size += 3 * largest + inputs**2
-    return {"unpacked weights": size * itemsize} if size else {}
+        size += (3 * largest + inputs**2) * _adapter_itemsize(placement)
+    return {"unpacked weights": size} if size else {}
 
 
 def evaluation_memory(
@@ -127,7 +129,7 @@ def evaluation_memory(
         "activations": size.tokens * layer,
         "hidden states": 2 * size.completions * shape.hidden * itemsize,
         "head chunk": 2 * 4 * chunk * shape.vocab,
-        **_unpacked_weights(config, shape, itemsize),
+        **_unpacked_weights(config, placement, shape, itemsize),
     }
     if shards > 1:
         parts["gathered weights"] = shape.parameters * itemsize * (shards - 1) // shards

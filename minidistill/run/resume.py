@@ -20,7 +20,8 @@ def is_extended(loaded: LoadedConfig, directory: RunDirectory) -> bool:
     others = sorted(key for key in changed if key != STEPS)
     if others:
         differences = ", ".join(
-            f"{key} (was {changed[key][0]!r}, now {changed[key][1]!r})" for key in others[:4]
+            f"{key} (was {_short(changed[key][0])}, now {_short(changed[key][1])})"
+            for key in others[:4]
         )
         raise UserError(
             f"the run in {directory.path} was started with other settings: {differences}",
@@ -51,6 +52,12 @@ def is_extended(loaded: LoadedConfig, directory: RunDirectory) -> bool:
             + '. Runs with type = "constant", or with decay_steps, can be extended',
         )
     return True
+
+
+def _short(value: object) -> str:
+    """A setting on one short line: some hold whole texts."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _with_this_adapter(config: Config, directory: RunDirectory) -> str:

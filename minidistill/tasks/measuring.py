@@ -85,7 +85,7 @@ class Measurer:
         A list is measured whole. Of a split that generates its tasks the first ones are measured,
         and none is left out. `take` is called with each prompt and whether it fits.
 
-        Raises UserError if the split is empty, if prompts are refused, or if none is left.
+        Raises UserError if the split is empty, if prompts are refused, or if none of them fits.
         """
         refuse_empty(env, tasks)
         is_list = isinstance(tasks, list | tuple)
@@ -101,11 +101,13 @@ class Measurer:
                     overlong.append(index)
                 take(prompt, fits)
                 advance(1)
-        if first is None or (self.overlong == "drop" and not is_list):
+        if first is None:
             return tasks
         others = f"; {len(overlong)} of {count} prompts are too long" if len(overlong) > 1 else ""
         if self.overlong == "refuse" or len(overlong) == count:
             raise limit.refusal(first, others)
+        if not is_list:  # left out when they are drawn
+            return tasks
         logger.warning(
             f"left out {len(overlong)} of {count} prompts of {env} that are too long, "
             f"first: {limit.describe(first)}"

@@ -103,6 +103,8 @@ def test_tasks_that_are_generated_stay_so() -> None:
     with pytest.raises(UserError, match="task 0 of e"):
         measure(Env(early, tasks(10)))
     assert measure(Env(early, tasks(10)), "drop").train["e"] is early
+    with pytest.raises(UserError, match="2 of 2 prompts are too long"):
+        measure(Env(Generated([99, 99]), tasks(10)), "drop")
 
 
 def test_the_fingerprint_covers_every_prompt_of_a_list() -> None:
