@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minidistill.config import Config
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.tasks.messages import plain_messages
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import (
@@ -72,7 +73,7 @@ def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prom
 
 def generation_prompt(builder: PromptBuilder, task: Task) -> str:
     """What the template writes to start the assistant's turn."""
-    messages = [dict(m) for m in task.messages]
+    messages = plain_messages(task.messages)
     closed = str(builder.tokenizer.apply_chat_template(messages, tokenize=False))
     return builder.render(messages).removeprefix(closed)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from minidistill.envs.content import text_content
 from minidistill.errors import UserError
+from minidistill.tasks.messages import plain_messages
 from minidistill.types import Message, Prompt, Task
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class PromptBuilder:
         """The chat template's text, up to the beginning of the assistant's answer."""
         try:
             text = self.tokenizer.apply_chat_template(
-                _plain(messages),
+                plain_messages(messages),
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=True,
@@ -73,7 +73,7 @@ class PromptBuilder:
 
     def with_context(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """A copy of the messages with the context in its place."""
-        out = _plain(messages)
+        out = plain_messages(messages)
         if not self.context:
             return out
         indices = (i for i, message in enumerate(out) if message["role"] == self.placement)
@@ -116,7 +116,7 @@ class PromptBuilder:
 
     def boundary_warning(self, prompt: Prompt) -> str | None:
         """A warning if no white space separates the context from the text beside it, else None."""
-        messages = _plain(prompt.task.messages)
+        messages = plain_messages(prompt.task.messages)
         content = next((m.get("content") for m in messages if m["role"] == self.placement), None)
         if self.placement == "user":
             left, right = self.context, content or ""
@@ -128,18 +128,3 @@ class PromptBuilder:
         if len(boundary) < 2 or boundary[0].isspace() or not boundary[1].isalnum():
             return None
         return f"no white space between the context and the text beside it ({boundary!r}): add some"
-
-
-def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """A copy of the messages whose contents are text. Raises UserError for parts of other types."""
-    try:
-        return [
-            {key: text_content(value) if key == "content" else value for key, value in m.items()}
-            for m in messages
-        ]
-    except ValueError as error:
-        raise UserError(
-            f"a message's content has parts that are not text: {error}",
-            where="orchestrator.env",
-            fix="give messages whose contents are text",
-        ) from None
