@@ -15,7 +15,9 @@ from minidistill import logs
 from minidistill.errors import EXIT_HEALTH, EXIT_OK, EXIT_USAGE
 from minidistill.reporting.terminal import open_display
 
-BRIEF = ("--max_steps", "2", "--no-orchestrator.teacher_model.eval_baseline")
+BRIEF = (
+    "--max_steps", "2", "--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline",
+)  # fmt: skip
 
 
 def leave(path: Path, *flags: str) -> int:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.configs import MINIMAL
 from support.lab import Lab, cpu_placement, make_lab
+from support.paths import SOKOBAN
 from support.plain_forward import completion_logprobs
 from support.runs import board, run
 
@@ -56,12 +57,14 @@ def logprobs(lab: Lab, model: Any) -> torch.Tensor:
     )
 
 
-@pytest.fixture(params=KINDS)
-def saved(request: pytest.FixtureRequest, configure: Configure, tmp_path: Path) -> tuple[Lab, Path]:
+@pytest.fixture(scope="module", params=KINDS)
+def saved(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Lab, Path]:
     """An adapter after a step of training, and the folder that it is saved in."""
-    lab = make_lab(configure(*SMALL, *KINDS[request.param]))
+    lab = make_lab(load_config([SOKOBAN, *SMALL, *KINDS[request.param]]))
     lab.trainer.step(lab.rollouts, 1, lambda count: None)
-    return lab, checkpoint.save_model(lab.policy, tmp_path)
+    return lab, checkpoint.save_model(lab.policy, tmp_path_factory.mktemp("saved"))
 
 
 def test_peft_loads_a_saved_adapter_and_computes_the_same(saved: tuple[Lab, Path]) -> None:
@@ -134,7 +137,7 @@ def test_a_run_that_starts_from_another_run(
     assert "from an adapter that has changed since" in capsys.readouterr().err
     # a run that was cut off has the adapter of its latest checkpoint
     (first / "adapter").rename(first / "moved")
-    loaded = load_config(["configs/sokoban.toml", f"{LORA}.init", str(first)])
+    loaded = load_config([SOKOBAN, f"{LORA}.init", str(first)])
     assert loaded.provenance["trainer.model.lora.alpha"].startswith(str(first / "checkpoints"))
 
 
@@ -145,7 +148,7 @@ def test_a_run_that_starts_from_another_run(
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new adapter of rank 16 on all linear layers."""
     folder = tmp_path_factory.mktemp("plain")
-    loaded = load_config(["configs/sokoban.toml"])
+    loaded = load_config([SOKOBAN])
     placement = cpu_placement(loaded)
     policy = load_policy(loaded.config, load_tokenizer(loaded.config), placement)
     return checkpoint.save_model(policy, folder)
@@ -164,7 +167,7 @@ def copy_of(plain: Path, folder: Path, **settings: Any) -> Path:
 
 def refusal(folder: Path, *flags: str) -> UserError:
     with pytest.raises(UserError) as caught:
-        load_config(["configs/sokoban.toml", f"{LORA}.init", str(folder), *flags])
+        load_config([SOKOBAN, f"{LORA}.init", str(folder), *flags])
     assert caught.value.exit_code == EXIT_USAGE
     assert caught.value.fix
     return caught.value
@@ -199,7 +202,7 @@ def test_settings_that_the_adapter_does_not_have(plain: Path) -> None:
     ):
         assert what in refusal(plain, *flags).what
     same = (f"{LORA}.rank", "16", f"{LORA}.target_modules", "all-linear")
-    lora = load_config(["configs/sokoban.toml", f"{LORA}.init", str(plain), *same])
+    lora = load_config([SOKOBAN, f"{LORA}.init", str(plain), *same])
     assert lora.config.trainer.model.lora.target_modules == "all-linear"  # type: ignore[union-attr]
 
 
