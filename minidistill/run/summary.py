@@ -6,7 +6,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from minidistill.envs import has_task
 from minidistill.evaluation import scoreboard
+from minidistill.evaluation.drift import judge_drift
+from minidistill.evaluation.side_by_side import after_training
+from minidistill.evaluation.verdict import judge
 from minidistill.reporting.html import write_report
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal.base import Display
@@ -19,6 +23,7 @@ logger = logging.getLogger(__name__)
 FILE = "scoreboard.json"
 MISSING = "missing"
 """The scoreboard's figures that are still to be computed. A finished run's has no such key."""
+COMPLETIONS = "completions"
 LAST_STEPS = 10  # whose mean KL is `teacher_kl_last`
 
 
@@ -31,44 +36,70 @@ def finish(session: Session) -> None:
     saved = checkpoint.save_model(session.policy, directory.path)
     before = directory.read(baseline.FILE) or {}
     board = _scores(session, before)
-    kls = directory.column("teacher_kl")
-    last_kls = kls[-LAST_STEPS:]
-    board |= {
-        "teacher_kl_first": kls[0],
-        "teacher_kl_last": sum(last_kls) / len(last_kls),
-        "heldout_kl_before": before.get("heldout_kl"),
-        "heldout_kl_after": None,
-        "drift_kl": None,
-        "steps": session.config.max_steps,
-        "seconds": session.seconds,
-    }
-    passes: dict[str, Callable[[], float | None]] = {"drift_kl": session.drift_kl}
-    if session.evaluator is not None:
-        passes = {"heldout_kl_after": session.held_out_kl} | passes
-    _fill_in(session, board, passes)
+    board |= _training_kl(directory.column("teacher_kl"))
+    board |= {"drift_kl": None, "steps": session.config.max_steps, "seconds": session.seconds}
+    _fill_in(session, board, before)
     session.display.scoreboard(board)
     report = write_report(directory.path)
     logger.info(f"{saved.name}: {saved}  report: {report}")
-    session.monitor.close(board)
+    session.monitor.close({key: value for key, value in board.items() if key != COMPLETIONS})
 
 
-def _fill_in(
-    session: Session, board: dict[str, Any], passes: dict[str, Callable[[], float | None]]
-) -> None:
-    """Write the scoreboard with each figure as it is computed."""
+def _training_kl(by_step: dict[int, float]) -> dict[str, float | None]:
+    """The KL of the first step, and the mean of the last ones. The first is never among them."""
+    last = [kl for step, kl in by_step.items() if step > 1][-LAST_STEPS:]
+    return {
+        "teacher_kl_first": by_step.get(1),
+        "teacher_kl_last": sum(last) / len(last) if last else None,
+    }
+
+
+def _fill_in(session: Session, board: dict[str, Any], before: dict[str, Any]) -> None:
+    """Compute the last figures, and write the scoreboard before and after each."""
+    seed = session.config.seed
+    heldout, unrelated = (baseline.kl_before(before, name) for name in ("heldout", "unrelated"))
+
+    def heldout_kl() -> dict[str, Any]:
+        kl = session.held_out_kl()
+        figures = scoreboard.teacher_kl("heldout_kl", heldout, kl.by_prompt, seed)
+        rows = before.get(COMPLETIONS)
+        if rows is not None:
+            figures[COMPLETIONS] = after_training(session.builder, rows, kl.completions)
+        return figures
+
+    def unrelated_kl() -> dict[str, Any]:
+        kl = session.unrelated_kl()
+        after = None if kl is None else kl.by_prompt
+        return scoreboard.teacher_kl("unrelated_kl", unrelated, after, seed)
+
+    board |= scoreboard.teacher_kl("heldout_kl", heldout, None, seed)
+    board |= scoreboard.teacher_kl("unrelated_kl", unrelated, None, seed)
+    board |= {COMPLETIONS: before.get(COMPLETIONS, [])}
+    passes: dict[str, Callable[[], dict[str, Any]]] = {
+        "heldout_kl_after": heldout_kl,
+        "drift_kl": lambda: {"drift_kl": session.drift_kl()},
+        "unrelated_kl_after": unrelated_kl,
+    }
+    if session.evaluator is None:
+        del passes["heldout_kl_after"]
+    prepared = session.prepared
+    environments = *prepared.environments.values(), *prepared.evaluation_environments.values()
+    is_task = any(map(has_task, environments))
     missing = list(passes)
     try:
-        while missing:
-            session.directory.write(FILE, board | {MISSING: missing})
-            board[missing[0]] = passes[missing[0]]()
+        while True:
+            board |= judge(board) | judge_drift(board, has_task=is_task)
+            board["seconds"] = session.seconds
+            session.directory.write(FILE, board | ({MISSING: missing} if missing else {}))
+            if not missing:
+                return
+            board |= passes[missing[0]]()
             del missing[0]
     except BaseException:
         logger.warning(
             f"the adapter is saved; {FILE} lacks {' and '.join(missing)}, which --resume computes"
         )
         raise
-    board["seconds"] = session.seconds
-    session.directory.write(FILE, board)
 
 
 def show_finished(directory: RunDirectory, display: Display) -> bool:
