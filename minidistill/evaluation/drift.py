@@ -8,48 +8,53 @@ from typing import Any
 from minidistill.reporting.formatting import kl_level, number, percent
 
 CHANGES = (
-    "they are answered as before",
-    "they are answered almost as before",
-    "their answers have changed",
-    "their answers have changed much",
+    "and they do",
+    "and they almost do",
+    "but they have changed",
+    "but they have changed much",
 )
-"""By the level of KL(base‖student), see `formatting.KL_LEVELS`; the last from the third on."""
+"""By the level of KL(base‖student), see `formatting.KL_LEVELS`. The last is for levels 3 and 4."""
 
 
 def judge_drift(board: Mapping[str, Any], *, has_task: bool) -> dict[str, Any]:
-    """`drift_judged_by` ("base" or "teacher") and `drift_verdict`, a sentence or None.
+    """`drift_judged_by` ("base" or "teacher") and `drift_verdict`, a text or None.
 
     A context for a task should change nothing elsewhere: the base is the measure. A persona, a
     context without a task, should show everywhere: the teacher is.
     """
     judged_by = "base" if has_task else "teacher"
-    text = _unchanged(board["drift_kl"]) if has_task else _followed(board)
+    text = _unchanged(board) if has_task else _followed(board)
     return {"drift_judged_by": judged_by, "drift_verdict": text}
 
 
-def _unchanged(drift: float | None) -> str | None:
+def _unchanged(board: Mapping[str, Any]) -> str | None:
+    drift, teacher_kl = board["drift_kl"], board["unrelated_kl_after"]
     level = kl_level(drift)
     if level is None:
         return None
-    return (
-        "The context is for a task, so unrelated prompts should be answered as before: "
-        f"{CHANGES[min(level, len(CHANGES) - 1)]} (KL(base‖student) is {number(drift)} nats a token)."
+    text = (
+        "The context is for a task, so the answers to unrelated prompts should stay as they were, "
+        f"{CHANGES[min(level, len(CHANGES) - 1)]} (drift KL {number(drift)})."
     )
+    if teacher_kl is not None:
+        text += " How far they follow the context, the teacher KL, does not count."
+    return text
 
 
 def _followed(board: Mapping[str, Any]) -> str | None:
-    before, after = board["unrelated_kl_before"], board["unrelated_kl_after"]
+    after = board["unrelated_kl_after"]
     if after is None:
         return None
-    start = "The context has no task, so it should show on unrelated prompts too: "
-    share = board["unrelated_kl_closed"]
+    share, drift = board["unrelated_kl_closed"], board["drift_kl"]
     if board["unrelated_kl_negligible"]:
-        return f"{start}it hardly changes the teacher's answers to them, so there is no gap."
-    if share is None:
-        return f"{start}the KL to the teacher on them is {number(after)} nats a token now."
-    low, high = board["unrelated_kl_closed_low"], board["unrelated_kl_closed_high"]
-    bounds = "" if low is None else f" (95% interval {percent(low)} to {percent(high)})"
-    return (
-        f"{start}the KL to the teacher on them went from {number(before)} to {number(after)} nats "
-        f"a token, {percent(share)} closed{bounds}."
-    )
+        found = "it hardly changes the teacher's answers there, so there is no gap"
+    elif share is None:
+        found = f"the KL to the teacher there is {number(after)} now"
+    else:
+        low, high = board["unrelated_kl_closed_low"], board["unrelated_kl_closed_high"]
+        bounds = "" if low is None else f" (95% interval {percent(low)} to {percent(high)})"
+        found = f"{percent(share)} of the KL to the teacher there is closed{bounds}"
+    text = f"The context has no task, so it should show on unrelated prompts too: {found}."
+    if drift is not None and not board["unrelated_kl_negligible"]:
+        text += " How far the answers left the base, the drift KL, does not count."
+    return text

@@ -11,9 +11,10 @@ from minidistill.types import Completion, Prompt
 KEPT = 16  # prompts
 
 
-def kept(count: int) -> range:
+def kept(count: int) -> list[int]:
     """The indices of the prompts that are kept, evenly spaced among `count`."""
-    return range(0, count, -(-count // KEPT))
+    number = min(KEPT, count)
+    return [i * count // number for i in range(number)]
 
 
 def before_training(

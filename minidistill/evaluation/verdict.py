@@ -17,7 +17,7 @@ ENOUGH_TASKS = 100
 Board = Mapping[str, Any]
 
 LEARNED = {
-    "closed": "The student does without the context what the teacher does with it",
+    "closed": "Without the context the student does almost all that the teacher does with it",
     "partly": "The student learned a part of what the context does",
     "none": "The student learned nothing of what the context does that cannot be chance",
     "worse": "The student moved away from what the context does",
@@ -54,6 +54,8 @@ def judge_scores(board: Board) -> dict[str, Any]:
         else f"95% interval of the difference {signed(low)} to {signed(high)}"
     )
     change = "" if after is None else f" The student went from {before} to {number(after)}."
+    if after == board["baseline_student"]:
+        change = f" The student stayed at {before}."
     if (difference if high is None else high) < 0:
         text = f"The context makes the score worse ({scores}): there is no gap to close."
         return _judged("context_harms", text + change)
@@ -122,8 +124,11 @@ def _closed(
     share: float, low: float | None, high: float | None, what: str, everywhere: str
 ) -> dict[str, Any]:
     outcome = grade(share, low, high)
+    found = f"{percent(share)} of {what} is closed"
+    if outcome == "worse":
+        found, low, high = f"{what} grew by {percent(-share)}", high and -high, low and -low
     bounds = everywhere if low is None else f"95% interval {percent(low)} to {percent(high)}"
-    return _judged(outcome, f"{LEARNED[outcome]}: {percent(share)} of {what} closed ({bounds}).")
+    return _judged(outcome, f"{LEARNED[outcome]}: {found} ({bounds}).")
 
 
 def _judged(outcome: str, verdict: str) -> dict[str, Any]:

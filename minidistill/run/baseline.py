@@ -96,7 +96,7 @@ def _warnings(session: Session, results: dict[str, Any]) -> list[str]:
     boards = {"": board}
     boards |= {f"{name}: ": part for name, part in board.get("per_env", {}).items()}
     return [
-        name + part["verdict"]
+        f"{name}{part['verdict']} The scoreboard will have no percentage."
         for name, part in boards.items()
         if part["outcome"] in NOTHING_TO_CLOSE
     ]

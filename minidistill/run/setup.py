@@ -254,9 +254,8 @@ def _tell_what_the_scoreboard_lacks(
         logger.warning(f"{too_few(count, what)} The scoreboard will have no percentage: {fix}.")
     elif scored and count < ENOUGH_TASKS:
         logger.info(
-            f"{count} held-out tasks: the interval of a score of 0 or 1 is up to "
-            f"±{points(count):.0f} points; {ENOUGH_TASKS} tasks make it ±{points(ENOUGH_TASKS):.0f} "
-            f"({fix})"
+            f"{count} held-out tasks give a mean of 0s and 1s an interval of up to "
+            f"±{points(count):.0f} points, {ENOUGH_TASKS} give ±{points(ENOUGH_TASKS):.0f}: {fix}"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from minidistill.envs import has_task
 from minidistill.evaluation import scoreboard
 from minidistill.evaluation.drift import judge_drift
+from minidistill.evaluation.intervals import PromptSums
 from minidistill.evaluation.side_by_side import after_training
 from minidistill.evaluation.verdict import judge
 from minidistill.reporting.html import write_report
@@ -59,9 +60,14 @@ def _fill_in(session: Session, board: dict[str, Any], before: dict[str, Any]) ->
     seed = session.config.seed
     heldout, unrelated = (baseline.kl_before(before, name) for name in ("heldout", "unrelated"))
 
+    def heldout_figures(after: PromptSums | None) -> dict[str, Any]:
+        figures = scoreboard.teacher_kl("heldout_kl", heldout, after, seed)
+        # a baseline of an older version has the mean alone
+        return figures | {"heldout_kl_before": before.get("heldout_kl")}
+
     def heldout_kl() -> dict[str, Any]:
         kl = session.held_out_kl()
-        figures = scoreboard.teacher_kl("heldout_kl", heldout, kl.by_prompt, seed)
+        figures = heldout_figures(kl.by_prompt)
         rows = before.get(COMPLETIONS)
         if rows is not None:
             figures[COMPLETIONS] = after_training(session.builder, rows, kl.completions)
@@ -72,7 +78,7 @@ def _fill_in(session: Session, board: dict[str, Any], before: dict[str, Any]) ->
         after = None if kl is None else kl.by_prompt
         return scoreboard.teacher_kl("unrelated_kl", unrelated, after, seed)
 
-    board |= scoreboard.teacher_kl("heldout_kl", heldout, None, seed)
+    board |= heldout_figures(None)
     board |= scoreboard.teacher_kl("unrelated_kl", unrelated, None, seed)
     board |= {COMPLETIONS: before.get(COMPLETIONS, [])}
     passes: dict[str, Callable[[], dict[str, Any]]] = {
