@@ -62,8 +62,9 @@ def _fill_in(session: Session, board: dict[str, Any], before: dict[str, Any]) ->
 
     def heldout_figures(after: PromptSums | None) -> dict[str, Any]:
         figures = scoreboard.teacher_kl("heldout_kl", heldout, after, seed)
-        # a baseline of an older version has the mean alone
-        return figures | {"heldout_kl_before": before.get("heldout_kl")}
+        if heldout is None:  # a baseline of an older version has the mean alone
+            figures["heldout_kl_before"] = before.get("heldout_kl")
+        return figures
 
     def heldout_kl() -> dict[str, Any]:
         kl = session.held_out_kl()

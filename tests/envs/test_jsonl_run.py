@@ -180,7 +180,7 @@ def test_the_shipped_prompts_load_and_fit_a_gpu(monkeypatch: pytest.MonkeyPatch)
     config = load_config(["configs/own-prompts.toml"]).config
     [env] = config.orchestrator.env
     loaded = load_environment(env.id, env.args)
-    assert (len(loaded.train), len(loaded.eval)) == (14, 4)
+    assert (len(loaded.train), len(loaded.eval)) == (16, 8)
     check_rewards(config, {"jsonl": loaded})
     check_rewards(config, {"jsonl": loaded}, evaluated=True)
     small = ["configs/own-prompts.toml", "--gpus", "1", "--gpu-memory", "24"]
