@@ -9,11 +9,11 @@ from typing import Any
 from minidistill.envs import has_task
 from minidistill.evaluation import scoreboard
 from minidistill.evaluation.drift import judge_drift
-from minidistill.evaluation.intervals import PromptSums
+from minidistill.evaluation.kl import SampledKL
 from minidistill.evaluation.side_by_side import after_training
 from minidistill.evaluation.verdict import judge
 from minidistill.reporting.html import write_report
-from minidistill.reporting.run_directory import RunDirectory
+from minidistill.reporting.run_directory import RunDirectory, finite
 from minidistill.reporting.terminal.base import Display
 from minidistill.run import baseline
 from minidistill.run.session import Session
@@ -27,6 +27,9 @@ MISSING = "missing"
 COMPLETIONS = "completions"
 LAST_STEPS = 10  # whose mean KL is `teacher_kl_last`
 
+Pass = Callable[[], dict[str, Any]]
+"""Computes figures of the scoreboard."""
+
 
 def finish(session: Session) -> None:
     """Write the adapter, evaluate the student, and write the scoreboard and the report.
@@ -38,8 +41,15 @@ def finish(session: Session) -> None:
     before = directory.read(baseline.FILE) or {}
     board = _scores(session, before)
     board |= _training_kl(directory.column("teacher_kl"))
-    board |= {"drift_kl": None, "steps": session.config.max_steps, "seconds": session.seconds}
-    _fill_in(session, board, before)
+    for prompts in ("heldout", "unrelated"):
+        board |= _teacher_kl(session, before, prompts, None)
+    board |= {
+        "drift_kl": None,
+        COMPLETIONS: before.get(COMPLETIONS, []),
+        "steps": session.config.max_steps,
+        "seconds": session.seconds,
+    }
+    _fill_in(session, board, _last_passes(session, before))
     session.display.scoreboard(board)
     report = write_report(directory.path)
     logger.info(f"{saved.name}: {saved}  report: {report}")
@@ -55,40 +65,45 @@ def _training_kl(by_step: dict[int, float]) -> dict[str, float | None]:
     }
 
 
-def _fill_in(session: Session, board: dict[str, Any], before: dict[str, Any]) -> None:
-    """Compute the last figures, and write the scoreboard before and after each."""
-    seed = session.config.seed
-    heldout, unrelated = (baseline.kl_before(before, name) for name in ("heldout", "unrelated"))
+def _last_passes(session: Session, before: dict[str, Any]) -> dict[str, Pass]:
+    """What the last passes compute, by the figure that is missing without them.
 
-    def heldout_figures(after: PromptSums | None) -> dict[str, Any]:
-        figures = scoreboard.teacher_kl("heldout_kl", heldout, after, seed)
-        if heldout is None:  # a baseline of an older version has the mean alone
-            figures["heldout_kl_before"] = before.get("heldout_kl")
-        return figures
+    `before` is what was measured before training.
+    """
 
     def heldout_kl() -> dict[str, Any]:
         kl = session.held_out_kl()
-        figures = heldout_figures(kl.by_prompt)
-        rows = before.get(COMPLETIONS)
-        if rows is not None:
-            figures[COMPLETIONS] = after_training(session.builder, rows, kl.completions)
+        figures = _teacher_kl(session, before, "heldout", kl)
+        if COMPLETIONS in before:
+            rows = after_training(session.builder, before[COMPLETIONS], kl.completions)
+            figures[COMPLETIONS] = rows
         return figures
 
-    def unrelated_kl() -> dict[str, Any]:
-        kl = session.unrelated_kl()
-        after = None if kl is None else kl.by_prompt
-        return scoreboard.teacher_kl("unrelated_kl", unrelated, after, seed)
+    def drift_kl() -> dict[str, Any]:
+        kl = session.drift_kl()
+        return {"drift_kl": None if kl is None else finite(kl)}
 
-    board |= heldout_figures(None)
-    board |= scoreboard.teacher_kl("unrelated_kl", unrelated, None, seed)
-    board |= {COMPLETIONS: before.get(COMPLETIONS, [])}
-    passes: dict[str, Callable[[], dict[str, Any]]] = {
-        "heldout_kl_after": heldout_kl,
-        "drift_kl": lambda: {"drift_kl": session.drift_kl()},
-        "unrelated_kl_after": unrelated_kl,
-    }
-    if session.evaluator is None:
-        del passes["heldout_kl_after"]
+    def unrelated_kl() -> dict[str, Any]:
+        return _teacher_kl(session, before, "unrelated", session.unrelated_kl())
+
+    always: dict[str, Pass] = {"drift_kl": drift_kl, "unrelated_kl_after": unrelated_kl}
+    return always if session.evaluator is None else {"heldout_kl_after": heldout_kl} | always
+
+
+def _teacher_kl(
+    session: Session, before: dict[str, Any], prompts: str, after: SampledKL | None
+) -> dict[str, Any]:
+    """The scoreboard's figures of the KL to the teacher on `heldout` or `unrelated` prompts."""
+    name, known = f"{prompts}_kl", baseline.kl_before(before, prompts)
+    by_prompt = None if after is None else after.by_prompt
+    figures = scoreboard.teacher_kl(name, known, by_prompt, session.config.seed)
+    if known is None:  # a baseline of an older version has the mean alone
+        figures[f"{name}_before"] = before.get(name)
+    return figures
+
+
+def _fill_in(session: Session, board: dict[str, Any], passes: dict[str, Pass]) -> None:
+    """Write the scoreboard, with its verdict, before and after each of the last passes."""
     prepared = session.prepared
     environments = *prepared.environments.values(), *prepared.evaluation_environments.values()
     is_task = any(map(has_task, environments))
