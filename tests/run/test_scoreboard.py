@@ -6,12 +6,14 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support import scoreboard_runs
 from support.scoreboard_runs import Results, Runner, solved
 
+from minidistill.envs import has_task
 from minidistill.evaluation.drift import judge_drift
 from minidistill.evaluation.side_by_side import kept
 from minidistill.reporting.run_directory import RunDirectory
@@ -77,6 +79,20 @@ def test_a_baseline_of_an_older_version_invents_nothing(tmp_path: Path) -> None:
     assert (board["heldout_kl_before"], board["heldout_kl_after"]) == (3.0, 0.125)
     assert board["heldout_kl_closed"] is None
     assert board["completions"] == []
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({}, True),
+        ({"has_rewards": False}, False),
+        ({"has_rewards": True, "has_task": False}, False),
+    ],
+)
+def test_a_context_has_a_task_if_its_reward_is_not_of_the_style_alone(
+    attributes: dict[str, bool], expected: bool
+) -> None:
+    assert has_task(SimpleNamespace(**attributes)) is expected  # type: ignore[arg-type]
 
 
 def figures(**changes: Any) -> dict[str, Any]:
