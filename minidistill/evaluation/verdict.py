@@ -64,8 +64,7 @@ def judge_scores(board: Board) -> dict[str, Any]:
         return _judged("no_gap", text + change)
     if after is None:
         return _judged("not_finished", NOT_FINISHED)
-    share = (board[f"gap_closed{end}"] for end in ("", "_low", "_high"))
-    return _closed(*share, "the gap", everywhere)
+    return _closed(board, "gap_closed", "the gap", everywhere)
 
 
 def judge(board: Board) -> dict[str, Any]:
@@ -95,8 +94,8 @@ def judge_teacher_kl(board: Board) -> dict[str, Any]:
         return _judged("not_finished", NOT_FINISHED)
     if board["heldout_kl_closed"] is None:
         return _judged("not_finite", NOT_FINITE)
-    share = (board[f"heldout_kl_closed{end}"] for end in ("", "_low", "_high"))
-    return _closed(*share, on_prompts, f"the same on each of the {prompts} prompts")
+    everywhere = f"the same on each of the {prompts} prompts"
+    return _closed(board, "heldout_kl_closed", on_prompts, everywhere)
 
 
 def grade(share: float, low: float | None, high: float | None) -> str:
@@ -120,13 +119,14 @@ def too_few(count: int, what: str) -> str:
     )
 
 
-def _closed(
-    share: float, low: float | None, high: float | None, what: str, everywhere: str
-) -> dict[str, Any]:
+def _closed(board: Board, key: str, what: str, everywhere: str) -> dict[str, Any]:
+    """The judgement of the share under `key`. `everywhere` stands in for its interval."""
+    share, low, high = board[key], board[f"{key}_low"], board[f"{key}_high"]
     outcome = grade(share, low, high)
     found = f"{percent(share)} of {what} is closed"
     if outcome == "worse":
-        found, low, high = f"{what} grew by {percent(-share)}", high and -high, low and -low
+        found = f"{what} grew by {percent(-share)}"
+        low, high = (None, None) if low is None else (-high, -low)
     bounds = everywhere if low is None else f"95% interval {percent(low)} to {percent(high)}"
     return _judged(outcome, f"{LEARNED[outcome]}: {found} ({bounds}).")
 

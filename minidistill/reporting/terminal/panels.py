@@ -91,10 +91,11 @@ def _bar(closed: Bar) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(ratio=1)
     table.add_column(no_wrap=True)
-    style = {"complete_style": "green", "finished_style": "green"}
     table.add_row(
         Text(closed.start, "dim"),
-        ProgressBar(total=1.0, completed=closed.share, **style),
+        ProgressBar(
+            total=1.0, completed=closed.share, complete_style="green", finished_style="green"
+        ),
         Text(f"{closed.end}  {closed.text}"),
     )
     return table
