@@ -118,7 +118,6 @@ def test_a_run_without_a_reward_reports_none(capsys: pytest.CaptureFixture[str])
         assert re.fullmatch(r"Tell me about \d+ cats\.", row["prompt"])
         assert {len(row[key]) > 0 for key in ("before", "teacher", "after")} == {True}
         assert f"held-out prompt: {row['prompt']}" in output or row == scoreboard["completions"][3]
-    assert len({row["before"] for row in scoreboard["completions"]}) > 1
 
 
 @pytest.mark.parametrize("change", ["one more", "another prompt", "another answer"])

@@ -55,7 +55,7 @@ def test_an_environment_without_a_gap_is_named_right_after_the_baseline(tmp_path
     [warning] = [line for line in output.splitlines() if line.startswith("warning: ")]
     assert warning.startswith("warning: spoiled: The context makes the score worse (0.75 → 0.5")
     assert output.index(warning) < output.index("scoreboard")
-    assert board["outcome"] == "partly"
+    assert board["outcome"] == "closed"  # of both together
     assert {name: part["outcome"] for name, part in board["per_env"].items()} == {
         "easy": "closed",
         "spoiled": "context_harms",
