@@ -141,16 +141,19 @@ def _refuse_adapter(config: Config, name: str, key: str) -> None:
         holds_model = True
     except (OSError, ValueError):
         holds_model = False
+    is_student = key == "model.name"
     if holds_model:
         what = f"{name!r} holds a model and an adapter (adapter_config.json)"
-        fix = "move the adapter's files away to use the model alone"
+        fix = "move the adapter's files into a folder of their own"
+        if is_student:
+            fix += "; trainer.model.lora.init with its name starts the training from the adapter"
     else:
         what = f"{name!r} is an adapter of {base!r}, not a model"
         fix = f"set {key} to the base model"
-    if key == "model.name":
-        fix += "; trainer.model.lora.init = FOLDER starts the training from an adapter"
-    else:
-        fix += ", or merge the adapter into it and name the result"
+        if is_student:
+            fix += f' and trainer.model.lora.init = "{name}" to start from the adapter'
+        else:
+            fix += ", or to a folder with the adapter merged into it"
     raise UserError(what, where=key, fix=fix)
 
 

@@ -95,10 +95,11 @@ def _warn_of_turns_without_end(builder: PromptBuilder) -> None:
             "the chat template ends an answer with no token of its own: completions end at the "
             "end-of-sequence token, which the model may never write, or at max_tokens"
         )
-    ends = [t.tokenizer.decode([t.end_of_turn]) for t in (student, teacher) if t.end_of_turn]
-    if len(set(ends)) == 2:
+    ends = student.end_of_turn, teacher.end_of_turn
+    if None not in ends and ends[0] != ends[1]:
+        texts = [builder.tokenizer.decode([end]) for end in ends]
         logger.warning(
-            f"the student's turns end with {ends[0]}, the teacher's with {ends[1]}: the teacher "
+            f"the student's turns end with {texts[0]}, the teacher's with {texts[1]}: the teacher "
             "scores a token that it does not expect"
         )
 

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: what it reads, how it renders, and where an assistant's turn ends."""
+"""A tokenizer's chat template: what it reads, how it renders, and which token ends a turn."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transf
 _USER = {"role": "user", "content": "x"}
 _ANSWER = {"role": "assistant", "content": MARK}
 # What `apply_chat_template` is called with, or takes for itself
-_RESERVED = frozenset(
-    "conversation messages tools documents chat_template add_generation_prompt strftime_now "
-    "continue_final_message tokenize padding truncation max_length return_tensors return_dict "
-    "return_assistant_tokens_mask tokenizer_kwargs".split()
-)
+_RESERVED = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "strftime_now"),
+    *("add_generation_prompt", "continue_final_message", "tokenize", "tokenizer_kwargs"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    "return_assistant_tokens_mask",
+}
 
 
 @dataclass(frozen=True, slots=True)
