@@ -186,7 +186,6 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # Interpreted kernels have to be asked for before transformers imports triton.
     import minidistill_kernels  # noqa: F401
-
     from minidistill.trainer.distributed.rank_group import launched_by_torchrun
 
     rank, _ = launched_by_torchrun() or (0, 1)

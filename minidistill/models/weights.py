@@ -17,31 +17,38 @@ from typing import Any
 
 from minidistill.config import Config
 from minidistill.errors import UserError, UserErrors
-from minidistill.models.hub import hub_arguments, readable_errors
+from minidistill.models.hub import hub_arguments, load_model_config, readable_errors
 from minidistill.models.registry import resolve
 
 SHOWN = 3  # names of weights in a message
 _POINTER = b"version https://git-lfs"
 
 
+def refuse_adapters(config: Config) -> None:
+    """Raise UserError if the student's model or a separate teacher's is an adapter."""
+    for key, name in _models(config).items():
+        _refuse_adapter(config, name, key)
+
+
 def check_weights(config: Config) -> None:
-    """Check the files of the student's model, and of a separate teacher's, whatever loads them.
+    """Check the files of the student's model and of a separate teacher's, whatever loads them.
 
     Names and shapes are compared and no tensor is read. The weights of a quantized model are
-    checked when they are loaded: some formats need a GPU. Raises UserError for an adapter in place
-    of a model, for damaged files, and for weights that are missing, unknown or of another shape.
+    checked when they are loaded: some formats need a GPU. Raises UserError for damaged files, and
+    for weights that are missing, unknown or of another shape.
     """
-    names = {"model.name": config.model.name}
-    if config.separate_teacher is not None:
-        names["teacher_inference.model.name"] = config.separate_teacher
-    for key, name in names.items():
-        _refuse_adapter(config, name, key)
-        with readable_errors(name, key):
-            from transformers import AutoConfig
-
-            model_config = AutoConfig.from_pretrained(resolve(name), **hub_arguments(config, name))
+    for key, name in _models(config).items():
+        model_config = load_model_config(config, name)
         if getattr(model_config, "quantization_config", None) is None:
             load_weights(config, name, key, dtype="auto", device_map="meta")
+
+
+def _models(config: Config) -> dict[str, str]:
+    """The run's models, by the settings that name them."""
+    models = {"model.name": config.model.name}
+    if config.separate_teacher is not None:
+        models["teacher_inference.model.name"] = config.separate_teacher
+    return models
 
 
 def load_weights(config: Config, name: str, key: str = "model.name", **arguments: Any) -> Any:

@@ -18,7 +18,7 @@ from minidistill.envs.registry import load_environments
 from minidistill.errors import UserError
 from minidistill.evaluation.evaluator import Evaluator, evaluation_prompts
 from minidistill.models.hub import load_teacher_tokenizer, load_tokenizer
-from minidistill.models.weights import check_weights
+from minidistill.models.weights import check_weights, refuse_adapters
 from minidistill.placement.estimate import Plan
 from minidistill.placement.machine import Machine
 from minidistill.placement.placement import Placement, origins
@@ -126,7 +126,7 @@ def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prep
     if resume:
         directory.check_same_config(loaded)
     check_monitors(config)
-    check_weights(config)
+    refuse_adapters(config)
     tokenizer = load_tokenizer(config)
     environments = load_environments(orchestrator.env, "orchestrator.env")
     check_rewards(config, environments)
@@ -148,6 +148,7 @@ def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prep
         for env_prompts in by_env.values():
             check_lengths(config, plan.placement.max_length, env_prompts)
     _check_memory(loaded, plan)
+    check_weights(config)  # last, because it may download them
     return Prepared(
         loaded=loaded,
         resume=resume,
