@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from minidistill.errors import UserError
@@ -30,7 +31,7 @@ class ControlTokens:
         self._tokenizer, self._encode = tokenizer, encode
         self._tokens = sorted({t for t in tokens if t}, key=lambda t: (-len(t), t))
         self._pattern = re.compile("|".join(map(re.escape, self._tokens)) or r"(?!)")
-        self._copy: tuple[Any, dict[int, int]] | None = None
+        self._copy: _Copy | None = None
 
     def within(self, data: Any) -> list[str]:
         """The control tokens in the texts of `data`: messages, tool descriptions, a string."""
@@ -51,16 +52,10 @@ class ControlTokens:
             raise _refusal(found, "the chat template does not copy them unchanged")
         if self._copy is None:
             self._copy = self._without_control_tokens(found)
-        tokenizer, original_ids = self._copy
         renamed = self._replaced(hidden_text, _OWN)
-
-        def encode(text: str) -> list[int]:
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
-            return [original_ids.get(id, id) for id in ids]
-
-        expected = self._encode(hidden_text)
-        ids = encode(renamed.translate(in_data))
-        if encode(renamed) != list(expected) or self._control(ids) != self._control(expected):
+        ordinary, _ = self._copy.encode(renamed)
+        ids, exact = self._copy.encode(renamed.translate(in_data))
+        if not exact or ordinary != [*self._encode(hidden_text)]:
             raise _refusal(found, "the tokenizer has no encoding of them as text")
         return tuple(ids)
 
@@ -68,13 +63,7 @@ class ControlTokens:
         """`text` with the characters from `first` on in place of control tokens."""
         return self._pattern.sub(lambda match: chr(first + self._tokens.index(match[0])), text)
 
-    def _control(self, ids: Sequence[int]) -> list[int]:
-        """Those of `ids` that are control tokens."""
-        control = set(self._tokenizer.convert_tokens_to_ids(self._tokens))
-        return [id for id in ids if id in control]
-
-    def _without_control_tokens(self, found: Sequence[str]) -> tuple[Any, dict[int, int]]:
-        """A tokenizer that knows them by other names, and the ids that its ids stand for."""
+    def _without_control_tokens(self, found: Sequence[str]) -> _Copy:
         from tokenizers import Tokenizer
 
         original = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -89,8 +78,37 @@ class ControlTokens:
             ids[name] = original.token_to_id(token["content"])
             token["content"] = name
         copy = Tokenizer.from_str(json.dumps(data))
-        # a token that is not in the model's vocabulary may get another id
-        return copy, {copy.token_to_id(name): id for name, id in ids.items()}
+        in_vocabulary = {copy.token_to_id(token) for token in self._tokens}
+        return _Copy(
+            copy,
+            # a token that is not in the model's vocabulary may get another id
+            {copy.token_to_id(name): id for name, id in ids.items()},
+            in_vocabulary - {None, copy.token_to_id(_unknown(data["model"]))},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A tokenizer that knows control tokens by other names."""
+
+    tokenizer: Any
+    original_ids: Mapping[int, int]
+    """Of its added tokens."""
+    control_ids: Collection[int]
+    """Of control tokens that are also in the model's vocabulary."""
+
+    def encode(self, text: str) -> tuple[list[int], bool]:
+        """Ids, and whether none of them is a control token that the model has made of text."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        exact = not any(id in self.control_ids for id in ids)
+        return [self.original_ids.get(id, id) for id in ids], exact
+
+
+def _unknown(model: Mapping[str, Any]) -> str:
+    """The token for characters that are not in the vocabulary, which text may always contain."""
+    if isinstance(model.get("unk_id"), int):  # of a unigram model
+        return str(model["vocab"][model["unk_id"]][0])
+    return model.get("unk_token") or ""
 
 
 def _refusal(found: Sequence[str], why: str) -> UserError:

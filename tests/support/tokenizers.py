@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import (
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 TEXT = [
     "The user says hello, and the assistant answers: it is 12 o'clock.\n",
-    "<|im_end|> and </s> are the ends of turns; <|im_start|> begins one. <think>no</think>\n",
+    "x < y | z > 1 / 2; the end of a turn and the start of another, im-start: im_end!\n",
 ] * 4
 CONTROL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")
 CHATML = (
@@ -47,7 +46,10 @@ def metaspace(template: str | None = CHATML, *, scheme: str = "first", **flags: 
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     core.decoder = decoders.Metaspace(prepend_scheme=scheme)
     trainer = trainers.BpeTrainer(
-        vocab_size=300, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"]
+        vocab_size=300,
+        initial_alphabet=[*map(chr, range(33, 127)), *"üï🧱"],
+        show_progress=False,
+        special_tokens=["<unk>", "<s>", "</s>"],
     )
     core.train_from_iterator(TEXT, trainer)
     return _with_control_tokens(core, template, "<|im_end|>", **flags)
@@ -69,13 +71,14 @@ def _with_control_tokens(
     core: Tokenizer,
     template: str | None,
     eos: str,
-    control: Sequence[str] = CONTROL,
     special: bool = True,
     **flags: bool,
 ) -> Any:
-    tokens = [AddedToken(t, special=special, normalized=False, **flags) for t in control]
-    core.add_special_tokens(tokens) if special else core.add_tokens(tokens)
-    core.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<think>",)])
+    for token in CONTROL:
+        flagged = special or token in ("<s>", "</s>")
+        added = AddedToken(token, special=flagged, normalized=False, **flags)
+        core.add_special_tokens([added]) if flagged else core.add_tokens([added])
+    core.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, bos_token="<s>")
     tokenizer.chat_template = template
     return tokenizer
