@@ -72,9 +72,10 @@ def header(
 def _prompt_rows(builder: PromptBuilder) -> list[tuple[str, str]]:
     """What the chat template decides beyond what a model's files say."""
     rows = []
-    tokenizer, end = builder.tokenizer, builder.student.end_of_turn
-    if end is not None and end != tokenizer.eos_token_id:
-        rows.append(("end of turn", f"{tokenizer.decode([end])}, as in the chat template"))
+    tokenizer = builder.tokenizer
+    if ends := builder.end_of_turn_ids - {tokenizer.eos_token_id}:
+        tokens = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ends)))
+        rows.append(("end of turn", f"{tokens}, as in the chat template"))
     if builder.began is not None:
         rows.append(("date", f"{builder.began:%Y-%m-%d %H:%M:%S} in all prompts of the run"))
     if builder.teacher is not builder.student:

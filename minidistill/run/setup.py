@@ -183,7 +183,7 @@ def build(prepared: Prepared, display: Display) -> Components:
                 config,
                 prepared.tokenizer,
                 placement,
-                end_of_turn=prepared.builder.student.end_of_turn,
+                end_of_turn_ids=prepared.builder.end_of_turn_ids,
             )
         budget = TokenBudget(placement.micro_batch_tokens)
         with explain_out_of_memory(preflight.DOING, **SMALLER_MODEL):

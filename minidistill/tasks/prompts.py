@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from minidistill.errors import UserError
@@ -59,6 +60,12 @@ class PromptBuilder:
         self._default_system: str | None = None
         self._control_tokens_said: set[str] = set()
 
+    @cached_property
+    def end_of_turn_ids(self) -> frozenset[int]:
+        """The tokens that end an answer in the chat templates."""
+        ends = {self.student.end_of_turn, self.teacher.end_of_turn}
+        return frozenset(end for end in ends if end is not None)
+
     @property
     def began(self) -> datetime | None:
         """The present that chat templates show, if one of them shows it."""
@@ -74,9 +81,14 @@ class PromptBuilder:
         student_text, student_ids = self.student.view(task.messages, tools)
         messages = self.with_context(task.messages)
         teacher_text, teacher_ids = self.teacher.view(messages, tools)
+        own_context_ids: tuple[int, ...] = ()
+        if self.teacher is not self.student:
+            _, own_context_ids = self.student.view(messages, tools)
         self._say("the context", self.context)
         self._say(f"task {task.id} of {env}", [*task.messages, *(tools or ())], "tasks")
-        return Prompt(env, task, student_text, teacher_text, student_ids, teacher_ids)
+        return Prompt(
+            env, task, student_text, teacher_text, student_ids, teacher_ids, own_context_ids
+        )
 
     def _say(self, place: str, data: Any, kind: str = "context") -> None:
         """Say once for each kind of place that it contains control tokens."""
@@ -104,7 +116,7 @@ class PromptBuilder:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens and the end of its turn."""
         ids = list(ids)
-        if ids and ids[-1] == self.student.end_of_turn:  # not each tokenizer calls it special
+        if ids and ids[-1] in self.end_of_turn_ids:  # not each tokenizer calls them special
             ids.pop()
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -23,11 +24,11 @@ def load_policy(
     tokenizer: Any,
     placement: Placement,
     device: torch.device | None = None,
-    end_of_turn: int | None = None,
+    end_of_turn_ids: Collection[int] = (),
 ) -> Policy:
     """The model on `device` (the driver's by default), with the teacher if it runs in the trainer.
 
-    `end_of_turn` is the token that ends an assistant's turn in the chat template, if it has one.
+    `end_of_turn_ids` are the tokens that end an assistant's turn in the chat templates.
 
     Under LoRA the base is frozen and gets a new adapter (B = 0), whose initialization depends on
     `config.seed` only. Otherwise every weight is trained, and a frozen teacher is a second copy.
@@ -55,7 +56,7 @@ def load_policy(
     # only dropout and checkpointing need training mode
     dropout = settings.lora is not False and settings.lora.dropout > 0
     model.train(dropout or placement.ac_freq > 0)
-    end_ids = _end_ids(base, tokenizer, end_of_turn)
+    end_ids = _end_ids(base, tokenizer, end_of_turn_ids)
     policy = Policy(model, tokenizer, end_ids, device, teacher, reference_models)
     policy.attention = placement.attention
     if policy.lora and policy.head_VH.requires_grad:
@@ -145,11 +146,11 @@ def _checkpoint_activations(base: nn.Module, freq: int) -> None:
         layer.gradient_checkpointing = index % freq == 0  # type: ignore[assignment]
 
 
-def _end_ids(base: Any, tokenizer: Any, end_of_turn: int | None) -> frozenset[int]:
-    """Every id that ends a completion: of the generation config, tokenizer and chat template."""
+def _end_ids(base: Any, tokenizer: Any, end_of_turn_ids: Collection[int]) -> frozenset[int]:
+    """Every id that ends a completion: of the generation config, tokenizer and chat templates."""
     configured = base.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    all_ids = [*ids, tokenizer.eos_token_id, end_of_turn]
+    all_ids = [*ids, tokenizer.eos_token_id, *end_of_turn_ids]
     eos_ids = frozenset(id for id in all_ids if id is not None)
     if not eos_ids:
         raise UserError(

@@ -123,7 +123,7 @@ def test_a_tied_head_is_not_missing(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     check_weights(loaded(folder).config)
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    with pytest.raises(UserError, match="lacks 1 weight .lm_head"):
+    with pytest.raises(UserError, match="lm_head"):
         check_weights(loaded(folder).config)
 
 

@@ -14,7 +14,7 @@ from minidistill.errors import EXIT_USAGE, UserError
 from minidistill.run import preflight
 from minidistill.tasks.chat_template import ChatTemplate, TemplateSettings
 from minidistill.tasks.prompts import PromptBuilder
-from minidistill.types import Task
+from minidistill.types import Role, Task
 
 Configure = Callable[..., Any]
 
@@ -199,6 +199,13 @@ def test_a_separate_teacher_reads_its_own_template(warnings: Any) -> None:
     own = "<s><|im_start|>user\nThink.\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert prompt.teacher_text == own + "<think>\n\n</think>\n\n"
     assert prompts.tokenizer.decode(list(prompt.teacher_ids)) == prompt.teacher_text
+    # the student with the context added reads the student's template
+    in_context = prompt.ids(Role.STUDENT, context=True)
+    assert prompts.tokenizer.decode(list(in_context)) == "[INST] Think.\nhello [/INST]"
+    assert prompt.ids(Role.TEACHER, context=True) == prompt.teacher_ids
+    assert prompt.ids(Role.STUDENT, context=False) == prompt.student_ids
+    ends = prompts.tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+    assert prompts.end_of_turn_ids == set(ends)
     (warning,) = warnings(prompts)
     assert "student's turns end with </s>, the teacher's with <|im_end|>" in warning
 
