@@ -56,8 +56,8 @@ class ModelConfig(Table):
     """Arguments of the chat template, the same for both views: `enable_thinking = false` keeps
     Qwen3 from thinking. What the template does not read is refused."""
     special_tokens_in_text: Literal["text", "allow"] = "text"
-    """What control tokens such as `<|im_end|>` are in the context and the prompts: `text`, or with
-    `allow` the tokens themselves, which can end a turn."""
+    """How `<|im_end|>` and other control tokens within the context and the prompts are encoded: as
+    `text`, or with `allow` as the tokens themselves, which can end a turn."""
 
 
 class CkptConfig(Table):

@@ -65,7 +65,7 @@ def test_an_incomplete_environment_is_refused(
     assert "env -u RANK -u WORLD_SIZE -u MASTER_ADDR -u MASTER_PORT minidistill run" in error
 
 
-@pytest.mark.parametrize(("rank", "others"), [(0, "1 other ranks at"), (1, "rank 0 at")])
+@pytest.mark.parametrize(("rank", "others"), [(0, "the other ranks at"), (1, "rank 0 at")])
 def test_a_rank_says_what_it_waits_for_and_gives_up(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -126,7 +126,7 @@ class RankGroup:
         Raises UserError (exit code 3) if the others do not come.
         """
         address = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
-        others = "rank 0" if self.rank else f"{self.size - 1} other ranks"
+        others = "rank 0" if self.rank else "the other ranks"
         limit = DRIVER_TIMEOUT if self.rank else JOIN_TIMEOUT
         waiting = f"rank {self.rank} of {self.size} waits for {others} at {address}"
         alone = f"to run alone instead: {_ALONE}"
