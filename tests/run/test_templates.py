@@ -86,6 +86,7 @@ def test_a_template_file_and_arguments(tmp_path: Path, capsys: pytest.CaptureFix
     (line, *_) = (tmp_path / "out" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
     for view in ("prompt_text", "teacher_prompt_text"):
         assert json.loads(line)[view].startswith("<|system|>Good day. It is ")
+    (tmp_path / "out" / "scoreboard.json").unlink()  # as if it had not finished
     capsys.readouterr()
     assert run(tmp_path / "out", *flags, *argument[:1], "Hello.", "--resume") == EXIT_USAGE
     assert "model.chat_template_kwargs.greeting" in capsys.readouterr().err
