@@ -64,7 +64,7 @@ def load_weights(config: Config, name: str, key: str = "model.name", **arguments
     damaged = (SafetensorError, UnpicklingError, EOFError)
     with readable_errors(name, key), _without_table():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 resolve(name),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # else their names are only logged
@@ -78,6 +78,7 @@ def load_weights(config: Config, name: str, key: str = "model.name", **arguments
             if isinstance(error, damaged):
                 raise ValueError(f"damaged weights: {error}") from error
             raise
+    model, report = loaded
     problems = _problems(name, key, type(model).__name__, report)
     if problems:
         raise UserErrors(problems) if len(problems) > 1 else problems[0]

@@ -95,11 +95,10 @@ def _warn_of_turns_without_end(builder: PromptBuilder) -> None:
             "the chat template ends an answer with no token of its own: completions end at the "
             "end-of-sequence token, which the model may never write, or at max_tokens"
         )
-    ends = student.end_of_turn, teacher.end_of_turn
-    if None not in ends and ends[0] != ends[1]:
-        texts = [builder.tokenizer.decode([end]) for end in ends]
+    if len(builder.end_of_turn_ids) > 1:
+        ends = [str(t.tokenizer.decode([t.end_of_turn or 0])) for t in (student, teacher)]
         logger.warning(
-            f"the student's turns end with {texts[0]}, the teacher's with {texts[1]}: the teacher "
+            f"the student's turns end with {ends[0]}, the teacher's with {ends[1]}: the teacher "
             "scores a token that it does not expect"
         )
 

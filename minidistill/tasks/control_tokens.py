@@ -72,12 +72,12 @@ class ControlTokens:
         data = json.loads(original.to_str())
         data |= {"truncation": None, "padding": None, "post_processor": None}
         names = {token: chr(_OWN + i) for i, token in enumerate(self._tokens)}
-        ids = {}
+        ids: dict[str, Any] = {}
         for token in data["added_tokens"]:
             name = names.get(token["content"], token["content"])
             ids[name] = original.token_to_id(token["content"])
             token["content"] = name
-        copy = Tokenizer.from_str(json.dumps(data))
+        copy: Any = Tokenizer.from_str(json.dumps(data))
         in_vocabulary = {copy.token_to_id(token) for token in self._tokens}
         return _Copy(
             copy,
