@@ -89,17 +89,17 @@ def _check_generation_prompt(
 
 def _warn_of_turns_without_end(builder: PromptBuilder) -> None:
     """Warn if no token ends an answer, or if the teacher expects another one."""
-    student, teacher = builder.student, builder.teacher
+    student = builder.student
     if student.shows_turns and student.end_of_turn is None:
         logger.warning(
             "the chat template ends an answer with no token of its own: completions end at the "
             "end-of-sequence token, which the model may never write, or at max_tokens"
         )
     if len(builder.end_of_turn_ids) > 1:
-        ends = [str(t.tokenizer.decode([t.end_of_turn or 0])) for t in (student, teacher)]
+        ends = builder.tokenizer.convert_ids_to_tokens(sorted(builder.end_of_turn_ids))
         logger.warning(
-            f"the student's turns end with {ends[0]}, the teacher's with {ends[1]}: the teacher "
-            "scores a token that it does not expect"
+            f"the two chat templates end a turn with different tokens ({', '.join(ends)}): the "
+            "teacher scores one that it does not expect"
         )
 
 

@@ -207,7 +207,7 @@ def test_a_separate_teacher_reads_its_own_template(warnings: Any) -> None:
     ends = prompts.tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
     assert prompts.end_of_turn_ids == set(ends)
     (warning,) = warnings(prompts)
-    assert "student's turns end with </s>, the teacher's with <|im_end|>" in warning
+    assert "end a turn with different tokens (</s>, <|im_end|>)" in warning
 
 
 def test_a_teacher_without_a_template_reads_the_students(caplog: pytest.LogCaptureFixture) -> None:
