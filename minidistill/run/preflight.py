@@ -41,9 +41,6 @@ def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prom
     Raises UserError if the chat template does not render them correctly.
     """
     first = prompts[0]
-    _check_generation_prompt(builder.student, first.task.messages, first.student_ids, "student")
-    with_context = builder.with_context(first.task.messages)
-    _check_generation_prompt(builder.teacher, with_context, first.teacher_ids, "teacher")
     for template in (builder.student, builder.teacher):
         if template.render(first.task.messages) != template.render(first.task.messages):
             raise UserError(
@@ -51,6 +48,9 @@ def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prom
                 where=template.where,
                 fix="use a chat template that renders the same messages the same way",
             )
+    _check_generation_prompt(builder.student, first.task.messages, first.student_ids, "student")
+    with_context = builder.with_context(first.task.messages)
+    _check_generation_prompt(builder.teacher, with_context, first.teacher_ids, "teacher")
     _warn_of_turns_without_end(builder)
     if builder.context.strip() not in first.teacher_text:
         logger.warning("the chat template does not show the context verbatim")
