@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.meta
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
 
 from minidistill.errors import UserError
 from minidistill.tasks.control_tokens import ControlTokens
@@ -21,13 +22,18 @@ from minidistill.types import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 MARK = "\u2063minidistill\u2063"  # a message that no template contains, for probing
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
+# Before a template, in place of transformers' function of this name. The newline is trimmed.
+_FIXED_DATES = "{% macro strftime_now(format) %}{{ fixed_dates[format] }}{% endmacro %}\n"
 _USER = {"role": "user", "content": "x"}
 _ANSWER = {"role": "assistant", "content": MARK}
 # What `apply_chat_template` is called with, or takes for itself
 _RESERVED = {
     *("conversation", "messages", "tools", "documents", "chat_template", "strftime_now"),
+    "fixed_dates",
     *("add_generation_prompt", "continue_final_message", "tokenize", "tokenizer_kwargs"),
     *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
     "return_assistant_tokens_mask",
@@ -65,17 +71,11 @@ class ChatTemplate:
                 fix="set model.chat_template to a file with one, or use an instruction-tuned model",
             )
         self.tokenizer, self.settings, self.where = tokenizer, settings, where
-        self.variables = self._variables()
+        tree = self._parse()
+        self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree))
         """The names that the template reads."""
-        self._arguments = dict(settings.arguments)
-        now = settings.now
-        if now is not None and self.tells_time:
-            self._arguments["strftime_now"] = lambda format: now.strftime(format)
-
-    @property
-    def tells_time(self) -> bool:
-        """Whether the template writes the date or the time."""
-        return "strftime_now" in self.variables
+        self.dates = {} if settings.now is None else _dates(tree, settings.now)
+        """What it writes for each format of the date or the time: fixed, if there is one."""
 
     # -- rendering and encoding ----------------------------------------------------------------
 
@@ -87,13 +87,18 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
     ) -> str:
         """The template's text, up to the beginning of the assistant's answer by default."""
+        tools = list(tools) if tools else None
+        arguments = dict(self.settings.arguments)
+        if self.dates:
+            source = self.tokenizer.get_chat_template(tools=tools)
+            arguments |= {"chat_template": _FIXED_DATES + source, "fixed_dates": self.dates}
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                tools=list(tools) if tools else None,
+                tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **self._arguments,
+                **arguments,
             )
         except TemplateError as error:
             roles = ", ".join(str(message["role"]) for message in messages)
@@ -203,11 +208,11 @@ class ChatTemplate:
 
     # -- the template --------------------------------------------------------------------------
 
-    def _variables(self) -> frozenset[str]:
+    def _parse(self) -> nodes.Template:
         try:
             source = self.tokenizer.get_chat_template()
             environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-            tree = environment.parse(_GENERATION.sub("", source))
+            return environment.parse(_GENERATION.sub("", source))
         except TemplateError as error:
             line = f", line {line}" if (line := getattr(error, "lineno", None)) else ""
             raise UserError(
@@ -221,7 +226,27 @@ class ChatTemplate:
                 where=self.where,
                 fix="set model.chat_template to a file with the one to use",
             ) from error
-        return frozenset(jinja2.meta.find_undeclared_variables(tree))
+
+
+def _dates(tree: nodes.Template, now: datetime) -> dict[str, str]:
+    """What `strftime_now` returns for each format in a template, at the time `now`.
+
+    It is empty, with a warning, if the formats cannot be read from the template.
+    """
+    names = [n for n in tree.find_all(nodes.Name) if n.name == "strftime_now"]
+    tests = [t for t in tree.find_all(nodes.Test) if t.node in names]
+    calls = [c for c in tree.find_all(nodes.Call) if c.node in names]
+    try:
+        formats = [c.args[0].as_const() for c in calls]
+    except (nodes.Impossible, IndexError):
+        formats = []
+    if len(formats) + len(tests) != len(names):
+        logger.warning(
+            "the chat template writes the date in a way that cannot be fixed for the run: on "
+            "another day the run cannot be resumed"
+        )
+        return {}
+    return {format: now.strftime(format) for format in formats}
 
 
 def check_arguments(templates: Sequence[ChatTemplate]) -> None:

@@ -69,8 +69,8 @@ class PromptBuilder:
     @property
     def began(self) -> datetime | None:
         """The present that chat templates show, if one of them shows it."""
-        settings = self.student.settings
-        return settings.now if self.student.tells_time or self.teacher.tells_time else None
+        shown = self.student.dates or self.teacher.dates
+        return self.student.settings.now if shown else None
 
     def build(self, env: str, task: Task, tools: Sequence[Any] | None = None) -> Prompt:
         """Both views of a task.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -169,6 +170,38 @@ def test_the_date_and_the_time_are_fixed() -> None:
     assert prompts.render(TASK.messages).startswith("Today is 01 Mar 2026, 23:59:58.\n")
     assert prompts.began == began
     assert builder(CHATML, now=began).began is None
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("\n  {% if true %}\n x{% endif %}\n{{ strftime_now('%d') }}\n", "\n x01"),
+        ("  {% if true %}y{% endif %}{{ strftime_now('%d' ~ '.%m') }}", "y01.03"),
+        (
+            "{% if strftime_now is defined %}{% set d = strftime_now('%d') %}{% endif %}"
+            "{% if d|int > 0 %}{{ d + '!' }}{% endif %}",
+            "01!",
+        ),
+    ],
+)
+def test_a_fixed_date_changes_nothing_else(template: str, expected: str) -> None:
+    prompts = builder(template, now=datetime(2026, 3, 1))
+    assert prompts.render(TASK.messages) == expected
+    clock = builder(template.replace("%m", "%%m")).render(TASK.messages)
+    assert re.sub("[0-9]+", "N", clock.replace("%m", "03")) == re.sub("[0-9]+", "N", expected)
+
+
+def test_a_date_that_cannot_be_fixed(caplog: pytest.LogCaptureFixture) -> None:
+    for template in (
+        "{% set f = strftime_now %}{{ f('%Y') }}",
+        "{{ strftime_now(messages[0].x) }}",
+    ):
+        caplog.clear()
+        prompts = builder(template + CHATML, now=datetime(1999, 3, 1))
+        assert prompts.began is None
+        assert "cannot be fixed" in caplog.text
+    unfixed = builder("{% set f = strftime_now %}{{ f('%Y') }}", now=datetime(1999, 3, 1))
+    assert unfixed.render(TASK.messages) == f"{datetime.now():%Y}"
 
 
 @pytest.mark.parametrize(
