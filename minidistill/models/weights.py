@@ -89,12 +89,16 @@ def load_weights(config: Config, name: str, key: str = "model.name", **arguments
 def _without_table() -> Iterator[None]:
     """Without the table that transformers logs of what `_problems` reports."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    # not by its level, which transformers reads too
+    logger.addFilter(_is_no_table)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_no_table)
+
+
+def _is_no_table(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _problems(name: str, key: str, architecture: str, report: dict[str, Any]) -> list[UserError]:

@@ -179,7 +179,9 @@ def test_a_model_beside_an_adapter(adapter: Path, folder: Path) -> None:
     assert "trainer.model.lora.init" in caught.value.fix
 
 
-def test_a_sound_model_passes(folder: Path) -> None:
+def test_a_sound_model_passes(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without a word."""
     config = loaded(folder).config
     refuse_adapters(config)
     check_weights(config)
+    assert capfd.readouterr().err == ""
