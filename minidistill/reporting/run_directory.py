@@ -10,6 +10,7 @@ import platform
 import re
 import sys
 from collections.abc import Mapping
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,11 @@ class RunDirectory:
                 fix="restore that adapter, or start a new run with another --output_dir",
             )
 
+    def began(self) -> datetime | None:
+        """The date and time that the run's prompts show, if they show one."""
+        began = (self.read("env.json") or {}).get("began")
+        return None if began is None else datetime.fromisoformat(began)
+
     def log(self, step: int, metrics: Metrics) -> None:
         """Append a record. Values that are not finite become null."""
         values = {k: finite(v) for k, v in metrics.items()}
@@ -155,10 +161,10 @@ class RunDirectory:
             return self.metrics_path.read_bytes().count(b"\n")
         return 0
 
-    def column(self, name: str) -> list[float]:
-        """A metric's values over the records that have it."""
+    def column(self, name: str) -> dict[int, float]:
+        """A metric's values by step, of the records that have it."""
         records = map(json.loads, self.metrics_path.read_bytes().splitlines()[: self.lines()])
-        return [r[name] for r in records if r.get(name) is not None]
+        return {r["step"]: r[name] for r in records if r.get(name) is not None}
 
     def has(self, step: int, metric: str) -> bool:
         """Whether a record of the step has a metric."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,8 +11,7 @@ from torch import nn
 
 from minidistill.config import Config
 from minidistill.errors import UserError
-from minidistill.models.hub import hub_arguments, readable_errors
-from minidistill.models.registry import resolve
+from minidistill.models.weights import load_weights
 from minidistill.placement.placement import Placement
 from minidistill.trainer import attention
 from minidistill.trainer.adapter import add_adapter
@@ -19,9 +19,15 @@ from minidistill.trainer.policy import Policy, Weights, frozen_copy
 
 
 def load_policy(
-    config: Config, tokenizer: Any, placement: Placement, device: torch.device | None = None
+    config: Config,
+    tokenizer: Any,
+    placement: Placement,
+    device: torch.device | None = None,
+    end_of_turn_ids: Collection[int] = (),
 ) -> Policy:
     """The model on `device` (the driver's by default), with the teacher if it runs in the trainer.
+
+    `end_of_turn_ids` are the tokens that end an assistant's turn in the chat templates.
 
     Under LoRA the base is frozen and gets an adapter: see `add_adapter`. Otherwise
     every weight is trained, and a frozen teacher is a second copy.
@@ -33,7 +39,9 @@ def load_policy(
     attention.register()
     implementation = placement.attention.implementation
     quantization = config.model.quantization
-    base = _load_weights(config, config.model.name, dtype, device, implementation, quantization)
+    base = _load_weights(
+        config, config.model.name, dtype, device, implementation, quantization=quantization
+    )
     if placement.ac_freq:
         _checkpoint_activations(base, placement.ac_freq)
     teacher = teacher_weights(config)
@@ -51,7 +59,8 @@ def load_policy(
     # only dropout and checkpointing need training mode
     dropout = settings.lora is not False and settings.lora.dropout > 0
     model.train(dropout or placement.ac_freq > 0)
-    policy = Policy(model, tokenizer, _end_ids(base, tokenizer), device, teacher, reference_models)
+    end_ids = _end_ids(base, tokenizer, end_of_turn_ids)
+    policy = Policy(model, tokenizer, end_ids, device, teacher, reference_models)
     policy.attention = placement.attention
     policy.starts_as_base = settings.lora is False or settings.lora.init is None
     if policy.lora and policy.head_VH.requires_grad:
@@ -79,21 +88,17 @@ def _load_weights(
     dtype: torch.dtype,
     device: torch.device,
     implementation: str | None,
+    key: str = "model.name",
     quantization: str | None = None,
 ) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    arguments: dict[str, Any] = dict(hub_arguments(config, name))
+    arguments: dict[str, Any] = {"dtype": dtype}
     if implementation is not None:
         arguments["attn_implementation"] = implementation
     if quantization is not None:
         # weights are quantized on the device as they are read, and cannot be moved after that
         arguments |= {"quantization_config": four_bit(dtype), "device_map": {"": device}}
-    with readable_errors(name):
-        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, **arguments)
-        return model if quantization else model.to(device)  # type: ignore[arg-type]
+    model = load_weights(config, name, key, **arguments)
+    return model if quantization else model.to(device)
 
 
 def four_bit(dtype: torch.dtype) -> Any:
@@ -115,7 +120,9 @@ def _load_other(
     """A separate teacher model. Raises UserError if its head has another number of rows."""
     name = config.separate_teacher
     assert name is not None
-    model = _load_weights(config, name, dtype, device, implementation).requires_grad_(False).eval()
+    key = "teacher_inference.model.name"
+    model = _load_weights(config, name, dtype, device, implementation, key)
+    model.requires_grad_(False).eval()
     rows, needed = (m.get_output_embeddings().weight.shape[0] for m in (model, base))
     if rows != needed:
         raise UserError(
@@ -136,11 +143,12 @@ def _checkpoint_activations(base: nn.Module, freq: int) -> None:
         layer.gradient_checkpointing = index % freq == 0  # type: ignore[assignment]
 
 
-def _end_ids(base: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a completion, from the generation config and the tokenizer."""
+def _end_ids(base: Any, tokenizer: Any, end_of_turn_ids: Collection[int]) -> frozenset[int]:
+    """Every id that ends a completion: of the generation config, tokenizer and chat templates."""
     configured = base.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    eos_ids = frozenset(id for id in [*ids, tokenizer.eos_token_id] if id is not None)
+    all_ids = [*ids, tokenizer.eos_token_id, *end_of_turn_ids]
+    eos_ids = frozenset(id for id in all_ids if id is not None)
     if not eos_ids:
         raise UserError(
             "the model names no end-of-sequence token",
