@@ -72,4 +72,5 @@ def place(prompt: Prompt) -> str:
 
 
 def _length(prompt: Prompt) -> int:
-    return max(len(prompt.student_ids), len(prompt.teacher_ids))
+    views = prompt.student_ids, prompt.teacher_ids, prompt.own_context_ids
+    return max(map(len, views))
