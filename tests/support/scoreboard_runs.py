@@ -64,7 +64,7 @@ class Runner:
         self.directory, self.stream = RunDirectory(path), io.StringIO()
         self.display = PlainDisplay(self.stream)
         self.builder = SimpleNamespace(decode=lambda ids: TEXTS[ids[0]])
-        self.policy = SimpleNamespace(teacher_weights=Weights.BASE)
+        self.policy = SimpleNamespace(teacher_weights=Weights.BASE, starts_as_base=True)
         self.monitor = SimpleNamespace(close=lambda board: None)
         self.evaluator = self if results.evaluates else None
         self.seconds, self.prompts = 73.0, dict.fromkeys(names)
