@@ -2,5 +2,6 @@
 
 from minidistill.envs.protocol import Environment, has_rewards
 from minidistill.envs.registry import load_environment
+from minidistill.types import Reward, Task
 
-__all__ = ["Environment", "has_rewards", "load_environment"]
+__all__ = ["Environment", "Reward", "Task", "has_rewards", "load_environment"]

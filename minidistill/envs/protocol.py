@@ -1,7 +1,8 @@
 """The interface of an environment: tasks in two splits, and a score for each completion.
 
 `minidistill/envs/example.py` is a complete environment to copy, with the configuration that uses
-it. An environment need not live in this package: `id` takes any `module:function`.
+it; docs/environments.md explains it. An environment need not live in this package: `id` takes any
+`module:function`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ from minidistill.types import Reward, Task
 class Environment(Protocol):
     """Tasks and their scoring.
 
-    An environment without a meaningful score sets `has_rewards = False`; its scores are then
-    neither trained on nor reported.
+    An environment may also have these attributes:
+
+    - `has_rewards = False`: its scores have no meaning. They are not computed.
+    - `scores_in_process = True`: `score` is quick and cannot hang, so it needs no process that can
+      be stopped: see `IsolatedEnvironment`.
+    - `score_all(attempts, report)`: scores many completions at once: see `score_attempts`.
+    - `close()`: called at the end of the run.
     """
 
     @property
@@ -28,7 +34,11 @@ class Environment(Protocol):
         """Held-out tasks, with ids that no training task has."""
 
     def score(self, task: Task, completion: str) -> Reward:
-        """Score a completion. An exception drops this rollout from the step."""
+        """Score a completion.
+
+        A number, a bool, or a dict of "reward" and metrics may be returned too: see `to_reward`. An
+        exception drops this rollout from the step.
+        """
 
 
 def has_rewards(environment: Environment) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -98,10 +99,12 @@ class RunDirectory:
 
     def check_same_config(self, loaded: LoadedConfig) -> None:
         """Raise UserError if a resumed run has another configuration than the original one."""
-        before = _flatten(self.read("config.resolved.json"))
-        now = _flatten(loaded.resolved())
-        # The metrics do not depend on these.
+        before = _flatten(_without_time_limits(self.read("config.resolved.json")))
+        now = _flatten(_without_time_limits(loaded.resolved()))
+        # The metrics do not depend on these, and a run that passed its limit of errors goes on with
+        # a higher one.
         ignored = {"output_dir", "trainer_gpu_ids", "trainer.world_size", "trainer.shard"}
+        ignored.add("orchestrator.max_env_error_frac")
         ignored |= {key for key in {*before, *now} if key.startswith("wandb")}
         changed = sorted(k for k in {*before, *now} - ignored if before.get(k) != now.get(k))
         if changed:
@@ -193,6 +196,16 @@ def finite(value: float) -> float | None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _without_time_limits(resolved: dict[str, Any]) -> dict[str, Any]:
+    """A copy without the environments' `score_timeout`, which decides only what fails."""
+    resolved = copy.deepcopy(resolved)
+    orchestrator = resolved["orchestrator"]
+    for table in (orchestrator, orchestrator["eval"] or {}):
+        for env in table.get("env") or ():
+            env.pop("score_timeout", None)
+    return resolved
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -182,9 +182,8 @@ class RolloutStream:
             rollouts = [self._rollout(*self._ready.pop(row)) for row in rows]
             if score_advance is not None:
                 began = time.perf_counter()
-                rollouts, failed = collector.reward(rollouts, score_advance)
+                rollouts, failed = collector.reward(rollouts, score_advance, self.size, errors)
                 errors += failed
-                collector.check_errors(errors, self.size)
                 reward_seconds += time.perf_counter() - began
             if teacher_advance is not None:
                 began = time.perf_counter()

@@ -12,6 +12,7 @@ import torch
 from minidistill.config import Config, LoadedConfig
 from minidistill.engines.base import Engine
 from minidistill.engines.launch import EngineLauncher
+from minidistill.envs.isolated import IsolatedEnvironment, close_environments
 from minidistill.envs.protocol import Environment
 from minidistill.envs.registry import load_environments
 from minidistill.errors import UserError
@@ -80,6 +81,14 @@ class Prepared:
     def config(self) -> Config:
         return self.loaded.config
 
+    @property
+    def scored_environments(self) -> list[Environment]:
+        """Those whose completions are scored, in training or evaluations."""
+        orchestrator = self.config.orchestrator
+        trained = () if orchestrator.buffer.skip_verification else self.environments.values()
+        evaluated = () if orchestrator.eval is None else self.evaluation_environments.values()
+        return list({id(env): env for env in (*trained, *evaluated)}.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Components:
@@ -100,6 +109,8 @@ class Components:
     budget: TokenBudget
     """Of the trainer's passes outside a training step."""
     ranks: RankLauncher
+    environments: Sequence[Environment]
+    """Those that score, with their processes."""
 
     def abort(self) -> None:
         """Close without waiting for the trainer's other ranks."""
@@ -109,6 +120,7 @@ class Components:
     def close(self) -> None:
         self.ranks.close()
         self.engine.close()
+        close_environments(self.environments)
         for collector in (self.async_collector, self.stream_collector):
             if collector is not None:
                 collector.close()
@@ -171,7 +183,11 @@ def build(prepared: Prepared, display: Display) -> Components:
         torch.cuda.set_device(devices[0])  # Triton launches kernels on the current device
     launcher = EngineLauncher(config, placement, prepared.directory.path / "sync")
     ranks = RankLauncher(devices)
+    environments = prepared.scored_environments
+    isolated = [env for env in environments if isinstance(env, IsolatedEnvironment)]
     try:
+        for environment in isolated:
+            environment.start()
         placement = launcher.start()
         ranks.start(config, placement)
         with explain_out_of_memory("loading the model", **SMALLER_MODEL):
@@ -194,10 +210,13 @@ def build(prepared: Prepared, display: Display) -> Components:
                 engine,
                 display,
             )
+        for environment in isolated:
+            environment.check()
     except BaseException:
         ranks.group.broken = True
         ranks.close()
         launcher.close()
+        close_environments(environments)
         raise
     is_async = config.schedule == "async"
     streams = not is_async and engine.streams and not engine.sleeps
@@ -213,6 +232,7 @@ def build(prepared: Prepared, display: Display) -> Components:
         evaluator=evaluator,
         budget=budget,
         ranks=ranks,
+        environments=environments,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidistill.config.orchestrator import EnvConfig
+from minidistill.envs.outcomes import ScoringError
 from minidistill.envs.registry import load_environments
 from minidistill.envs.sokoban import SokobanEnv
 from minidistill.errors import EXIT_HEALTH, EXIT_USAGE, UserError
@@ -134,7 +135,7 @@ def test_failures_are_counted_and_named() -> None:
     assert {type(v) for r in rewards if r for v in (r.value, *r.metrics.values())} == {float}
     assert ticks == [1] * 7
     assert errors[0] == "task t1: KeyError: 'absent'"
-    assert errors[1] == "task t2: ValueError: the reward is nan"
+    assert errors[1] == "task t2: the reward is nan, which is not finite"
     assert [e.split(":")[0] for e in errors] == [f"task t{i}" for i in (1, 2, 4, 5, 6)]
 
 
@@ -144,6 +145,36 @@ def test_each_environment_scores_its_rollouts() -> None:
     rewards, errors = score(environments, rollouts, lambda _: None)
     assert [r.value for r in rewards if r] == [1.0, 2.0, 2.0, 1.0]
     assert errors == []
+
+
+def test_slow_failures_are_checked_at_once() -> None:
+    def hang(_: str) -> Reward:
+        raise ScoringError("it took longer", slow=True)
+
+    checked: list[list[str]] = []
+
+    def check(errors: Sequence[str]) -> None:
+        checked.append(list(errors))
+        if len(errors) == 2:
+            raise UserError("too many")
+
+    rollouts = [rollout(prompt(id=str(i))) for i in range(5)]
+    ticks: list[int] = []
+    with pytest.raises(UserError, match="too many"):
+        score({"a": Env(1, hang)}, rollouts, ticks.append, check)
+    assert checked == [
+        ["task 0: it took longer"],
+        ["task 0: it took longer", "task 1: it took longer"],
+    ]
+    assert len(ticks) == 2
+    checked.clear()
+    score(
+        {"a": Env(1, failing)},
+        [rollout(prompt(), text) for text in ("raise", "1")],
+        ticks.append,
+        check,
+    )
+    assert checked == [["task t: KeyError: 'absent'"]]
 
 
 def test_an_interrupt_is_not_a_failure() -> None:

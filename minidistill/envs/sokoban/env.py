@@ -44,6 +44,8 @@ class Tasks(Sequence[Task]):
 class SokobanEnv:
     """Single-turn Sokoban: the prompt shows a level, and the answer is the whole list of moves."""
 
+    scores_in_process = True  # playing an answer takes time in proportion to its length
+
     def __init__(
         self,
         difficulty: Difficulty,
