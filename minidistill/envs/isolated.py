@@ -116,7 +116,7 @@ class IsolatedEnvironment:
                 self._pickled(split[0])
 
     def close(self) -> None:
-        """End the process. A score in progress, in another thread, raises CannotScoreError."""
+        """End the process for good. A score in progress, in another thread, fails."""
         self._closed = True
         if (process := self._process) is not None:
             process.kill()

@@ -67,6 +67,8 @@ def _read(path: object) -> Any:
 
 
 def _make_validator(name: str, schema: object) -> Any:
+    if not isinstance(schema, dict):
+        raise refusal(name, schema, "give a JSON Schema as a table (in a file: an object)")
     try:
         from jsonschema import SchemaError
         from jsonschema.validators import Draft202012Validator, validator_for
