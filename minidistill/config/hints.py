@@ -21,7 +21,6 @@ _EPOCHS = (
 )
 _DTYPE = 'use `model.dtype`: "auto", "bfloat16", "float16" or "float32"'
 _SCHEDULER = "use `trainer.scheduler.type`"
-_WARMUP = "use `trainer.scheduler.warmup_steps`, in steps"
 _NORM = "use `trainer.optim.max_norm`"
 _MODEL = "use `model.name`"
 _TEACHER = "use `teacher_inference.model.name` if the teacher is not the student's base model"
@@ -35,10 +34,11 @@ _ON_POLICY = "drop it: every completion is the student's own"
 _KEYS = {
     "trainer.optim.beta": "use `trainer.optim.betas1` and `trainer.optim.betas2`",
     "trainer.optim.betas": "use `trainer.optim.betas1` and `trainer.optim.betas2`",
+    "orchestrator.n": _GROUP,
+    "orchestrator.sampling.n": _GROUP,
 }
 _NAMES = {
     "learning_rate": "use `trainer.optim.lr`",
-    "optim": "use `trainer.optim.type`",
     "optimizer": "use the table `[trainer.optim]`",
     "adam_beta1": "use `trainer.optim.betas1`",
     "adam_beta2": "use `trainer.optim.betas2`",
@@ -47,8 +47,7 @@ _NAMES = {
     "gradient_clipping": _NORM,
     "lr_scheduler": _SCHEDULER,
     "lr_scheduler_type": _SCHEDULER,
-    "warmup_ratio": _WARMUP,
-    "warmup_steps": _WARMUP,
+    "warmup_ratio": "use `trainer.scheduler.warmup_steps`, in steps",
     "num_train_epochs": _EPOCHS,
     "num_epochs": _EPOCHS,
     "epochs": _EPOCHS,
@@ -61,7 +60,6 @@ _NAMES = {
     "per_device_eval_batch_size": "use `orchestrator.eval.batch_size`",
     "num_generations": _GROUP,
     "group_size": _GROUP,
-    "n": _GROUP,
     "num_iterations": _ONCE,
     "ppo_epochs": _ONCE,
     "beta": _KL,

@@ -36,7 +36,7 @@ def test_a_name_of_another_trainer_is_answered_with_the_right_key(
     with pytest.raises(UserError) as caught:
         load_config([minimal_config, f"--{key}", "1"])
     assert BROUGHT[key] in caught.value.fix
-    assert caught.value.what == f"{key} is not a setting of minidistill"
+    assert caught.value.what.startswith((f"{key} is not a setting", f"there is no {key}"))
 
 
 def test_every_hint_names_settings_that_exist() -> None:
@@ -51,4 +51,4 @@ def test_every_hint_names_settings_that_exist() -> None:
 def test_no_hint_shadows_a_setting() -> None:
     """A key that exists is never refused, but its name in a wrong table may be a typing error."""
     names = {str(path[-1]) for path, _ in tree.walk()}
-    assert names & set(hints._NAMES) == {"alpha", "optim", "warmup_steps"}
+    assert names & set(hints._NAMES) == {"alpha"}
