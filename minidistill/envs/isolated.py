@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import socket
@@ -18,6 +19,7 @@ from minidistill.errors import EXIT_ENVIRONMENT
 from minidistill.subprocesses import Subprocess
 from minidistill.types import Reward, Task
 
+logger = logging.getLogger(__name__)
 MODULE = "minidistill.envs.worker"
 LOAD_SECONDS = 600.0  # that the process gets to load the environment
 
@@ -122,8 +124,7 @@ class IsolatedEnvironment:
             process.kill()
         with self._lock:
             self._end_process()
-        if (close := getattr(self.environment, "close", None)) is not None:
-            close()
+        close_environments([self.environment])
 
     def _start(self) -> ScoringProcess:
         if self._closed:
@@ -170,7 +171,10 @@ class IsolatedEnvironment:
 
 
 def close_environments(environments: Iterable[Environment]) -> None:
-    """Call `close` of those that have it."""
+    """Call `close` of those that have it. An error there is logged: the run has ended."""
     for environment in environments:
-        if (close := getattr(environment, "close", None)) is not None:
-            close()
+        try:
+            if (close := getattr(environment, "close", None)) is not None:
+                close()
+        except Exception as error:
+            logger.warning(f"an environment could not be closed: {describe(error)}")

@@ -21,7 +21,8 @@ class Environment(Protocol):
     - `has_rewards = False`: its scores have no meaning. They are not computed.
     - `scores_in_process = True`: `score` is quick and cannot hang, so it needs no process that can
       be stopped: see `IsolatedEnvironment`.
-    - `score_all(attempts, report)`: scores many completions at once: see `score_attempts`.
+    - `score_all(attempts, report)`: scores many completions at once, in the process of the run: see
+      `score_attempts`.
     - `close()`: called at the end of the run.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable
@@ -36,6 +37,14 @@ def load_environments(configs: Iterable[EnvConfig], where: str) -> dict[str, Env
     for index, config in enumerate(configs):
         place = f"{where}.{index}"
         environment = load_environment(config.id, config.args, place)
+        missing = [name for name in ("train", "eval", "score") if not hasattr(environment, name)]
+        if missing:
+            raise UserError(
+                f"the environment {config.id!r} returned {reprlib.repr(environment)}, which has no "
+                f"{' and no '.join(missing)}",
+                where=place,
+                fix="return an object with train, eval and score: see docs/environments.md",
+            )
         if (
             config.score_timeout != "off"
             and has_rewards(environment)

@@ -101,9 +101,9 @@ class RunDirectory:
         """Raise UserError if a resumed run has another configuration than the original one."""
         before = _flatten(_without_time_limits(self.read("config.resolved.json")))
         now = _flatten(_without_time_limits(loaded.resolved()))
-        # The metrics do not depend on these, and a run that passed its limit of errors goes on with
-        # a higher one.
+        # The metrics do not depend on these.
         ignored = {"output_dir", "trainer_gpu_ids", "trainer.world_size", "trainer.shard"}
+        # A run that passed this limit goes on with a higher one.
         ignored.add("orchestrator.max_env_error_frac")
         ignored |= {key for key in {*before, *now} if key.startswith("wandb")}
         changed = sorted(k for k in {*before, *now} - ignored if before.get(k) != now.get(k))
@@ -202,7 +202,7 @@ def _without_time_limits(resolved: dict[str, Any]) -> dict[str, Any]:
     """A copy without the environments' `score_timeout`, which decides only what fails."""
     resolved = copy.deepcopy(resolved)
     orchestrator = resolved["orchestrator"]
-    for table in (orchestrator, orchestrator["eval"] or {}):
+    for table in (orchestrator, orchestrator.get("eval") or {}):
         for env in table.get("env") or ():
             env.pop("score_timeout", None)
     return resolved

@@ -104,6 +104,13 @@ def test_environments_are_loaded_by_name() -> None:
     assert caught.value.where == "orchestrator.env.2"
 
 
+def test_what_is_no_environment_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        load_environments([EnvConfig(id="builtins:dict")], "orchestrator.env")
+    assert caught.value.what.endswith("returned {}, which has no train and no eval and no score")
+    assert caught.value.where == "orchestrator.env.0"
+
+
 # -- scoring ------------------------------------------------------------------------------------
 
 
