@@ -79,15 +79,7 @@ def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "
             fix=f"{did_you_mean(id, names)}use one of {', '.join(names)}, install a package with "
             f"an entry point in the group {ENTRY_POINTS!r}, or write module:function",
         )
-    signature = inspect.signature(factory)
-    try:
-        signature.bind(**args)
-    except TypeError as error:
-        raise UserError(
-            f"environment {id!r} does not take these args: {error}",
-            where=where,
-            fix=f"its arguments are {signature}",
-        ) from None
+    _check_args(id, factory, args, where)
     try:
         environment: Environment = factory(**args)
     except (KeyboardInterrupt, UserError):
@@ -100,6 +92,22 @@ def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "
             exit_code=_exit_code(error),
         ) from error
     return environment
+
+
+def _check_args(id: str, factory: Callable[..., Any], args: dict[str, Any], where: str) -> None:
+    """Raise UserError if the factory does not take `args`."""
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # written in C, without a signature
+        return
+    try:
+        signature.bind(**args)
+    except TypeError as error:
+        raise UserError(
+            f"environment {id!r} does not take these args: {error}",
+            where=where,
+            fix=f"its arguments are {signature}",
+        ) from None
 
 
 def did_you_mean(name: str, names: Collection[str]) -> str:
