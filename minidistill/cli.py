@@ -50,9 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `minidistill config … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if "--traceback" in args:  # not from the parser, which may be what failed
             traceback.print_exc()
+        if isinstance(error, SystemExit):  # of an environment's code: never a success
+            error = RuntimeError(f"something called sys.exit({error.code!r})")
         return _print_error(error)
 
 

@@ -13,7 +13,7 @@ from support.judge_server import serving
 from support.runs import board, records
 
 from minidistill import cli
-from minidistill.errors import EXIT_HEALTH, EXIT_OK, EXIT_USAGE
+from minidistill.errors import EXIT_FAILED, EXIT_HEALTH, EXIT_OK, EXIT_USAGE
 
 HANGING = r"([\s\S]|[\s\S])*Q{9}"
 TOML = """
@@ -182,4 +182,15 @@ def test_an_unknown_reward_is_refused_before_anything_is_written(
 ) -> None:
     assert run(REWARD, "lenght") == EXIT_USAGE
     assert "did you mean 'length'" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_an_environment_that_exits_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.toml").write_text(
+        TOML.replace('id = "jsonl"', 'id = "support.faulty_rewards:LeavingEnv"').replace(
+            'args = { path = "prompts.jsonl" }', ""
+        )
+    )
+    assert run() == EXIT_FAILED
+    assert "something called sys.exit(0)" in capsys.readouterr().err
     assert not Path("out").exists()

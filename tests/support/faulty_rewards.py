@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from minidistill.envs import Reward, Task
@@ -62,3 +63,21 @@ def only_in_the_driver() -> Env:
     if "minidistill.envs.worker" in sys.orig_argv:
         raise FileNotFoundError("a file that has gone")
     return Env()
+
+
+class Leaving(Sequence[Task]):
+    """Tasks that end the program when they are read."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        sys.exit(0)
+
+
+class LeavingEnv(Env):
+    """An environment whose tasks end the program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.train = self.eval = Leaving()  # type: ignore[assignment]
