@@ -50,11 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `minidistill config … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         if "--traceback" in args:  # not from the parser, which may be what failed
             traceback.print_exc()
-        if isinstance(error, SystemExit):  # of an environment's code: never a success
-            error = RuntimeError(f"something called sys.exit({error.code!r})")
         return _print_error(error)
 
 
@@ -195,7 +193,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         return follow(loaded)  # torchrun: rank 0 is the driver, the other ranks only train
     from minidistill.run.loop import run
 
-    return run(loaded, resume=options.resume)
+    try:
+        return run(loaded, resume=options.resume)
+    except SystemExit as error:  # of an environment's code: never a success
+        raise RuntimeError(f"something called sys.exit({error.code!r})") from error
 
 
 def _add_plan(commands: _Commands) -> None:
