@@ -32,13 +32,16 @@ class ScoringProcess(Subprocess):
         watched, self._lifeline = os.pipe()
         try:
             descriptors = (theirs.fileno(), watched)
-            super().__init__(MODULE, [*map(str, descriptors)], descriptors)
+            # it imports from where this process does, which may have changed its directory since
+            paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+            imports = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
+            super().__init__(MODULE, [*map(str, descriptors)], descriptors, imports)
         finally:
             theirs.close()
             os.close(watched)
         self.connection = Connection(ours.detach())
         with contextlib.suppress(OSError):  # if it has died, the first `receive` reports it
-            self.connection.send((sys.path, id, args))
+            self.connection.send((sys.path, dict(os.environ), id, args))
 
     def receive(self, seconds: float) -> tuple[str, Any] | None:
         """What it sends within `seconds`, else None. Raises EOFError or OSError if it has died."""

@@ -87,7 +87,7 @@ def to_reward(value: object) -> Reward:
     """
     metrics: Mapping[Any, object] = {}
     if isinstance(value, Reward):
-        value, metrics = value.value, value.metrics
+        metrics, value = value.metrics, value.value
     elif isinstance(value, Mapping):
         if "reward" not in value:
             raise ScoringError(f'it returned {_short(value)}, without the key "reward"')

@@ -18,7 +18,9 @@ LONGEST_ERROR = 1000  # characters
 def main(connection: Connection, lifeline: int) -> None:
     """Load the environment that the driver names, then score its completions until it hangs up."""
     die_with_parent(lifeline)
-    sys.path[:], id, args = connection.recv()
+    sys.path[:], environment, id, args = connection.recv()
+    os.environ.clear()  # of what was set to find this module, which programs it starts do not need
+    os.environ.update(environment)
     try:
         scorer = load_environment(id, args)
     except BaseException as error:

@@ -72,9 +72,11 @@ def score(
             Attempt(r.prompt.task, r.text, len(r.completion.token_ids))
             for r in (rollouts[row] for row in rows)
         ]
-        score_attempts(
-            environments[name], attempts, lambda i, outcome, rows=rows: report(rows[i], outcome)
-        )
+
+        def report_attempt(index: int, outcome: Outcome, rows: Sequence[int] = rows) -> None:
+            report(rows[index], outcome)
+
+        score_attempts(environments[name], attempts, report_attempt)
     check(in_order())
     return rewards, in_order()
 

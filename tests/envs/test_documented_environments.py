@@ -61,8 +61,6 @@ def test_every_table_is_a_configuration(tmp_path: Path) -> None:
     assert len(tables) == 5
     for number, table in enumerate(tables):
         text = RUN.format(adv_tau=0 if "skip_verification" in table else 0.5)
-        if "[[orchestrator.env]]" not in table:
-            text += '[[orchestrator.env]]\nid = "jsonl"\nargs = { path = "prompts.jsonl" }\n'
         file = tmp_path / f"{number}.toml"
         file.write_text(text + table)
         load_config([str(file)])
@@ -71,9 +69,7 @@ def test_every_table_is_a_configuration(tmp_path: Path) -> None:
 def test_the_judge_can_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", "key")
     file = tmp_path / "judge.toml"
-    file.write_text(
-        RUN.format(adv_tau=0.5) + '[[orchestrator.env]]\nid = "jsonl"\n' + blocks("toml")[-1]
-    )
+    file.write_text(RUN.format(adv_tau=0.5) + blocks("toml")[-1])
     [env] = load_config([str(file)]).config.orchestrator.env
     assert not build(env.args["reward"]).needs_answer
 

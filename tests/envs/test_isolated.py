@@ -92,6 +92,19 @@ def test_a_process_that_ends_or_hangs_is_replaced(
     assert gone(first)
 
 
+def test_it_imports_what_the_driver_does(
+    env: IsolatedEnvironment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a directory with a module that hides one of the standard library's."""
+    (tmp_path / "socket.py").write_text("raise ImportError")
+    (tmp_path / "minidistill").mkdir()
+    (tmp_path / "minidistill" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "nowhere")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    assert env.score(env.train[0], "fine").metrics["safe path"] == 0
+
+
 def test_a_score_in_progress_ends_with_the_run() -> None:
     env = load(score_timeout=60)
     scored = pid(env)

@@ -33,7 +33,7 @@ def faulty(task: Task, completion: str) -> Any:
     if completion == "child":  # another process, and then a hang
         subprocess.Popen(["sleep", "3600"])
         time.sleep(3600)
-    return Reward(1.0, {"pid": os.getpid()})
+    return Reward(1.0, {"pid": os.getpid(), "safe path": "PYTHONSAFEPATH" in os.environ})
 
 
 def slow_when_long(task: Task, completion: str) -> float:
