@@ -91,18 +91,12 @@ def test_a_regular_expression_that_never_ends_stops_the_run(
     assert not scoring_processes()
 
 
-@pytest.mark.parametrize("fault", ["exit", "exit now"])
-def test_a_reward_that_exits_is_counted(fault: str, capsys: pytest.CaptureFixture[str]) -> None:
-    reward = "import sys, os\ndef rew(task, text):\n    {}\n    return 1.0\n".format(
-        {"exit": "sys.exit()", "exit now": "os._exit(0)"}[fault]
-    )
-    module = f"leaving_{fault.replace(' ', '_')}"
-    Path(f"{module}.py").write_text(reward)
-    assert run(REWARD, f"{module}:rew") == EXIT_HEALTH
+def test_a_reward_that_exits_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("leaving.py").write_text("import sys\ndef rew(task, text):\n    sys.exit()\n")
+    assert run(REWARD, "leaving:rew") == EXIT_HEALTH
     error = capsys.readouterr().err
     assert "the environment failed on 8 of 8 rollouts" in error
-    said = {"exit": "it called sys.exit()", "exit now": "it ended its process: exit code 0"}
-    assert said[fault] in error
+    assert "it called sys.exit()" in error
     assert not scoring_processes()
 
 
