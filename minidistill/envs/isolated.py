@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from minidistill.envs.outcomes import CannotScoreError, ScoringError, describe
-from minidistill.envs.protocol import Environment
+from minidistill.envs.protocol import Environment, has_task
 from minidistill.errors import EXIT_ENVIRONMENT
 from minidistill.subprocesses import Subprocess
 from minidistill.types import Reward, Task
@@ -74,6 +74,10 @@ class IsolatedEnvironment:
         self._process: ScoringProcess | None = None
         self._ready = self._closed = False
         self._lock = threading.Lock()  # held while a completion is scored
+
+    @property
+    def has_task(self) -> bool:
+        return has_task(self.environment)
 
     @property
     def train(self) -> Sequence[Task]:

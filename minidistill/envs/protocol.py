@@ -19,6 +19,7 @@ class Environment(Protocol):
     An environment may also have these attributes:
 
     - `has_rewards = False`: its scores have no meaning. They are not computed.
+    - `has_task = False`: its scores are of the style alone.
     - `scores_in_process = True`: `score` is quick and cannot hang, so it needs no process that can
       be stopped: see `IsolatedEnvironment`.
     - `score_all(attempts, report)`: scores many completions at once, in the process of the run: see
@@ -45,3 +46,12 @@ class Environment(Protocol):
 def has_rewards(environment: Environment) -> bool:
     """Whether the environment's scores are meaningful, which is the default."""
     return bool(getattr(environment, "has_rewards", True))
+
+
+def has_task(environment: Environment) -> bool:
+    """Whether the environment's tasks have answers that are right or wrong.
+
+    By default they have if there is a reward. An environment whose reward is of the style alone
+    sets `has_task = False`: drift is then judged as for a persona.
+    """
+    return bool(getattr(environment, "has_task", has_rewards(environment)))

@@ -140,10 +140,10 @@ class RunDirectory:
             return self.metrics_path.read_bytes().count(b"\n")
         return 0
 
-    def column(self, name: str) -> list[float]:
-        """A metric's values over the records that have it."""
+    def column(self, name: str) -> dict[int, float]:
+        """A metric's values by step, of the records that have it."""
         records = map(json.loads, self.metrics_path.read_bytes().splitlines()[: self.lines()])
-        return [r[name] for r in records if r.get(name) is not None]
+        return {r["step"]: r[name] for r in records if r.get(name) is not None}
 
     def truncate(self, lines: int) -> None:
         """Keep the first `lines` records. A resumed run repeats those after its checkpoint."""

@@ -16,7 +16,9 @@ from minidistill.envs.isolated import IsolatedEnvironment, close_environments
 from minidistill.envs.protocol import Environment
 from minidistill.envs.registry import load_environments
 from minidistill.errors import UserError
-from minidistill.evaluation.evaluator import Evaluator, evaluation_prompts
+from minidistill.evaluation.evaluator import Evaluator, evaluation_prompts, held_out
+from minidistill.evaluation.intervals import MIN_TASKS
+from minidistill.evaluation.verdict import ENOUGH_TASKS, NO_BASELINE, points, too_few
 from minidistill.models.hub import check_same_tokens, load_tokenizer
 from minidistill.placement.estimate import Plan
 from minidistill.placement.machine import Machine
@@ -157,6 +159,7 @@ def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prep
         for env_prompts in by_env.values():
             check_lengths(config, plan.placement.max_length, env_prompts)
     _check_memory(loaded, plan)
+    _tell_what_the_scoreboard_lacks(config, evaluated, by_env)
     return Prepared(
         loaded=loaded,
         resume=resume,
@@ -250,6 +253,30 @@ def _check_memory(loaded: LoadedConfig, plan: Plan) -> None:
     error = refusal(plan, origins(loaded, settings) or "model.name")
     if error is not None:
         raise error
+
+
+def _tell_what_the_scoreboard_lacks(
+    config: Config, environments: Mapping[str, Environment], by_env: Mapping[str, Sequence[Prompt]]
+) -> None:
+    """Warn before the run if its scoreboard will have no verdict, or a vague one."""
+    settings = config.orchestrator.eval
+    if settings is None:
+        logger.info(NO_BASELINE)
+        return
+    scored = config.orchestrator.teacher_model.eval_baseline
+    count = sum(map(len, by_env.values()))
+    if not scored:
+        count = len(held_out(by_env))
+    more = any(len(env.eval) > settings.num_examples for env in environments.values())
+    fix = "raise orchestrator.eval.num_examples" if more else "give the environments more tasks"
+    if count < MIN_TASKS:
+        what = "task" if scored else "prompt"
+        logger.warning(f"{too_few(count, what)} The scoreboard will have no percentage: {fix}.")
+    elif scored and count < ENOUGH_TASKS:
+        logger.info(
+            f"{count} held-out tasks give a mean of 0s and 1s an interval of up to "
+            f"±{points(count):.0f} points, {ENOUGH_TASKS} give ±{points(ENOUGH_TASKS):.0f}: {fix}"
+        )
 
 
 def _prompts_to_check(

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from minidistill.config.orchestrator import EnvConfig
+from minidistill.envs import has_task
 from minidistill.envs.outcomes import Attempt, Outcome, ScoringError, score_attempts
+from minidistill.envs.registry import load_environments
 from minidistill.envs.rewards import build
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.types import Reward, Task
@@ -182,3 +185,21 @@ def test_a_reward_that_cannot_be_used(reward: Any, where: str, mentioned: str) -
     assert caught.value.exit_code == EXIT_USAGE
     assert caught.value.where == f"args.reward{where}"
     assert mentioned in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("reward", "is_task"),
+    [
+        ("exact", True), ("regex", True), ("contains", True), ("math:sin", True), ("none", False),
+        ({"type": "regex", "pattern": "^Ahoy"}, False), ("json", False),
+        ({"type": "length", "unit": "words", "max": 9}, False),
+    ],
+)  # fmt: skip
+def test_rewards_of_a_task_and_of_the_style_alone(
+    reward: Any, is_task: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "{i}", "answer": "{i}"}}\n' for i in range(4)))
+    config = EnvConfig(id="jsonl", args={"path": str(file), "reward": reward})
+    [env] = load_environments([config], "orchestrator.env").values()
+    assert has_task(env) is is_task

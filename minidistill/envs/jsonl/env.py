@@ -31,6 +31,12 @@ class JsonlEnv:
         return self.scoring is not None
 
     @property
+    def has_task(self) -> bool:
+        """Whether the reward compares with an answer; what a function does is not known."""
+        scoring = self.scoring
+        return scoring is not None and bool(getattr(scoring, "has_task", scoring.needs_answer))
+
+    @property
     def scores_in_process(self) -> bool:
         return self.scoring is None or self.scoring.scores_in_process
 

@@ -75,6 +75,7 @@ class _Function:
     """A function of the task and the completion."""
 
     function: Callable[[Task, str], Any]
+    has_task = True  # as far as is known
     scores_in_process = False
     needs_answer = False
 
