@@ -113,7 +113,7 @@ class Evaluator:
         training, evaluation = self.config.orchestrator.sampling, self.settings.sampling
         requests = [
             Request(
-                prompt.teacher_ids if context else prompt.student_ids,
+                prompt.ids(role, context=context),
                 stable_seed(self.config.seed, "eval", prompt.env, prompt.task.id, sample),
             )
             for prompt, sample in jobs

@@ -72,11 +72,14 @@ class Session:
             components.placement,
             self.policy,
             self.engine,
+            self.builder,
             self.directory,
             self.first_step,
         )
         if not prepared.resume:
             facts = {"header": run_header.rows, "tasks": prepared.fingerprint}
+            if self.builder.began is not None:
+                facts["began"] = self.builder.began.isoformat()
             self.directory.create(prepared.loaded, facts)
         self.engine.sync(self.first_step - 1)
         self.monitor = open_monitors(self.config, self.directory.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from minidistill.errors import UserError
 from minidistill.evaluation.evaluator import Evaluator, evaluation_prompts, held_out
 from minidistill.evaluation.intervals import MIN_TASKS
 from minidistill.evaluation.verdict import ENOUGH_TASKS, NO_BASELINE, points, too_few
-from minidistill.models.hub import check_same_tokens, load_tokenizer
+from minidistill.models.hub import load_teacher_tokenizer, load_tokenizer
+from minidistill.models.weights import check_weights, refuse_adapters
 from minidistill.placement.estimate import Plan
 from minidistill.placement.machine import Machine
 from minidistill.placement.placement import Placement, origins
@@ -32,6 +34,7 @@ from minidistill.rollouts.async_collector import AsyncCollector
 from minidistill.rollouts.collector import Collector
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run import preflight
+from minidistill.tasks.chat_template import TemplateSettings
 from minidistill.tasks.lengths import check_lengths
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_rewards
@@ -137,17 +140,17 @@ def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prep
     if resume:
         directory.check_same_config(loaded)
     check_monitors(config)
+    refuse_adapters(config)
     tokenizer = load_tokenizer(config)
     environments = load_environments(orchestrator.env, "orchestrator.env")
     check_rewards(config, environments)
-    teacher = orchestrator.teacher_model
-    builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
+    began = directory.began() if resume else None
+    builder = _prompt_builder(config, tokenizer, began or datetime.now())
     prompts = _prompts_to_check(environments, builder)
     tasks = fingerprint(environments, prompts)
     if resume:
         directory.check_same_tasks(tasks)
     preflight.check_prompts(config, builder, prompts)
-    check_same_tokens(config, tokenizer)
     plan = _plan(loaded)
     check_lengths(config, plan.placement.max_length, prompts)
     evaluated, by_env = environments, {}
@@ -160,6 +163,7 @@ def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prep
             check_lengths(config, plan.placement.max_length, env_prompts)
     _check_memory(loaded, plan)
     _tell_what_the_scoreboard_lacks(config, evaluated, by_env)
+    check_weights(config)  # last, because it may download them
     return Prepared(
         loaded=loaded,
         resume=resume,
@@ -194,7 +198,12 @@ def build(prepared: Prepared, display: Display) -> Components:
         placement = launcher.start()
         ranks.start(config, placement)
         with explain_out_of_memory("loading the model", **SMALLER_MODEL):
-            policy = load_policy(config, prepared.tokenizer, placement)
+            policy = load_policy(
+                config,
+                prepared.tokenizer,
+                placement,
+                end_of_turn_ids=prepared.builder.end_of_turn_ids,
+            )
         budget = TokenBudget(placement.micro_batch_tokens)
         with explain_out_of_memory(preflight.DOING, **SMALLER_MODEL):
             shares = preflight.check_model(policy, prepared.prompts, budget)
@@ -236,6 +245,18 @@ def build(prepared: Prepared, display: Display) -> Components:
         budget=budget,
         ranks=ranks,
         environments=environments,
+    )
+
+
+def _prompt_builder(config: Config, tokenizer: Any, began: datetime) -> PromptBuilder:
+    """Renders the run's prompts, with the date and time at which it `began`."""
+    teacher, model = config.orchestrator.teacher_model, config.model
+    return PromptBuilder(
+        tokenizer,
+        teacher.context,
+        teacher.context_placement,
+        teacher_tokenizer=load_teacher_tokenizer(config, tokenizer),
+        settings=TemplateSettings(model.chat_template_kwargs, began, model.special_tokens_in_text),
     )
 
 
