@@ -15,7 +15,7 @@ from minidistill.config import Config
 from minidistill.placement.attention import FLASH
 from minidistill.placement.model_shape import ModelShape
 from minidistill.placement.placement import Placement
-from minidistill_kernels.distill import chunk_tokens
+from minidistill_kernels.op import chunk_tokens
 
 MemoryBreakdown = dict[str, int]
 """Bytes by the name of a part."""

@@ -18,7 +18,7 @@ from minidistill_kernels import (
     reverse_kl,
     selective_logprob,
 )
-from minidistill_kernels.distill import linear_op
+from minidistill_kernels.op import linear_op
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -166,9 +166,9 @@ def test_opcheck():
     settings = [0.5, 1.0, 0.5, 0.8, 2.0, 0.125, 8.0]
     torch.library.opcheck(
         linear_op,
-        (case["h_s"].requires_grad_(), case["weight"], case["ids"], case["h_t"], None,
-         case["advantage"], case["sampler"], None, None, None, None, "full", 4, settings,
-         None, 2, True, False),
+        (case["h_s"].requires_grad_(), case["weight"], case["ids"], None, case["h_t"], None, None,
+         [0.0, 0.0, 1.0], case["advantage"], case["sampler"], None, None, None, None, "full", 4,
+         settings, None, 2, True, False),
     )  # fmt: skip
 
 
