@@ -51,7 +51,7 @@ def drift_kl(
     """
     tasks = [Task(str(i), ({"role": "user", "content": q},)) for i, q in enumerate(UNRELATED)]
     view = [builder.build("unrelated", task).student_ids for task in tasks]
-    if policy.holds(Role.BASE):
+    if policy.holds(Role.BASE) and policy.can_sample:
         engine.sleep()
         engine = EmbeddedEngine(policy, PrefixCache(policy, shares=False))
     elif policy.teacher_weights is not Weights.BASE:
@@ -59,6 +59,7 @@ def drift_kl(
     completions = _sample(config, engine, view, "drift", Role.BASE, DRIFT_TOKENS)
     roles = Role.BASE, Role.STUDENT
     if policy.holds(Role.BASE):
+        engine.sleep()
         doing = "computing the drift on unrelated prompts"
         return _mean_kl(config, policy, completions, (view, view), roles, budget, doing)
     return _sampled_kl(engine, completions, (view, view), roles)

@@ -29,6 +29,7 @@ from minidistill.rollouts.async_collector import AsyncCollector
 from minidistill.rollouts.collector import Collector
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run import preflight
+from minidistill.run.model_checks import DOING, check_model
 from minidistill.tasks.lengths import check_lengths
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_rewards
@@ -177,8 +178,9 @@ def build(prepared: Prepared, display: Display) -> Components:
         with explain_out_of_memory("loading the model", **SMALLER_MODEL):
             policy = load_policy(config, prepared.tokenizer, placement)
         budget = TokenBudget(placement.micro_batch_tokens)
-        with explain_out_of_memory(preflight.DOING, **SMALLER_MODEL):
-            shares = preflight.check_model(policy, prepared.prompts, budget)
+        with explain_out_of_memory(DOING, **SMALLER_MODEL):
+            samples = placement.student.in_trainer
+            shares = check_model(policy, prepared.prompts, budget, samples=samples)
         with explain_out_of_memory("preparing the optimizer", **SMALLER_MODEL):
             prefixes = PrefixCache(policy, shares)
             trainer = build_trainer(policy, config, placement, ranks.group, prefixes)

@@ -1,0 +1,77 @@
+"""Probes of a model: how far what a run does with it is from each sequence alone.
+
+Shapes: `_N` tokens, `_H` hidden, `_V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from minidistill.engines.embedded import EmbeddedEngine
+from minidistill.trainer.batching import collate
+from minidistill.trainer.forward import PrefixCache, hidden_states
+from minidistill.trainer.policy import Policy
+from minidistill.types import Request, Role, SamplingParams
+
+Ids = tuple[int, ...]
+TOKENS = 6  # sampled for each prompt
+LEAK_TOKENS = 256  # of a sequence, at most
+
+
+def own_logprobs(policy: Policy, prompt: Ids, completion: Ids) -> Tensor:
+    """The model's own log-probs at a completion's positions, (len(completion), vocabulary) fp32.
+
+    The model is asked for the last logits only: all of them may be gigabytes.
+    """
+    needed = len(completion) + 1
+    parameters = inspect.signature(policy.causal.forward).parameters
+    options = {"logits_to_keep": needed} if "logits_to_keep" in parameters else {}
+    ids_BL = torch.tensor([[*prompt, *completion]], device=policy.device)
+    logits_BLV = policy.causal(input_ids=ids_BL, use_cache=False, **options).logits
+    return logits_BLV[0, -needed:-1].float().log_softmax(-1)
+
+
+def largest_leak(policy: Policy, first: Ids, second: Ids, *, packed: bool) -> float:
+    """How much `second`'s hidden states change if `first`, in the same batch, has other tokens.
+
+    Relative to the largest hidden state. It is 0 if no sequence reads another, whatever the dtype:
+    the passes have the same shapes. Only experts, whose batches depend on all tokens, round anew.
+    """
+    first, second = first[:LEAK_TOKENS], second[:LEAK_TOKENS]
+
+    def states(first: Ids) -> Tensor:
+        # every position but the last, as those of a completion
+        prompts, completions = [first[:1], second[:1]], [first[1:], second[1:]]
+        tokens = collate(prompts, completions, pad_id=policy.pad_id, packed=packed)
+        return hidden_states(policy, tokens)[len(first) - 1 :].float()
+
+    before_NH, after_NH = states(first), states(first[::-1])
+    return float((after_NH - before_NH).abs().max() / before_NH.abs().max())
+
+
+def sampling_error(policy: Policy, prompts: Sequence[Ids], role: Role, shares: bool) -> float:
+    """The `kl/sampler_mismatch` of completions that the trainer's model samples.
+
+    Prompts have different lengths, and each is read once for two completions. Half of the
+    vocabulary ends a completion, so that rows leave the batch at most steps.
+    """
+    ends = frozenset(range(0, len(policy.head_VH), 2))
+    policy = replace(policy, eos_ids=ends)
+    engine = EmbeddedEngine(policy, PrefixCache(policy, shares))
+    shortened = [prompt[: max(2, len(prompt) - i)] for i, prompt in enumerate(prompts)]
+    requests = [Request(prompt, seed) for prompt in shortened for seed in range(2)]
+    completions = engine.generate(requests, SamplingParams(TOKENS), role)
+    logp, sampler = [], []
+    with policy.inference(), policy.running_as(role):
+        for request, completion in zip(requests, completions, strict=True):
+            logp_NV = own_logprobs(policy, request.prompt_ids, completion.token_ids)
+            ids_N = torch.tensor(completion.token_ids, device=policy.device)
+            logp.append(logp_NV.gather(1, ids_N[:, None])[:, 0].cpu())
+            sampler.append(torch.tensor(completion.logprobs))
+    log_ratio_N = (torch.cat(logp) - torch.cat(sampler)).double()
+    return float((log_ratio_N.exp() - 1 - log_ratio_N).mean())
