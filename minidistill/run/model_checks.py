@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.run.probes import Ids, largest_leak, own_logprobs, sampling_error
+from minidistill.run.probes import (
+    Ids,
+    attention_error,
+    largest_leak,
+    own_logprobs,
+    sampling_error,
+)
 from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import (
     PrefixCache,
@@ -63,6 +69,7 @@ def check_model(
     roles = (Role.STUDENT, Role.TEACHER) if other else (Role.STUDENT,)
     for role in roles:
         with policy.inference(), policy.running_as(role):
+            _check_attention(policy, prompts[0].student_ids, tolerance)
             _check_logits(policy, prompts, completions, tolerance, budget)
             if policy.attention.packed:
                 _check_packed_passes(policy, prompts, completions, tolerance, budget)
@@ -72,6 +79,20 @@ def check_model(
     for role in roles:
         _check_sampling(policy, [p.student_ids for p in prompts], role, shares, samples)
     return shares
+
+
+def _check_attention(policy: Policy, prompt: Ids, tolerance: float) -> None:
+    """Check that the chosen attention is what the model's own code computes."""
+    error = attention_error(policy, prompt)
+    if not error <= tolerance:
+        name = policy.causal.config._attn_implementation
+        raise UserError(
+            f"{name} attention is not this model's: its probabilities times the differences of "
+            f"their logs reach {error:.2g}",
+            where="model.attn",
+            fix='use model.attn = "eager"',
+            exit_code=EXIT_ENVIRONMENT,
+        )
 
 
 def _check_logits(

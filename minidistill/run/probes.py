@@ -20,7 +20,7 @@ from minidistill.types import Request, Role, SamplingParams
 
 Ids = tuple[int, ...]
 TOKENS = 6  # sampled for each prompt
-LEAK_TOKENS = 256  # of a sequence, at most
+PROBE_TOKENS = 256  # of a sequence, at most
 
 
 def own_logprobs(policy: Policy, prompt: Ids, completion: Ids) -> Tensor:
@@ -36,13 +36,31 @@ def own_logprobs(policy: Policy, prompt: Ids, completion: Ids) -> Tensor:
     return logits_BLV[0, -needed:-1].float().log_softmax(-1)
 
 
+def attention_error(policy: Policy, ids: Ids) -> float:
+    """The largest difference of log-probs between the model's attention and its eager one.
+
+    Eager attention is the model's own code. Others may leave out what they do not know.
+    """
+    ids, model = ids[:PROBE_TOKENS], policy.causal
+    chosen = model.config._attn_implementation
+    prompt, completion = ids[:1], ids[1:]
+    logp_NV = own_logprobs(policy, prompt, completion)
+    model.set_attn_implementation("eager")
+    try:
+        eager_NV = own_logprobs(policy, prompt, completion)
+    finally:
+        model.set_attn_implementation(chosen)
+    # log-probs of tokens with negligible probability carry no information
+    return float(((logp_NV - eager_NV).abs() * eager_NV.exp()).max())
+
+
 def largest_leak(policy: Policy, first: Ids, second: Ids, *, packed: bool) -> float:
     """How much `second`'s hidden states change if `first`, in the same batch, has other tokens.
 
     Relative to the largest hidden state. It is 0 if no sequence reads another, whatever the dtype:
     the passes have the same shapes. Only experts, whose batches depend on all tokens, round anew.
     """
-    first, second = first[:LEAK_TOKENS], second[:LEAK_TOKENS]
+    first, second = first[:PROBE_TOKENS], second[:PROBE_TOKENS]
 
     def states(first: Ids) -> Tensor:
         # every position but the last, as those of a completion
