@@ -11,6 +11,9 @@ SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
 }  # fmt: skip
+VLLM_SIZES = {  # that vLLM's attention takes
+    "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+}  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 VISION = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -117,8 +120,11 @@ CHATML = """\
 {%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
 
 
-def build(name: str, folder: Path) -> Path:
-    """Save the model `name` in a folder of `folder`, in fp32, and return that."""
+def build(name: str, folder: Path, **sizes: Any) -> Path:
+    """Save the model `name` in a folder of `folder`, in fp32, and return that.
+
+    `sizes` replace those of SIZES.
+    """
     from transformers import AutoConfig
 
     kind, fields = ARCHITECTURES[name]
@@ -126,10 +132,12 @@ def build(name: str, folder: Path) -> Path:
     # a few more rows than tokens, as many models have
     ids = {"vocab_size": 280, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 1}
     if "text_config" in fields:
-        text = {**SIZES, **ids, **fields["text_config"]}
+        text = {**SIZES, **sizes, **ids, **fields["text_config"]}
         model_config = AutoConfig.for_model(kind, **{**ids, **fields, "text_config": text})
     else:
-        model_config = AutoConfig.for_model(kind, **{**SIZES, "bos_token_id": 1, **ids, **fields})
+        model_config = AutoConfig.for_model(
+            kind, **{**SIZES, **sizes, "bos_token_id": 1, **ids, **fields}
+        )
     from minidistill.models.auto import model_class
 
     torch.manual_seed(0)

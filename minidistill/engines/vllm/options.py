@@ -12,7 +12,7 @@ from torch import nn
 from minidistill.config import Config
 from minidistill.config.schema import LoraConfig
 from minidistill.errors import UserError
-from minidistill.models.auto import model_class, text_linears
+from minidistill.models.auto import is_multimodal, model_class, text_linears
 from minidistill.models.registry import resolve
 from minidistill.placement import vllm_version
 from minidistill.placement.limits import (
@@ -74,6 +74,8 @@ def build_options(
         "seed": config.seed,
         "tensor_parallel_size": engine.tp,
     }
+    if is_multimodal(model):
+        arguments["language_model_only"] = True
     adapter: dict[str, Any] = {}
     adapters = adapter_options(config, model, teacher=teacher)
     if adapters and (lora := config.trainer.model.lora):
@@ -141,7 +143,7 @@ def _targets(lora: LoraConfig, model: Any) -> list[str]:
         for target in targets:
             if any(name == target or name.endswith(f".{target}") for name in embeddings):
                 raise UserError(
-                    f"vLLM does not apply an adapter to the embedding {target}",
+                    f"an adapter on the embedding {target} cannot be sent to vLLM",
                     where="trainer.model.lora.target_modules",
                     fix=f'leave {target} out, or use inference.engine = "embedded"',
                 )
