@@ -127,7 +127,7 @@ def _with_adapter(config: Config, lora: LoraConfig, base: Any, dtype: str | None
         raise UserError(
             f"this model cannot have an adapter: {str(error).splitlines()[0]}",
             where="trainer.model.lora.target_modules",
-            fix='use "all-linear" or names of linear layers that the model has',
+            fix="name linear layers of the model that can have one, as peft's message says",
         ) from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if isinstance(base.get_output_embeddings(), peft.tuners.lora.LoraLayer):

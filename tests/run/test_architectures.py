@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.tiny_models import ARCHITECTURES, build
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny_models import ARCHITECTURES, TARGETS, build
 from support.tiny_runs import train
 from support.verification import largest_difference
 
@@ -27,7 +29,8 @@ def test_a_runs_figures_are_the_models(
     name: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     model = build(name, tmp_path)
-    assert train(tmp_path, model) == EXIT_OK
+    targets = ("--trainer.model.lora.target_modules", TARGETS[name]) if name in TARGETS else ()
+    assert train(tmp_path, model, *targets) == EXIT_OK
     record_property("largest difference", assert_exact(tmp_path, model))
 
 
@@ -93,6 +96,10 @@ def test_attention_that_leaves_the_models_cap_out_is_refused(
 def test_padding_that_changes_a_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A bias before a convolution makes padding more than zeros."""
     model = build("lfm2_conv_bias", tmp_path)
+    weights = load_file(model / "model.safetensors")
+    large = {name: 30 * w if name.endswith("in_proj.bias") else w for name, w in weights.items()}
+    assert any(not torch.equal(large[name], weights[name]) for name in weights)
+    save_file(large, model / "model.safetensors", {"format": "pt"})
     assert train(tmp_path, model) == EXIT_OK
     assert "prompts of different lengths are sampled from one after the other" in (
         capsys.readouterr().out

@@ -43,7 +43,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {"sliding_window": None}),
     "phi": ("phi", {"num_key_value_heads": 4}),
     "gemma": ("gemma", {}),
-    "gemma2": ("gemma2", {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, **WINDOW}),
+    "gemma2": (
+        "gemma2",
+        {
+            "final_logit_softcapping": 5.0, "attn_logit_softcapping": 1.0,
+            "query_pre_attn_scalar": 8, **WINDOW,
+        },
+    ),
     "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 8, **SLIDING}),
     "granite": ("granite", {"logits_scaling": 8.0}),
     "cohere": ("cohere", {"logit_scale": 0.25}),
@@ -71,7 +77,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "n_routed_experts": 4, "n_group": 1, "topk_group": 1, **EXPERTS, "kv_lora_rank": 8,
             "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
-            "first_k_dense_replace": 1, "num_key_value_heads": 4,
+            "first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 4,
         },
     ),
     "lfm2": ("lfm2", CONVOLUTION),
@@ -114,6 +120,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+
+# peft refuses adapters on some layers of these
+TARGETS = {"falcon_h1": "q_proj,v_proj,up_proj"}
 
 CHATML = """\
 {%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' -}}

@@ -39,7 +39,9 @@ PROMPTS = ("Name a colour.", "What is the capital of Peru?", "Rain or snow?", "H
 def write_config(folder: Path, model: Path) -> str:
     """The path of a configuration for the model in the folder `model`."""
     prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    prompts.write_text(
+        "".join(json.dumps({"prompt": text, "answer": "x"}) + "\n" for text in PROMPTS)
+    )
     config = folder / "config.toml"
     config.write_text(CONFIG.format(model=model, prompts=prompts))
     return str(config)
