@@ -66,8 +66,9 @@ def place_attention(
         if packing == "auto" and obstacle:
             return Attention(FLASH, False, obstacle)
         return Attention(FLASH, packing is not False, "model.attn")
-    if asked == "auto" and any(map(_caps_scores, model_configs)):
-        why = "the model caps its attention scores, and SDPA cannot"
+    if asked == "auto" and (capped := list(filter(_caps_scores, model_configs))):
+        kind = capped[0].get_text_config().model_type
+        why = f"{kind} models cap their attention scores, which SDPA leaves out"
         return Attention("eager", packing is True, why)
     if asked == "auto":
         if not obstacle and packing is True:

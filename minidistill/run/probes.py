@@ -19,7 +19,8 @@ from minidistill.trainer.policy import Policy
 from minidistill.types import Request, Role, SamplingParams
 
 Ids = tuple[int, ...]
-TOKENS = 6  # sampled for each prompt
+PROMPTS = 3  # to sample from
+TOKENS = 6  # of a sample
 PROBE_TOKENS = 256  # of a sequence, at most
 
 
@@ -75,14 +76,15 @@ def largest_leak(policy: Policy, first: Ids, second: Ids, *, packed: bool) -> fl
 def sampling_error(policy: Policy, prompts: Sequence[Ids], role: Role, shares: bool) -> float:
     """The `kl/sampler_mismatch` of completions that the trainer's model samples.
 
-    Prompts have different lengths, and each is read once for two completions. Half of the
-    vocabulary ends a completion, so that rows leave the batch at most steps.
+    Prompts have different lengths, two of each, and each is read once for two completions. Half of
+    the vocabulary ends a completion, so that rows leave the batch at most steps.
     """
     ends = frozenset(range(0, len(policy.head_VH), 2))
     policy = replace(policy, eos_ids=ends)
     engine = EmbeddedEngine(policy, PrefixCache(policy, shares))
-    shortened = [prompt[: max(2, len(prompt) - i)] for i, prompt in enumerate(prompts)]
-    requests = [Request(prompt, seed) for prompt in shortened for seed in range(2)]
+    shortened = [prompt[: max(2, len(prompt) - i)] for i, prompt in enumerate(prompts[:PROMPTS])]
+    swapped = [(*prompt[:-2], prompt[-1], prompt[-2]) for prompt in shortened]
+    requests = [Request(prompt, seed) for prompt in (*shortened, *swapped) for seed in range(2)]
     completions = engine.generate(requests, SamplingParams(TOKENS), role)
     logp, sampler = [], []
     with policy.inference(), policy.running_as(role):

@@ -157,3 +157,11 @@ def test_this_machine_has_flash_attn_if_its_package_is_installed(
     monkeypatch.setattr(metadata, "version", lambda name: "2.8.0" if name == "flash-attn" else "0")
     assert Machine.local().flash_attn is True
     assert Machine.imagined(1, 80 * GIB).flash_attn is True
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU])
+def test_models_that_cap_their_scores_run_eager(configure: Configure, machine: Machine) -> None:
+    found = chosen(configure, tiny_config("gemma2"), machine=machine)
+    assert (found.implementation, found.packed) == ("eager", False)
+    assert "gemma2 models cap their attention scores" in found.reason
+    assert chosen(configure, tiny_config("gemma2"), "--trainer.packing").packed

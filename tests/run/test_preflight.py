@@ -80,7 +80,7 @@ def test_a_model_that_cannot_be_sampled_from(
         raise AttributeError("no such state\nand more")
 
     monkeypatch.setattr("minidistill.engines.embedded.select_rows", fail)
-    with pytest.raises(UserError, match=r"AttributeError: no such state$") as caught:
+    with pytest.raises(UserError, match="AttributeError: no such state\n") as caught:
         check_model(lab)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     prompts = [r.prompt for r in lab.rollouts[::4]]
