@@ -101,8 +101,8 @@ def compute(
     d_hidden = hidden_NH.new_zeros(shape, dtype=dtype)
     shape = (vocab if train_head else 0, hidden_NH.shape[1])
     d_weight = hidden_NH.new_zeros(shape, dtype=torch.float32)
-    shape = (vocab if train_head and bias_V is not None else 0,)
-    d_bias = hidden_NH.new_zeros(shape, dtype=torch.float32)
+    biases = vocab if train_head and bias_V is not None else 0
+    d_bias = hidden_NH.new_zeros(biases, dtype=torch.float32)
     count = tokens if rows is None else len(rows)
     if count == 0:
         return out, d_hidden, d_weight, d_bias
@@ -236,7 +236,7 @@ def linear_op(
         raise ValueError(f"topk_ids_NK: an id is outside the vocabulary of {weight.shape[0]}")
     numbers = dict(zip(SETTINGS, settings, strict=True))
     obj = Objective(mode, top_k, kl_clip=kl_clip, **numbers)
-    out, *gradients = compute(
+    out, d_hidden, d_weight, d_bias = compute(
         hidden,
         weight,
         bias,
@@ -253,7 +253,7 @@ def linear_op(
         train_head,
     )
     metrics = out[1 : 1 + len(METRICS)].clone()
-    return out[0].clone(), metrics, out[1 + len(METRICS) :] > 0, *gradients
+    return out[0].clone(), metrics, out[1 + len(METRICS) :] > 0, d_hidden, d_weight, d_bias
 
 
 @linear_op.register_fake

@@ -56,8 +56,8 @@ def find_logit_map(causal: Any) -> LogitMap:
     for cap in (None, *caps):
         scale = _measured_scale(product_NV, logits_NV, cap)
         named = _named(scale, numbers.values())
-        error = (LogitMap(named or scale, cap)(product_NV) - logits_NV).abs().max()
-        candidates.append((float(error), cap, scale, named))
+        mapped_NV = LogitMap(named or scale, cap)(product_NV)
+        candidates.append((float((mapped_NV - logits_NV).abs().max()), cap, scale, named))
     # NaN, which compares as no number does, is the worst
     error, cap, scale, named = min(candidates, key=lambda c: c[0] if c[0] >= 0 else torch.inf)
     limit = TOLERANCE[causal.get_output_embeddings().weight.dtype] * float(logits_NV.abs().max())
