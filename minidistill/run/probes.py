@@ -16,10 +16,10 @@ from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import PrefixCache, hidden_states
 from minidistill.trainer.policy import Policy
-from minidistill.types import Request, Role, SamplingParams
+from minidistill.types import Completion, Request, Role, SamplingParams
 
 Ids = tuple[int, ...]
-PROMPTS = 3  # to sample from
+PROMPTS = 2  # to sample from, and as many others of their lengths
 TOKENS = 6  # of a sample
 PROBE_TOKENS = 256  # of a sequence, at most
 
@@ -76,19 +76,25 @@ def largest_leak(policy: Policy, first: Ids, second: Ids, *, packed: bool) -> fl
 def sampling_error(policy: Policy, prompts: Sequence[Ids], role: Role, shares: bool) -> float:
     """The `kl/sampler_mismatch` of completions that the trainer's model samples.
 
-    Prompts have different lengths, two of each, and each is read once for two completions. Half of
-    the vocabulary ends a completion, so that rows leave the batch at most steps.
+    Prompts have different lengths, two of each, and each is read once for two completions. They are
+    sampled once without an end, and once with ends at which rows leave the batch one by one.
     """
-    ends = frozenset(range(0, len(policy.head_VH), 2))
-    policy = replace(policy, eos_ids=ends)
-    engine = EmbeddedEngine(policy, PrefixCache(policy, shares))
-    shortened = [prompt[: max(2, len(prompt) - i)] for i, prompt in enumerate(prompts[:PROMPTS])]
-    swapped = [(*prompt[:-2], prompt[-1], prompt[-2]) for prompt in shortened]
-    requests = [Request(prompt, seed) for prompt in (*shortened, *swapped) for seed in range(2)]
-    completions = engine.generate(requests, SamplingParams(TOKENS), role)
+    shortened = [prompt[: max(4, len(prompt) - i)] for i, prompt in enumerate(prompts[:PROMPTS])]
+    others = [
+        prompt[: len(prompt) // 2] + prompt[: len(prompt) // 2 - 1 : -1] for prompt in shortened
+    ]
+    requests = [Request(prompt, seed) for prompt in (*shortened, *others) for seed in range(2)]
+
+    def sample(ends: frozenset[int]) -> list[Completion]:
+        engine = EmbeddedEngine(replace(policy, eos_ids=ends), PrefixCache(policy, shares))
+        return engine.generate(requests, SamplingParams(TOKENS), role)
+
+    endless = sample(frozenset())
+    later = {c.token_ids[1 + i % (TOKENS - 1)] for i, c in enumerate(endless[::2])}
+    ended = sample(frozenset(later - {c.token_ids[0] for c in endless}))
     logp, sampler = [], []
     with policy.inference(), policy.running_as(role):
-        for request, completion in zip(requests, completions, strict=True):
+        for request, completion in zip([*requests, *requests], [*endless, *ended], strict=True):
             logp_NV = own_logprobs(policy, request.prompt_ids, completion.token_ids)
             ids_N = torch.tensor(completion.token_ids, device=policy.device)
             logp.append(logp_NV.gather(1, ids_N[:, None])[:, 0].cpu())

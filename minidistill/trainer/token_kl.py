@@ -48,7 +48,11 @@ def token_kl(
                 heads.append(policy.head)
         shared = heads[1].weight_VH is heads[0].weight_VH
         kl_N = linear_reverse_kl(
-            *hidden, heads[0], None if shared else heads[1], temperature=temperature
+            hidden[0],
+            hidden[1],
+            heads[0],
+            None if shared else heads[1],
+            temperature=temperature,
         )
         return kl_N.cpu().split([len(c) for c in batch])
 
