@@ -132,7 +132,7 @@ CHATML = """\
 def build(name: str, folder: Path, **sizes: Any) -> Path:
     """Save the model `name` in a folder of `folder`, in fp32, and return that.
 
-    `sizes` replace those of SIZES.
+    `sizes` replace those of SIZES and of the table.
     """
     from transformers import AutoConfig
 
@@ -141,11 +141,11 @@ def build(name: str, folder: Path, **sizes: Any) -> Path:
     # a few more rows than tokens, as many models have
     ids = {"vocab_size": 280, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 1}
     if "text_config" in fields:
-        text = {**SIZES, **sizes, **ids, **fields["text_config"]}
+        text = {**SIZES, **ids, **fields["text_config"], **sizes}
         model_config = AutoConfig.for_model(kind, **{**ids, **fields, "text_config": text})
     else:
         model_config = AutoConfig.for_model(
-            kind, **{**SIZES, **sizes, "bos_token_id": 1, **ids, **fields}
+            kind, **{**SIZES, "bos_token_id": 1, **ids, **fields, **sizes}
         )
     from minidistill.models.auto import model_class
 
