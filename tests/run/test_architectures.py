@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_models import ARCHITECTURES, TARGETS, build
+from support.tiny_models import ARCHITECTURES, SIBLINGS, TARGETS, build
 from support.tiny_runs import train
 from support.verification import largest_difference
 
@@ -18,13 +18,17 @@ LIMIT = 1e-5
 """Of the largest difference of a log-prob or a KL from float64, nats."""
 
 
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def assert_exact(folder: Path, model: Path) -> float:
     error = max(largest_difference(folder / "run", model, step) for step in (1, 2))
     assert error <= LIMIT
     return error
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [slow(n) if n in SIBLINGS else n for n in ARCHITECTURES])
 def test_a_runs_figures_are_the_models(
     name: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -34,15 +38,15 @@ def test_a_runs_figures_are_the_models(
     record_property("largest difference", assert_exact(tmp_path, model))
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "gemma3", "mixtral"])
+@pytest.mark.parametrize("name", [slow("gpt_neox"), slow("gemma3"), "mixtral"])
 def test_packed_sequences_of_models_that_keep_them_apart(name: str, tmp_path: Path) -> None:
     model = build(name, tmp_path)
     assert train(tmp_path, model, "--trainer.packing") == EXIT_OK
     assert_exact(tmp_path, model)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["opt", "bloom", "lfm2", "qwen3_5"])
+@pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
+@pytest.mark.parametrize("name", ["opt", "bloom", "lfm2", slow("qwen3_5")])
 def test_packing_that_leaks_is_refused(
     name: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,7 +57,7 @@ def test_packing_that_leaks_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom"])
+@pytest.mark.parametrize("name", ["gpt2", slow("opt"), slow("bloom")])
 @pytest.mark.parametrize(
     "flags", [("--trainer.model.ac",), ("--trainer.model.lora.dropout", "0.3")]
 )
