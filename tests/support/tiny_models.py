@@ -122,10 +122,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 # Close to others of the table
-SIBLINGS = frozenset(
-    ("llama_biases", "ministral", "hyperclovax", "nanochat", "glm4", "exaone4", "stablelm")
-    + ("starcoder2", "gpt_bigcode", "gptj", "olmoe", "falcon_h1", "granite_hybrid")
-)
+SIBLINGS = {
+    "llama_biases", "ministral", "hyperclovax", "nanochat", "glm4", "exaone4", "stablelm",
+    "starcoder2", "gpt_bigcode", "gptj", "olmoe", "falcon_h1", "granite_hybrid",
+}  # fmt: skip
 # peft refuses adapters on some layers of these
 TARGETS = {"falcon_h1": "q_proj,v_proj,up_proj"}
 
