@@ -56,18 +56,16 @@ def largest_difference(run: Path, model: Path, step: int, temperature: float = 1
 
 def load_float64(model: Path) -> Any:
     """The model in float64, with transformers' plain code for attention and experts."""
-    from transformers import AutoConfig
-
-    from minidistill.models.auto import model_class
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     settings = AutoConfig.from_pretrained(model)
     experts = any("experts" in name for name in settings.get_text_config().to_dict())
     options = {"experts_implementation": "eager"} if experts else {}
-    return (
-        model_class(settings)
-        .from_pretrained(model, dtype=torch.float64, attn_implementation="eager", **options)
-        .eval()
-    )
+    kind = AutoModelForCausalLM if type(settings) in CAUSAL else AutoModelForImageTextToText
+    return kind.from_pretrained(
+        model, dtype=torch.float64, attn_implementation="eager", **options
+    ).eval()
 
 
 @torch.no_grad()
