@@ -34,6 +34,7 @@ from minidistill.rollouts.async_collector import AsyncCollector
 from minidistill.rollouts.collector import Collector
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run import preflight
+from minidistill.run.model_checks import DOING, check_model
 from minidistill.tasks.chat_template import TemplateSettings
 from minidistill.tasks.lengths import check_lengths
 from minidistill.tasks.prompts import PromptBuilder
@@ -205,8 +206,9 @@ def build(prepared: Prepared, display: Display) -> Components:
                 end_of_turn_ids=prepared.builder.end_of_turn_ids,
             )
         budget = TokenBudget(placement.micro_batch_tokens)
-        with explain_out_of_memory(preflight.DOING, **SMALLER_MODEL):
-            shares = preflight.check_model(policy, prepared.prompts, budget)
+        with explain_out_of_memory(DOING, **SMALLER_MODEL):
+            samples = placement.student.in_trainer
+            shares = check_model(policy, prepared.prompts, budget, samples=samples)
         with explain_out_of_memory("preparing the optimizer", **SMALLER_MODEL):
             prefixes = PrefixCache(policy, shares)
             trainer = build_trainer(policy, config, placement, ranks.group, prefixes)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
 
 from minidistill.config import Config
 from minidistill.config.schema import LoraConfig
 from minidistill.errors import UserError
+from minidistill.models.auto import outside_text
 from minidistill.models.weights import load_weights
 from minidistill.placement.placement import Placement
 from minidistill.trainer import attention
+from minidistill.trainer.head import PRODUCT, find_logit_map
+from minidistill.trainer.modes import checkpoint_activations, set_dropout
 from minidistill.trainer.policy import Policy, Weights, frozen_copy
 
 
@@ -40,31 +43,28 @@ def load_policy(
     attention.register()
     implementation = placement.attention.implementation
     base = _load_weights(config, config.model.name, dtype, device, implementation)
+    logit_map = find_logit_map(base)
     if placement.ac_freq:
-        _checkpoint_activations(base, placement.ac_freq)
+        checkpoint_activations(base, placement.ac_freq)
     teacher = teacher_weights(config)
     reference_models: dict[Weights, Any] = {}
+    other_logit_map = PRODUCT
     in_trainer = placement.teacher.scorer == "trainer"
     if in_trainer and teacher is Weights.OTHER:
-        reference_models[Weights.OTHER] = _load_other(config, base, dtype, device, implementation)
+        other = _load_other(config, base, dtype, device, implementation)
+        reference_models[Weights.OTHER], other_logit_map = other, find_logit_map(other)
     if settings.lora is False:
-        model = base.requires_grad_(True)
+        model = _trained(base)
         if in_trainer and teacher is Weights.BASE:
             reference_models[Weights.BASE] = frozen_copy(base)
     else:
         model = _with_adapter(config, settings.lora, base, placement.adapter_dtype)
-    # only dropout and checkpointing need training mode
     dropout = settings.lora is not False and settings.lora.dropout > 0
-    model.train(dropout or placement.ac_freq > 0)
+    set_dropout(model, dropout)
     end_ids = _end_ids(base, tokenizer, end_of_turn_ids)
     policy = Policy(model, tokenizer, end_ids, device, teacher, reference_models)
-    policy.attention = placement.attention
-    if policy.lora and policy.head_VH.requires_grad:
-        raise UserError(
-            "the LM head would be trained",
-            where="trainer.model.lora.target_modules",
-            fix="leave the output embedding out: the loss needs one head for student and teacher",
-        )
+    policy.attention, policy.dropout = placement.attention, dropout
+    policy.logit_map, policy.other_logit_map = logit_map, other_logit_map
     if teacher is Weights.EMA:
         policy.add_ema()
     return policy
@@ -122,6 +122,7 @@ def _with_adapter(config: Config, lora: LoraConfig, base: Any, dtype: str | None
                 lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions
                 lora_dropout=lora.dropout,
                 target_modules=lora.target_modules,
+                exclude_modules=outside_text(base) or None,
                 task_type="CAUSAL_LM",
             ),
             # else the adapter gets the base's dtype, and peft casts neither inputs nor outputs
@@ -131,19 +132,26 @@ def _with_adapter(config: Config, lora: LoraConfig, base: Any, dtype: str | None
         raise UserError(
             f"this model cannot have an adapter: {str(error).splitlines()[0]}",
             where="trainer.model.lora.target_modules",
-            fix='use "all-linear" or names of linear layers that the model has',
+            fix="name linear layers of the model that can have one, as peft's message says",
         ) from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if isinstance(base.get_output_embeddings(), peft.tuners.lora.LoraLayer):
+        raise UserError(
+            "the LM head would get an adapter: the loss needs one head for student and teacher",
+            where="trainer.model.lora.target_modules",
+            fix="leave the output embedding out",
+        )
     return model
 
 
-def _checkpoint_activations(base: nn.Module, freq: int) -> None:
-    """Recompute every freq-th decoder layer in backward."""
-    base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    layers = [m for m in base.modules() if getattr(m, "gradient_checkpointing", None) is True]
-    layers = [m for m in layers if m is not getattr(base, "base_model", None)]
-    for index, layer in enumerate(layers):
-        layer.gradient_checkpointing = index % freq == 0  # type: ignore[assignment]
+def _trained(base: Any) -> Any:
+    """The model with every weight trained that text reaches."""
+    base.requires_grad_(True)
+    pattern = outside_text(base)
+    for name, module in base.named_modules() if pattern else ():
+        if re.fullmatch(pattern, name):
+            module.requires_grad_(False)
+    return base
 
 
 def _end_ids(base: Any, tokenizer: Any, end_of_turn_ids: Collection[int]) -> frozenset[int]:
