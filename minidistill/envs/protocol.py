@@ -7,9 +7,9 @@ it. An environment need not live in this package: `id` takes any `module:functio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from minidistill.types import Reward, Task
+from minidistill.types import Advance, Reward, Task
 
 
 class Environment(Protocol):
@@ -34,3 +34,27 @@ class Environment(Protocol):
 def has_rewards(environment: Environment) -> bool:
     """Whether the environment's scores are meaningful, which is the default."""
     return bool(getattr(environment, "has_rewards", True))
+
+
+@runtime_checkable
+class TasksMadeTogether(Protocol):
+    """A split whose tasks take long to make, and that makes several of them faster than one by one.
+
+    A split need not have this method.
+    """
+
+    def make_tasks(self, indices: Sequence[int], advance: Advance) -> Sequence[Task]:
+        """The tasks of these indices. `advance` is called with the number of tasks just made."""
+
+
+def take_tasks(
+    tasks: Sequence[Task], indices: Sequence[int], advance: Advance = lambda count: None
+) -> list[Task]:
+    """The tasks of these indices, made together if the split can do that."""
+    if isinstance(tasks, TasksMadeTogether):
+        return list(tasks.make_tasks(indices, advance))
+    taken = []
+    for index in indices:
+        taken.append(tasks[index])
+        advance(1)
+    return taken

@@ -12,7 +12,7 @@ import torch
 from minidistill.config import Config, LoadedConfig
 from minidistill.engines.base import Engine
 from minidistill.engines.launch import EngineLauncher
-from minidistill.envs.protocol import Environment
+from minidistill.envs.protocol import Environment, take_tasks
 from minidistill.envs.registry import load_environments
 from minidistill.errors import UserError
 from minidistill.evaluation.evaluator import Evaluator, evaluation_prompts
@@ -114,7 +114,9 @@ class Components:
                 collector.close()
 
 
-def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prepared:
+def prepare(
+    loaded: LoadedConfig, directory: RunDirectory, resume: bool, display: Display
+) -> Prepared:
     """Check everything that can be checked without the model's weights.
 
     Raises UserError for errors the user can fix.
@@ -128,7 +130,7 @@ def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prep
     check_rewards(config, environments)
     teacher = orchestrator.teacher_model
     builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
-    prompts = _prompts_to_check(environments, builder)
+    prompts = _prompts_to_check(environments, builder, display)
     tasks = fingerprint(environments, prompts)
     if resume:
         directory.check_same_tasks(tasks)
@@ -141,7 +143,9 @@ def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prep
         if orchestrator.eval.env is not None:
             evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
         check_rewards(config, evaluated, evaluated=True)
-        by_env = evaluation_prompts(evaluated, builder, orchestrator.eval.num_examples)
+        by_env = evaluation_prompts(
+            evaluated, builder, orchestrator.eval.num_examples, display
+        )
         for env_prompts in by_env.values():
             check_lengths(config, plan.placement.max_length, env_prompts)
     _check_memory(loaded, plan)
@@ -233,7 +237,7 @@ def _check_memory(loaded: LoadedConfig, plan: Plan) -> None:
 
 
 def _prompts_to_check(
-    environments: Mapping[str, Environment], builder: PromptBuilder
+    environments: Mapping[str, Environment], builder: PromptBuilder, display: Display
 ) -> list[Prompt]:
     prompts = []
     for name, environment in environments.items():
@@ -245,6 +249,8 @@ def _prompts_to_check(
                     fix="give it at least one task for training and one for evaluation",
                 )
             limit = CHECKED_LIST if isinstance(split, list | tuple) else CHECKED_TASKS
-            tasks = [split[i] for i in range(min(limit, len(split)))]
+            numbers = range(min(limit, len(split)))
+            with display.phase(f"tasks of {name}", len(numbers), "tasks") as advance:
+                tasks = take_tasks(split, numbers, advance)
             prompts += [builder.build(name, task) for task in tasks]
     return prompts

@@ -45,7 +45,7 @@ def test_symbols(symbols: Any, table: dict[str, str] | None, separator: str) -> 
 
 def score(board: str, solution: str, answer: str, **weights: float) -> Reward:
     env = load(num_train_examples=1, num_eval_examples=1, weights=weights)
-    return env.score(Task("t", (), Level(board, solution, 0)), tagged(answer))
+    return env.score(Task("t", (), Level(board, solution)), tagged(answer))
 
 
 @pytest.mark.parametrize(

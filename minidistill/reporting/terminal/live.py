@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from minidistill.reporting.formatting import clean, evaluations, number
+from minidistill.reporting.terminal.bars import ProgressBars
 from minidistill.reporting.terminal.base import Header, Sample
 from minidistill.reporting.terminal.panels import render_baseline, render_header, render_scoreboard
 from minidistill.reporting.terminal.region import LiveRegion
@@ -29,17 +30,33 @@ class LiveDisplay:
         self._console = console or Console(file=stream, markup=False, emoji=False, highlight=False)
         self._region = LiveRegion()
         self._live: Live | None = None
+        self._opened = False
 
     def open(self, header: Header) -> None:
         self._console.print(render_header(header))
         self._region.open(header)
+        self._opened = True
         self._live = Live(self._region, console=self._console, refresh_per_second=REFRESH_HZ)
         # An exception that never reaches `close` must not leave the cursor hidden.
         atexit.register(self.close)
         self._live.start()
 
-    def phase(self, name: str, total: int, unit: str) -> AbstractContextManager[Advance]:
-        return self._region.bars.phase(name, total, unit)
+    @contextmanager
+    def phase(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+        with ExitStack() as stack:
+            if not self._opened:  # the bar alone, while the phase lasts
+                bars = ProgressBars()
+                stack.enter_context(
+                    Live(
+                        get_renderable=lambda: bars.render(self._console.width),
+                        console=self._console,
+                        refresh_per_second=REFRESH_HZ,
+                        transient=True,
+                    )
+                )
+            else:
+                bars = self._region.bars
+            yield stack.enter_context(bars.phase(name, total, unit))
 
     def step(self, step: int, metrics: Metrics, sample: Sample | None) -> None:
         self._region.end_step(step, metrics, sample)
