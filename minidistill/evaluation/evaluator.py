@@ -14,7 +14,7 @@ from minidistill.seeding import stable_seed
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_errors, score
 from minidistill.trainer.guards import explain_out_of_memory
-from minidistill.types import Advance, Prompt, Request, Role, Rollout, SamplingParams
+from minidistill.types import Advance, Phase, Prompt, Request, Role, Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
 HELD_OUT = 128  # prompts for the held-out KL
@@ -31,13 +31,13 @@ class Scores:
 
 
 def evaluation_prompts(
-    environments: Mapping[str, Environment], builder: PromptBuilder, count: int, display: Display
+    environments: Mapping[str, Environment], builder: PromptBuilder, count: int, phase: Phase
 ) -> dict[str, list[Prompt]]:
-    """The prompts of the first `count` evaluation tasks of each environment."""
+    """The prompts of the first `count` evaluation tasks of each environment, with progress."""
     prompts = {}
     for name, env in environments.items():
         numbers = range(min(count, len(env.eval)))
-        with display.phase(f"tasks of {name}", len(numbers), "tasks") as advance:
+        with phase(f"tasks of {name}", len(numbers), "tasks") as advance:
             tasks = take_tasks(env.eval, numbers, advance)
         prompts[name] = [builder.build(name, task) for task in tasks]
     return prompts

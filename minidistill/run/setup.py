@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ from minidistill.trainer.loading import load_policy
 from minidistill.trainer.policy import Policy
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.trainer.trainer import Trainer
-from minidistill.types import Prompt
+from minidistill.types import Advance, Phase, Prompt
 
 logger = logging.getLogger(__name__)
 SMALLER_MODEL = {
@@ -114,10 +115,17 @@ class Components:
                 collector.close()
 
 
+@contextlib.contextmanager
+def no_progress(name: str, total: int, unit: str) -> Iterator[Advance]:
+    yield lambda count: None
+
+
 def prepare(
-    loaded: LoadedConfig, directory: RunDirectory, resume: bool, display: Display
+    loaded: LoadedConfig, directory: RunDirectory, resume: bool, phase: Phase = no_progress
 ) -> Prepared:
     """Check everything that can be checked without the model's weights.
+
+    `phase` shows the progress of checks that take long.
 
     Raises UserError for errors the user can fix.
     """
@@ -130,7 +138,7 @@ def prepare(
     check_rewards(config, environments)
     teacher = orchestrator.teacher_model
     builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
-    prompts = _prompts_to_check(environments, builder, display)
+    prompts = _prompts_to_check(environments, builder, phase)
     tasks = fingerprint(environments, prompts)
     if resume:
         directory.check_same_tasks(tasks)
@@ -143,9 +151,7 @@ def prepare(
         if orchestrator.eval.env is not None:
             evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
         check_rewards(config, evaluated, evaluated=True)
-        by_env = evaluation_prompts(
-            evaluated, builder, orchestrator.eval.num_examples, display
-        )
+        by_env = evaluation_prompts(evaluated, builder, orchestrator.eval.num_examples, phase)
         for env_prompts in by_env.values():
             check_lengths(config, plan.placement.max_length, env_prompts)
     _check_memory(loaded, plan)
@@ -237,7 +243,7 @@ def _check_memory(loaded: LoadedConfig, plan: Plan) -> None:
 
 
 def _prompts_to_check(
-    environments: Mapping[str, Environment], builder: PromptBuilder, display: Display
+    environments: Mapping[str, Environment], builder: PromptBuilder, phase: Phase
 ) -> list[Prompt]:
     prompts = []
     for name, environment in environments.items():
@@ -250,7 +256,7 @@ def _prompts_to_check(
                 )
             limit = CHECKED_LIST if isinstance(split, list | tuple) else CHECKED_TASKS
             numbers = range(min(limit, len(split)))
-            with display.phase(f"tasks of {name}", len(numbers), "tasks") as advance:
+            with phase(f"tasks of {name}", len(numbers), "tasks") as advance:
                 tasks = take_tasks(split, numbers, advance)
             prompts += [builder.build(name, task) for task in tasks]
     return prompts

@@ -151,9 +151,7 @@ def test_splits_share_no_level() -> None:
     forms = set().union(*map(equal_boards, train))
     assert not forms & set().union(*map(equal_boards, evaluation))
     # other seeds do overlap
-    assert set().union(*map(equal_boards, train[:60])) & set().union(
-        *map(equal_boards, train[60:])
-    )
+    assert set().union(*map(equal_boards, train[:60])) & set().union(*map(equal_boards, train[60:]))
 
 
 @pytest.mark.parametrize(

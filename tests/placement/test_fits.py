@@ -19,7 +19,6 @@ from minidistill.placement.machine import GIB, Machine
 from minidistill.placement.planner import plan_run
 from minidistill.placement.render import flags as as_flags
 from minidistill.reporting.run_directory import RunDirectory
-from minidistill.reporting.terminal import open_display
 from minidistill.run.setup import prepare
 
 MODELS = (
@@ -70,7 +69,7 @@ def prepared(
     patch.setattr("minidistill.run.setup.Machine.local", lambda: on)
     path = folder / "runs" / "never"
     try:
-        plan = prepare(loaded, RunDirectory(path), False, open_display()).plan
+        plan = prepare(loaded, RunDirectory(path), resume=False).plan
     except UserError as error:
         plan = error
     assert not path.exists()

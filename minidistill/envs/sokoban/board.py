@@ -95,9 +95,11 @@ class Board:
     def key(self) -> int:
         """A 64-bit hash, equal for boards that differ by a rotation, a reflection or a translation.
 
-        Rows and columns of wall around the level do not count.
+        Of walls around the floor, one row or column on each side counts.
         """
         rows = _without_margins(_without_margins(self.render().split("\n")))
+        rows = ["#" * len(rows[0]), *rows, "#" * len(rows[0])]
+        rows = [f"#{row}#" for row in rows]
         forms = []
         for _ in range(4):
             rows = _transposed(rows[::-1])

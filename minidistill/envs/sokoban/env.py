@@ -132,7 +132,9 @@ def load(
 ) -> SokobanEnv:
     """An environment of generated levels.
 
-    Sizes include the outer walls. `max_depth` and `max_moves` bound the shortest solution.
+    Sizes include the outer walls. `max_depth` and `max_moves` bound the shortest solution. A level
+    depends on the arguments and its index. A split's number of examples counts only as rounded up
+    to a power of two.
     `symbols` is "xsb", "rg" (cells separated by spaces), or a table with the keys wall, player,
     player_on_goal, box, box_on_goal, goal, floor. `weights` has the weight of each part of the
     reward: solved, boxes_on_goal, format, length_vs_optimal. Raises UserError for values it cannot

@@ -4,7 +4,7 @@ No two levels of a split are equal, and no level of a split equals one of the ot
 rotations, reflections and translations. Nothing needs to be compared for that: the split of a level
 is a function of its hash, and each number draws from a class of boards of its own. Only where there
 are few boards does a class have several numbers, which take its levels one after another
-(docs/decisions/0016-levels-by-number.md).
+(docs/decisions/0017-levels-by-number.md).
 """
 
 from __future__ import annotations

@@ -107,9 +107,7 @@ class _Search:
             if after not in potentials:
                 possible = self.moves.to_goals.is_possible(after)
                 stuck = not possible or self.moves.is_frozen(after, target)
-                potentials[after] = (
-                    None if stuck else before + difference[target] - difference[box]
-                )
+                potentials[after] = None if stuck else before + difference[target] - difference[box]
             potential = potentials[after]
             if potential is None:
                 continue

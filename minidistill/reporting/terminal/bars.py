@@ -32,18 +32,14 @@ class ProgressBars:
             auto_refresh=False,
             get_time=time.monotonic,
         )
-        self._steps = self._progress.add_task(
-            "step", total=1, unit="", rate="", style="bold", visible=False
-        )
+        self._steps = self._progress.add_task("step", total=1, unit="", rate="", style="bold")
         self._lock = threading.Lock()
         self._phases: dict[str, TaskID] = {}
         self._recent: set[str] = set()
         """Names of the phases since the last step."""
 
     def start(self, step: int, max_steps: int) -> None:
-        self._progress.update(
-            self._steps, completed=min(step, max_steps), total=max_steps, visible=True
-        )
+        self._progress.update(self._steps, completed=min(step, max_steps), total=max_steps)
 
     @contextmanager
     def phase(self, name: str, total: int, unit: str) -> Iterator[Advance]:

@@ -40,10 +40,7 @@ class Display(Protocol):
         """Show the header; the first step is about to begin."""
 
     def phase(self, name: str, total: int, unit: str) -> AbstractContextManager[Advance]:
-        """A part of a step with `total` units of work; yields the callable that advances it.
-
-        Allowed before `open` and after `close`.
-        """
+        """A part of a step with `total` units of work; yields the callable that advances it."""
 
     def step(self, step: int, metrics: Metrics, sample: Sample | None) -> None:
         """Show a finished optimizer step."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from minidistill.reporting.formatting import clean, evaluations, number
-from minidistill.reporting.terminal.bars import ProgressBars
 from minidistill.reporting.terminal.base import Header, Sample
 from minidistill.reporting.terminal.panels import render_baseline, render_header, render_scoreboard
 from minidistill.reporting.terminal.region import LiveRegion
@@ -30,33 +31,27 @@ class LiveDisplay:
         self._console = console or Console(file=stream, markup=False, emoji=False, highlight=False)
         self._region = LiveRegion()
         self._live: Live | None = None
-        self._opened = False
 
     def open(self, header: Header) -> None:
         self._console.print(render_header(header))
         self._region.open(header)
-        self._opened = True
         self._live = Live(self._region, console=self._console, refresh_per_second=REFRESH_HZ)
         # An exception that never reaches `close` must not leave the cursor hidden.
         atexit.register(self.close)
         self._live.start()
 
+    def phase(self, name: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+        if self._live is None:
+            return self._phase_before_open(name, total, unit)
+        return self._region.bars.phase(name, total, unit)
+
     @contextmanager
-    def phase(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        with ExitStack() as stack:
-            if not self._opened:  # the bar alone, while the phase lasts
-                bars = ProgressBars()
-                stack.enter_context(
-                    Live(
-                        get_renderable=lambda: bars.render(self._console.width),
-                        console=self._console,
-                        refresh_per_second=REFRESH_HZ,
-                        transient=True,
-                    )
-                )
-            else:
-                bars = self._region.bars
-            yield stack.enter_context(bars.phase(name, total, unit))
+    def _phase_before_open(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+        """A bar of its own, which disappears at the end."""
+        count = TextColumn(f"{{task.completed:.0f}}/{total} {clean(unit)}", markup=False)
+        text = TextColumn("{task.description}", markup=False)
+        with Progress(text, BarColumn(), count, console=self._console, transient=True) as progress:
+            yield partial(progress.advance, progress.add_task(clean(name), total=total))
 
     def step(self, step: int, metrics: Metrics, sample: Sample | None) -> None:
         self._region.end_step(step, metrics, sample)
