@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 
 EXIT_TIMEOUT = 5.0  # seconds that a process gets to exit after it closed its connection
 
@@ -33,12 +33,12 @@ class Subprocess:
         variables, updated with `environment`.
         """
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
-        self.popen = subprocess.Popen(
+        self.popen = Popen(
             [sys.executable, "-m", module, *arguments],
             pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
+            stdin=DEVNULL,
             stdout=self._output,
-            stderr=subprocess.STDOUT,
+            stderr=STDOUT,
             start_new_session=True,
             env={**os.environ, **(environment or {})},
         )
@@ -51,7 +51,7 @@ class Subprocess:
         """
         try:
             code = self.popen.wait(timeout=EXIT_TIMEOUT)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             return None, "it closed its connection"
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if self._output.closed:
@@ -67,7 +67,7 @@ class Subprocess:
 
     def close(self, patience: float = 0.0) -> None:
         """Wait up to `patience` seconds for the process to exit, then kill its group."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(TimeoutExpired):
             self.popen.wait(patience)
         self.kill()
         self.popen.wait()

@@ -101,6 +101,18 @@ def _isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _forked_subprocesses() -> Any:
+    """Spares ranks and engines the seconds that their imports take, except on GPUs."""
+    import torch
+    from support.forked import ForkedPopen
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setattr("minidistill.subprocesses.Popen", ForkedPopen)
+        yield
+
+
 @pytest.fixture
 def configure() -> Callable[..., Any]:
     """The shipped configuration with overrides: `configure("--max_steps", "3").config`."""

@@ -29,7 +29,7 @@ class Plan:
     """How many of the longest sequences the KV cache of each engine holds, over all replicas."""
     work: Mapping[str, Work]
     timing: Timing | None
-    """None where it is not estimated: see `step_timing`."""
+    """None if it does not fit, and where it is not estimated: see `step_timing`."""
     problems: tuple[str, ...]
     """Why it does not fit; empty if it does."""
     warnings: tuple[str, ...]
@@ -53,6 +53,7 @@ def estimate(config: Config, shapes: Shapes, models: Models, machine: Machine) -
         batch = config.orchestrator.batch_size
         _judge(engine, placement.max_length, batch, problems, warnings)
     devices, work = memory.devices(), step_work(config, placement, shapes)
+    problems += overfull(devices)
     return Plan(
         config=config,
         placement=placement,
@@ -60,8 +61,8 @@ def estimate(config: Config, shapes: Shapes, models: Models, machine: Machine) -
         devices=tuple(devices),
         sequences={engine.owner: engine.sequences for engine in memory.engines},
         work=work,
-        timing=step_timing(memory, work, machine),
-        problems=(*problems, *overfull(devices)),
+        timing=None if problems else step_timing(memory, work, machine),
+        problems=tuple(problems),
         warnings=tuple(warnings),
     )
 

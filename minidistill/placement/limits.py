@@ -22,6 +22,14 @@ SYNC_CHUNK_BYTES = 256 << 20
 """The trainer's buffer for a sync of all weights. A larger tensor is sent alone."""
 
 
+def fp32_copy_bytes(itemsize: int) -> int:
+    """Bytes of the fp32 copy that the trainer keeps of a trained weight, and of its moving average.
+
+    A weight of `itemsize` bytes in half precision has one: small updates would be lost in it.
+    """
+    return 4 if itemsize < 4 else 0
+
+
 def kv_bytes_per_token(model_config: Any, itemsize: int, tp: int = 1) -> int:
     """Bytes of one token's keys and values on one of `tp` GPUs. Heads are not split."""
     text = model_config.get_text_config()

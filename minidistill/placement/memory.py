@@ -13,6 +13,7 @@ import torch
 
 from minidistill.config import Config
 from minidistill.placement.attention import FLASH
+from minidistill.placement.limits import fp32_copy_bytes
 from minidistill.placement.model_shape import ModelShape
 from minidistill.placement.placement import Placement
 from minidistill_kernels.distill import chunk_tokens
@@ -61,22 +62,25 @@ def trainer_memory(
     lora, teacher = config.trainer.model.lora, config.orchestrator.teacher_model
     weights, in_trainer = shape.parameters * itemsize, placement.teacher.scorer == "trainer"
     trained = shape.adapter(lora.rank, lora.target_modules) if lora else shape.parameters
+    averaged = teacher.update == "ema"
     parts: MemoryBreakdown = {"weights": weights // shards}
     if shards > 1:
         unsharded = 2 * shape.layer_parameters + shape.embedding + shape.head
         parts["gathered layers"] = unsharded * itemsize
     if lora:
         width = _adapter_itemsize(placement)
-        fp32_copy = 4 if width < 4 else 0  # of the weights, and of their average
-        ema = width + fp32_copy if teacher.update == "ema" else 0
+        fp32_copy = fp32_copy_bytes(width)
+        ema = width + fp32_copy if averaged else 0
         parts["adapter"] = (width + ema) * trained
         parts["gradients"], parts["optimizer"] = 4 * trained, (8 + fp32_copy) * trained
     else:
-        if teacher.update == "ema" or (teacher.update == "frozen" and in_trainer):
+        fp32_copy = fp32_copy_bytes(itemsize)
+        if averaged:
+            parts["reference copy"] = (itemsize + fp32_copy) * trained // shards
+        elif teacher.update == "frozen" and in_trainer:
             parts["reference copy"] = weights // shards
-        master = 4 if itemsize < 4 else 0
         parts["gradients"] = 4 * trained // shards  # summed in fp32 whatever the weights' dtype
-        parts["optimizer"] = (8 + master) * trained // shards
+        parts["optimizer"] = (8 + fp32_copy) * trained // shards
         parts["head gradient"] = 2 * 4 * shape.vocab * shape.hidden  # in fp32, and a temporary
     if teacher_shape is not None and in_trainer:
         parts["reference copy"] = teacher_shape.parameters * itemsize // shards

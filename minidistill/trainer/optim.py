@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minidistill.config import Config
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.placement.limits import fp32_copy_bytes
 from minidistill.trainer.distributed.fsdp import full_tensor, sharded_like
 from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.policy import Policy
@@ -40,7 +41,7 @@ class Optimizer:
         optim = config.trainer.optim
         self.named = policy.parameters
         self.max_norm = optim.max_norm
-        half = [(n, p) for n, p in self.named if p.dtype != torch.float32]
+        half = [(n, p) for n, p in self.named if fp32_copy_bytes(p.itemsize)]
         self.masters = {n: torch.nn.Parameter(p.detach().float()) for n, p in half}
         self.stepped = {n: self.masters.get(n, p) for n, p in self.named}
         """The tensors that are updated, and that hold the gradients between passes."""

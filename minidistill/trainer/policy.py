@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minidistill.placement.attention import TRANSFORMERS_CHOICE, Attention
+from minidistill.placement.limits import fp32_copy_bytes
 from minidistill.trainer.distributed.fsdp import ShardedModels, full_tensor, sharded_like
 from minidistill.trainer.distributed.rank_group import RankGroup
 from minidistill.types import Role
@@ -235,7 +236,7 @@ class Policy:
         """The averaged weights, or fp32 copies of those in half precision, which lose updates."""
         weights = self._ema()
         for name, weight in weights.items():
-            if weight.dtype != torch.float32 and name not in self._averages:
+            if fp32_copy_bytes(weight.itemsize) and name not in self._averages:
                 self._averages[name] = weight.detach().float()
         return weights | self._averages
 

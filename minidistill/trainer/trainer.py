@@ -251,7 +251,7 @@ class Trainer:
                 if message is not None:
                     self._discard_gradients()
                     if sharded is not None:
-                        sharded.repeat_pass()
+                        sharded.repeat_pass(message)
             if message is not None and sharded is None:
                 break
             if message is not None and self._try_pass(shortest, context, 0.0)[1] is not None:

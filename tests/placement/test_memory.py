@@ -154,6 +154,29 @@ def test_the_estimates_of_weights_and_optimizer_are_exact(configure: Configure) 
     assert parts["optimizer"] == sum(moments)
 
 
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ("--no-trainer.model.lora", "reference copy"),
+        ("--no-trainer.model.lora --model.dtype bfloat16", "reference copy"),
+        ("--trainer.model.lora.dtype base --model.dtype bfloat16", "adapter"),
+    ],
+)
+def test_the_estimate_of_a_moving_average_is_exact(
+    configure: Configure, flags: str, part: str
+) -> None:
+    """In half precision there is one to compute with and one in fp32."""
+    loaded = configure(*COMMON, "--orchestrator.teacher_model.update", "ema", *flags.split())
+    lab = make_lab(loaded)
+    lab.trainer.step(lab.rollouts, 1, lambda count: None)
+    policy = lab.policy
+    copies = [p for model in policy.reference_models.values() for p in model.parameters()]
+    averages = [tensor for name, tensor in policy.state().items() if name.startswith("ema/")]
+    assert {tensor.dtype for tensor in averages} == {torch.float32}
+    held = {t.data_ptr(): t.nbytes for t in (*copies, *policy.adapter_parameters, *averages)}
+    assert estimated(lab, loaded)[part] == sum(held.values())
+
+
 def planned_on_a_cpu(config: Any) -> Any:
     """The planned memory of a CPU with 8 GiB."""
     machine = Machine(0, 8 * GIB, vllm=False, bf16=False)

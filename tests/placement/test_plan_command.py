@@ -57,6 +57,7 @@ def test_text_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert "GiB of 22.8 usable" in out
     change = "--trainer.model.ac.freq 1 --inference.gpu_memory_utilization auto"
     assert f"does not fit; it fits with {change}" in out
+    assert " s a step" not in out
 
 
 def test_gpus_that_the_machine_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:

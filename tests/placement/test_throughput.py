@@ -115,3 +115,6 @@ def test_where_there_is_nothing_to_say() -> None:
     assert planned(0, file=str(ROOT / "configs" / "sokoban.toml")).timing is None
     assert planned(4, "--inference.engine embedded").timing is None
     assert planned(2).faster == ()
+    too_large = planned(1, gib=8)
+    assert not too_large.fits
+    assert too_large.timing is None

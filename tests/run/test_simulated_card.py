@@ -37,17 +37,17 @@ buffer = { skip_verification = true }
 context = "You are a world-class puzzle solver with decades of experience.\\n\\n"
 [[orchestrator.env]]
 id = "jsonl"
-args = { path = "PROMPTS", num_eval_examples = 20 }
+args = { path = "PROMPTS", num_eval_examples = 10 }
 [orchestrator.eval]
 interval = 0
-num_examples = 20
+num_examples = 10
 """
 STEP = ("--no-orchestrator.eval",)
 KL = ("--orchestrator.batch_size", "4")
-# MiB. A step of 8 prompts takes about 300, 4 at a time half of that, and one 30. The KL on 20
-# held-out prompts takes 120, 10 at a time half of that, and one 5.
+# MiB. A step of 8 prompts takes about 300, 4 at a time half of that, and one 30. The KL on 10
+# held-out prompts takes 60, 5 at a time half of that, and one 5.
 STEP_MIB, TOO_LITTLE_STEP_MIB = 225, 15
-KL_MIB, TOO_LITTLE_KL_MIB = 90, 2
+KL_MIB, TOO_LITTLE_KL_MIB = 45, 2
 WALL = "#####\n#@$.#\n#   #\n"
 
 

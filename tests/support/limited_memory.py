@@ -1,7 +1,7 @@
 """A trainer rank that runs out of memory, in place of `minidistill.trainer.distributed.worker`.
 
 The variable MEMORY_LIMIT is RANK:PLACE:TOKENS: the rank, the place in the pass, and the largest
-number of tokens that fit.
+number of tokens that fit. With the variable NO_REPEAT, FSDP cannot repeat passes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 import minidistill_kernels
 from minidistill.trainer import trainer
 from minidistill.trainer.distributed import worker
-from minidistill.trainer.distributed.fsdp import decoder_layers
+from minidistill.trainer.distributed.fsdp import can_repeat_passes, decoder_layers
 
 ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
@@ -66,4 +67,6 @@ if __name__ == "__main__":
     rank, place, size = os.environ["MEMORY_LIMIT"].split(":")
     if sys.argv[1] == rank:
         limit_memory(place, int(size))
+    if "NO_REPEAT" in os.environ and can_repeat_passes():
+        del FSDPModule.reset_iter_state
     worker.main(sys.argv[1:])

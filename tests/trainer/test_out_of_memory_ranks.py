@@ -19,11 +19,16 @@ from support.ranks import (
     ranked_lab,
     train,
 )
+from torch.distributed.fsdp import FSDPModule
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.trainer.distributed import launcher
+from minidistill.trainer.distributed.fsdp import can_repeat_passes
 
 Configure = Callable[..., Any]
+needs_repeats = pytest.mark.skipif(
+    not can_repeat_passes(), reason="FSDPModule of this torch has no reset_iter_state"
+)
 FLAGS = (*SMALL, "--trainer.micro_batch_tokens", "900")
 CASES = {
     "on the driver, in the loss": (0, "loss", ()),
@@ -55,6 +60,7 @@ def limit_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
         restore()
 
 
+@needs_repeats
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_ranks_repeat_the_step_together(
     configure: Configure, limit_rank: Any, caplog: pytest.LogCaptureFixture, case: str
@@ -85,6 +91,7 @@ def test_sharded_ranks_repeat_the_step_together(
         assert caplog.messages == warnings, "the new size is kept"
 
 
+@needs_repeats
 @pytest.mark.parametrize("number", [0, 1])
 def test_one_sequence_that_does_not_fit_on_a_rank(
     configure: Configure, limit_rank: Any, number: int
@@ -105,6 +112,7 @@ def test_one_sequence_that_does_not_fit_on_a_rank(
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
+@needs_repeats
 def test_a_rank_that_cannot_run_any_sequence_fails_the_step(
     configure: Configure, limit_rank: Any
 ) -> None:
@@ -115,3 +123,23 @@ def test_a_rank_that_cannot_run_any_sequence_fails_the_step(
         with pytest.raises(UserError, match=r"rank 1 .* one sequence of 105 tokens") as caught:
             lab.trainer.step(lab.rollouts, 1, lambda n: None)
         assert caught.value.exit_code == EXIT_ENVIRONMENT
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_torch_that_cannot_repeat_a_pass(
+    configure: Configure, limit_rank: Any, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The run ends with an error that says so, whichever rank ran out of memory."""
+    monkeypatch.setenv("NO_REPEAT", "1")
+    monkeypatch.delattr(FSDPModule, "reset_iter_state", raising=False)
+    alone = make_lab(configure(*FLAGS, *ALL_WEIGHTS), trained=False)
+    limit_rank(number, "forward", 150)
+    with ranked_lab(configure(*FLAGS, *ALL_WEIGHTS, *TWO_RANKS), alone.rollouts) as lab:
+        with pytest.raises(UserError, match="cannot repeat a pass") as caught:
+            lab.trainer.step(lab.rollouts, 1, lambda n: None)
+        error = caught.value
+        assert error.exit_code == EXIT_ENVIRONMENT
+        for words in (f"torch {torch.__version__}", "a newer torch can", limited_memory.ERROR):
+            assert words in error.what
+        for words in ("trainer.micro_batch_tokens", "trainer.model.ac.freq"):
+            assert words in error.fix

@@ -266,7 +266,9 @@ class ServerEngine(Engine):
                         self._wait_for_server(error)
 
     def _wait_for_server(self, error: GoneError) -> None:
-        if self.restarts >= self.max_restarts or self._closed.is_set():
+        if self._closed.is_set():  # whatever the error: closing removes the adapters
+            raise self._lost("this run has ended") from error
+        if self.restarts >= self.max_restarts:
             times = f" (waited for it {self.restarts} times)" if self.restarts else ""
             raise self._lost(f"{error}{times}") from error
         self.restarts += 1

@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from minidistill.trainer.guards import out_of_memory_error
+
 
 class CollectiveCounter:
     """Counts the collectives of a pass, so that a rank can repeat the pass after an error.
@@ -126,14 +128,31 @@ class ShardedModels:
         self.reshard()
         self._counter.reset()
 
-    def repeat_pass(self) -> None:
-        """Repeat the pass that failed on this rank. The other ranks continue theirs."""
+    def repeat_pass(self, message: str) -> None:
+        """Repeat the pass that failed on this rank. The other ranks continue theirs.
+
+        Raises UserError (exit code 3) with the allocator's `message` if this torch cannot do it.
+        """
+        if not can_repeat_passes():
+            raise out_of_memory_error(
+                "training with sharded weights, where torch "
+                f"{torch.__version__} cannot repeat a pass (a newer torch can)",
+                message,
+                where="trainer.micro_batch_tokens",
+                fix="set a smaller trainer.micro_batch_tokens or trainer.model.ac.freq = 1, "
+                "or install a newer torch",
+            )
         for headless in self._headless:
             if headless.has_run:
                 headless.reset_iter_state()
         started = self._counter.started
         self.begin_pass()
         self._counter.reset(to_skip=started)
+
+
+def can_repeat_passes() -> bool:
+    """Whether FSDP can forget a pass that has failed. torch 2.11 cannot."""
+    return hasattr(FSDPModule, "reset_iter_state")
 
 
 def _shard(

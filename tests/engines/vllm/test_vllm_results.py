@@ -1,4 +1,8 @@
-"""Runs that sample with vLLM reach what embedded ones do, with an adapter or every weight."""
+"""Runs that sample with vLLM learn the context, with an adapter or every weight.
+
+They are shorter than the shipped experiment, whose targets tests/run/test_scoreboard_targets.py
+checks: embedded, they close 84 to 87 % of the gap.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import json
 from pathlib import Path
 
 import pytest
-from support.runs import assert_gap_closed
 from support.vllm import NEEDS_CPU_VLLM, start, steps
 
 from minidistill.errors import EXIT_OK
@@ -17,7 +20,7 @@ WHOLE = (
     "--orchestrator.eval.num_examples", "256", "--orchestrator.teacher_model.eval_baseline",
     "--orchestrator.env.0.args.num_train_examples", "4096",
     "--orchestrator.env.0.args.num_eval_examples", "256",
-    "--orchestrator.batch_size", "64", "--trainer.scheduler.warmup_steps", "10",
+    "--orchestrator.batch_size", "32", "--trainer.scheduler.warmup_steps", "5",
 )  # fmt: skip
 
 
@@ -28,26 +31,27 @@ PURE = (
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("max_steps", "flags"),
     [
-        ("--no-trainer.model.lora", "--trainer.optim.lr", "3e-4"),
-        # the adapter, without rewards; with rewards it is tests/run/test_scoreboard_targets.py's
-        ("--schedule", "async", *PURE),
+        (80, ("--no-trainer.model.lora", "--trainer.optim.lr", "3e-4")),
+        (60, ("--schedule", "async", *PURE)),
     ],
     ids=["every weight", "one step ahead, pure"],
 )
-def test_the_gap_is_closed(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    run = start(tmp_path / "run", *WHOLE, "--max_steps", "100", *flags)
+def test_the_gap_is_closed(tmp_path: Path, max_steps: int, flags: tuple[str, ...]) -> None:
+    run = start(tmp_path / "run", *WHOLE, "--max_steps", str(max_steps), *flags)
     text = run.rest()
     assert run.process.wait() == EXIT_OK, text
     found = steps(run.path)
-    assert len(found) == 100
+    assert len(found) == max_steps
     if "async" in flags:
         assert 0.5 < sum(record["async/staleness"] for record in found) / len(found) <= 1
     else:
         assert max(record["kl/sampler_mismatch"] for record in found) < 1e-8
     board = json.loads((run.path / "scoreboard.json").read_text())
     assert board["baseline_diff"] > 0.8
-    assert_gap_closed(board)
+    assert board["gap_closed_low"] > 0.7
+    assert board["teacher_kl_last"] < 0.1 * board["teacher_kl_first"]
+    assert board["heldout_kl_after"] < 0.1 * board["heldout_kl_before"]
     assert board["drift_kl"] < 0.3
     assert not run.left_behind()

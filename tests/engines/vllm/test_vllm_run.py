@@ -69,7 +69,7 @@ def test_a_stale_adapter_stops_the_run(
     assert "step 3: kl/sampler_mismatch" in error
     assert "stale weights" in error
     assert len(steps(tmp_path / "stale")) == 2
-    assert engines[0].process.popen.returncode == -signal.SIGKILL
+    assert engines[0].process.exit_report()[0] == -signal.SIGKILL
 
 
 def test_vllm_killed_in_mid_run_is_started_again(finished: Path, tmp_path: Path) -> None:
