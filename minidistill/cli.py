@@ -321,7 +321,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
 def _add_bench(commands: _Commands) -> None:
     parser = commands.add_parser(
         "bench",
-        help="measure on this machine: kernels, sync, engines, schedule, sokoban",
+        help="measure kernels, sync, engines, schedule, sokoban",
         usage="minidistill bench NAME [options]",
         description="""\
 Measure on this machine. The same as `python -m bench.NAME` in a checkout, whose --help has the

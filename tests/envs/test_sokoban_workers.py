@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -34,6 +35,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[WorkerProcess]]:
             super().__init__(recipe)
             processes.append(self)
 
+    # these processes are light: they start as users' do
+    monkeypatch.setattr("minidistill.subprocesses.Popen", subprocess.Popen)
     monkeypatch.setattr(workers, "PATIENCE", -1.0)
     monkeypatch.setattr(workers, "WorkerProcess", Process)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})

@@ -21,8 +21,10 @@ class LevelCache:
     """The cached levels of a recipe. Without a cache runs are slower, so no failure is an error."""
 
     def __init__(self, recipe: Recipe) -> None:
-        bounds = "-".join(str(value) for value in dataclasses.astuple(recipe.difficulty))
-        self.name = f"{bounds}-{recipe.seed}-{recipe.split}-{recipe.classes}-{recipe.per_class}-{code_version()}.txt"
+        bounds = dataclasses.astuple(recipe.difficulty)
+        classes = recipe.classes, recipe.per_class
+        parts = (*bounds, recipe.seed, recipe.split, *classes, code_version())
+        self.name = "-".join(map(str, parts)) + ".txt"
 
     @property
     def path(self) -> Path:
