@@ -199,6 +199,8 @@ def test_contradictory_bounds_are_refused_at_once(bounds: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("difficulty", [Difficulty(4, 4, 4, 4), Difficulty(4, 4, 5, 5)], ids=str)
 def test_asking_for_more_levels_than_exist_is_refused(difficulty: Difficulty) -> None:
-    with pytest.raises(UserError, match="no new level") as caught:
-        take(200, difficulty)
-    assert caught.value.exit_code == EXIT_USAGE
+    levels = LevelSet(difficulty, 0, "train", 200)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no new level") as caught:
+            levels.take(range(200))
+        assert caught.value.exit_code == EXIT_USAGE

@@ -71,16 +71,25 @@ class LevelMaker:
         """The level of a number, from 0 on. Raises UserError if none is found."""
         class_number, position = divmod(number, self.recipe.per_class)
         if self.recipe.per_class == 1:
-            return next(self._levels(class_number))
+            return self._next(self._levels(class_number))
         if class_number not in self._classes:
             self._classes[class_number] = [], self._levels(class_number)
         made, others = self._classes[class_number]
         while len(made) <= position:
-            made.append(next(others))
+            made.append(self._next(others))
         return made[position]
 
+    def _next(self, levels: Iterator[Level]) -> Level:
+        level = next(levels, None)
+        if level is None:
+            raise refusal(
+                f"no new level was found for the {self.recipe.split} split",
+                "ask for fewer examples or widen the sizes, boxes or move bounds",
+            )
+        return level
+
     def _levels(self, class_number: int) -> Iterator[Level]:
-        """The levels of a class, all different, without end. Raises UserError if there are none."""
+        """The different levels of a class, until no more are found."""
         difficulty, split = self.recipe.difficulty, self.recipe.split
         name = f"{self.recipe.seed}/{split}"
         rng = random.Random(f"{name}/{class_number}")
@@ -90,8 +99,7 @@ class LevelMaker:
         while attempts < ATTEMPTS and idle_attempts < IDLE_ATTEMPTS:
             attempts, idle_attempts = attempts + 1, idle_attempts + 1
             board = room_class.draw(difficulty, rng)
-            key = 0 if board is None else board.key()
-            if board is None or key in seen:
+            if board is None or (key := board.key()) in seen:
                 continue
             idle_attempts = 0
             seen.add(key)
@@ -101,10 +109,6 @@ class LevelMaker:
             if solution is not None and _fits(difficulty, board, solution):
                 attempts = 0
                 yield Level(board.render(), solution)
-        raise refusal(
-            f"no new level was found for the {split} split after {attempts} tries",
-            "ask for fewer examples or widen the sizes, boxes or move bounds",
-        )
 
 
 def _fits(difficulty: Difficulty, board: Board, solution: str) -> bool:
