@@ -8,9 +8,9 @@ it; docs/environments.md explains it. An environment need not live in this packa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from minidistill.types import Reward, Task
+from minidistill.types import Advance, Reward, Task
 
 
 class Environment(Protocol):
@@ -55,3 +55,27 @@ def has_task(environment: Environment) -> bool:
     sets `has_task = False`: drift is then judged as for a persona.
     """
     return bool(getattr(environment, "has_task", has_rewards(environment)))
+
+
+@runtime_checkable
+class TasksMadeTogether(Protocol):
+    """A split whose tasks take long to make, and that makes several of them faster than one by one.
+
+    A split need not have this method.
+    """
+
+    def make_tasks(self, indices: Sequence[int], advance: Advance) -> Sequence[Task]:
+        """The tasks of these indices. `advance` is called with the number of tasks just made."""
+
+
+def take_tasks(
+    tasks: Sequence[Task], indices: Sequence[int], advance: Advance = lambda count: None
+) -> list[Task]:
+    """The tasks of these indices, made together if the split can do that."""
+    if isinstance(tasks, TasksMadeTogether):
+        return list(tasks.make_tasks(indices, advance))
+    taken = []
+    for index in indices:
+        taken.append(tasks[index])
+        advance(1)
+    return taken

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from minidistill.config import Config
 from minidistill.engines.base import Engine
-from minidistill.envs.protocol import Environment, has_rewards
+from minidistill.envs.protocol import Environment, has_rewards, take_tasks
 from minidistill.reporting.terminal.base import Display
 from minidistill.seeding import stable_seed
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_errors, score
 from minidistill.trainer.guards import explain_out_of_memory
-from minidistill.types import Advance, Prompt, Request, Role, Rollout, SamplingParams
+from minidistill.types import Advance, Phase, Prompt, Request, Role, Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
 HELD_OUT = 128  # prompts for the held-out KL
@@ -31,13 +31,16 @@ class Scores:
 
 
 def evaluation_prompts(
-    environments: Mapping[str, Environment], builder: PromptBuilder, count: int
+    environments: Mapping[str, Environment], builder: PromptBuilder, count: int, phase: Phase
 ) -> dict[str, list[Prompt]]:
-    """The prompts of the first `count` evaluation tasks of each environment."""
-    return {
-        name: [builder.build(name, env.eval[i]) for i in range(min(count, len(env.eval)))]
-        for name, env in environments.items()
-    }
+    """The prompts of the first `count` evaluation tasks of each environment, with progress."""
+    prompts = {}
+    for name, env in environments.items():
+        numbers = range(min(count, len(env.eval)))
+        with phase(f"tasks of {name}", len(numbers), "tasks") as advance:
+            tasks = take_tasks(env.eval, numbers, advance)
+        prompts[name] = [builder.build(name, task) for task in tasks]
+    return prompts
 
 
 def held_out(prompts: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:

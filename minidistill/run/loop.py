@@ -33,7 +33,7 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
         if resume and show_finished(directory, display):
             return EXIT_OK
         with logs.to_file(directory.log_path):
-            prepared = prepare(loaded, directory, resume)
+            prepared = prepare(loaded, directory, resume, display.phase)
             with open_session(prepared, display) as session, _interrupts() as interrupt:
                 return _run(session, interrupt)
 

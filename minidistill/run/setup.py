@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -14,7 +15,7 @@ from minidistill.config import Config, LoadedConfig
 from minidistill.engines.base import Engine
 from minidistill.engines.launch import EngineLauncher
 from minidistill.envs.isolated import IsolatedEnvironment, close_environments
-from minidistill.envs.protocol import Environment
+from minidistill.envs.protocol import Environment, take_tasks
 from minidistill.envs.registry import load_environments
 from minidistill.errors import UserError
 from minidistill.evaluation.evaluator import Evaluator, evaluation_prompts, held_out
@@ -48,7 +49,7 @@ from minidistill.trainer.loading import load_policy
 from minidistill.trainer.policy import Policy
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.trainer.trainer import Trainer
-from minidistill.types import Prompt
+from minidistill.types import Advance, Phase, Prompt
 
 logger = logging.getLogger(__name__)
 SMALLER_MODEL = {
@@ -132,8 +133,17 @@ class Components:
                 collector.close()
 
 
-def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prepared:
+@contextlib.contextmanager
+def no_progress(name: str, total: int, unit: str) -> Iterator[Advance]:
+    yield lambda count: None
+
+
+def prepare(
+    loaded: LoadedConfig, directory: RunDirectory, resume: bool, phase: Phase = no_progress
+) -> Prepared:
     """Check everything that can be checked without the model's weights.
+
+    `phase` shows the progress of checks that take long.
 
     Raises UserError for errors the user can fix.
     """
@@ -147,7 +157,7 @@ def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prep
     check_rewards(config, environments)
     began = directory.began() if resume else None
     builder = _prompt_builder(config, tokenizer, began or datetime.now())
-    prompts = _prompts_to_check(environments, builder)
+    prompts = _prompts_to_check(environments, builder, phase)
     tasks = fingerprint(environments, prompts)
     if resume:
         directory.check_same_tasks(tasks)
@@ -159,7 +169,7 @@ def prepare(loaded: LoadedConfig, directory: RunDirectory, resume: bool) -> Prep
         if orchestrator.eval.env is not None:
             evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
         check_rewards(config, evaluated, evaluated=True)
-        by_env = evaluation_prompts(evaluated, builder, orchestrator.eval.num_examples)
+        by_env = evaluation_prompts(evaluated, builder, orchestrator.eval.num_examples, phase)
         for env_prompts in by_env.values():
             check_lengths(config, plan.placement.max_length, env_prompts)
     _check_memory(loaded, plan)
@@ -303,7 +313,7 @@ def _tell_what_the_scoreboard_lacks(
 
 
 def _prompts_to_check(
-    environments: Mapping[str, Environment], builder: PromptBuilder
+    environments: Mapping[str, Environment], builder: PromptBuilder, phase: Phase
 ) -> list[Prompt]:
     prompts = []
     for name, environment in environments.items():
@@ -315,6 +325,8 @@ def _prompts_to_check(
                     fix="give it at least one task for training and one for evaluation",
                 )
             limit = CHECKED_LIST if isinstance(split, list | tuple) else CHECKED_TASKS
-            tasks = [split[i] for i in range(min(limit, len(split)))]
+            numbers = range(min(limit, len(split)))
+            with phase(f"tasks of {name}", len(numbers), "tasks") as advance:
+                tasks = take_tasks(split, numbers, advance)
             prompts += [builder.build(name, task) for task in tasks]
     return prompts

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from minidistill.config.orchestrator import EnvConfig
 from minidistill.envs.outcomes import ScoringError
+from minidistill.envs.protocol import take_tasks
 from minidistill.envs.registry import load_environments
 from minidistill.envs.sokoban import SokobanEnv
 from minidistill.errors import EXIT_HEALTH, EXIT_USAGE, UserError
 from minidistill.tasks.rewards import check_errors, score, with_advantages
 from minidistill.tasks.sampling import TaskSampler
-from minidistill.types import Completion, Prompt, Reward, Rollout, Task
+from minidistill.types import Advance, Completion, Prompt, Reward, Rollout, Task
 
 MANY = settings(deadline=None, derandomize=True, max_examples=80)
 
@@ -85,6 +86,47 @@ def test_epochs_and_seeds_differ() -> None:
     ]
     assert len({tuple(order) for order in orders}) == 4
     assert all(order != sorted(order, key=orders[0].index) for order in orders[1:])
+
+
+class MadeTogether(Sequence[Task]):
+    """A split that notes which tasks are made together."""
+
+    def __init__(self) -> None:
+        self.made: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: Any) -> Any:
+        raise AssertionError("made alone")
+
+    def make_tasks(self, indices: Sequence[int], advance: Advance) -> list[Task]:
+        self.made.append(list(indices))
+        advance(len(indices))
+        return [Task(f"train/{i}", ()) for i in indices]
+
+
+def test_a_steps_tasks_are_made_together() -> None:
+    one_by_one, together = Env(8), Env(8)
+    together.train = MadeTogether()  # type: ignore[assignment]
+    plain = {"a": Env(5), "b": one_by_one}
+    expected = TaskSampler(plain, seed=3)
+    sampler = TaskSampler({"a": plain["a"], "b": together}, seed=3)
+    for step in range(1, 5):
+        drawn = sampler.draw(step, 6)
+        assert drawn == expected.draw(step, 6)
+        made = together.train.made[step - 1]  # type: ignore[attr-defined]
+        assert [f"train/{i}" for i in made] == [task.id for name, task in drawn if name == "b"]
+
+
+def test_tasks_are_taken_with_progress() -> None:
+    advanced: list[int] = []
+    tasks = Env(5).train
+    assert take_tasks(tasks, [4, 0, 4], advanced.append) == [tasks[4], tasks[0], tasks[4]]
+    assert advanced == [1, 1, 1]
+    together = MadeTogether()
+    assert [t.id for t in take_tasks(together, range(2), advanced.append)] == ["train/0", "train/1"]
+    assert advanced == [1, 1, 1, 2]
 
 
 def test_no_tasks_are_an_error() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from minidistill.reporting.formatting import clean, evaluations, number
@@ -39,7 +41,17 @@ class LiveDisplay:
         self._live.start()
 
     def phase(self, name: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+        if self._live is None:
+            return self._phase_before_open(name, total, unit)
         return self._region.bars.phase(name, total, unit)
+
+    @contextmanager
+    def _phase_before_open(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+        """A bar of its own, which disappears at the end."""
+        count = TextColumn(f"{{task.completed:.0f}}/{total} {clean(unit)}", markup=False)
+        text = TextColumn("{task.description}", markup=False)
+        with Progress(text, BarColumn(), count, console=self._console, transient=True) as progress:
+            yield partial(progress.advance, progress.add_task(clean(name), total=total))
 
     def step(self, step: int, metrics: Metrics, sample: Sample | None) -> None:
         self._region.end_step(step, metrics, sample)
