@@ -84,7 +84,9 @@ class RolloutStream:
         self._sampled: queue.SimpleQueue[Sequence[Sampled] | Metrics | BaseException] = (
             queue.SimpleQueue()
         )
-        self._complete: queue.SimpleQueue[list[Rollout] | BaseException | None] = queue.SimpleQueue()
+        self._complete: queue.SimpleQueue[list[Rollout] | BaseException | None] = (
+            queue.SimpleQueue()
+        )
 
     @property
     def rollouts(self) -> StepRollouts:
