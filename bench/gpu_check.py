@@ -13,8 +13,8 @@ checks ops, products, speed and handles need torch, triton and pytest. The other
 transformers, peft, pydantic, tomli and tomli_w, and are skipped without them. The last ones need
 vLLM. `--rehearse` runs the same code on the CPU with tiny sizes; it proves nothing about a GPU.
 
-Exit code 0 if all checks passed; those with vLLM may be missing. Otherwise 1, 2 if the folder cannot
-be written, 3 without a GPU, and 130 after Ctrl-C or SIGTERM, which keep what is known so far.
+Exit code 0 if all checks passed; those with vLLM may be missing. Otherwise 1; 2 if the folder
+cannot be written, 3 without a GPU, 130 after Ctrl-C or SIGTERM, which keep what is known so far.
 """
 
 from __future__ import annotations
