@@ -186,8 +186,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # Interpreted kernels have to be asked for before transformers imports triton.
     import minidistill_kernels  # noqa: F401
+    from minidistill.trainer.distributed.rank_group import launched_by_torchrun
 
-    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+    rank, _ = launched_by_torchrun() or (0, 1)
+    if rank > 0:
         from minidistill.trainer.distributed.worker import follow
 
         return follow(loaded)  # torchrun: rank 0 is the driver, the other ranks only train

@@ -60,6 +60,16 @@ class Prompt:
     teacher_text: str
     student_ids: tuple[int, ...]
     teacher_ids: tuple[int, ...]
+    own_context_ids: tuple[int, ...] = ()
+    """What the student reads with the context added; empty if that is the teacher's view. It is
+    not if the teacher is another model with a chat template of its own."""
+
+    def ids(self, role: Role, *, context: bool) -> tuple[int, ...]:
+        """What a role reads, with the context or without it."""
+        if not context:
+            return self.student_ids
+        own = () if role is Role.TEACHER else self.own_context_ids
+        return own or self.teacher_ids
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each worker; subprocesse
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "write the golden files of the scoreboard again instead of comparing with them"
+    parser.addoption("--regenerate-goldens", action="store_true", help=text)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """The number of workers of `-n auto`.

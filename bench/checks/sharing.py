@@ -10,7 +10,7 @@ import torch
 
 from bench.checks.models import SMALL, Job, load, make_prompts, make_rollouts, warnings
 from bench.checks.report import Findings, Setting
-from minidistill.evaluation.kl import held_out_kl
+from minidistill.evaluation.kl import teacher_kl
 from minidistill.placement.machine import GIB
 from minidistill.trainer.token_budget import TokenBudget
 
@@ -36,7 +36,7 @@ def check(setting: Setting, findings: Findings) -> None:
         job = load(setting, SMALL, *flags)
         own = length - new - setting.size(128, 8)
         prompts = make_prompts(job.policy, 4, context=setting.size(128, 8), own=own)
-        kl = held_out_kl(job.config, job.policy, job.engine, prompts, TokenBudget())
+        kl = teacher_kl(job.config, job.policy, job.engine, prompts, TokenBudget()).mean
         findings.figure("held-out KL", kl)
         findings.holds("held-out KL is finite", math.isfinite(kl))
         if setting.device.type == "cuda":

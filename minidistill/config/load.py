@@ -23,6 +23,7 @@ from minidistill.errors import UserError, UserErrors
 _TEACHER = ("orchestrator", "teacher_model")
 _CONTEXT = (*_TEACHER, "context")
 _CONTEXT_FILE = (*_TEACHER, "context_file")
+_TEMPLATE = ("model", "chat_template")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
 
     if isinstance(teacher, dict):
         _use_context_file(teacher, FilePath(name).parent, origin(_CONTEXT_FILE))
+    _use_template_file(data.get("model"), FilePath(name).parent, origin(_TEMPLATE))
     return data, origin
 
 
@@ -94,6 +96,7 @@ def _put_flags(layers: Layers, flags: Sequence[overrides.Override]) -> None:
     """Lay the command line over the files."""
     for override in flags:
         layers.put(override.path, override.value, lambda _, flag=override.flag: flag)  # type: ignore[misc]
+    _use_template_file(layers.get(_TEMPLATE[:1]), FilePath(), layers.origins.get(_TEMPLATE, ""))
     teacher = layers.get(_TEACHER)
     flag = layers.origins.get(_CONTEXT_FILE, "")
     if not isinstance(teacher, dict) or not flag.startswith("--"):
@@ -117,6 +120,23 @@ def _use_context_file(teacher: dict[str, Any], base: FilePath, origin: str) -> N
         raise UserError("both context and context_file are set", where, "keep one of the two")
     teacher["context"] = _read_text(base / FilePath(name).expanduser(), where)
     del teacher["context_file"]
+
+
+def _use_template_file(model: Any, base: FilePath, origin: str) -> None:
+    """Replace the file's name in `chat_template` by its text, which the run then records."""
+    template = model.get("chat_template") if isinstance(model, dict) else None
+    if not isinstance(template, str) or not template or _is_template(template):
+        return
+    where = place(origin, _TEMPLATE)
+    text = _read_text(base / FilePath(template).expanduser(), where)
+    if not _is_template(text):
+        raise UserError(f"{template} holds no Jinja template", where, "name a file with one")
+    model["chat_template"] = text
+
+
+def _is_template(text: str) -> bool:
+    """Whether a text has Jinja's expressions or statements, which no file's name has."""
+    return "{{" in text or "{%" in text
 
 
 def _read_text(path: FilePath, where: str) -> str:

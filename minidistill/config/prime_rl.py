@@ -21,6 +21,7 @@ _SAMPLER = (
 )
 _NOT_SERVED = "drop it: vLLM cannot serve an adapter with it"
 _LAUNCH = "drop it: submit `minidistill run` yourself; torchrun starts it on several machines"
+_TEMPLATE_ARGUMENTS = "use the table `[model.chat_template_kwargs]`"
 _RATIO = "use `trainer.loss.ratio_clip_high`, `token_mask_low` and `token_mask_high`"
 _EAGER_TRAINER = "drop it: the trainer runs transformers' own modules"
 _TEACHER = "use `teacher_inference.model.name` if the teacher is not the student's base model"
@@ -39,6 +40,10 @@ _KEYS = {
     "inference.model": "use the table `[model]`",
     "trainer.model.attn": "use `model.attn`",
     "trainer.model.trust_remote_code": "use `model.trust_remote_code`",
+    "*chat_template_kwargs": _TEMPLATE_ARGUMENTS,
+    "*enable_thinking": _TEMPLATE_ARGUMENTS,
+    "*chat_template": "use `model.chat_template`, the name of a file",
+    "*tokenizer": "drop it: the tokenizer is the model's; a template is `model.chat_template`",
     "trainer.loss.type": "drop it: there is one objective, weighted by the three taus",
     "trainer.loss.ratio_type": "drop it: the ratio is per token",
     "trainer.loss.kl_tau": "use `trainer.loss.teacher_tau` and `trainer.loss.student_tau`",

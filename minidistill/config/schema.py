@@ -5,7 +5,7 @@ To add a setting, add a field. The docstring below it becomes its help in docs/c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import Field
@@ -49,6 +49,15 @@ class ModelConfig(Table):
     """Run Python code that comes with the model. Only for models whose authors you trust."""
     revision: Text | None = None
     """Branch, tag or commit of a hub model."""
+    chat_template: Text | None = None
+    """A file with a Jinja chat template to use instead of the model's own, relative to the TOML
+    file that names it. When the configuration is loaded, this becomes the file's text."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Arguments of the chat template, the same for both views: `enable_thinking = false` keeps
+    Qwen3 from thinking. What the template does not read is refused."""
+    special_tokens_in_text: Literal["text", "allow"] = "text"
+    """How `<|im_end|>` and other control tokens within the context and the prompts are encoded: as
+    `text`, or with `allow` as the tokens themselves, which can end a turn."""
 
 
 class CkptConfig(Table):

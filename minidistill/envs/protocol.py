@@ -16,7 +16,7 @@ class Environment(Protocol):
     """Tasks and their scoring.
 
     An environment without a meaningful score sets `has_rewards = False`; its scores are then
-    neither trained on nor reported.
+    neither trained on nor reported. One whose score is of the style alone sets `has_task = False`.
     """
 
     @property
@@ -34,3 +34,12 @@ class Environment(Protocol):
 def has_rewards(environment: Environment) -> bool:
     """Whether the environment's scores are meaningful, which is the default."""
     return bool(getattr(environment, "has_rewards", True))
+
+
+def has_task(environment: Environment) -> bool:
+    """Whether the environment's tasks have answers that are right or wrong.
+
+    By default they have if there is a reward. An environment whose reward is of the style alone
+    sets `has_task = False`: drift is then judged as for a persona.
+    """
+    return bool(getattr(environment, "has_task", has_rewards(environment)))

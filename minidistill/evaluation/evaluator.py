@@ -40,6 +40,12 @@ def evaluation_prompts(
     }
 
 
+def held_out(prompts: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:
+    """The prompts for the held-out KL: the first of each environment, in equal numbers."""
+    count = max(1, HELD_OUT // len(prompts))
+    return [prompt for by_env in prompts.values() for prompt in by_env[:count]]
+
+
 class Evaluator:
     """Evaluates on a fixed set of held-out tasks, with the same seeds every time.
 
@@ -102,7 +108,7 @@ class Evaluator:
         training, evaluation = self.config.orchestrator.sampling, self.settings.sampling
         requests = [
             Request(
-                prompt.teacher_ids if context else prompt.student_ids,
+                prompt.ids(role, context=context),
                 stable_seed(self.config.seed, "eval", prompt.env, prompt.task.id, sample),
             )
             for prompt, sample in jobs
@@ -120,6 +126,5 @@ class Evaluator:
         ]
 
     def held_out(self) -> list[Prompt]:
-        """The prompts for the held-out KL: the first of each environment, in equal numbers."""
-        count = max(1, HELD_OUT // len(self.prompts))
-        return [prompt for prompts in self.prompts.values() for prompt in prompts[:count]]
+        """The prompts for the held-out KL."""
+        return held_out(self.prompts)

@@ -1,43 +1,64 @@
-"""The KL on held-out prompts, and the drift on unrelated ones."""
+"""The KL to the teacher by prompt, and the drift on unrelated prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from minidistill.config import Config
 from minidistill.engines.base import Engine, Ids
 from minidistill.engines.embedded import EmbeddedEngine
-from minidistill.evaluation.unrelated import UNRELATED
+from minidistill.evaluation.intervals import PromptSums
+from minidistill.evaluation.unrelated import DRIFT_TOKENS, unrelated_prompts
 from minidistill.seeding import stable_seed
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.trainer.token_kl import token_kl
-from minidistill.types import Completion, Prompt, Request, Role, SamplingParams, Task
-
-DRIFT_TOKENS = 32  # longest completion on an unrelated prompt
+from minidistill.types import Completion, Prompt, Request, Role, SamplingParams
 
 Views = tuple[Sequence[Ids], Sequence[Ids]]
 """The prompts that each of two distributions reads."""
 
 
-def held_out_kl(
-    config: Config, policy: Policy, engine: Engine, prompts: Sequence[Prompt], budget: TokenBudget
-) -> float:
-    """Mean KL(student‖teacher), nats, over tokens that the student samples on held-out prompts.
+@dataclass(frozen=True, slots=True)
+class SampledKL:
+    """A KL by prompt, and the completions that it was measured on."""
 
-    If only an engine holds the teacher's weights, it is the mean of log π(y) - log q(y) instead.
-    Otherwise an engine on the trainer's GPU is asleep after the call. `budget` bounds the passes.
+    by_prompt: PromptSums
+    completions: list[Completion]
+
+    @property
+    def mean(self) -> float:
+        """Nats a token."""
+        return self.by_prompt.mean
+
+
+def teacher_kl(
+    config: Config,
+    policy: Policy,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    budget: TokenBudget,
+    *,
+    label: str = "held-out",
+    max_tokens: int | None = None,
+) -> SampledKL:
+    """KL(student‖teacher) over completions that the student samples without the context.
+
+    If only an engine holds the teacher's weights, it is log π(y) - log q(y) instead. Otherwise an
+    engine on the trainer's GPU is asleep after the call. `budget` bounds the passes. The seeds
+    follow from `label`. `max_tokens` is by default that of training.
     """
-    max_tokens = config.orchestrator.sampling.max_tokens
+    longest = max_tokens or config.orchestrator.sampling.max_tokens
     views = ([p.student_ids for p in prompts], [p.teacher_ids for p in prompts])
-    completions = _sample(config, engine, views[0], "held-out", Role.STUDENT, max_tokens)
+    completions = sample(config, engine, views[0], label, Role.STUDENT, longest)
     roles = Role.STUDENT, Role.TEACHER
     if policy.holds(Role.TEACHER):
         engine.sleep()
-        doing = "computing the KL on held-out prompts"
-        return _mean_kl(config, policy, completions, views, roles, budget, doing)
+        doing = f"computing the KL on {label} prompts"
+        return _exact_kl(config, policy, completions, views, roles, budget, doing)
     return _sampled_kl(engine, completions, views, roles)
 
 
@@ -49,24 +70,24 @@ def drift_kl(
     0 means that training changed nothing outside the task. None if the base's weights no longer
     exist: all weights were trained, and the teacher is not the base. `budget` bounds the passes.
     """
-    tasks = [Task(str(i), ({"role": "user", "content": q},)) for i, q in enumerate(UNRELATED)]
-    view = [builder.build("unrelated", task).student_ids for task in tasks]
+    view = [prompt.student_ids for prompt in unrelated_prompts(builder)]
     if policy.holds(Role.BASE):
         engine.sleep()
         engine = EmbeddedEngine(policy, PrefixCache(policy, shares=False))
     elif policy.teacher_weights is not Weights.BASE:
         return None
-    completions = _sample(config, engine, view, "drift", Role.BASE, DRIFT_TOKENS)
+    completions = sample(config, engine, view, "drift", Role.BASE, DRIFT_TOKENS)
     roles = Role.BASE, Role.STUDENT
     if policy.holds(Role.BASE):
         doing = "computing the drift on unrelated prompts"
-        return _mean_kl(config, policy, completions, (view, view), roles, budget, doing)
-    return _sampled_kl(engine, completions, (view, view), roles)
+        return _exact_kl(config, policy, completions, (view, view), roles, budget, doing).mean
+    return _sampled_kl(engine, completions, (view, view), roles).mean
 
 
-def _sample(
+def sample(
     config: Config, engine: Engine, view: Sequence[Ids], label: str, role: Role, max_tokens: int
 ) -> list[Completion]:
+    """One completion of each prompt, with seeds that follow from `label` and its place."""
     requests = [
         Request(tuple(prompt), stable_seed(config.seed, label, index))
         for index, prompt in enumerate(view)
@@ -75,15 +96,15 @@ def _sample(
     return engine.generate(requests, params, role)
 
 
-def _mean_kl(
+def _exact_kl(
     config: Config,
     policy: Policy,
-    completions: Sequence[Completion],
+    completions: list[Completion],
     views: Views,
     roles: tuple[Role, Role],
     budget: TokenBudget,
     doing: str,
-) -> float:
+) -> SampledKL:
     kl_N = token_kl(
         policy,
         [c.token_ids for c in completions],
@@ -92,17 +113,22 @@ def _mean_kl(
         temperature=config.orchestrator.sampling.temperature,
         budget=budget,
         doing=doing,
-    )
-    return float(kl_N.double().mean())
+    ).double()
+    tokens = [len(c.token_ids) for c in completions]
+    sums = [float(part.sum()) for part in kl_N.split(tokens)]
+    return SampledKL(PromptSums(float(kl_N.mean()), sums, tokens), completions)
 
 
 def _sampled_kl(
-    engine: Engine, completions: Sequence[Completion], views: Views, roles: tuple[Role, Role]
-) -> float:
+    engine: Engine, completions: list[Completion], views: Views, roles: tuple[Role, Role]
+) -> SampledKL:
     """The one-sample estimate, from log-probs of the sampled tokens at temperature 1."""
-    tokens = [c.token_ids for c in completions]
-    sums = [
-        sum(map(sum, engine.score(view, tokens, role)))
+    ids = [c.token_ids for c in completions]
+    first, second = (
+        [sum(logprobs) for logprobs in engine.score(view, ids, role)]
         for view, role in zip(views, roles, strict=True)
-    ]
-    return (sums[0] - sums[1]) / sum(map(len, tokens))
+    )
+    tokens = list(map(len, ids))
+    mean = (sum(first) - sum(second)) / sum(tokens)
+    sums = [p - q for p, q in zip(first, second, strict=True)]
+    return SampledKL(PromptSums(mean, sums, tokens), completions)

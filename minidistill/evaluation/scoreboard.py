@@ -1,4 +1,4 @@
-"""The scoreboard: mean rewards, and the gap closed with its interval."""
+"""The scoreboard's scores: means, and the gap closed with its interval."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from typing import Any
 
 import numpy as np
 
-RESAMPLES = 10_000
-MIN_TASKS = 8  # a bootstrap over fewer says next to nothing about other tasks
+from minidistill.evaluation.intervals import (
+    CLOSED,
+    MIN_TASKS,
+    PromptSums,
+    kl_closed,
+    percentiles,
+    picks,
+    ratios,
+)
+from minidistill.evaluation.verdict import judge_scores
+from minidistill.reporting.run_directory import finite
 
 
 def compare(
@@ -22,22 +31,19 @@ def compare(
 
     Each sequence has a mean reward for each task, in the same order. The gap closed is
     (student - before) / (teacher - before). Its 95 % interval is a percentile bootstrap over tasks
-    (10,000 resamples, all figures of a task drawn together). If the interval of the baseline
-    difference includes 0, there is no gap to close, and `gap_closed` is None. With fewer than
-    `MIN_TASKS` tasks there is no interval, and so no verdict on a gap.
+    (10,000 resamples, all figures of a task drawn together). `gap_closed` is None if there is no
+    gap to close: the interval of the baseline difference includes 0, or the context makes the score
+    worse. With fewer than `MIN_TASKS` tasks there is no interval, and so no verdict on a gap. An
+    interval without width, where all tasks agree, is None.
     """
     before, in_context = np.asarray(student_before), np.asarray(teacher)
     difference = float(in_context.mean() - before.mean())
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(before), size=(RESAMPLES, len(before)))
-    differences = (in_context - before)[picks].mean(axis=1)
-    low, high = np.quantile(differences, [0.025, 0.975])
     board: dict[str, Any] = {
         "baseline_student": float(before.mean()),
         "baseline_teacher": float(in_context.mean()),
         "baseline_diff": difference,
-        "baseline_diff_low": float(low),
-        "baseline_diff_high": float(high),
+        "baseline_diff_low": None,
+        "baseline_diff_high": None,
         "student": None if student is None else float(np.mean(student)),
         "student_with_context": None if with_context is None else float(np.mean(with_context)),
         "gap_closed": None,
@@ -45,31 +51,19 @@ def compare(
         "gap_closed_high": None,
         "eval_tasks": len(before),
     }
-    if len(before) < MIN_TASKS:
-        board |= {"baseline_diff_low": None, "baseline_diff_high": None}
-        board["verdict"] = f"{len(before)} tasks are too few for an interval: evaluate {MIN_TASKS}"
-        return board
-    if low <= 0 <= high:
-        board["verdict"] = "no gap: the context changes the score by no more than chance"
-        return board
-    if student is None:
-        board["verdict"] = "not finished"
-        return board
-    gains = (np.asarray(student) - before)[picks].mean(axis=1)
-    # a resample without a difference has no ratio; few are like that if the interval excludes 0
-    ratios = np.divide(gains, differences, out=np.full(RESAMPLES, np.nan), where=differences != 0)
-    board["gap_closed"] = float((np.mean(student) - before.mean()) / difference)
-    board["gap_closed_low"], board["gap_closed_high"] = map(
-        float, np.nanquantile(ratios, [0.025, 0.975])
-    )
-    if difference < 0:
-        board["verdict"] = "the context makes the model worse on this task"
-    else:
-        board["verdict"] = (
-            f"{board['gap_closed']:.0%} of the gap closed "
-            f"(95 % interval {board['gap_closed_low']:.0%} to {board['gap_closed_high']:.0%})"
-        )
-    return board
+    if len(before) >= MIN_TASKS:
+        chosen = picks(len(before), seed)
+        differences = (in_context - before)[chosen].mean(axis=1)
+        interval = percentiles(differences)
+        if interval is not None:
+            board |= {"baseline_diff_low": interval.low, "baseline_diff_high": interval.high}
+        lowest = difference if interval is None else interval.low
+        if student is not None and lowest > 0:
+            board["gap_closed"] = float((np.mean(student) - before.mean()) / difference)
+            gains = (np.asarray(student) - before)[chosen].mean(axis=1)
+            if (share := percentiles(ratios(gains, differences))) is not None:
+                board |= {"gap_closed_low": share.low, "gap_closed_high": share.high}
+    return board | judge_scores(board)
 
 
 def pooled(per_env: Mapping[str, Mapping[str, Sequence[float]]], key: str) -> list[float] | None:
@@ -94,7 +88,25 @@ def build(rewards: Mapping[str, Mapping[str, Sequence[float]]], seed: int) -> di
         board |= dict.fromkeys((*missing, "gap_closed_low", "gap_closed_high"))
         board["student"] = float(np.mean(student)) if student else None
         board["student_with_context"] = float(np.mean(context)) if context else None
-        board["verdict"] = "no baseline was evaluated"
+        board |= judge_scores(board)
     if len(rewards) > 1:
         board["per_env"] = {name: build({name: values}, seed) for name, values in rewards.items()}
     return board
+
+
+def teacher_kl(
+    name: str, before: PromptSums | None, after: PromptSums | None, seed: int
+) -> dict[str, Any]:
+    """The KL to the teacher before and after training, and the share closed: see `kl_closed`.
+
+    The keys are `NAME_before`, `NAME_after`, `NAME_closed` and so on. All but `NAME_after` are
+    None without `before`.
+    """
+    figures: dict[str, Any] = dict.fromkeys(("prompts", "negligible", *CLOSED))
+    if before is not None:
+        figures = kl_closed(before, after, seed)
+    means = {
+        "before": None if before is None else finite(before.mean),
+        "after": None if after is None else finite(after.mean),
+    }
+    return {f"{name}_{key}": value for key, value in (means | figures).items()}

@@ -1,5 +1,11 @@
 """Questions that have nothing to do with a run's tasks, for measuring drift."""
 
+from __future__ import annotations
+
+from minidistill.tasks.prompts import PromptBuilder
+from minidistill.types import Prompt, Task
+
+DRIFT_TOKENS = 32  # longest completion on an unrelated prompt
 UNRELATED = (
     "Say hello.",
     "What color is the sky?",
@@ -18,3 +24,9 @@ UNRELATED = (
     "Recommend a drink.",
     "Say good night.",
 )
+
+
+def unrelated_prompts(builder: PromptBuilder) -> list[Prompt]:
+    """Both views of the questions: without the context and with it."""
+    tasks = (Task(str(i), ({"role": "user", "content": q},)) for i, q in enumerate(UNRELATED))
+    return [builder.build("unrelated", task) for task in tasks]

@@ -14,8 +14,32 @@ from minidistill.models.registry import SHIPPED_CONFIGS, resolve
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The tokenizer of the student's model. Raises UserError if it cannot be loaded."""
-    return _load_tokenizer(config, config.model.name, "model.name")
+    """The tokenizer of the student's model, with the configuration's chat template if it has one.
+
+    Raises UserError if it cannot be loaded.
+    """
+    tokenizer = _load_tokenizer(config, config.model.name, "model.name")
+    if config.model.chat_template is not None:
+        tokenizer.chat_template = config.model.chat_template
+    return tokenizer
+
+
+def load_teacher_tokenizer(config: Config, tokenizer: Any) -> Any:
+    """The tokenizer of a separate teacher model, None without one.
+
+    Raises UserError if it has another vocabulary than the student's `tokenizer`.
+    """
+    name = config.separate_teacher
+    if name is None:
+        return None
+    teacher_tokenizer = _load_tokenizer(config, name, "teacher_inference.model.name")
+    if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{name} and {config.model.name} have different vocabularies",
+            where="teacher_inference.model.name",
+            fix="use a teacher with the student's tokenizer: it scores the student's own tokens",
+        )
+    return teacher_tokenizer
 
 
 def load_model_config(config: Config, name: str | None = None, *, shipped: bool = False) -> Any:
@@ -36,20 +60,6 @@ def load_model_config(config: Config, name: str | None = None, *, shipped: bool 
         except OSError:
             fields = json.loads(SHIPPED_CONFIGS[name].read_text())
             return AutoConfig.for_model(fields.pop("model_type"), **fields)
-
-
-def check_same_tokens(config: Config, tokenizer: Any) -> None:
-    """Raise UserError if a separate teacher model has another vocabulary than the student."""
-    name = config.separate_teacher
-    if name is None:
-        return
-    teacher_tokenizer = _load_tokenizer(config, name, "teacher_inference.model.name")
-    if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"{name} and {config.model.name} have different vocabularies",
-            where="teacher_inference.model.name",
-            fix="use a teacher with the student's tokenizer: it scores the student's own tokens",
-        )
 
 
 def hub_arguments(config: Config, name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import platform
 import re
 import sys
 from collections.abc import Mapping
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class RunDirectory:
         changed = sorted(k for k in {*before, *now} - ignored if before.get(k) != now.get(k))
         if changed:
             differences = ", ".join(
-                f"{k} (was {before.get(k)!r}, now {now.get(k)!r})" for k in changed[:4]
+                f"{k} (was {_short(before.get(k))}, now {_short(now.get(k))})" for k in changed[:4]
             )
             raise UserError(
                 f"the run in {self.path} was started with other settings: {differences}",
@@ -125,6 +126,11 @@ class RunDirectory:
                 "or start a new run with another --output_dir",
             )
 
+    def began(self) -> datetime | None:
+        """The date and time that the run's prompts show, if they show one."""
+        began = (self.read("env.json") or {}).get("began")
+        return None if began is None else datetime.fromisoformat(began)
+
     def log(self, step: int, metrics: Metrics) -> None:
         """Append a record. Values that are not finite become null."""
         values = {k: finite(v) for k, v in metrics.items()}
@@ -137,10 +143,10 @@ class RunDirectory:
             return self.metrics_path.read_bytes().count(b"\n")
         return 0
 
-    def column(self, name: str) -> list[float]:
-        """A metric's values over the records that have it."""
+    def column(self, name: str) -> dict[int, float]:
+        """A metric's values by step, of the records that have it."""
         records = map(json.loads, self.metrics_path.read_bytes().splitlines()[: self.lines()])
-        return [r[name] for r in records if r.get(name) is not None]
+        return {r["step"]: r[name] for r in records if r.get(name) is not None}
 
     def truncate(self, lines: int) -> None:
         """Keep the first `lines` records. A resumed run repeats those after its checkpoint."""
@@ -189,6 +195,12 @@ def environment_facts() -> dict[str, Any]:
 def finite(value: float) -> float | None:
     """The value, or None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
+
+
+def _short(value: Any) -> str:
+    """A setting on one short line: some hold whole texts."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _json(value: Any) -> str:

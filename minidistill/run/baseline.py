@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
+from minidistill.envs import has_rewards
+from minidistill.evaluation import scoreboard
+from minidistill.evaluation.intervals import PromptSums
+from minidistill.evaluation.side_by_side import before_training
+from minidistill.evaluation.verdict import NOTHING_TO_CLOSE, judge
 from minidistill.run.session import Session
 from minidistill.trainer.policy import Weights
 from minidistill.types import Metrics, Role
 
+logger = logging.getLogger(__name__)
 FILE = "baseline.json"
 
 
 def evaluate_baseline(session: Session) -> None:
     """Log both roles' rewards and the KL on held-out prompts, as step 0.
 
-    The results are kept in `baseline.json`, so a resumed run does not evaluate again.
+    Warns if there is no gap to close. The results are kept in `baseline.json`, so a resumed run
+    does not evaluate again.
     """
-    evaluator = session.evaluator
-    if evaluator is None:
+    if session.evaluator is None:
         return
     results = session.directory.read(FILE)
     if results is None:
         began = time.perf_counter()
-        results = {"rewards": {}, "heldout_kl": session.held_out_kl()}
-        if session.config.orchestrator.teacher_model.eval_baseline:
-            student = evaluator.run("student", _student_role(session), context=False)
-            teacher = evaluator.run("teacher", Role.TEACHER, context=True)
-            results["length"] = student.length
-            results["rewards"] = {
-                "baseline_student": student.rewards,
-                "baseline_teacher": teacher.rewards,
-            }
+        results = _evaluate(session)
         results["seconds"] = time.perf_counter() - began
         session.directory.write(FILE, results)
     metrics: Metrics = {"eval/heldout_kl": results["heldout_kl"], "time/eval": results["seconds"]}
-    for name in evaluator.prompts if results["rewards"] else ():
+    for name in session.evaluator.prompts if results["rewards"] else ():
         student_reward, teacher_reward = (
             _mean(by_env[name]) for by_env in results["rewards"].values()
         )
@@ -45,6 +46,60 @@ def evaluate_baseline(session: Session) -> None:
     session.log(0, metrics)
     if results["rewards"]:
         session.display.baseline(metrics)
+    for warning in _warnings(session, results):
+        logger.warning(warning)
+
+
+def _evaluate(session: Session) -> dict[str, Any]:
+    """Everything that is measured before training."""
+    assert session.evaluator is not None
+    evaluator = session.evaluator
+    teacher_completions = session.teacher_completions()
+    held_out, unrelated = session.held_out_kl(), session.unrelated_kl()
+    results: dict[str, Any] = {
+        "rewards": {},
+        "heldout_kl": held_out.mean,
+        "heldout_by_prompt": asdict(held_out.by_prompt),
+        "unrelated_by_prompt": None if unrelated is None else asdict(unrelated.by_prompt),
+        "completions": before_training(
+            session.builder, evaluator.held_out(), held_out.completions, teacher_completions
+        ),
+    }
+    if session.config.orchestrator.teacher_model.eval_baseline:
+        student = evaluator.run("student", _student_role(session), context=False)
+        teacher = evaluator.run("teacher", Role.TEACHER, context=True)
+        results["length"] = student.length
+        results["rewards"] = {
+            "baseline_student": student.rewards,
+            "baseline_teacher": teacher.rewards,
+        }
+    return results
+
+
+def kl_before(results: dict[str, Any], prompts: str) -> PromptSums | None:
+    """The KL to the teacher before training on `heldout` or `unrelated` prompts, if it is known."""
+    by_prompt = results.get(f"{prompts}_by_prompt")
+    return None if by_prompt is None else PromptSums(**by_prompt)
+
+
+def _warnings(session: Session, results: dict[str, Any]) -> list[str]:
+    """A sentence for each environment, and for all together, if there is no gap to close."""
+    rewards, seed = results["rewards"], session.config.seed
+    scored = {
+        name: {kind: by_env[name] for kind, by_env in rewards.items()}
+        for name, environment in session.prepared.evaluation_environments.items()
+        if has_rewards(environment)
+    }
+    board = scoreboard.build(scored, seed)
+    board |= scoreboard.teacher_kl("heldout_kl", kl_before(results, "heldout"), None, seed)
+    board |= judge(board)
+    boards = {"": board}
+    boards |= {f"{name}: ": part for name, part in board.get("per_env", {}).items()}
+    return [
+        f"{name}{part['verdict']} The scoreboard will have no percentage."
+        for name, part in boards.items()
+        if part["outcome"] in NOTHING_TO_CLOSE
+    ]
 
 
 def _student_role(session: Session) -> Role:

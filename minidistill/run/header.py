@@ -8,6 +8,7 @@ from minidistill.placement.placement import Placement
 from minidistill.placement.render import choice_rows, summary
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal.base import Header
+from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.policy import Policy
 
 TEACHERS = {
@@ -22,6 +23,7 @@ def header(
     placement: Placement,
     policy: Policy,
     engine: Engine,
+    builder: PromptBuilder,
     directory: RunDirectory,
     first_step: int,
 ) -> Header:
@@ -59,11 +61,26 @@ def header(
     if placement.ranks > 1:
         layout = "sharded" if placement.sharded else "replicated"
         rows.append(("trainer", f"{placement.ranks} ranks, weights {layout}"))
+    rows += _prompt_rows(builder)
     rows += [
         ("tasks", ", ".join(env.name for env in orchestrator.env)),
         ("output", str(directory.path)),
     ]
     return Header("minidistill", tuple(rows), config.max_steps, first_step)
+
+
+def _prompt_rows(builder: PromptBuilder) -> list[tuple[str, str]]:
+    """What the chat template decides beyond what a model's files say."""
+    rows = []
+    tokenizer = builder.tokenizer
+    if ends := builder.end_of_turn_ids - {tokenizer.eos_token_id}:
+        tokens = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ends)))
+        rows.append(("end of turn", f"{tokens}, as in the chat template"))
+    if builder.began is not None:
+        rows.append(("date", f"{builder.began:%Y-%m-%d %H:%M:%S} in all prompts of the run"))
+    if builder.teacher is not builder.student:
+        rows.append(("template", "the teacher's prompts are rendered with its own"))
+    return rows
 
 
 def _millions(count: int) -> str:

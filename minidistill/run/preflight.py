@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minidistill.config import Config
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.tasks.chat_template import ChatTemplate
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import (
@@ -22,7 +23,7 @@ from minidistill.trainer.forward import (
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.trainer.token_kl import token_kl
-from minidistill.types import Prompt, Role, Task
+from minidistill.types import Message, Prompt, Role
 from minidistill_kernels import linear_reverse_kl
 
 Ids = tuple[int, ...]
@@ -40,22 +41,17 @@ def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prom
     Raises UserError if the chat template does not render them correctly.
     """
     first = prompts[0]
-    ending = generation_prompt(builder, first.task)
-    for view, text in (("student", first.student_text), ("teacher", first.teacher_text)):
-        if not text.endswith(ending):
+    for template in (builder.student, builder.teacher):
+        if template.render(first.task.messages) != template.render(first.task.messages):
             raise UserError(
-                f"the {view}'s prompt does not end in the template's generation prompt {ending!r}",
-                where="model.name",
-                fix="use a chat template that supports add_generation_prompt",
+                "the two views differ even with an empty context",
+                where=template.where,
+                fix="use a chat template that renders the same messages the same way",
             )
-    without_context = PromptBuilder(builder.tokenizer, "", builder.placement)
-    equal_views = without_context.build("", first.task)
-    if equal_views.student_ids != equal_views.teacher_ids:
-        raise UserError(
-            "the two views differ even with an empty context",
-            where="model.name",
-            fix="use a chat template that renders the same messages the same way",
-        )
+    _check_generation_prompt(builder.student, first.task.messages, first.student_ids, "student")
+    with_context = builder.with_context(first.task.messages)
+    _check_generation_prompt(builder.teacher, with_context, first.teacher_ids, "teacher")
+    _warn_of_turns_without_end(builder)
     if builder.context.strip() not in first.teacher_text:
         logger.warning("the chat template does not show the context verbatim")
     if warning := builder.boundary_warning(first):
@@ -70,11 +66,41 @@ def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prom
         )
 
 
-def generation_prompt(builder: PromptBuilder, task: Task) -> str:
-    """What the template writes to start the assistant's turn."""
-    messages = [dict(m) for m in task.messages]
-    closed = str(builder.tokenizer.apply_chat_template(messages, tokenize=False))
-    return builder.render(messages).removeprefix(closed)
+def _check_generation_prompt(
+    template: ChatTemplate, messages: Sequence[Message], ids: Ids, view: str
+) -> None:
+    """Check that a prompt ends where the assistant's answer begins."""
+    ending = template.generation_prompt(messages)
+    if ids[len(ids) - len(ending) :] != ending:
+        text = template.tokenizer.decode(list(ending))
+        raise UserError(
+            f"the {view}'s prompt does not end in the template's generation prompt {text!r}",
+            where=template.where,
+            fix="use a chat template that supports add_generation_prompt",
+        )
+    if header := template.unopened_turn(messages):
+        raise UserError(
+            f"the {view}'s prompt does not begin the assistant's turn: the chat template writes "
+            f"{header!r} before an answer, but not at the end of a prompt",
+            where=template.where,
+            fix="use a chat template that supports add_generation_prompt",
+        )
+
+
+def _warn_of_turns_without_end(builder: PromptBuilder) -> None:
+    """Warn if no token ends an answer, or if the teacher expects another one."""
+    student = builder.student
+    if student.shows_turns and student.end_of_turn is None:
+        logger.warning(
+            "the chat template ends an answer with no token of its own: completions end at the "
+            "end-of-sequence token, which the model may never write, or at max_tokens"
+        )
+    if len(builder.end_of_turn_ids) > 1:
+        ends = builder.tokenizer.convert_ids_to_tokens(sorted(builder.end_of_turn_ids))
+        logger.warning(
+            f"the two chat templates end a turn with different tokens ({', '.join(ends)}): the "
+            "teacher scores one that it does not expect"
+        )
 
 
 @torch.no_grad()

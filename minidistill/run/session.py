@@ -10,7 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 
 from minidistill.evaluation.evaluator import Scores
-from minidistill.evaluation.kl import drift_kl, held_out_kl
+from minidistill.evaluation.kl import SampledKL, drift_kl, sample, teacher_kl
+from minidistill.evaluation.side_by_side import kept
+from minidistill.evaluation.unrelated import DRIFT_TOKENS, unrelated_prompts
 from minidistill.placement.machine import GIB
 from minidistill.placement.measured import planned_and_measured
 from minidistill.reporting.monitors import open_monitors
@@ -20,7 +22,7 @@ from minidistill.run.header import header
 from minidistill.run.setup import Components, Prepared, build
 from minidistill.trainer import checkpoint
 from minidistill.trainer.guards import explain_out_of_memory
-from minidistill.types import Metrics, Role, Rollout, TokenFigures
+from minidistill.types import Completion, Metrics, Role, Rollout, TokenFigures
 
 logger = logging.getLogger(__name__)
 SHORTER = {
@@ -70,11 +72,14 @@ class Session:
             components.placement,
             self.policy,
             self.engine,
+            self.builder,
             self.directory,
             self.first_step,
         )
         if not prepared.resume:
             facts = {"header": run_header.rows, "tasks": prepared.fingerprint}
+            if self.builder.began is not None:
+                facts["began"] = self.builder.began.isoformat()
             self.directory.create(prepared.loaded, facts)
         self.engine.sync(self.first_step - 1)
         self.monitor = open_monitors(self.config, self.directory.path)
@@ -156,11 +161,38 @@ class Session:
         return scores
 
     @explain_out_of_memory("computing the KL on held-out prompts", **SHORTER)
-    def held_out_kl(self) -> float:
-        """Mean KL(student‖teacher) on held-out prompts, nats a token."""
+    def held_out_kl(self) -> SampledKL:
+        """KL(student‖teacher) on held-out prompts."""
         assert self.evaluator is not None
         prompts = self.evaluator.held_out()
-        return held_out_kl(self.config, self.policy, self.engine, prompts, self.budget)
+        return teacher_kl(self.config, self.policy, self.engine, prompts, self.budget)
+
+    @explain_out_of_memory("computing the KL on unrelated prompts", **SHORTER)
+    def unrelated_kl(self) -> SampledKL | None:
+        """KL(student‖teacher) on unrelated prompts; None if the context leaves no room for them."""
+        prompts = unrelated_prompts(self.builder)
+        longest = max(len(prompt.teacher_ids) for prompt in prompts)
+        tokens = min(DRIFT_TOKENS, self.prepared.plan.placement.max_length - longest)
+        if tokens < 1:
+            return None
+        return teacher_kl(
+            self.config,
+            self.policy,
+            self.engine,
+            prompts,
+            self.budget,
+            label="unrelated",
+            max_tokens=tokens,
+        )
+
+    @explain_out_of_memory("sampling the teacher's completions", **SHORTER)
+    def teacher_completions(self) -> list[Completion]:
+        """The teacher's completions of the held-out prompts that are kept, with the context."""
+        assert self.evaluator is not None
+        prompts = self.evaluator.held_out()
+        view = [prompts[i].teacher_ids for i in kept(len(prompts))]
+        max_tokens = self.config.orchestrator.sampling.max_tokens
+        return sample(self.config, self.engine, view, "held-out", Role.TEACHER, max_tokens)
 
     @explain_out_of_memory("computing the drift on unrelated prompts", **SHORTER)
     def drift_kl(self) -> float | None:

@@ -6,9 +6,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from minidistill.envs import has_task
 from minidistill.evaluation import scoreboard
+from minidistill.evaluation.drift import judge_drift
+from minidistill.evaluation.kl import SampledKL
+from minidistill.evaluation.side_by_side import after_training
+from minidistill.evaluation.verdict import judge
 from minidistill.reporting.html import write_report
-from minidistill.reporting.run_directory import RunDirectory
+from minidistill.reporting.run_directory import RunDirectory, finite
 from minidistill.reporting.terminal.base import Display
 from minidistill.run import baseline
 from minidistill.run.session import Session
@@ -19,7 +24,11 @@ logger = logging.getLogger(__name__)
 FILE = "scoreboard.json"
 MISSING = "missing"
 """The scoreboard's figures that are still to be computed. A finished run's has no such key."""
+COMPLETIONS = "completions"
 LAST_STEPS = 10  # whose mean KL is `teacher_kl_last`
+
+Pass = Callable[[], dict[str, Any]]
+"""Computes figures of the scoreboard."""
 
 
 def finish(session: Session) -> None:
@@ -31,44 +40,88 @@ def finish(session: Session) -> None:
     saved = checkpoint.save_model(session.policy, directory.path)
     before = directory.read(baseline.FILE) or {}
     board = _scores(session, before)
-    kls = directory.column("teacher_kl")
-    last_kls = kls[-LAST_STEPS:]
+    board |= _training_kl(directory.column("teacher_kl"))
+    for prompts in ("heldout", "unrelated"):
+        board |= _teacher_kl(session, before, prompts, None)
     board |= {
-        "teacher_kl_first": kls[0],
-        "teacher_kl_last": sum(last_kls) / len(last_kls),
-        "heldout_kl_before": before.get("heldout_kl"),
-        "heldout_kl_after": None,
         "drift_kl": None,
+        COMPLETIONS: before.get(COMPLETIONS, []),
         "steps": session.config.max_steps,
         "seconds": session.seconds,
     }
-    passes: dict[str, Callable[[], float | None]] = {"drift_kl": session.drift_kl}
-    if session.evaluator is not None:
-        passes = {"heldout_kl_after": session.held_out_kl} | passes
-    _fill_in(session, board, passes)
+    _fill_in(session, board, _last_passes(session, before))
     session.display.scoreboard(board)
     report = write_report(directory.path)
     logger.info(f"{saved.name}: {saved}  report: {report}")
-    session.monitor.close(board)
+    session.monitor.close({key: value for key, value in board.items() if key != COMPLETIONS})
 
 
-def _fill_in(
-    session: Session, board: dict[str, Any], passes: dict[str, Callable[[], float | None]]
-) -> None:
-    """Write the scoreboard with each figure as it is computed."""
+def _training_kl(by_step: dict[int, float]) -> dict[str, float | None]:
+    """The KL of the first step, and the mean of the last ones. The first is never among them."""
+    last = [kl for step, kl in by_step.items() if step > 1][-LAST_STEPS:]
+    return {
+        "teacher_kl_first": by_step.get(1),
+        "teacher_kl_last": sum(last) / len(last) if last else None,
+    }
+
+
+def _last_passes(session: Session, before: dict[str, Any]) -> dict[str, Pass]:
+    """What the last passes compute, by the figure that is missing without them.
+
+    `before` is what was measured before training.
+    """
+
+    def heldout_kl() -> dict[str, Any]:
+        kl = session.held_out_kl()
+        figures = _teacher_kl(session, before, "heldout", kl)
+        if COMPLETIONS in before:
+            rows = after_training(session.builder, before[COMPLETIONS], kl.completions)
+            figures[COMPLETIONS] = rows
+        return figures
+
+    def drift_kl() -> dict[str, Any]:
+        kl = session.drift_kl()
+        return {"drift_kl": None if kl is None else finite(kl)}
+
+    def unrelated_kl() -> dict[str, Any]:
+        return _teacher_kl(session, before, "unrelated", session.unrelated_kl())
+
+    always: dict[str, Pass] = {"drift_kl": drift_kl, "unrelated_kl_after": unrelated_kl}
+    return always if session.evaluator is None else {"heldout_kl_after": heldout_kl} | always
+
+
+def _teacher_kl(
+    session: Session, before: dict[str, Any], prompts: str, after: SampledKL | None
+) -> dict[str, Any]:
+    """The scoreboard's figures of the KL to the teacher on `heldout` or `unrelated` prompts."""
+    name, known = f"{prompts}_kl", baseline.kl_before(before, prompts)
+    by_prompt = None if after is None else after.by_prompt
+    figures = scoreboard.teacher_kl(name, known, by_prompt, session.config.seed)
+    if known is None:  # a baseline of an older version has the mean alone
+        figures[f"{name}_before"] = before.get(name)
+    return figures
+
+
+def _fill_in(session: Session, board: dict[str, Any], passes: dict[str, Pass]) -> None:
+    """Write the scoreboard, with its verdict, before and after each of the last passes."""
+    prepared = session.prepared
+    environments = *prepared.environments.values(), *prepared.evaluation_environments.values()
+    is_task = any(map(has_task, environments))
     missing = list(passes)
     try:
-        while missing:
-            session.directory.write(FILE, board | {MISSING: missing})
-            board[missing[0]] = passes[missing[0]]()
+        while True:
+            board |= judge(board) | judge_drift(board, has_task=is_task)
+            board["seconds"] = session.seconds
+            session.directory.write(FILE, board | ({MISSING: missing} if missing else {}))
+            if not missing:
+                return
+            board |= passes[missing[0]]()
             del missing[0]
     except BaseException:
         logger.warning(
             f"the adapter is saved; {FILE} lacks {' and '.join(missing)}, which --resume computes"
         )
         raise
-    board["seconds"] = session.seconds
-    session.directory.write(FILE, board)
 
 
 def show_finished(directory: RunDirectory, display: Display) -> bool:

@@ -1,23 +1,31 @@
 """The two views of a prompt: the student's, and the teacher's with the context added.
 
-Both are rendered with the tokenizer's chat template and differ in the context alone. A completion
-is never tokenized again: its sampled ids are appended to either view.
+Both are rendered with the tokenizer's chat template and differ in the context alone, unless the
+teacher is another model with a template of its own. A completion is never tokenized again: its
+sampled ids are appended to either view.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from minidistill.errors import UserError
+from minidistill.tasks.chat_template import (
+    MARK,
+    ChatTemplate,
+    TemplateSettings,
+    check_arguments,
+)
 from minidistill.types import Message, Prompt, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARK = "\u2063minidistill\u2063"  # a system message that no template contains, for probing
+logger = logging.getLogger(__name__)
 
 
 class PromptBuilder:
@@ -28,47 +36,89 @@ class PromptBuilder:
     default system message.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: str, placement: str) -> None:
-        if tokenizer.chat_template is None:
-            raise UserError(
-                "the model's tokenizer has no chat template",
-                where="model.name",
-                fix="use an instruction-tuned model, or add a chat_template to its tokenizer",
-            )
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context: str,
+        placement: str,
+        *,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        settings: TemplateSettings | None = None,
+    ) -> None:
+        """`teacher_tokenizer` is that of a teacher that is another model.
+
+        Raises UserError if a chat template is missing or cannot be used with these settings.
+        """
         self.tokenizer, self.context, self.placement = tokenizer, context, placement
+        settings = TemplateSettings() if settings is None else settings
+        self.student = self.teacher = ChatTemplate(tokenizer, settings)
+        """The templates of the two views, the same one unless the teacher has its own."""
+        if teacher_tokenizer is not None and _own_template(teacher_tokenizer, tokenizer):
+            where = "teacher_inference.model.name"
+            self.teacher = ChatTemplate(teacher_tokenizer, settings, where)
+        check_arguments([self.student, self.teacher])
         self._default_system: str | None = None
+        self._control_tokens_said: set[str] = set()
+
+    @cached_property
+    def end_of_turn_ids(self) -> frozenset[int]:
+        """The tokens that end an answer in the chat templates."""
+        ends = {self.student.end_of_turn, self.teacher.end_of_turn}
+        return frozenset(end for end in ends if end is not None)
+
+    @property
+    def began(self) -> datetime | None:
+        """The present that chat templates show, if one of them shows it."""
+        shown = self.student.dates or self.teacher.dates
+        return self.student.settings.now if shown else None
 
     def build(self, env: str, task: Task, tools: Sequence[Any] | None = None) -> Prompt:
-        """Both views of a task. Raises UserError if its messages have no place for the context."""
-        student = self.render(task.messages, tools)
-        teacher = self.render(self.with_context(task.messages), tools)
-        return Prompt(env, task, student, teacher, self.encode(student), self.encode(teacher))
+        """Both views of a task.
+
+        Raises UserError if its messages have no place for the context, or contain control tokens
+        that cannot be encoded as text.
+        """
+        student_text, student_ids = self.student.view(task.messages, tools)
+        messages = self.with_context(task.messages)
+        teacher_text, teacher_ids = self.teacher.view(messages, tools)
+        own_context_ids: tuple[int, ...] = ()
+        if self.teacher is not self.student:
+            _, own_context_ids = self.student.view(messages, tools)
+        self._say("the context", self.context)
+        self._say(f"task {task.id} of {env}", [*task.messages, *(tools or ())], "tasks")
+        return Prompt(
+            env, task, student_text, teacher_text, student_ids, teacher_ids, own_context_ids
+        )
+
+    def _say(self, place: str, data: Any, kind: str = "context") -> None:
+        """Say once for each kind of place that it contains control tokens."""
+        if kind in self._control_tokens_said:
+            return
+        if kind == "context":
+            self._control_tokens_said.add(kind)  # it never changes
+        if found := self.teacher.control_tokens_in(data):
+            self._control_tokens_said.add(kind)
+            allowed = self.student.settings.special_tokens_in_text == "allow"
+            logger.info(
+                f"{place} contains control tokens of the chat template ({', '.join(found)}): they "
+                f"are encoded as {'control tokens' if allowed else 'text'} "
+                "(model.special_tokens_in_text)"
+            )
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
-        """The chat template's text, up to the beginning of the assistant's answer."""
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=list(tools) if tools else None,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except TemplateError as error:
-            roles = ", ".join(str(message["role"]) for message in messages)
-            raise UserError(
-                f"the model's chat template rejects messages with the roles {roles}: {error}",
-                where="model.name",
-                fix='use context_placement = "user", or an environment without these roles',
-            ) from error
-        return str(text)
+        """The student's template's text, up to the beginning of the assistant's answer."""
+        return self.student.render(messages, tools)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a rendered text, which already has the template's special tokens."""
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.student.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a completion, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        """The text of a completion, without special tokens and the end of its turn."""
+        ids = list(ids)
+        if ids and ids[-1] in self.end_of_turn_ids:  # not each tokenizer calls them special
+            ids.pop()
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def with_context(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """A copy of the messages with the context in its place."""
@@ -100,9 +150,9 @@ class PromptBuilder:
 
     def _probe_default_system(self) -> str:
         user = {"role": "user", "content": "x"}
-        bare = self.render([user])
-        marked = self.render([{"role": "system", "content": _MARK}, user])
-        before, mark, after = marked.partition(_MARK)
+        bare = self.teacher.render([user])
+        marked = self.teacher.render([{"role": "system", "content": MARK}, user])
+        before, mark, after = marked.partition(MARK)
         if not mark:
             raise UserError(
                 "the model's chat template drops system messages",
@@ -127,6 +177,17 @@ class PromptBuilder:
         if len(boundary) < 2 or boundary[0].isspace() or not boundary[1].isalnum():
             return None
         return f"no white space between the context and the text beside it ({boundary!r}): add some"
+
+
+def _own_template(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> bool:
+    """Whether the teacher's tokenizer has a chat template that renders unlike the student's."""
+    if teacher.chat_template is None:
+        logger.info("the teacher's tokenizer has no chat template: it reads the student's")
+        return False
+    return (teacher.chat_template, teacher.special_tokens_map) != (
+        student.chat_template,
+        student.special_tokens_map,
+    )
 
 
 def _join(first: Any, second: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,17 +13,22 @@ from torch import nn
 from minidistill.config import Config
 from minidistill.config.schema import LoraConfig
 from minidistill.errors import UserError
-from minidistill.models.hub import hub_arguments, readable_errors
-from minidistill.models.registry import resolve
+from minidistill.models.weights import load_weights
 from minidistill.placement.placement import Placement
 from minidistill.trainer import attention
 from minidistill.trainer.policy import Policy, Weights, frozen_copy
 
 
 def load_policy(
-    config: Config, tokenizer: Any, placement: Placement, device: torch.device | None = None
+    config: Config,
+    tokenizer: Any,
+    placement: Placement,
+    device: torch.device | None = None,
+    end_of_turn_ids: Collection[int] = (),
 ) -> Policy:
     """The model on `device` (the driver's by default), with the teacher if it runs in the trainer.
+
+    `end_of_turn_ids` are the tokens that end an assistant's turn in the chat templates.
 
     Under LoRA the base is frozen and gets a new adapter (B = 0), whose initialization depends on
     `config.seed` only. Otherwise every weight is trained, and a frozen teacher is a second copy.
@@ -50,7 +56,8 @@ def load_policy(
     # only dropout and checkpointing need training mode
     dropout = settings.lora is not False and settings.lora.dropout > 0
     model.train(dropout or placement.ac_freq > 0)
-    policy = Policy(model, tokenizer, _end_ids(base, tokenizer), device, teacher, reference_models)
+    end_ids = _end_ids(base, tokenizer, end_of_turn_ids)
+    policy = Policy(model, tokenizer, end_ids, device, teacher, reference_models)
     policy.attention = placement.attention
     if policy.lora and policy.head_VH.requires_grad:
         raise UserError(
@@ -72,19 +79,15 @@ def teacher_weights(config: Config) -> Weights:
 
 
 def _load_weights(
-    config: Config, name: str, dtype: torch.dtype, device: torch.device, implementation: str | None
+    config: Config,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    implementation: str | None,
+    key: str = "model.name",
 ) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    with readable_errors(name):
-        return AutoModelForCausalLM.from_pretrained(
-            resolve(name),
-            dtype=dtype,
-            **({} if implementation is None else {"attn_implementation": implementation}),
-            **hub_arguments(config, name),
-        ).to(device)  # type: ignore[arg-type]
+    attention = {} if implementation is None else {"attn_implementation": implementation}
+    return load_weights(config, name, key, dtype=dtype, **attention).to(device)
 
 
 def _load_other(
@@ -93,7 +96,9 @@ def _load_other(
     """A separate teacher model. Raises UserError if its head has another number of rows."""
     name = config.separate_teacher
     assert name is not None
-    model = _load_weights(config, name, dtype, device, implementation).requires_grad_(False).eval()
+    key = "teacher_inference.model.name"
+    model = _load_weights(config, name, dtype, device, implementation, key)
+    model.requires_grad_(False).eval()
     rows, needed = (m.get_output_embeddings().weight.shape[0] for m in (model, base))
     if rows != needed:
         raise UserError(
@@ -141,11 +146,12 @@ def _checkpoint_activations(base: nn.Module, freq: int) -> None:
         layer.gradient_checkpointing = index % freq == 0  # type: ignore[assignment]
 
 
-def _end_ids(base: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a completion, from the generation config and the tokenizer."""
+def _end_ids(base: Any, tokenizer: Any, end_of_turn_ids: Collection[int]) -> frozenset[int]:
+    """Every id that ends a completion: of the generation config, tokenizer and chat templates."""
     configured = base.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    eos_ids = frozenset(id for id in [*ids, tokenizer.eos_token_id] if id is not None)
+    all_ids = [*ids, tokenizer.eos_token_id, *end_of_turn_ids]
+    eos_ids = frozenset(id for id in all_ids if id is not None)
     if not eos_ids:
         raise UserError(
             "the model names no end-of-sequence token",

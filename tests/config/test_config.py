@@ -137,6 +137,34 @@ def test_a_context_file_flag_overrides_a_context_in_a_file(
     assert loaded.provenance["orchestrator.teacher_model.context"].startswith("--orch")
 
 
+def test_a_chat_template_is_a_file_relative_to_its_toml_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub").mkdir()
+    text = "{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
+    write(tmp_path / "sub", text, "mine.jinja")
+    path = write(tmp_path / "sub", BASE + '[model]\nchat_template = "mine.jinja"')
+    loaded = load_config([path])
+    assert loaded.config.model.chat_template == text
+    assert loaded.provenance["model.chat_template"] == f"{path}:7"
+    # the run's own configuration needs no other file
+    assert load(tmp_path, loaded.text).config == loaded.config
+    write(tmp_path, text * 2, "mine.jinja")
+    monkeypatch.chdir(tmp_path)
+    flag = load_config([path, "--model.chat_template", "mine.jinja"])
+    assert flag.config.model.chat_template == text * 2
+    assert flag.provenance["model.chat_template"] == "--model.chat_template"
+
+
+def test_a_chat_template_that_is_no_template(tmp_path: Path) -> None:
+    setting = BASE + '[model]\nchat_template = "mine.jinja"'
+    assert "cannot read" in refusal(tmp_path, setting).what
+    write(tmp_path, "You are helpful.", "mine.jinja")
+    error = refusal(tmp_path, setting)
+    assert "holds no Jinja template" in error.what
+    assert error.where.endswith("a.toml:7, model.chat_template")
+
+
 LOSS = BASE + "[trainer.loss]\n"  # its keys are on line 7
 ORCH = "[orchestrator]\n{}\n" + BASE  # its keys are on line 2
 
@@ -150,6 +178,7 @@ REFUSED = [  # file, line, key and value in `what`, part of `fix`
     (LOSS + "advtau = 1", 7, "no trainer.loss.advtau = 1", "`trainer.loss.adv_tau`"),
     (LOSS + 'type = "default"', 7, "trainer.loss.type", "drop it"),
     (LOSS + "kl_tau = 0", 7, "trainer.loss.kl_tau", "teacher_tau"),
+    (BASE + "[model]\nenable_thinking = false", 7, "model.enable_thinking", "chat_template_kwargs"),
     ("max_steps = 3.0\n" + BASE, 1, "max_steps = 3.0", "an integer ≥ 1"),
     ('seed = "3"\n' + BASE, 1, 'seed = "3"', "an integer ≥ 0"),
     (BASE + "[loss]\nadv_tau = 1", 6, "there is no loss", "`trainer.loss`"),

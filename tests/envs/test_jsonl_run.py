@@ -106,7 +106,18 @@ def test_a_run_without_a_reward_reports_none(capsys: pytest.CaptureFixture[str])
         assert scoreboard[key] > 0, key
     for record in records(Path("out")):
         assert not any(key.startswith(("reward/", "eval/jsonl/")) for key in record), record
-    assert "student after" not in capsys.readouterr().out
+    # four held-out prompts are too few for a share, which is said before the run and after it
+    text = "4 held-out prompts are too few to judge by: 8 give an interval"
+    output = capsys.readouterr().out
+    assert "student after" not in output
+    assert output.count(text) == 2
+    assert (scoreboard["outcome"], scoreboard["judged_by"]) == ("too_few_tasks", "teacher_kl")
+    assert scoreboard["drift_judged_by"] == "teacher"
+    assert len(scoreboard["completions"]) == 4
+    for row in scoreboard["completions"]:
+        assert re.fullmatch(r"Tell me about \d+ cats\.", row["prompt"])
+        assert {len(row[key]) > 0 for key in ("before", "teacher", "after")} == {True}
+        assert f"held-out prompt: {row['prompt']}" in output or row == scoreboard["completions"][3]
 
 
 @pytest.mark.parametrize("change", ["one more", "another prompt", "another answer"])
@@ -168,7 +179,7 @@ def test_the_shipped_prompts_load_and_fit_a_gpu(monkeypatch: pytest.MonkeyPatch)
     config = load_config(["configs/own-prompts.toml"]).config
     [env] = config.orchestrator.env
     loaded = load_environment(env.id, env.args)
-    assert (len(loaded.train), len(loaded.eval)) == (14, 4)
+    assert (len(loaded.train), len(loaded.eval)) == (16, 8)
     check_rewards(config, {"jsonl": loaded})
     check_rewards(config, {"jsonl": loaded}, evaluated=True)
     small = ["configs/own-prompts.toml", "--gpus", "1", "--gpu-memory", "24"]

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from minidistill.evaluation.scoreboard import RESAMPLES, build, compare, pooled
+from minidistill.evaluation.intervals import NOTHING_TO_LEARN, RESAMPLES, PromptSums, kl_closed
+from minidistill.evaluation.scoreboard import build, compare, pooled
+from minidistill.evaluation.verdict import grade, judge
 
 
 def reference(
@@ -53,16 +55,22 @@ def test_values_match_the_reference(means: tuple[float, ...]) -> None:
     assert {key: board[key] for key in expected} == pytest.approx(expected, abs=1e-12)
     assert board["student_with_context"] == board["student"]
     assert board["eval_tasks"] == 24
-    assert board["verdict"].startswith(f"{expected['gap_closed']:.0%} of the gap closed (95 %")
+    assert board["outcome"] == grade(
+        *(expected[f"gap_closed{end}"] for end in ("", "_low", "_high"))
+    )
+    share, bounds = f"{expected['gap_closed']:.0%}", f"{expected['gap_closed_low']:.0%} to "
+    assert f"{share} of the gap is closed (95% interval {bounds}" in board["verdict"]
 
 
 def test_values_computed_by_hand() -> None:
     board = compare([0] * 8, [1] * 8, [1, 1, 1, 0] * 2, None, seed=0)
     assert (board["baseline_diff"], board["gap_closed"]) == (1.0, 0.75)
-    assert (board["baseline_diff_low"], board["baseline_diff_high"]) == (1.0, 1.0)
+    # all tasks agree: a bootstrap has no width, and says nothing about other tasks
+    assert (board["baseline_diff_low"], board["baseline_diff_high"]) == (None, None)
     # of 8 draws at 3/4, 3 or fewer succeed in 2.7 % of cases
     assert (board["gap_closed_low"], board["gap_closed_high"]) == (0.375, 1.0)
-    assert board["verdict"] == "75% of the gap closed (95 % interval 38% to 100%)"
+    assert board["outcome"] == "partly"
+    assert board["verdict"].endswith("75% of the gap is closed (95% interval 38% to 100%).")
     assert board["student_with_context"] is None
 
 
@@ -72,7 +80,18 @@ def test_too_few_tasks_for_an_interval(tasks: int) -> None:
     assert (board["baseline_student"], board["baseline_teacher"], board["student"]) == (0, 1, 1)
     missing = ("gap_closed", "gap_closed_low", "gap_closed_high", "baseline_diff_low")
     assert [board[key] for key in missing] == [None] * 4
-    assert board["verdict"] == f"{tasks} tasks are too few for an interval: evaluate 8"
+    assert board["outcome"] == "too_few_tasks"
+    assert board["verdict"].startswith(f"{tasks} held-out task")
+    assert "too few to judge by: 8 give an interval" in board["verdict"]
+
+
+def test_an_interval_without_width_is_none() -> None:
+    board = compare([0.0] * 8, [1.0] * 8, [1.0] * 8, None, seed=0)
+    assert board["gap_closed"] == 1
+    bounds = ("baseline_diff_low", "baseline_diff_high", "gap_closed_low", "gap_closed_high")
+    assert [board[key] for key in bounds] == [None] * 4
+    assert board["outcome"] == "closed"
+    assert "100% of the gap is closed (the same on each of the 8 tasks)" in board["verdict"]
 
 
 @pytest.mark.parametrize(
@@ -81,22 +100,45 @@ def test_too_few_tasks_for_an_interval(tasks: int) -> None:
 )
 def test_no_gap(before: list[float], teacher: list[float]) -> None:
     board = compare(before, teacher, teacher, None, seed=0)
-    assert board["verdict"].startswith("no gap")
+    assert board["outcome"] == "no_gap"
+    assert board["verdict"].startswith("There is no gap to close")
     assert board["gap_closed"] is board["gap_closed_low"] is board["gap_closed_high"] is None
     assert board["student"] == np.mean(teacher)
 
 
-def test_a_context_that_harms() -> None:
-    board = compare([1.0] * 8, [0.0] * 8, [0.25] * 8, None, seed=0)
-    assert board["baseline_diff"] == -1
-    assert board["gap_closed"] == 0.75
-    assert board["verdict"] == "the context makes the model worse on this task"
+@pytest.mark.parametrize("teacher", [[0.0] * 8, [0.0] * 7 + [1.0]])
+def test_a_context_that_harms(teacher: list[float]) -> None:
+    board = compare([1.0] * 8, teacher, [0.25] * 8, None, seed=0)
+    assert board["baseline_diff"] == np.mean(teacher) - 1
+    assert board["gap_closed"] is board["gap_closed_low"] is board["gap_closed_high"] is None
+    assert board["outcome"] == "context_harms"
+    assert board["verdict"].startswith("The context makes the score worse (1 → ")
+    assert board["verdict"].endswith("The student went from 1 to 0.25.")
+
+
+@pytest.mark.parametrize(
+    ("share", "outcome"),
+    [
+        ((0.9, 0.8, 1.0), "closed"),
+        ((0.899, 0.85, 1.0), "partly"),
+        ((0.95, 0.79, 1.1), "partly"),
+        ((0.5, 0.01, 0.9), "partly"),
+        ((0.5, 0.0, 1.1), "none"),
+        ((-0.2, -0.4, 0.0), "none"),
+        ((-0.2, -0.4, -0.1), "worse"),
+        ((1.0, None, None), "closed"),
+        ((0.0, None, None), "none"),
+        ((-1.0, None, None), "worse"),
+    ],
+)
+def test_outcomes(share: tuple[float, float | None, float | None], outcome: str) -> None:
+    assert grade(*share) == outcome
 
 
 def test_an_unfinished_run() -> None:
     board = compare([0.0] * 8, [1.0] * 8, None, None, seed=0)
     assert board["student"] is board["gap_closed"] is None
-    assert board["verdict"] == "not finished"
+    assert board["outcome"] == "not_finished"
 
 
 def test_the_interval_depends_on_the_seed() -> None:
@@ -147,9 +189,58 @@ def test_rewards_are_pooled_in_the_order_of_environments() -> None:
 
 def test_without_a_baseline() -> None:
     board = build({"a": {"student": [1.0, 0.0], "student_with_context": [1.0, 1.0]}}, seed=0)
-    assert board["verdict"] == "no baseline was evaluated"
+    assert board["outcome"] == "no_baseline"
     assert (board["student"], board["student_with_context"]) == (0.5, 1.0)
     assert board["gap_closed"] is board["baseline_diff"] is board["baseline_teacher"] is None
     no_teacher = build({"a": {"baseline_student": [0.0, 1.0], "student": [1.0, 1.0]}}, seed=0)
-    assert no_teacher["verdict"] == "no baseline was evaluated"
+    assert no_teacher["outcome"] == "no_baseline"
     assert build({}, seed=0)["student"] is None
+
+
+def prompt_kl(sums: list[float], tokens: list[int]) -> PromptSums:
+    return PromptSums(sum(sums) / sum(tokens), sums, tokens)
+
+
+def test_the_share_of_the_kl_matches_the_reference() -> None:
+    rng = np.random.default_rng(2)
+    counts = rng.integers(1, 9, size=(2, 12)).tolist()
+    sums = (rng.random((2, 12)) * [[9], [4]]).tolist()
+    before, after = (prompt_kl(s, t) for s, t in zip(sums, counts, strict=True))
+    figures = kl_closed(before, after, seed=7)
+    shares = []
+    for row in np.random.default_rng(7).integers(0, 12, size=(RESAMPLES, 12)).tolist():
+        first, last = (sum(s[i] for i in row) / sum(t[i] for i in row)
+                       for s, t in zip(sums, counts, strict=True))  # fmt: skip
+        shares.append(1 - last / first)
+    assert figures["closed"] == 1 - after.mean / before.mean
+    bounds = [figures["closed_low"], figures["closed_high"]]
+    assert bounds == pytest.approx(np.quantile(shares, [0.025, 0.975]).tolist(), abs=1e-12)
+    assert (figures["prompts"], figures["negligible"]) == (12, False)
+    assert figures == kl_closed(before, after, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("sums", "negligible"),
+    [
+        ([NOTHING_TO_LEARN * 1.01] * 8, False),
+        ([NOTHING_TO_LEARN * 0.99] * 8, True),
+        ([1.0, -1.0] * 8, True),  # an estimate from sampled tokens
+        ([1.0, 2.0, -0.5, 1.5] * 4, False),
+    ],
+)
+def test_a_kl_that_is_negligible_has_no_share(sums: list[float], negligible: bool) -> None:
+    tokens = [100] * len(sums)
+    figures = kl_closed(prompt_kl(sums, tokens), prompt_kl([0.0] * len(sums), tokens), seed=0)
+    assert figures["negligible"] is negligible
+    assert figures["closed"] == (None if negligible else 1)
+
+
+@pytest.mark.parametrize("sums", [[1.0] * 7, [1.0] * 7 + [float("nan")]])
+def test_few_or_broken_kls_have_no_share(sums: list[float]) -> None:
+    before = PromptSums(1.0, sums, [1] * len(sums))
+    figures = kl_closed(before, prompt_kl([0.5] * len(sums), [1] * len(sums)), seed=0)
+    assert figures["closed"] is figures["closed_low"] is figures["closed_high"] is None
+    board = {f"heldout_kl_{key}": value for key, value in figures.items()}
+    judged = judge({"baseline_diff": None, "heldout_kl_before": 1, "heldout_kl_after": 1,
+                    "env": None, **board})  # fmt: skip
+    assert judged["outcome"] == ("too_few_tasks" if len(sums) < 8 else "not_finite")

@@ -177,6 +177,8 @@ def test_text_from_models_and_files_is_escaped(run_dir: Path) -> None:
     (run_dir / "config.toml").write_text(EVIL)
     (run_dir / "env.json").write_text(json.dumps({EVIL: EVIL}))
     board = {"env": EVIL, "verdict": EVIL, "gap_closed": EVIL, "student": EVIL}
+    board |= {"drift_verdict": EVIL, "outcome": EVIL, "judged_by": EVIL, "missing": [EVIL]}  # type: ignore[dict-item]
+    board["completions"] = [dict.fromkeys(("prompt", "before", "teacher", "after"), EVIL), EVIL]  # type: ignore[assignment]
     board["per_env"] = {EVIL: {"student": EVIL}, "b": {}}  # type: ignore[assignment]
     (run_dir / "scoreboard.json").write_text(json.dumps(board))
     renamed = run_dir.with_name("a<script>b")

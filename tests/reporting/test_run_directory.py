@@ -162,8 +162,8 @@ def test_metrics_are_appended(run: RunDirectory) -> None:
     assert json.loads(lines[1]) == {"step": 2, "loss": 0.5, "odd": None}
     assert lines[-1] == ""
     assert run.lines() == 6
-    assert run.column("loss") == [0.25, 0.5, 0.75, 1.0, 1.25]
-    assert run.column("odd") == []
+    assert run.column("loss") == {1: 0.25, 2: 0.5, 3: 0.75, 4: 1.0, 5: 1.25}
+    assert run.column("odd") == {}
 
 
 @pytest.mark.parametrize("keep", [0, 2, 3, 9])
@@ -173,11 +173,11 @@ def test_truncate_keeps_complete_records(run: RunDirectory, keep: int) -> None:
     with open(run.metrics_path, "a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
     assert run.lines() == 3
-    assert run.column("loss") == [1.0, 2.0, 3.0]
+    assert list(run.column("loss").values()) == [1.0, 2.0, 3.0]
     run.truncate(keep)
     assert run.lines() == min(keep, 3)
     run.log(7, {"loss": 7.0})
-    assert run.column("loss") == [*(1.0, 2.0, 3.0)[:keep], 7.0]
+    assert list(run.column("loss").values()) == [*(1.0, 2.0, 3.0)[:keep], 7.0]
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(run: RunDirectory) -> None:

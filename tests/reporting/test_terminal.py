@@ -44,6 +44,9 @@ BOARD: dict[str, Any] = json.loads(
     "gap_closed_low": 0.88, "gap_closed_high": 0.95, "verdict": "most of the gap is closed",
     "teacher_kl_first": 4.93, "teacher_kl_last": 0.11, "heldout_kl_before": 5.1,
     "heldout_kl_after": 0.12, "drift_kl": 0.3, "length_before": 6.1, "length_after": 5.9,
+    "unrelated_kl_before": 1.5, "unrelated_kl_after": 1.2, "heldout_kl_closed": 0.97,
+    "drift_verdict": "the answers stay as they were", "outcome": "closed", "judged_by": "score",
+    "completions": [{"prompt": "p", "before": "b", "teacher": "t", "after": "a"}],
     "eval_tasks": 256, "steps": 300, "seconds": 73, "per_env": {"sokoban-env": {}}}"""
 )
 
@@ -88,7 +91,10 @@ def show_run(display: Display, text: str = "ok", steps: int = 3) -> None:
         display.step(step, METRICS, Sample((text, "\n", "b"), (0.0, 1.0, 9.0), 1.0, text))
     display.evaluation(steps, {f"eval/{text}/student/avg": 0.71})
     display.note(f"mind {text}", warning=True)
-    display.scoreboard({**BOARD, "env": text, "verdict": text, "per_env": {text: {}, "b": {}}})
+    texts = {"env": text, "verdict": text, "drift_verdict": text, "judged_by": "teacher_kl"}
+    completions = [dict.fromkeys(("prompt", "before", "teacher", "after"), text)]
+    per_env = {text: {}, "b": {}}
+    display.scoreboard({**BOARD, **texts, "per_env": per_env, "completions": completions})
     display.close()
 
 

@@ -138,6 +138,7 @@ def test_prompt_warnings(warnings_of: Callable[..., list[str]]) -> None:
 
 def test_a_template_without_a_generation_prompt_is_refused(lab: Lab, configure: Configure) -> None:
     rollout = lab.rollouts[0]
-    damaged = replace(rollout.prompt, teacher_text=rollout.prompt.teacher_text + "?")
+    ids = rollout.prompt.teacher_ids
+    damaged = replace(rollout.prompt, teacher_ids=(*ids, ids[-2]))
     with pytest.raises(UserError, match="teacher's prompt does not end"):
         preflight.check_prompts(configure(*SMALL).config, lab.builder, [damaged])

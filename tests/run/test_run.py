@@ -20,6 +20,9 @@ SCOREBOARD = {
     "env", "baseline_student", "baseline_teacher", "baseline_diff", "student",
     "student_with_context", "gap_closed", "gap_closed_low", "gap_closed_high", "teacher_kl_first",
     "teacher_kl_last", "heldout_kl_before", "heldout_kl_after", "drift_kl", "steps", "seconds",
+    "outcome", "verdict", "judged_by", "heldout_kl_closed", "heldout_kl_closed_low",
+    "heldout_kl_closed_high", "heldout_kl_prompts", "heldout_kl_negligible", "unrelated_kl_before",
+    "unrelated_kl_after", "unrelated_kl_closed", "drift_judged_by", "drift_verdict", "completions",
 }  # fmt: skip
 
 

@@ -10,11 +10,12 @@ from minidistill.reporting.formatting import KL_LEVELS, clean, kl_level, number
 from minidistill.reporting.html.curves import charts
 from minidistill.reporting.html.read import read_run
 from minidistill.reporting.scoreboard_rows import (
+    bar,
     effort,
     env_rows,
-    gap,
-    gap_share,
     scoreboard_rows,
+    side_by_side,
+    verdict,
 )
 
 __all__ = ["write_report"]
@@ -43,11 +44,12 @@ def write_report(run_dir: Path) -> Path:
     html = environment.get_template("report.html").render(
         run=run,
         charts=charts(run.steps),
-        board_rows=scoreboard_rows(run.board)[1:] if run.board else [],
-        gap=gap(run.board),
-        gap_share=gap_share(run.board),
+        verdict=verdict(run.board),
+        bar=bar(run.board),
+        board_rows=scoreboard_rows(run.board),
         effort=effort(run.board),
         env_rows=env_rows(run.board),
+        side_by_side=side_by_side(run.board),
         kl_levels=levels,
         kl_level=kl_level,
     )

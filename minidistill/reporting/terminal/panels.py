@@ -12,12 +12,25 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from minidistill.reporting.formatting import clean, evaluations, number, percent, signed
-from minidistill.reporting.scoreboard_rows import effort, env_rows, gap_share, scoreboard_rows
+from minidistill.reporting.formatting import clean, evaluations, number, signed
+from minidistill.reporting.scoreboard_rows import (
+    Bar,
+    SideBySide,
+    bar,
+    effort,
+    env_rows,
+    scoreboard_rows,
+    shown_completions,
+    verdict,
+)
 from minidistill.reporting.terminal.base import Header
 
 WIDTH = 76
 """Of the scoreboard: a wider panel only spreads the figures apart."""
+CHARACTERS = 120
+"""Of a prompt or completion on the scoreboard."""
+COLORS = {"closed": "green", "worse": "red", "context_harms": "red"}
+"""Of the scoreboard's border, by outcome; yellow otherwise. The verdict says it in words."""
 
 
 def render_header(header: Header) -> Panel:
@@ -45,42 +58,56 @@ def render_baseline(metrics: Mapping[str, Any]) -> RenderableType:
 
 
 def render_scoreboard(board: Mapping[str, Any]) -> RenderableType:
-    """How much of the gap was closed, and the figures behind it."""
-    parts: list[RenderableType] = []
-    if (closed := gap_share(board)) is not None:
-        parts += [_bar(board, closed), Text()]
+    """The verdict, and the figures behind it."""
+    parts: list[RenderableType] = [Text(verdict(board), "bold"), Text()]
+    if (closed := bar(board)) is not None:
+        parts += [_bar(closed), Text()]
     figures = Table.grid(padding=(0, 2))
     figures.add_column(style="dim", no_wrap=True)
     figures.add_column(overflow="fold")
     for name, value in scoreboard_rows(board):
-        figures.add_row(Text(name), Text(value, "bold" if name == "gap closed" else ""))
+        figures.add_row(Text(name), Text(value))
     parts.append(figures)
     if rows := env_rows(board):
         parts += [Text(), _table(("environment", "before", "after", "teacher", "gap"), rows)]
+    parts.append(Text())
+    for shown in shown_completions(board, CHARACTERS):
+        parts += [Text.assemble(("held-out prompt  ", "dim"), shown.prompt), _completions(shown)]
     env = clean(board.get("env") or "")
     return Panel(
         Group(*parts),
         title=Text(f"scoreboard · {env}" if env else "scoreboard", "bold"),
         subtitle=Text(effort(board), "dim"),
         box=box.ROUNDED,
-        padding=(1, 2),
-        border_style="green" if closed is not None and closed >= 0.5 else "yellow",
+        padding=(1, 2, 0, 2),
+        border_style=COLORS.get(str(board.get("outcome")), "yellow"),
         width=WIDTH,
     )
 
 
-def _bar(board: Mapping[str, Any], closed: float) -> Table:
-    """A bar from the student's score before training to the teacher's."""
-    bar = Table.grid(padding=(0, 1), expand=True)
-    bar.add_column(no_wrap=True)
-    bar.add_column(ratio=1)
-    bar.add_column(no_wrap=True)
-    bar.add_row(
-        Text(number(board.get("baseline_student")), "dim"),
-        ProgressBar(total=1.0, completed=closed, complete_style="green", finished_style="green"),
-        Text(f"{number(board.get('baseline_teacher'))}  {percent(board.get('gap_closed'))}"),
+def _bar(closed: Bar) -> Table:
+    """A bar from the student's figure before training to the teacher's."""
+    table = Table.grid(padding=(0, 1), expand=True)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1)
+    table.add_column(no_wrap=True)
+    table.add_row(
+        Text(closed.start, "dim"),
+        ProgressBar(
+            total=1.0, completed=closed.share, complete_style="green", finished_style="green"
+        ),
+        Text(f"{closed.end}  {closed.text}"),
     )
-    return bar
+    return table
+
+
+def _completions(shown: SideBySide) -> Table:
+    """A prompt's completions in three columns."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+    for name in ("before", "teacher", "after"):
+        table.add_column(Text(name, "dim"), ratio=1, overflow="fold")
+    table.add_row(Text(shown.before), Text(shown.teacher), Text(shown.after))
+    return table
 
 
 def _table(names: tuple[str, ...], rows: list[Any]) -> Table:

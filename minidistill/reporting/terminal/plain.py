@@ -16,13 +16,22 @@ from minidistill.reporting.formatting import (
     signed,
     tokens_per_second,
 )
-from minidistill.reporting.scoreboard_rows import effort, env_rows, scoreboard_rows
+from minidistill.reporting.scoreboard_rows import (
+    effort,
+    env_rows,
+    scoreboard_rows,
+    shown_completions,
+    verdict,
+)
 from minidistill.reporting.terminal.base import Header, Sample
 from minidistill.reporting.terminal.pace import Pace
 from minidistill.types import Advance, Metrics
 
 HEARTBEAT_SECONDS = 30.0
 """A phase that takes longer reports its progress this often, so that a log does not look dead."""
+
+CHARACTERS = 120
+"""Of a prompt or completion on the scoreboard."""
 
 
 class PlainDisplay:
@@ -84,9 +93,14 @@ class PlainDisplay:
 
     def scoreboard(self, board: Mapping[str, Any]) -> None:
         lines = [f"scoreboard  {board.get('env') or ''}".rstrip()]
+        lines.append(f"  {verdict(board)}")
         lines += _table(scoreboard_rows(board))
         if rows := env_rows(board):
             lines += _table([("environment", "before", "after", "teacher", "gap closed"), *rows])
+        for shown in shown_completions(board, CHARACTERS):
+            lines.append(f"  held-out prompt: {shown.prompt}")
+            texts = (("before", shown.before), ("teacher", shown.teacher), ("after", shown.after))
+            lines += _table([("  " + name, text) for name, text in texts])
         if text := effort(board):
             lines.append(f"  {text}")
         self._write(*lines)

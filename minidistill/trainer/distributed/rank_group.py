@@ -7,6 +7,7 @@ the other ranks wait for (`next_command`) and run.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,20 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from minidistill.errors import UserError
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.trainer.guards import first_line, is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 STEP_TIMEOUT = timedelta(minutes=30)  # that one rank may wait for another within a step
 IDLE_TIMEOUT = timedelta(days=30)  # ranks wait while the driver samples and evaluates
 JOIN_TIMEOUT = timedelta(minutes=5)
+# torchrun's other ranks wait while the driver checks the configuration and loads environments
+DRIVER_TIMEOUT = timedelta(minutes=30)
+SILENT_SECONDS = 10.0  # of waiting for torchrun's ranks, before it is said
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets
 BUCKET_BYTES = 256 << 20  # of gradients summed in one collective
 EXIT_SECONDS = 5.0  # between the loss of a rank's connection and the end of its process
 
@@ -35,11 +44,38 @@ class Command(Protocol):
 
 
 def launched_by_torchrun() -> tuple[int, int] | None:
-    """This process's rank and the number of ranks, if torchrun started several of them."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(os.environ.get(name) for name in names) or os.environ["WORLD_SIZE"] == "1":
+    """This process's rank and the number of ranks, if torchrun started several of them.
+
+    Raises UserError if the environment has some of torchrun's variables but not what is needed.
+    """
+    values = [os.environ.get(name, "") for name in TORCHRUN]
+    rank, size, address, port = values
+    if size in ("", "1"):
         return None
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    numbers = all(value.isdecimal() for value in (rank, size, port))
+    if not (numbers and address and int(rank) < int(size)):
+        raise UserError(
+            "the environment asks for several training processes, but not in full: "
+            + ", ".join(f"{n}={v or '(not set)'}" for n, v in zip(TORCHRUN, values, strict=True)),
+            where="environment",
+            fix=f"start it with torchrun, or run alone: {_ALONE}",
+        )
+    return int(rank), int(size)
+
+
+_ALONE = f"env {' '.join(f'-u {name}' for name in TORCHRUN)} minidistill run …"
+
+
+@contextlib.contextmanager
+def _said_after(seconds: float, text: str) -> Iterator[None]:
+    """Log `text` if the body takes longer than some seconds."""
+    timer = threading.Timer(seconds, logger.warning, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class RankGroup:
@@ -63,21 +99,54 @@ class RankGroup:
         """
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         with contextlib.ExitStack() as stack:
-            arguments: dict[str, Any] = {"init_method": "env://"}
             if store is not None:
                 stack.enter_context(_over_loopback())
-                file_store = dist.FileStore(str(store), self.size)
-                file_store.set_timeout(JOIN_TIMEOUT)
-                arguments = {"store": file_store}
+                meeting: Any = dist.FileStore(str(store), self.size)
+                meeting.set_timeout(JOIN_TIMEOUT)
+            else:
+                meeting = stack.enter_context(self._torchrun_store())
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             dist.init_process_group(
-                backend, rank=self.rank, world_size=self.size, timeout=STEP_TIMEOUT, **arguments
+                backend,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=STEP_TIMEOUT,
+                store=meeting,
             )
             self._object_group = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
         if device.type == "cpu" and store is not None:  # the ranks share the machine's cores
             self._threads = torch.get_num_threads()
             torch.set_num_threads(max(1, self._threads // self.size))
+
+    @contextlib.contextmanager
+    def _torchrun_store(self) -> Iterator[Any]:
+        """The store over which torchrun's ranks find each other, while they do.
+
+        Raises UserError (exit code 3) if the others do not come.
+        """
+        address = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+        others = "rank 0" if self.rank else "the other ranks"
+        limit = DRIVER_TIMEOUT if self.rank else JOIN_TIMEOUT
+        waiting = f"rank {self.rank} of {self.size} waits for {others} at {address}"
+        alone = f"to run alone instead: {_ALONE}"
+        source = f"{', '.join(TORCHRUN)} in the environment ask for it"
+        minutes = f"for up to {limit.total_seconds() / 60:g} minutes"
+        with _said_after(SILENT_SECONDS, f"{waiting}, {minutes}. {source}; {alone}"):
+            try:
+                found = rendezvous("env://", self.rank, self.size, timeout=limit)
+                store, _, _ = next(iter(found))
+                yield dist.PrefixStore("minidistill", store)  # torchrun's agent uses it too
+                store.set_timeout(STEP_TIMEOUT)
+            except (dist.DistError, RuntimeError, OSError) as error:
+                if is_out_of_memory(error):
+                    raise
+                raise UserError(
+                    f"{waiting}, but they did not meet: {first_line(error)}",
+                    where="environment",
+                    fix=f"start all ranks with torchrun; {alone}",
+                    exit_code=EXIT_ENVIRONMENT,
+                ) from error
 
     def leave(self) -> None:
         """Leave the group without waiting for ranks that have ended."""

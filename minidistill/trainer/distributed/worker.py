@@ -45,13 +45,13 @@ def follow(loaded: LoadedConfig) -> int:
     """Run as one of the other ranks that torchrun starts. Returns the exit code."""
     rank_and_size = launched_by_torchrun()
     assert rank_and_size is not None, "not started by torchrun"
-    # the driver finishes its step and then dismisses the other ranks
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     devices = plan_run(loaded, Machine.local()).placement.devices
     device = devices[int(os.environ.get("LOCAL_RANK", rank_and_size[0])) % len(devices)]
     group = RankGroup(*rank_and_size)
     group.join(device, None)
+    # the driver finishes its step and then dismisses the other ranks
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     return _exit_code(group, device)
 
 

@@ -17,7 +17,7 @@ from minidistill.config import load_config
 from minidistill.engines.launch import EngineLauncher
 from minidistill.envs.registry import load_environments
 from minidistill.errors import UserError
-from minidistill.models.hub import check_same_tokens, load_tokenizer
+from minidistill.models.hub import load_teacher_tokenizer, load_tokenizer
 from minidistill.models.registry import resolve
 from minidistill.reporting.terminal import open_display
 from minidistill.rollouts.collector import Collector
@@ -214,7 +214,7 @@ def test_a_teacher_of_another_model_has_its_own_engine(other: Path) -> None:
 def test_a_teacher_with_another_vocabulary_is_refused(other: Path) -> None:
     config = load_config([SOKOBAN, "--teacher_inference.model.name", str(other)]).config
     tokenizer = load_tokenizer(config)
-    check_same_tokens(config, tokenizer)
+    load_teacher_tokenizer(config, tokenizer)
     tokenizer.add_tokens(["<another>"])
     with pytest.raises(UserError, match="have different vocabularies"):
-        check_same_tokens(config, tokenizer)
+        load_teacher_tokenizer(config, tokenizer)

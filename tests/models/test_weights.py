@@ -1,0 +1,187 @@
+"""A model is loaded exactly, or refused with the names of what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.lab import cpu_placement
+from support.paths import SOKOBAN
+
+from minidistill.config import load_config
+from minidistill.errors import EXIT_USAGE, UserError
+from minidistill.models.hub import load_tokenizer
+from minidistill.models.registry import BUILT_IN
+from minidistill.models.weights import check_weights, load_weights, refuse_adapters
+from minidistill.trainer.loading import load_policy
+
+UP = "model.layers.1.mlp.up_proj.weight"
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+Change = Callable[[dict[str, Any]], Any]
+
+
+def rewrite(change: Change) -> Callable[[Path], None]:
+    def rewritten(folder: Path) -> None:
+        weights = load_file(folder / FILE)
+        change(weights)
+        save_file(weights, folder / FILE, {"format": "pt"})
+
+    return rewritten
+
+
+def replace_bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def replaced(folder: Path) -> None:
+        (folder / FILE).write_bytes(change((folder / FILE).read_bytes()))
+
+    return replaced
+
+
+def shard(folder: Path) -> None:
+    """In two files, of which the second is missing."""
+    weights = load_file(folder / FILE)
+    (folder / FILE).unlink()
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    by_name = {key: names[i % 2] for i, key in enumerate(weights)}
+    save_file({k: w for k, w in weights.items() if by_name[k] == names[0]}, folder / names[0])
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": by_name}))
+
+
+def break_index(folder: Path) -> None:
+    shard(folder)
+    (folder / INDEX).write_text('{"weight_map": ')
+
+
+def truncate_bin(folder: Path) -> None:
+    path = folder / "pytorch_model.bin"
+    torch.save(load_file(folder / FILE), path)
+    (folder / FILE).unlink()
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def fewer_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+DAMAGES = {
+    "missing": (rewrite(lambda w: w.pop(UP)), f"lacks 1 weight ({UP}) of LlamaForCausalLM"),
+    "no head": (rewrite(lambda w: w.pop("lm_head.weight", None)), ""),
+    "no embedding": (rewrite(lambda w: w.pop("model.embed_tokens.weight")), "lacks"),
+    "unexpected": (
+        rewrite(lambda w: w.update(extra=torch.zeros(2))),
+        "has 1 weight (extra) that LlamaForCausalLM does not have",
+    ),
+    "more layers than its configuration": (fewer_layers, "(model.layers.1.input_layernorm.weight"),
+    "another shape": (
+        rewrite(lambda w: w.update({UP: torch.zeros(8, 4)})), f"{UP}: (8, 4), not (",
+    ),
+    "truncated": (replace_bytes(lambda b: b[:-100]), f"{FILE} is damaged"),
+    "empty": (replace_bytes(lambda b: b""), f"{FILE} is damaged"),
+    "garbage": (replace_bytes(lambda b: b"garbage!" + b[8:]), f"{FILE} is damaged"),
+    "pointer": (
+        replace_bytes(lambda b: b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS",
+    ),
+    "absent shard": (shard, "names files that are not there: model-00002-of-00002"),
+    "broken index": (break_index, f"{INDEX} is not an index"),
+    "truncated .bin": (truncate_bin, "pytorch_model.bin is damaged: its end is missing"),
+    "no weights": (lambda folder: (folder / FILE).unlink(), "no file named"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(BUILT_IN["tiny-sokoban"], tmp_path / "model")
+    return tmp_path / "model"
+
+
+def loaded(name: Path | str, *flags: str) -> Any:
+    return load_config([SOKOBAN, "--model.name", str(name), *flags])
+
+
+@pytest.mark.parametrize("name", [n for n in DAMAGES if n != "no head"])
+def test_what_is_wrong_is_named(name: str, folder: Path) -> None:
+    damage, message = DAMAGES[name]
+    damage(folder)
+    with pytest.raises(UserError) as caught:
+        check_weights(loaded(folder).config)
+    assert message in str(caught.value)
+    assert caught.value.exit_code == EXIT_USAGE
+    assert caught.value.where == "model.name"
+    assert caught.value.fix
+
+
+def test_a_tied_head_is_not_missing(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    DAMAGES["no head"][0](folder)
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    check_weights(loaded(folder).config)
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(UserError, match="lm_head"):
+        check_weights(loaded(folder).config)
+
+
+def test_a_teachers_weights_are_checked_too(folder: Path) -> None:
+    """Whoever loads them: here only an engine would."""
+    DAMAGES["missing"][0](folder)
+    with pytest.raises(UserError, match="lacks 1 weight") as caught:
+        check_weights(loaded("tiny-sokoban", "--teacher_inference.model.name", str(folder)).config)
+    assert caught.value.where == "teacher_inference.model.name"
+
+
+def test_a_checked_model_is_not_read(folder: Path) -> None:
+    model = load_weights(loaded(folder).config, str(folder), dtype="auto", device_map="meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_the_trainer_loads_nothing_that_is_not_in_the_files(folder: Path) -> None:
+    """Also if the files change after the check."""
+    run = loaded(folder)
+    DAMAGES["missing"][0](folder)
+    with pytest.raises(UserError, match="lacks 1 weight"):
+        load_policy(run.config, load_tokenizer(run.config), cpu_placement(run))
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    path = tmp_path / "adapter"
+    path.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 4}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"x": torch.zeros(1)}, path / "adapter_model.safetensors")
+    return path
+
+
+def test_an_adapter_in_place_of_a_model(adapter: Path) -> None:
+    with pytest.raises(UserError, match="is an adapter of 'some/base', not a model") as caught:
+        refuse_adapters(loaded(adapter).config)
+    assert caught.value.exit_code == EXIT_USAGE
+    assert f'trainer.model.lora.init = "{adapter}"' in caught.value.fix
+    with pytest.raises(UserError, match="is an adapter") as caught:
+        refuse_adapters(
+            loaded("tiny-sokoban", "--teacher_inference.model.name", str(adapter)).config
+        )
+    assert caught.value.where == "teacher_inference.model.name"
+    assert "lora.init" not in caught.value.fix
+
+
+def test_a_model_beside_an_adapter(adapter: Path, folder: Path) -> None:
+    for file in adapter.iterdir():
+        shutil.copy(file, folder)
+    with pytest.raises(UserError, match="holds a model and an adapter") as caught:
+        refuse_adapters(loaded(folder).config)
+    assert "trainer.model.lora.init" in caught.value.fix
+
+
+def test_a_sound_model_passes(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without a word."""
+    config = loaded(folder).config
+    refuse_adapters(config)
+    check_weights(config)
+    assert capfd.readouterr().err == ""
