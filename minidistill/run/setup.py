@@ -244,7 +244,7 @@ def build(prepared: Prepared, display: Display) -> Components:
         raise
     is_async = config.schedule == "async"
     streams = not is_async and engine.streams and not engine.sleeps
-    least_tokens = STREAMED_TOKENS * len(devices)
+    least_tokens = STREAMED_TOKENS * placement.ranks
     return Components(
         placement=placement,
         policy=policy,
