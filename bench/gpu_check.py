@@ -13,7 +13,8 @@ checks ops, products, speed and handles need torch, triton and pytest. The other
 transformers, peft, pydantic, tomli and tomli_w, and are skipped without them. The last ones need
 vLLM. `--rehearse` runs the same code on the CPU with tiny sizes; it proves nothing about a GPU.
 
-Exit code 0 if all checks passed; those with vLLM may be missing. Otherwise 1, and 3 without a GPU.
+Exit code 0 if all checks passed; those with vLLM may be missing. Otherwise 1; 2 if the folder
+cannot be written, 3 without a GPU, 130 after Ctrl-C or SIGTERM, which keep what is known so far.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -34,11 +36,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.checks.report import ROOT, Findings, Setting, machine, shown
+from bench.checks.report import ROOT, Findings, Setting, machine, shown, write_json
 
 MODELS = ("transformers", "peft", "pydantic", "tomli", "tomli_w")
 LEAST = 15.0  # seconds that must be left for a check to start
 WITHOUT_VLLM = "not installed: vllm"
+INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,11 @@ CHECKS = tuple(
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"cannot write to {args.out}: {error.strerror}", file=sys.stderr)
+        return 2
     if args.rehearse:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # whole runs stay on the CPU too
     setting = Setting(args.rehearse, args.out.resolve())
@@ -108,8 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.append(result)
         print(line(result), flush=True)
         summary = {**machine(setting.rehearse), "checks": results}
-        (setting.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_json(setting.folder / "summary.json", summary)
+        if result["message"] == INTERRUPTED:
+            break
     print(table(results, setting))
+    if results and results[-1]["message"] == INTERRUPTED:
+        return 130
     return 0 if results and all(map(is_good, results)) else 1
 
 
@@ -127,10 +138,17 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     names = [check.name for check in CHECKS]
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--minutes", type=float, default=8.0, help="no check starts after them")
+    parser.add_argument("--minutes", type=minutes, default=8.0, help="no check starts after them")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
     parser.add_argument("--child", choices=names, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def minutes(text: str) -> float:
+    value = float(text)
+    if math.isnan(value):
+        raise ValueError  # no check would be bounded by it
+    return value
 
 
 def missing_gpu(setting: Setting) -> str | None:
@@ -149,11 +167,15 @@ def perform(check: Check, setting: Setting, left: float) -> dict[str, Any]:
         findings.save("skipped", f"not installed: {', '.join(absent)}")
     elif left < LEAST:
         findings.save("not run", "the minutes are used up")
-    elif setting.rehearse:
-        execute(check, setting)
     else:
         findings.save("running")
-        in_a_process(check, setting, min(check.seconds, left), findings)
+        try:
+            if setting.rehearse:
+                execute(check, setting)
+            else:
+                in_a_process(check, setting, min(check.seconds, left), findings)
+        except KeyboardInterrupt:
+            end(findings, INTERRUPTED)
     return json.loads((setting.folder / check.file).read_text())
 
 
@@ -177,8 +199,13 @@ def in_a_process(check: Check, setting: Setting, seconds: float, findings: Findi
             with contextlib.suppress(ProcessLookupError):  # also what it has started
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+    end(findings, message)
+
+
+def end(findings: Findings, message: str) -> None:
+    """Write the end of a check that could not write it, with the figures that it had."""
     partial = json.loads(findings.path.read_text())
-    if partial["status"] == "running":  # it could not write its end
+    if partial["status"] == "running":
         findings.figures, findings.limits = partial["figures"], partial["limits"]
         findings.save("error", message)
 
@@ -235,4 +262,5 @@ def table(results: Sequence[dict[str, Any]], setting: Setting) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the check's process too
     sys.exit(main())

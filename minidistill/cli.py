@@ -32,7 +32,7 @@ _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 _Handler = Callable[[argparse.Namespace, list[str]], int]
 """A command: takes its options and all other arguments in their order, returns the exit code."""
 
-_BENCHMARKS = ("kernels", "sync", "engines", "schedule")
+_BENCHMARKS = ("kernels", "sync", "engines", "schedule", "sokoban")
 
 _CONFIGURATION = """\
 FILES…         TOML files; a later file beats an earlier one
@@ -210,7 +210,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         return follow(loaded)  # torchrun: rank 0 is the driver, the other ranks only train
     from minidistill.run.loop import run
 
-    return run(loaded, resume=options.resume)
+    try:
+        return run(loaded, resume=options.resume)
+    except SystemExit as error:  # of an environment's code: never a success
+        raise RuntimeError(f"something called sys.exit({error.code!r})") from error
 
 
 def _add_plan(commands: _Commands) -> None:
@@ -338,7 +341,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
 def _add_bench(commands: _Commands) -> None:
     parser = commands.add_parser(
         "bench",
-        help="measure on this machine: kernels, sync, engines, schedule",
+        help="measure kernels, sync, engines, schedule, sokoban",
         usage="minidistill bench NAME [options]",
         description="""\
 Measure on this machine. The same as `python -m bench.NAME` in a checkout, whose --help has the
@@ -354,7 +357,7 @@ examples:
         nargs="?",
         metavar="NAME",
         help="kernels (and other implementations of them), sync (weights in memory and through a "
-        "file), engines (vLLM and embedded) or schedule (async and sync)",
+        "file), engines (vLLM and embedded), schedule (async and sync) or sokoban (making levels)",
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -11,6 +13,20 @@ from collections.abc import Mapping, Sequence
 from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 
 EXIT_TIMEOUT = 5.0  # seconds that a process gets to exit after it closed its connection
+
+
+def die_with_parent(descriptor: int) -> None:
+    """Have this process's group killed as soon as the other end of the pipe `descriptor` is closed.
+
+    The kernel sends the signal, so it also ends code that never returns to the interpreter, which a
+    thread that reads the pipe cannot. The process leads its group, as a `Subprocess` does.
+    """
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, -os.getpid())  # minus: the group
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
+    if select.select([descriptor], [], [], 0)[0]:  # closed before
+        os.killpg(os.getpid(), signal.SIGKILL)
 
 
 class Subprocess:

@@ -6,6 +6,7 @@ All are frozen; derived values are properties.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ Message = Mapping[str, Any]
 Metrics = dict[str, float]
 Advance = Callable[[int], None]
 """Progress: called with the number of units done since the last call."""
+Phase = Callable[[str, int, str], AbstractContextManager[Advance]]
+"""Shows progress: `Display.phase`."""
 
 
 class Role(Enum):

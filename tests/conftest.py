@@ -110,11 +110,11 @@ def _isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def _forked_subprocesses() -> Any:
     """Spares ranks and engines the seconds that their imports take, except on GPUs."""
     import torch
-    from support.forked import ForkedPopen
+    from support import forked
 
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
-            patch.setattr("minidistill.subprocesses.Popen", ForkedPopen)
+            patch.setattr("minidistill.subprocesses.Popen", forked.popen)
         yield
 
 

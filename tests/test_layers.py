@@ -37,7 +37,10 @@ ORDER = (
 TOP_LEVEL_MODULES = 8  # in the package's folder, besides __init__ and __main__
 HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "wandb"}
 # These import only each other, and no torch
-LIGHT = {"errors", "types", "seeding", "files", "logs", "estimators", "config", "envs", "reporting"}
+LIGHT = {
+    *("errors", "types", "seeding", "files", "logs", "subprocesses"),
+    *("estimators", "config", "envs", "reporting"),
+}
 # except for what writes tensors to disk
 TENSOR_FILES = {"minidistill.reporting.rollout_log"}
 

@@ -28,13 +28,15 @@ from transformers import (
 )
 
 from minidistill.envs.sokoban.board import MOVES, XSB, Board
-from minidistill.envs.sokoban.levels import Difficulty, Level, LevelSet
+from minidistill.envs.sokoban.difficulty import Difficulty
+from minidistill.envs.sokoban.level_set import LevelSet
+from minidistill.envs.sokoban.levels import Level
 from minidistill.envs.sokoban.text import RULES, prompt_text
 from minidistill.evaluation.unrelated import UNRELATED
 
 DIFFICULTY = Difficulty(min_moves=2, max_depth=6)
 SEED = 20260
-LEVELS = 48_000
+LEVELS = 16_384
 VOCABULARY = 640
 SPECIAL = ("<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (

@@ -104,7 +104,9 @@ def random_weights(device: torch.device) -> Iterator[None]:
         torch.manual_seed(0)
         with device:
             config = AutoConfig.from_pretrained(name)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **attention).eval()
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention).eval()
+        nothing = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
+        return (model, nothing) if options.get("output_loading_info") else model
 
     with mock.patch.object(AutoModelForCausalLM, "from_pretrained", create):
         yield

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.checks.models import SMALL, Job, load, make_prompts, randomize_adapter, warnings
 from bench.checks.report import Findings, Setting
-from minidistill.run.preflight import TOLERANCE, check_model
+from minidistill.run.model_checks import TOLERANCE, check_model
 from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import hidden_states, prefix_states
 from minidistill.trainer.token_budget import TokenBudget
@@ -76,7 +76,7 @@ def gradient(job: Job, prompts: list[Prompt], *, packed: bool) -> Tensor:
     completions = [p.student_ids[:16] for p in prompts[:4]]
     tokens = collate(view, completions, pad_id=policy.pad_id, packed=packed).to(policy.device)
     hidden_NH = hidden_states(policy, tokens)
-    logp_N, _ = linear_logprob(hidden_NH, policy.head_VH, tokens.targets_N)
+    logp_N, _ = linear_logprob(hidden_NH, policy.head, tokens.targets_N)
     logp_N.mean().backward()
     found = [p.grad for _, p in policy.parameters]
     assert all(grad is not None for grad in found)

@@ -119,9 +119,14 @@ class Findings:
             "figures": self.figures,
             "limits": self.limits,
         }
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text(json.dumps(_plain(result), indent=1) + "\n")
-        os.replace(aside, self.path)
+        write_json(self.path, result)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is complete whenever it is read."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(_plain(value), indent=1) + "\n")
+    os.replace(aside, path)
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from minidistill_kernels.head import Head
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ESTIMATORS = ("full", "sampled", "top_k")
 PADDING_ID = -100
@@ -57,51 +59,62 @@ def per_entry(name: str, x: Tensor, device: torch.device, kind: str) -> None:
 
 
 def head(
-    name: str, weight: Tensor, hidden_name: str, hidden: Tensor, trainable: bool = False
-) -> None:
-    """Require a (V, H) head that fits (N, H) hidden states, and is frozen unless `trainable`."""
+    name: str, head: Tensor | Head, hidden_name: str, hidden: Tensor, trainable: bool = False
+) -> Head:
+    """The head, which must fit (N, H) hidden states and be frozen unless `trainable`."""
+    head = Head.of(head)
+    weight, bias = head.weight_VH, head.bias_V
     matrix(name, weight)
     like(name, weight, hidden_name, hidden)
     if weight.shape[1] != hidden.shape[1]:
         raise ValueError(
             f"{name}: width {weight.shape[1]}, but {hidden_name} has {hidden.shape[1]}"
         )
-    if weight.requires_grad and torch.is_grad_enabled() and not trainable:
+    if bias is not None:
+        per_token(f"{name}'s bias", bias, weight.shape[0], hidden.device, "float")
+    positive(f"{name}'s scale", head.scale)
+    if head.cap is not None:
+        positive(f"{name}'s cap", head.cap)
+    trained = any(x is not None and x.requires_grad for x in (weight, bias))
+    if trained and torch.is_grad_enabled() and not trainable:
         raise ValueError(
             f"{name}: requires a gradient, which this function does not compute; "
             f"freeze the head or pass `{name}.detach()`"
         )
+    return head
 
 
-def states(
+def heads(
     h_s: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     h_t: Tensor | None,
-    teacher_weight: Tensor | None,
+    teacher_weight: Tensor | Head | None,
     names: tuple[str, str, str] = ("h_s_NH", "weight_VH", "h_t_NH"),
     trainable: bool = False,
-) -> None:
-    """Require hidden states and heads that fit; `names` are those of the first three arguments."""
+) -> tuple[Head, Head | None]:
+    """The two heads, which must fit their hidden states.
+
+    `names` are those of the first three arguments.
+    """
     s_name, w_name, t_name = names
     matrix(s_name, h_s)
-    head(w_name, weight, s_name, h_s, trainable)
+    student = head(w_name, weight, s_name, h_s, trainable)
     if h_t is None:
         if teacher_weight is not None:
             raise ValueError(f"teacher_weight: given without {t_name}")
-        return
+        return student, None
     matrix(t_name, h_t)
     like(t_name, h_t, s_name, h_s)
     if h_t.shape[0] != h_s.shape[0]:
         raise ValueError(f"{t_name}: {h_t.shape[0]} rows, but {s_name} has {h_s.shape[0]}")
     if teacher_weight is None:
         same_shape(t_name, h_t, s_name, h_s)
-        return
-    head("teacher_weight", teacher_weight, t_name, h_t)
-    if teacher_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"teacher_weight: vocabulary of {teacher_weight.shape[0]}, "
-            f"but {w_name} has {weight.shape[0]}"
-        )
+        return student, None
+    teacher = head("teacher_weight", teacher_weight, t_name, h_t)
+    rows, needed = teacher.weight_VH.shape[0], student.weight_VH.shape[0]
+    if rows != needed:
+        raise ValueError(f"teacher_weight: vocabulary of {rows}, but {w_name} has {needed}")
+    return student, teacher
 
 
 def no_gradient(name: str, x: Tensor) -> None:

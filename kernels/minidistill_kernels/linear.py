@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from minidistill_kernels import backend, checks
-from minidistill_kernels.distill import METRICS, linear_op
+from minidistill_kernels.head import Head
+from minidistill_kernels.op import METRICS, head_arguments, linear_op
 
 # ratio_clip_high, token_mask_low and token_mask_high: unused, no ratio and no mask here.
 _NO_MASK = (2.0, 0.0, float("inf"))
@@ -31,7 +32,7 @@ class _RefuseGradient(torch.autograd.Function):
 
 def linear_logprob(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     ids: Tensor,
     *,
     temperature: float = 1.0,
@@ -43,12 +44,13 @@ def linear_logprob(
 
     Args:
         hidden: (N, H) float32, bfloat16 or float16; differentiable.
-        weight: (V, H) frozen head, same dtype.
+        weight: (V, H) frozen head, same dtype, or a `Head`.
         ids: (N,) int64 or int32; -100 is padding.
         valid: (N,) bool; rows that are False are not computed and are 0.
         return_entropy: also return the entropy of each row. Its backward pass raises.
         chunk: tokens at a time; None fits 64 MiB of fp32 logits on a CPU, 1 GiB on CUDA. It has no
-            effect on CUDA without a gradient, where there are no logits.
+            effect on CUDA without a gradient, where there are no logits unless the head has a bias
+            or a cap.
 
     Returns:
         (N,) fp32 log-probs, and (N,) fp32 entropies in nats or None.
@@ -58,24 +60,27 @@ def linear_logprob(
             head requires a gradient.
     """
     checks.matrix("hidden", hidden)
-    checks.head("weight", weight, "hidden", hidden)
+    head = checks.head("weight", weight, "hidden", hidden).detach()
     checks.per_token("ids", ids, hidden.shape[0], hidden.device, "ids")
     checks.positive("temperature", temperature)
     if valid is not None:
         checks.per_token("valid", valid, hidden.shape[0], hidden.device, "bool")
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
     size = checks.chunk_size(chunk)
-    if not need_grad and backend.backend_for(hidden.device) == "triton":
+    scaled_temperature = float(temperature) / head.scale
+    only_product = head.bias_V is None and head.cap is None
+    if only_product and not need_grad and backend.backend_for(hidden.device) == "triton":
         from minidistill_kernels.triton_score import score_op
 
-        logp, entropy = score_op(hidden.detach(), weight.detach(), ids, valid, temperature)
+        logp, entropy = score_op(hidden.detach(), head.weight_VH, ids, valid, scaled_temperature)
         return logp, entropy if return_entropy else None
-    settings = [0.0, 0.0, 0.0, float(temperature), *_NO_MASK]
+    settings = [0.0, 0.0, 0.0, scaled_temperature, *_NO_MASK]
     logp, metrics, *_ = linear_op(
         hidden,
-        weight.detach(),
+        head.weight_VH,
         ids,
-        *[None] * 7,  # no teacher, no advantage, no sampler
+        *head_arguments(head, None, None),
+        *[None] * 5,  # no advantage, no sampler, no scores from elsewhere
         valid,
         "logprob",
         1,
@@ -95,8 +100,8 @@ def linear_logprob(
 def linear_reverse_kl(
     h_s: Tensor,
     h_t: Tensor,
-    weight: Tensor,
-    teacher_weight: Tensor | None = None,
+    weight: Tensor | Head,
+    teacher_weight: Tensor | Head | None = None,
     *,
     student_tau: float = 1.0,
     teacher_tau: float = 1.0,
@@ -113,7 +118,7 @@ def linear_reverse_kl(
     Args:
         h_s: (N, H) float32, bfloat16 or float16; differentiable.
         h_t: (N, H), same dtype; must not require a gradient. (N, H_t) with a `teacher_weight`.
-        weight: (V, H) frozen head, same dtype.
+        weight: (V, H) frozen head, same dtype, or a `Head`.
         teacher_weight: (V, H_t) the teacher's own frozen head, if it is not the student's.
         valid: (N,) bool; rows that are False are not computed and are 0.
         chunk: tokens at a time; None fits 64 MiB of fp32 logits on a CPU, 1 GiB on CUDA.
@@ -125,7 +130,8 @@ def linear_reverse_kl(
         ValueError: an argument has a wrong shape, dtype or device, or a head or the teacher
             requires a gradient.
     """
-    checks.states(h_s, weight, h_t, teacher_weight, names=("h_s", "weight", "h_t"))
+    names = ("h_s", "weight", "h_t")
+    head, teacher_head = checks.heads(h_s, weight, h_t, teacher_weight, names)
     checks.no_gradient("h_t", h_t)
     checks.finite("student_tau", student_tau)
     checks.finite("teacher_tau", teacher_tau)
@@ -133,14 +139,14 @@ def linear_reverse_kl(
     if valid is not None:
         checks.per_token("valid", valid, h_s.shape[0], h_s.device, "bool")
     ids = torch.zeros(h_s.shape[0], dtype=torch.int64, device=h_s.device)
-    settings = [0.0, float(teacher_tau), float(student_tau), float(temperature), *_NO_MASK]
+    taus = [0.0, float(teacher_tau), float(student_tau)]
+    settings = [*taus, float(temperature) / head.scale, *_NO_MASK]
     need_grad = torch.is_grad_enabled() and h_s.requires_grad
     loss, *_ = linear_op(
         h_s,
-        weight.detach(),
+        head.weight_VH.detach(),
         ids,
-        h_t.detach(),
-        None if teacher_weight is None else teacher_weight.detach(),
+        *head_arguments(head.detach(), h_t, teacher_head),
         *[None] * 5,  # no advantage, no sampler, no scores from elsewhere
         valid,
         "full",

@@ -10,6 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minidistill_kernels.head import Head
+
+
+def logits(hidden_NH: Tensor, head: Tensor | Head) -> Tensor:
+    """(N, V) float64: scale (h Wᵀ + bias), or c tanh of it / c."""
+    head = Head.of(head)
+    logits_NV = hidden_NH.double() @ head.weight_VH.double().t()
+    if head.bias_V is not None:
+        logits_NV = logits_NV + head.bias_V.double()
+    logits_NV = logits_NV * head.scale
+    return logits_NV if head.cap is None else head.cap * torch.tanh(logits_NV / head.cap)
+
 
 def log_softmax(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.log_softmax(logits_NV.double() / temperature, dim=1)
@@ -45,11 +57,11 @@ def reverse_kl(
 
 def linear_distill(
     h_s_NH: Tensor,
-    weight_VH: Tensor,
+    weight_VH: Tensor | Head,
     ids_N: Tensor,
     *,
     h_t_NH: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_weight: Tensor | Head | None = None,
     teacher_logp_N: Tensor | None = None,
     topk_ids_NK: Tensor | None = None,
     teacher_topk_logp_NK: Tensor | None = None,
@@ -67,13 +79,13 @@ def linear_distill(
     kl_clip: float | None = None,
 ) -> dict[str, Any]:
     """Every output of `minidistill_kernels.linear_distill` by name, float64, for valid rows."""
-    logp_NV = log_softmax(h_s_NH.double() @ weight_VH.double().t(), temperature)
+    logp_NV = log_softmax(logits(h_s_NH, weight_VH), temperature)
     logp_N = logp_NV.gather(1, ids_N[:, None])[:, 0]
     entropy_N = -_expect(logp_NV.exp(), logp_NV)
     logq_NV = kl_N = q_entropy_N = None
     if h_t_NH is not None:
         q_weight = weight_VH if teacher_weight is None else teacher_weight
-        logq_NV = log_softmax(h_t_NH.double() @ q_weight.double().t(), temperature).detach()
+        logq_NV = log_softmax(logits(h_t_NH, q_weight), temperature).detach()
         teacher_logp_N = logq_NV.gather(1, ids_N[:, None])[:, 0]
         kl_N = _expect(logp_NV.exp(), logp_NV - logq_NV)
         q_entropy_N = -_expect(logq_NV.exp(), logq_NV)

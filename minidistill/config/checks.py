@@ -245,6 +245,8 @@ def _engine_settings(
         return
     urls = f"{table}.server_urls"
     unused = [f"{table}.parallel"] if engine.parallel != ParallelConfig() else []
+    if engine.gpu_memory_utilization != "auto":
+        unused.append(f"{table}.gpu_memory_utilization")
     if gpu_ids is not None:
         unused.append("teacher_gpu_ids" if table == "teacher_inference" else "inference_gpu_ids")
     for key in unused:

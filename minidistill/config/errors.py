@@ -6,7 +6,7 @@ import difflib
 
 from pydantic import ValidationError
 
-from minidistill.config import prime_rl
+from minidistill.config import hints, prime_rl
 from minidistill.config import schema_tree as tree
 from minidistill.config.layers import Layers
 from minidistill.config.schema_tree import Part, Path
@@ -33,7 +33,7 @@ def unknown_key(path: Path, origin: str, assignment: str = "") -> UserError:
     `assignment` is ` = VALUE` if the value is known and short enough to repeat.
     """
     key = dotted(path)
-    if fix := prime_rl.fix_for_key(path):
+    if fix := prime_rl.fix_for_key(path) or hints.fix_for_name(path):
         what = f"{key}{assignment} is not a setting of minidistill"
     else:
         what = f"there is no {key}{assignment}"

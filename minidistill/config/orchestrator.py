@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Le, MinLen
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import ConfigDict, Field
 
 from minidistill.config.base import Count, Fraction, Positive, PositiveFloat, Table, Text, Weight
@@ -66,6 +66,11 @@ class EnvConfig(Table):
     """Unique name in the metrics; by default the id."""
     args: dict[str, Any] = Field(default={})
     """Arguments that the environment defines."""
+    score_timeout: Literal["off"] | Annotated[float, Gt(0), Le(86_400)] = 10.0
+    """Seconds that scoring one completion may take. Then it is stopped, and counts as a failure of
+    the environment. Rewards that may hang or exit therefore run in a process of their own; `off`
+    runs them in the process of the run, without a limit. Built-in rewards that cannot hang run
+    there in any case, and `judge` has time limits of its own."""
 
 
 class EvalConfig(Table):

@@ -111,7 +111,8 @@ def _take_value(node: Node, following: list[str], flag: str) -> Any:
             return _toml_or_text(following.pop(0))
         return {}
     if "boolean" in kinds:
-        return parse_value(following.pop(0), node) if has_next and _is_bool(following[0]) else True
+        has_value = has_next and (_is_bool(following[0]) or following[0] in tree.choices(node))
+        return parse_value(following.pop(0), node) if has_value else True
     if node is tree.ANY and not has_next:
         return True
     if not has_next:
@@ -150,10 +151,10 @@ def parse_value(text: str, node: Node) -> Any:
         return None
     if "array" in kinds:
         return _list(text, node)
-    if "string" in kinds and not (kinds & {"number", "integer"}):
-        return text
     if "boolean" in kinds and _is_bool(text):
         return text.lower() == "true"
+    if "string" in kinds and not (kinds & {"number", "integer"}):
+        return text
     return _toml_or_text(text)
 
 

@@ -110,7 +110,7 @@ class LoraConfig(Table):
     dropout: Decay = 0.0
     """Dropout on the adapter's input."""
     target_modules: Literal["all-linear"] | Annotated[list[Text], MinLen(1)] = "all-linear"
-    """Layers that get an adapter: all linear layers except the head, or a list of module names."""
+    """Layers that get an adapter: all linear layers except the head, or a list of their names."""
     dtype: Literal["auto", "float32", "base"] = "auto"
     """Number format in which the adapter computes: `base` is the base model's. The optimizer keeps
     fp32 copies of the weights in any case. `auto` is `base` for a bfloat16 model on a GPU, else

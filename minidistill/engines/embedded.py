@@ -22,7 +22,7 @@ from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids, 
 from minidistill.placement.attention import VARLEN
 from minidistill.placement.limits import EMBEDDED_CACHE_BYTES, kv_bytes_per_token
 from minidistill.trainer.batching import collate
-from minidistill.trainer.forward import PrefixCache, hidden_states, seeded_cache
+from minidistill.trainer.forward import PrefixCache, hidden_states, seeded_cache, select_rows
 from minidistill.trainer.policy import Policy
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
@@ -92,30 +92,52 @@ class EmbeddedEngine(Engine):
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.policy.device)
         with self.policy.unsharded(role), self.policy.running_as(role), self.policy.inference():
-            # equal prompts side by side, to be prefilled once
-            order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_ids)
             progress = _Progress(advance or (lambda count: None))
-
-            def decode(batch: list[int]) -> list[Completion]:
-                # back in the order of the rows, so that requests of one prompt stay side by side
-                rows = sorted(order[i] for i in batch)
-                with progress.attempt():
-                    completions = self._decode([requests[i] for i in rows], params, role, progress)
-                done = dict(zip(rows, completions, strict=True))
-                return [done[order[i]] for i in batch]
-
-            kv_bytes = kv_bytes_per_token(self.policy.config, self.policy.dtype.itemsize)
-            ordered = self.decoding.run(
-                [len(requests[i].prompt_ids) + params.max_tokens for i in order],
-                decode,
-                "sampling with the trainer's model",
-                at_most=max(1, cache_bytes(self.policy.device) // kv_bytes),
-            )
-            done = dict(zip(order, ordered, strict=True))
+            done: dict[int, Completion] = {}
+            for rows in self._rows_together(requests):
+                done |= self._sample(requests, rows, params, role, progress)
         if on_gpu:
             peak = torch.cuda.max_memory_allocated(self.policy.device)
             self._peak_memory = max(peak, self._peak_memory or 0)
         return [done[i] for i in range(len(requests))]
+
+    def _rows_together(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The rows that may be in one batch, with equal prompts side by side."""
+        order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_ids)
+        if self.policy.pads_prompts:
+            return [order]
+        lengths = [len(requests[i].prompt_ids) for i in order]
+        return [
+            [i for i, length in zip(order, lengths, strict=True) if length == each]
+            for each in sorted(set(lengths))
+        ]
+
+    def _sample(
+        self,
+        requests: Sequence[Request],
+        order: list[int],
+        params: SamplingParams,
+        role: Role,
+        progress: _Progress,
+    ) -> dict[int, Completion]:
+        """The completions of these rows, in batches that fit in memory."""
+
+        def decode(batch: list[int]) -> list[Completion]:
+            # back in the order of the rows, so that requests of one prompt stay side by side
+            rows = sorted(order[i] for i in batch)
+            with progress.attempt():
+                completions = self._decode([requests[i] for i in rows], params, role, progress)
+            done = dict(zip(rows, completions, strict=True))
+            return [done[order[i]] for i in batch]
+
+        kv_bytes = kv_bytes_per_token(self.policy.config, self.policy.dtype.itemsize)
+        completions = self.decoding.run(
+            [len(requests[i].prompt_ids) + params.max_tokens for i in order],
+            decode,
+            "sampling with the trainer's model",
+            at_most=max(1, cache_bytes(self.policy.device) // kv_bytes),
+        )
+        return dict(zip(order, completions, strict=True))
 
     def _decode(
         self,
@@ -156,7 +178,7 @@ class EmbeddedEngine(Engine):
                 if len(unfinished) < len(ended):
                     keep = torch.tensor(unfinished).to(device)
                     lengths = [lengths[i] for i in unfinished]
-                    cache.batch_select_indices(keep)
+                    select_rows(cache, keep)
                     mask_BL, draws_BL, chosen_B = mask_BL[keep], draws_BL[keep], chosen_B[keep]
                     rows_B, positions_B, ended_B = rows_B[keep], positions_B[keep], ended_B[keep]
             mask = None
@@ -202,7 +224,7 @@ class EmbeddedEngine(Engine):
         hidden_BH = self._forward(ids, seen_BL, positions_BL, cache)
         copies = [count for _, count in distinct]
         index = torch.from_numpy(np.arange(len(prompts)).repeat(copies)).to(device)
-        cache.batch_select_indices(index)
+        select_rows(cache, index)
         return Prefilled(
             cache=cache,
             hidden_BH=hidden_BH[index],
@@ -252,7 +274,7 @@ class EmbeddedEngine(Engine):
                 ).to(self.policy.device)
                 hidden_NH = hidden_states(self.policy, tokens, states)
                 logp_N, _ = linear_logprob(
-                    hidden_NH, self.policy.head_VH, tokens.targets_N, temperature=temperature
+                    hidden_NH, self.policy.head, tokens.targets_N, temperature=temperature
                 )
                 parts = logp_N.cpu().split([len(completions[i]) for i in rows])
                 return [part.tolist() for part in parts]

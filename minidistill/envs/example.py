@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minidistill.types import Reward, Task
+from minidistill.envs import Reward, Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
+import reprlib
 import sys
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Collection, Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minidistill.config.orchestrator import EnvConfig
-from minidistill.envs.protocol import Environment
-from minidistill.errors import UserError
+from minidistill.envs.isolated import IsolatedEnvironment
+from minidistill.envs.outcomes import describe
+from minidistill.envs.protocol import Environment, has_rewards
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
+
+if TYPE_CHECKING:
+    from minidistill.config.orchestrator import EnvConfig
 
 ENTRY_POINTS = "minidistill.environments"
 BUILT_IN = {
@@ -22,18 +29,39 @@ BUILT_IN = {
 
 
 def load_environments(configs: Iterable[EnvConfig], where: str) -> dict[str, Environment]:
-    """The configured environments by name, in the configuration's order."""
-    return {
-        config.name: load_environment(config.id, config.args, f"{where}.{index}")
-        for index, config in enumerate(configs)
-    }
+    """The configured environments by name, in the configuration's order.
+
+    Those whose scoring may hang or exit score in a process of their own.
+    """
+    environments: dict[str, Environment] = {}
+    for index, config in enumerate(configs):
+        place = f"{where}.{index}"
+        environment = load_environment(config.id, config.args, place)
+        missing = [name for name in ("train", "eval", "score") if not hasattr(environment, name)]
+        if missing:
+            raise UserError(
+                f"the environment {config.id!r} returned {reprlib.repr(environment)}, which has no "
+                f"{' and no '.join(missing)}",
+                where=place,
+                fix="return an object with train, eval and score: see docs/environments.md",
+            )
+        if (
+            config.score_timeout != "off"
+            and has_rewards(environment)
+            and not getattr(environment, "scores_in_process", False)
+        ):
+            environment = IsolatedEnvironment(
+                environment, config.id, config.args, config.score_timeout, place
+            )
+        environments[config.name] = environment
+    return environments
 
 
 def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "") -> Environment:
     """Build the environment `id`: a built-in name, an entry point's name, or `module:function`.
 
     Raises UserError, with `where` as its place, if there is no such environment, if it cannot be
-    imported, or if it does not take `args`.
+    imported, if it does not take `args`, or if it raises an exception.
     """
     args = args or {}
     installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
@@ -44,14 +72,34 @@ def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "
     elif ":" in id:
         factory = import_function(id, where)
     else:
-        names = ", ".join(sorted({*BUILT_IN, *installed}))
+        names = sorted({*BUILT_IN, *installed})
         raise UserError(
             f"unknown environment {id!r}",
             where=where,
-            fix=f"use one of {names}, install a package with an entry point in the group "
-            f"{ENTRY_POINTS!r}, or write module:function",
+            fix=f"{did_you_mean(id, names)}use one of {', '.join(names)}, install a package with "
+            f"an entry point in the group {ENTRY_POINTS!r}, or write module:function",
         )
-    signature = inspect.signature(factory)
+    _check_args(id, factory, args, where)
+    try:
+        environment: Environment = factory(**args)
+    except (KeyboardInterrupt, UserError):
+        raise
+    except BaseException as error:  # third-party code, which may call sys.exit
+        raise UserError(
+            f"the environment {id!r} failed: {describe(error)}{_raised_at(error)}",
+            where=where,
+            fix="fix its function or its args; --traceback shows where it was raised",
+            exit_code=_exit_code(error),
+        ) from error
+    return environment
+
+
+def _check_args(id: str, factory: Callable[..., Any], args: dict[str, Any], where: str) -> None:
+    """Raise UserError if the factory does not take `args`."""
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # written in C, without a signature
+        return
     try:
         signature.bind(**args)
     except TypeError as error:
@@ -60,8 +108,12 @@ def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "
             where=where,
             fix=f"its arguments are {signature}",
         ) from None
-    environment: Environment = factory(**args)
-    return environment
+
+
+def did_you_mean(name: str, names: Collection[str]) -> str:
+    """A question that names the one of `names` most similar to an unknown one, or ""."""
+    close = difflib.get_close_matches(name.replace("_", "-"), names, n=1)
+    return f"did you mean {close[0]!r}? Or " if close else ""
 
 
 def import_function(path: str, where: str, kind: str = "environment") -> Callable[..., Any]:
@@ -83,10 +135,32 @@ def _load_function(
         function = load()
         if not callable(function):
             raise TypeError(f"{function!r} is not callable")
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may raise anything, and may call sys.exit
         raise UserError(
-            f"cannot load the {kind} {path!r}: {error}",
+            f"cannot load the {kind} {path!r}: {describe(error)}{_raised_at(error)}",
             where=where,
             fix="name an importable module and a function in it, as module:function",
         ) from error
     return function
+
+
+def _raised_at(error: BaseException) -> str:
+    """The line of someone else's file that raised `error`, as " (file:line)", or ""."""
+    if isinstance(error, SyntaxError):
+        return ""  # its message has it
+    frames = traceback.extract_tb(error.__traceback__)
+    own = os.path.dirname(os.path.dirname(__file__))
+    for frame in reversed(frames):
+        if frame.filename.startswith("<") or frame.filename.startswith(own):
+            continue
+        if "importlib" not in frame.filename:
+            return f" ({frame.filename}:{frame.lineno})"
+    return ""
+
+
+def _exit_code(error: BaseException) -> int:
+    """Missing packages and memory are the machine's fault, all else the configuration's."""
+    missing = isinstance(error, ModuleNotFoundError | MemoryError)
+    return EXIT_ENVIRONMENT if missing else EXIT_USAGE

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from minidistill_kernels import DistillOutput
+    from minidistill_kernels import DistillOutput, Head
 
 
 class TeacherNeeds(Enum):
@@ -37,8 +37,8 @@ class TeacherInputs(TypedDict, total=False):
 
     h_t_NH: Tensor
     """Hidden states, if the teacher runs in the trainer."""
-    teacher_weight: Tensor | None
-    """(V, H), the teacher's head, if it is not the student's."""
+    teacher_weight: Head | None
+    """The teacher's head, if it is not the student's."""
     teacher_logp_N: Tensor
     """Log-probs, if an engine scored the teacher. So are the two below."""
     topk_ids_NK: Tensor
@@ -107,7 +107,7 @@ class Estimator:
         """A function that computes the loss of each sampled token and the figures behind it.
 
         It takes the arguments of `minidistill_kernels.linear_distill` that change from batch to
-        batch: the student's hidden states (N, H), the head (V, H), the sampled tokens (N,), the
+        batch: the student's hidden states (N, H), the head, the sampled tokens (N,), the
         teacher's inputs, `advantage_N` and `sampler_logp_N`.
         """
         from minidistill_kernels import linear_distill

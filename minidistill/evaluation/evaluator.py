@@ -77,8 +77,13 @@ class Evaluator:
                 batch = jobs[start : start + self.settings.batch_size]
                 rollouts += self._sample(batch, role, context, advance)
         with self.display.phase("score", len(jobs), "rollouts") as advance:
-            rewards, errors = score(self.environments, rollouts, advance)
-        check_errors(errors, len(jobs), self.config.orchestrator.max_env_error_frac)
+            limit = self.config.orchestrator.max_env_error_frac
+            rewards, errors = score(
+                self.environments,
+                rollouts,
+                advance,
+                lambda errors: check_errors(errors, len(jobs), limit),
+            )
         if errors:
             logger.warning(f"{len(errors)} evaluation rollouts could not be scored: {errors[0]}")
         by_env: dict[str, list[float]] = {

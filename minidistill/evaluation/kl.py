@@ -71,7 +71,7 @@ def drift_kl(
     exist: all weights were trained, and the teacher is not the base. `budget` bounds the passes.
     """
     view = [prompt.student_ids for prompt in unrelated_prompts(builder)]
-    if policy.holds(Role.BASE):
+    if policy.holds(Role.BASE) and policy.can_sample:
         engine.sleep()
         engine = EmbeddedEngine(policy, PrefixCache(policy, shares=False))
     elif policy.teacher_weights is not Weights.BASE:
@@ -79,6 +79,7 @@ def drift_kl(
     completions = sample(config, engine, view, "drift", Role.BASE, DRIFT_TOKENS)
     roles = Role.BASE, Role.STUDENT
     if policy.holds(Role.BASE):
+        engine.sleep()
         doing = "computing the drift on unrelated prompts"
         return _exact_kl(config, policy, completions, (view, view), roles, budget, doing).mean
     return _sampled_kl(engine, completions, (view, view), roles).mean

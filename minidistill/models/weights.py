@@ -17,6 +17,7 @@ from typing import Any
 
 from minidistill.config import Config
 from minidistill.errors import UserError, UserErrors
+from minidistill.models.auto import model_class
 from minidistill.models.hub import hub_arguments, load_model_config, readable_errors
 from minidistill.models.registry import resolve
 
@@ -52,19 +53,19 @@ def _models(config: Config) -> dict[str, str]:
 
 
 def load_weights(config: Config, name: str, key: str = "model.name", **arguments: Any) -> Any:
-    """transformers' causal language model `name`, which the configuration's `key` sets.
+    """transformers' language model `name`, which the configuration's `key` sets.
 
     `arguments` are those of `from_pretrained`. Raises UserError as `check_weights` does.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    kind = model_class(load_model_config(config, name))
     damaged = (SafetensorError, UnpicklingError, EOFError)
     with readable_errors(name, key), _without_table():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 resolve(name),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # else their names are only logged

@@ -66,6 +66,10 @@ def place_attention(
         if packing == "auto" and obstacle:
             return Attention(FLASH, False, obstacle)
         return Attention(FLASH, packing is not False, "model.attn")
+    if asked == "auto" and (capped := list(filter(_caps_scores, model_configs))):
+        kind = capped[0].get_text_config().model_type
+        why = f"{kind} models cap their attention scores, which SDPA leaves out"
+        return Attention("eager", packing is True, why)
     if asked == "auto":
         if not obstacle and packing is True:
             return Attention(VARLEN, True, "trainer.packing")
@@ -95,11 +99,13 @@ def _obstacle(model_config: Any, max_length: int) -> str:
     slides = "sliding_attention" in layers if by_layer else window is not None
     if slides and (window or 0) < max_length:
         return f"the model attends to a window of {window} tokens"
-    if getattr(text, "attn_logit_softcapping", None):
+    if _caps_scores(model_config):
         return "the model caps its attention scores"
-    if getattr(text, "attention_dropout", 0.0):
-        return "the model drops out attention weights"
     return ""
+
+
+def _caps_scores(model_config: Any) -> bool:
+    return bool(getattr(model_config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def _kernel_obstacle(model_configs: Sequence[Any]) -> str:

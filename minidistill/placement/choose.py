@@ -58,7 +58,10 @@ def _choose_shares(
         if engine.owner == "teacher":
             placement = replace(placement, teacher_engine=chosen)
             continue
-        length = Choice("max_model_len", f"{chosen.max_length:,} tokens", "seq_len, one to score")
+        reason = "the longest sequence"
+        if chosen.max_length > placement.max_length:
+            reason += ", and one token for scoring"
+        length = Choice("max_model_len", f"{chosen.max_length:,} tokens", reason)
         choices = (*placement.choices, length)
         placement = replace(placement, student=chosen, choices=choices)
     return placement

@@ -49,6 +49,9 @@ def estimate(config: Config, shapes: Shapes, models: Models, machine: Machine) -
     memory = Memory(config, placement, shapes, machine)
     problems: list[str] = []
     warnings = list(placement.warnings)
+    if placement.max_length < config.seq_len and "seq_len" in config.model_fields_set:
+        limit = f"{placement.max_length} tokens, the most that the model takes, are used"
+        warnings.append(f"seq_len = {config.seq_len} is too long: {limit}")
     for engine in memory.engines:
         batch = config.orchestrator.batch_size
         _judge(engine, placement.max_length, batch, problems, warnings)

@@ -11,7 +11,7 @@ from minidistill.placement.placement import Placement
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Upper bounds for a stage in one step, with every sequence of `seq_len` tokens."""
+    """Upper bounds for a stage in one step, with every sequence of the longest length."""
 
     tokens: int
     flops: int
@@ -31,7 +31,7 @@ def step_work(config: Config, placement: Placement, shapes: Shapes) -> dict[str,
     although it is prefilled once per run if it is cached.
     """
     orchestrator = config.orchestrator
-    rollouts, longest = orchestrator.batch_size, config.seq_len
+    rollouts, longest = orchestrator.batch_size, placement.max_length
     completions = rollouts * orchestrator.sampling.max_tokens
     groups = rollouts // orchestrator.rollouts_per_example
     sampled = groups * (longest - orchestrator.sampling.max_tokens) + completions

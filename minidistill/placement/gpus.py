@@ -197,7 +197,7 @@ def _trainer_count(config: Config, gpus: int, free: int, needs: Sequence[int]) -
     count = _dividing(config.orchestrator.batch_size, most)
     if count == 0:
         raise UserError(
-            f"of {gpus} GPUs {free} are not named, and none is left for the trainer",
+            f"of the machine's {gpus} GPUs {free} are not named, and none is left for the trainer",
             where=", ".join(KEYS),
             fix=f"name fewer, or lower parallel.tp or parallel.dp; {ALL_SHARE}",
         )
@@ -225,7 +225,7 @@ def _check_room(table: str, parallel: ParallelConfig, room: int) -> None:
         whose = "teacher" if table.startswith("teacher") else "student"
         raise UserError(
             f"the {whose}'s engine needs {need} GPUs (dp {parallel.dp or 1} × tp {parallel.tp}), "
-            f"{room} are left for it",
+            f"and {room} {'is' if room == 1 else 'are'} left for it",
             where=f"{table}.parallel.tp, {table}.parallel.dp, {', '.join(KEYS)}",
             fix=f"lower {table}.parallel, or name the GPUs; {ALL_SHARE}",
         )

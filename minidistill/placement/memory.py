@@ -16,7 +16,7 @@ from minidistill.placement.attention import FLASH
 from minidistill.placement.limits import fp32_copy_bytes
 from minidistill.placement.model_shape import ModelShape, module_rank
 from minidistill.placement.placement import Placement
-from minidistill_kernels.distill import chunk_tokens
+from minidistill_kernels.op import chunk_tokens
 
 MemoryBreakdown = dict[str, int]
 """Bytes by the name of a part."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from minidistill.config.schema import LoraConfig
+from minidistill.errors import UserError
+from minidistill.models.auto import model_class, text_linears
 from minidistill.placement.placement import Models
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -118,18 +119,23 @@ class Shapes:
 
 
 def read_shape(model_config: Any) -> ModelShape:
-    """Build the model on torch's meta device and count it. Exact for any architecture."""
-    from transformers import AutoModelForCausalLM
+    """Build the model on torch's meta device and count it. Exact for any architecture.
 
+    Raises UserError for a model without attention.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = model_class(model_config).from_config(model_config)
     text = model_config.get_text_config()
+    if not getattr(text, "num_attention_heads", None):
+        raise UserError(
+            f"{text.model_type} models have no attention, whose sizes the plan counts",
+            where="model.name",
+            fix="use a model with attention in some of its layers",
+        )
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(text, "tie_word_embeddings", False) or head.weight is embedding.weight
     linears = tuple(
-        Linear(name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        Linear(name, layer.in_features, layer.out_features) for name, layer in text_linears(model)
     )
     heads = text.num_attention_heads
     hidden = text.hidden_size

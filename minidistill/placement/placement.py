@@ -332,7 +332,7 @@ def _check_ranks(loaded: LoadedConfig, placement: Placement, machine: Machine) -
         source = (
             f"torchrun starts {machine.torchrun_ranks} processes"
             if torchrun
-            else f"{len(gpus)} GPUs train"
+            else ("1 GPU trains" if len(gpus) == 1 else f"{len(gpus)} GPUs train")
         )
         raise UserError(
             f"trainer.world_size = {world_size}, but {source}",

@@ -40,9 +40,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "sleeps": placement.sleeps,
         "micro_batch_tokens": placement.micro_batch_tokens,
         "ac_freq": placement.ac_freq,
-        "gpu_memory_utilization": student.memory_share,
-        "teacher_gpu_memory_utilization": teacher.memory_share if teacher else 0.0,
+        "gpu_memory_utilization": student.memory_share if student.gpus else 0.0,
+        "teacher_gpu_memory_utilization": teacher.memory_share if teacher and teacher.gpus else 0.0,
         "max_model_len": student.max_length,
+        "attention": placement.attention.text,
         "choices": {choice.key: [choice.value, choice.reason] for choice in placement.choices},
         "estimator": placement.teacher.estimator.name,
         "scorer": placement.teacher.scorer,
@@ -203,7 +204,7 @@ def _head(plan: Plan) -> list[tuple[str, str]]:
     else:
         ranks = f" ({placement.ranks} ranks, {weights})" if placement.ranks > 1 else ""
         rows.append(("trainer", f"the CPU{ranks}"))
-    return rows + choice_rows(placement)
+    return [*rows, ("attention", placement.attention.text), *choice_rows(placement)]
 
 
 def _gpus(ids: Sequence[int]) -> str:

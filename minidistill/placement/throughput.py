@@ -96,7 +96,7 @@ def step_timing(memory: Memory, work: Mapping[str, Work], machine: Machine) -> T
     if not student.gpus or (teacher is not None and teacher.urls):
         return None
     card, named = card_of(machine)
-    length = _length_share(config)
+    length = _length_share(config, placement.max_length)
     sample = _sampling(memory, card)
     scoring = length * work["teacher"].flops / (PREFILL * card.flops)
     train = length * work["train"].flops / (TRAINING * card.flops * placement.ranks)
@@ -123,10 +123,10 @@ def step_timing(memory: Memory, work: Mapping[str, Work], machine: Machine) -> T
     return Timing(card, named, sample, scoring, train, step, idle)
 
 
-def _length_share(config: Config) -> float:
-    """Tokens of a sequence with a completion of mean length, as a share of `seq_len`."""
+def _length_share(config: Config, max_length: int) -> float:
+    """Tokens of a sequence with a completion of mean length, as a share of `max_length`."""
     longest = config.orchestrator.sampling.max_tokens
-    return 1 - (1 - MEAN_COMPLETION) * longest / config.seq_len
+    return 1 - (1 - MEAN_COMPLETION) * longest / max_length
 
 
 def _sampling(memory: Memory, card: Card) -> float:
@@ -136,7 +136,8 @@ def _sampling(memory: Memory, card: Card) -> float:
     itemsize = DTYPES[memory.placement.dtype].itemsize
     orchestrator = config.orchestrator
     longest = orchestrator.sampling.max_tokens
-    prompt, completion = config.seq_len - longest, MEAN_COMPLETION * longest
+    prompt = memory.placement.max_length - longest
+    completion = MEAN_COMPLETION * longest
     rollouts = orchestrator.batch_size / engine.dp  # of one replica
     bandwidth, flops = DECODING * card.bandwidth, PREFILL * card.flops * engine.tp
     (student,) = (e for e in memory.engines if e.owner == "student")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -112,9 +113,11 @@ class RunDirectory:
         Left out are those on which the metrics do not depend, and defaults of settings that did
         not exist when the run was started.
         """
-        before = _flatten(self.read("config.resolved.json"))
-        now = _flatten(loaded.resolved())
+        before = _flatten(_without_time_limits(self.read("config.resolved.json")))
+        now = _flatten(_without_time_limits(loaded.resolved()))
         ignored = {"output_dir", "trainer_gpu_ids", "trainer.world_size", "trainer.shard"}
+        # A run that passed this limit goes on with a higher one.
+        ignored.add("orchestrator.max_env_error_frac")
         ignored |= {key for key in {*before, *now} if key.startswith("wandb")}
         ignored |= {k for k in now if k not in before and loaded.provenance.get(k) == "default"}
         return {
@@ -222,6 +225,16 @@ def finite(value: float) -> float | None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _without_time_limits(resolved: dict[str, Any]) -> dict[str, Any]:
+    """A copy without the environments' `score_timeout`, which decides only what fails."""
+    resolved = copy.deepcopy(resolved)
+    orchestrator = resolved["orchestrator"]
+    for table in (orchestrator, orchestrator.get("eval") or {}):
+        for env in table.get("env") or ():
+            env.pop("score_timeout", None)
+    return resolved
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

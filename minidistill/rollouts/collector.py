@@ -84,8 +84,7 @@ class Collector:
         if self.computes_rewards:
             with self.display.phase("score", len(rollouts), "rollouts") as advance:
                 began = time.perf_counter()
-                rollouts, errors = self.reward(rollouts, advance)
-            self.check_errors(errors, len(drawn.jobs))
+                rollouts, errors = self.reward(rollouts, advance, len(drawn.jobs))
             metrics |= {"time/score": time.perf_counter() - began, "env/errors": len(errors)}
             warn_of_errors(errors)
         if self.scores_teacher:
@@ -147,20 +146,26 @@ class Collector:
         return self.placement.teacher.estimator.top_ids(self.config.trainer.loss.top_k)
 
     def reward(
-        self, rollouts: Sequence[Rollout], advance: Advance
+        self, rollouts: Sequence[Rollout], advance: Advance, total: int, earlier: Sequence[str] = ()
     ) -> tuple[list[Rollout], list[str]]:
-        """The rollouts with their rewards, without those that the environment failed on; errors."""
-        rewards, errors = score(self.environments, rollouts, advance)
+        """The rollouts with their rewards, without those that the environment failed on; errors.
+
+        Raises UserError (exit code 4) if too many of a step's `total` rollouts failed; `earlier`
+        has the errors of those that were rewarded before.
+        """
+        limit = self.config.orchestrator.max_env_error_frac
+        rewards, errors = score(
+            self.environments,
+            rollouts,
+            advance,
+            lambda errors: check_errors([*earlier, *errors], total, limit),
+        )
         kept = [
             replace(rollout, reward=reward)
             for rollout, reward in zip(rollouts, rewards, strict=True)
             if reward is not None
         ]
         return kept, errors
-
-    def check_errors(self, errors: Sequence[str], total: int) -> None:
-        """Raise UserError (exit code 4) if too many of a step's `total` rollouts failed."""
-        check_errors(errors, total, self.config.orchestrator.max_env_error_frac)
 
     def score_with_teacher(self, engine: Engine, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with the log-probs that the teacher's engine gives their tokens."""

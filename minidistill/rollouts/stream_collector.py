@@ -61,8 +61,8 @@ class RolloutStream:
     them in an order that depends on timing. So a repeated step adds up its gradient in the same
     order.
 
-    An error of either thread is raised once, by the iterator. What the other thread still does then
-    ends when the engine is closed.
+    An error of either thread is raised once, by the iterator, a `SystemExit` of an environment too.
+    What the other thread still does then ends when the engine is closed.
     """
 
     def __init__(
@@ -81,10 +81,12 @@ class RolloutStream:
         self._began = time.perf_counter()
         self._collecting = self._waited = 0.0
         self._collected: Metrics = {}
-        self._sampled: queue.SimpleQueue[Sequence[Sampled] | Metrics | Exception] = (
+        self._sampled: queue.SimpleQueue[Sequence[Sampled] | Metrics | BaseException] = (
             queue.SimpleQueue()
         )
-        self._complete: queue.SimpleQueue[list[Rollout] | Exception | None] = queue.SimpleQueue()
+        self._complete: queue.SimpleQueue[list[Rollout] | BaseException | None] = (
+            queue.SimpleQueue()
+        )
 
     @property
     def rollouts(self) -> StepRollouts:
@@ -108,7 +110,7 @@ class RolloutStream:
             self._waited += time.perf_counter() - began
             if part is None:
                 return
-            if isinstance(part, Exception):
+            if isinstance(part, BaseException):
                 raise part
             if part:  # not dropped entirely
                 yield part
@@ -155,7 +157,7 @@ class RolloutStream:
                 )
             seconds = time.perf_counter() - self._began
             self._sampled.put(sampling_metrics(completions, seconds))
-        except Exception as error:
+        except BaseException as error:
             self._sampled.put(error)
 
     def complete(self) -> None:
@@ -164,7 +166,7 @@ class RolloutStream:
             with contextlib.ExitStack() as phases:
                 self._complete_all(phases)
             self._complete.put(None)
-        except Exception as error:
+        except BaseException as error:
             self._complete.put(error)
 
     def _complete_all(self, phases: contextlib.ExitStack) -> None:
@@ -183,9 +185,8 @@ class RolloutStream:
             rollouts = [self._rollout(*self._ready.pop(row)) for row in rows]
             if score_advance is not None:
                 began = time.perf_counter()
-                rollouts, failed = collector.reward(rollouts, score_advance)
+                rollouts, failed = collector.reward(rollouts, score_advance, self.size, errors)
                 errors += failed
-                collector.check_errors(errors, self.size)
                 reward_seconds += time.perf_counter() - began
             if teacher_advance is not None:
                 began = time.perf_counter()
@@ -221,7 +222,7 @@ class RolloutStream:
     def _receive(self) -> None:
         """Wait for more completions, or for the end of the sampling."""
         sampled = self._sampled.get()
-        if isinstance(sampled, Exception):
+        if isinstance(sampled, BaseException):
             raise sampled
         if isinstance(sampled, dict):
             self._collected = sampled

@@ -14,6 +14,7 @@ from minidistill.config import Config, LoadedConfig
 from minidistill.config.adapter import initial_adapter_digest
 from minidistill.engines.base import Engine
 from minidistill.engines.launch import EngineLauncher
+from minidistill.envs.isolated import IsolatedEnvironment, close_environments
 from minidistill.envs.protocol import Environment
 from minidistill.envs.registry import load_environments
 from minidistill.evaluation.evaluator import Evaluator, held_out
@@ -33,10 +34,11 @@ from minidistill.rollouts.async_collector import AsyncCollector
 from minidistill.rollouts.collector import Collector
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run import preflight
+from minidistill.run.model_checks import DOING, check_model
 from minidistill.run.resume import is_extended
 from minidistill.tasks.chat_template import TemplateSettings
 from minidistill.tasks.lengths import PromptLimit
-from minidistill.tasks.measuring import Measurer, Phase, no_progress, refuse_empty
+from minidistill.tasks.measuring import Measurer, no_progress, refuse_empty
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_rewards
 from minidistill.trainer.build import build_trainer
@@ -47,7 +49,7 @@ from minidistill.trainer.loading import load_policy
 from minidistill.trainer.policy import Policy
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.trainer.trainer import Trainer
-from minidistill.types import Prompt, Task
+from minidistill.types import Phase, Prompt, Task
 
 logger = logging.getLogger(__name__)
 SMALLER_MODEL = {
@@ -89,6 +91,14 @@ class Prepared:
     def config(self) -> Config:
         return self.loaded.config
 
+    @property
+    def scored_environments(self) -> list[Environment]:
+        """Those whose completions are scored, in training or evaluations."""
+        orchestrator = self.config.orchestrator
+        trained = () if orchestrator.buffer.skip_verification else self.environments.values()
+        evaluated = () if orchestrator.eval is None else self.evaluation_environments.values()
+        return list({id(env): env for env in (*trained, *evaluated)}.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Components:
@@ -109,6 +119,8 @@ class Components:
     budget: TokenBudget
     """Of the trainer's passes outside a training step."""
     ranks: RankLauncher
+    environments: Sequence[Environment]
+    """Those that score, with their processes."""
 
     def abort(self) -> None:
         """Close without waiting for the trainer's other ranks."""
@@ -118,6 +130,7 @@ class Components:
     def close(self) -> None:
         self.ranks.close()
         self.engine.close()
+        close_environments(self.environments)
         for collector in (self.async_collector, self.stream_collector):
             if collector is not None:
                 collector.close()
@@ -196,7 +209,11 @@ def build(prepared: Prepared, display: Display) -> Components:
         torch.cuda.set_device(devices[0])  # Triton launches kernels on the current device
     launcher = EngineLauncher(config, placement, prepared.directory.path / "sync")
     ranks = RankLauncher(devices)
+    environments = prepared.scored_environments
+    isolated = [env for env in environments if isinstance(env, IsolatedEnvironment)]
     try:
+        for environment in isolated:
+            environment.start()
         placement = launcher.start()
         ranks.start(config, placement)
         with explain_out_of_memory("loading the model", **SMALLER_MODEL):
@@ -207,8 +224,9 @@ def build(prepared: Prepared, display: Display) -> Components:
                 end_of_turn_ids=prepared.builder.end_of_turn_ids,
             )
         budget = TokenBudget(placement.micro_batch_tokens)
-        with explain_out_of_memory(preflight.DOING, **SMALLER_MODEL):
-            shares = preflight.check_model(policy, prepared.prompts, budget)
+        with explain_out_of_memory(DOING, **SMALLER_MODEL):
+            samples = placement.student.in_trainer
+            shares = check_model(policy, prepared.prompts, budget, samples=samples)
         with explain_out_of_memory("preparing the optimizer", **SMALLER_MODEL):
             prefixes = PrefixCache(policy, shares)
             trainer = build_trainer(policy, config, placement, ranks.group, prefixes)
@@ -231,14 +249,17 @@ def build(prepared: Prepared, display: Display) -> Components:
                 engine,
                 display,
             )
+        for environment in isolated:
+            environment.check()
     except BaseException:
         ranks.group.broken = True
         ranks.close()
         launcher.close()
+        close_environments(environments)
         raise
     is_async = config.schedule == "async"
     streams = not is_async and engine.streams and not engine.sleeps
-    least_tokens = STREAMED_TOKENS * len(devices)
+    least_tokens = STREAMED_TOKENS * placement.ranks
     return Components(
         placement=placement,
         policy=policy,
@@ -250,6 +271,7 @@ def build(prepared: Prepared, display: Display) -> Components:
         evaluator=evaluator,
         budget=budget,
         ranks=ranks,
+        environments=environments,
     )
 
 
@@ -318,7 +340,8 @@ def _evaluation_prompts(
     """The prompts of the first `count` tasks of each environment. Raises UserError."""
     by_env: dict[str, Sequence[Prompt]] = {}
     for name, split in tasks.items():
-        prompts = [measurer.builder.build(name, split[i]) for i in range(min(count, len(split)))]
+        chosen = measurer.take(name, split, min(count, len(split)))
+        prompts = [measurer.builder.build(name, task) for task in chosen]
         by_env[name], dropped = measurer.fitting_prompts(prompts, limit)
         if dropped:
             logger.warning(f"left out {dropped} evaluation prompts of {name} that are too long")

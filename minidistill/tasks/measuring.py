@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from minidistill.envs.protocol import Environment
+from minidistill.envs.protocol import Environment, take_tasks
 from minidistill.errors import UserError
 from minidistill.tasks.lengths import PromptLimit
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.sampling import Fingerprint
-from minidistill.types import Advance, Prompt, Task
+from minidistill.types import Advance, Phase, Prompt, Task
 
 logger = logging.getLogger(__name__)
 GENERATED = 32
@@ -25,8 +25,6 @@ KEPT = 32
 """Prompts kept for the checks of the model."""
 
 Overlong = Literal["refuse", "drop"]
-Phase = Callable[[str, int, str], AbstractContextManager[Advance]]
-"""Shows progress: `Display.phase`."""
 
 
 @contextmanager
@@ -92,9 +90,10 @@ class Measurer:
         count = len(tasks) if is_list else min(GENERATED, len(tasks))
         overlong: list[int] = []
         first: Prompt | None = None
+        chosen = tasks if is_list else self.take(env, tasks, count)
         with self.phase(f"measure {env}", count, "prompts") as advance:
-            for index in range(count):
-                prompt = self.builder.build(env, tasks[index])
+            for index, task in enumerate(chosen):
+                prompt = self.builder.build(env, task)
                 fits = limit.allows(prompt)
                 if not fits:
                     first = first or prompt
@@ -114,6 +113,11 @@ class Measurer:
         )
         dropped = set(overlong)
         return [task for index, task in enumerate(tasks) if index not in dropped]
+
+    def take(self, env: str, tasks: Sequence[Task], count: int) -> list[Task]:
+        """The first `count` tasks of a split, which may take long to make."""
+        with self.phase(f"tasks of {env}", count, "tasks") as advance:
+            return take_tasks(tasks, range(count), advance)
 
     def fitting_prompts(
         self, prompts: Sequence[Prompt], limit: PromptLimit

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
 
 from minidistill.config import Config
 from minidistill.envs import Environment, has_rewards
+from minidistill.envs.outcomes import Attempt, Outcome, ScoringError, score_attempts
 from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.types import Advance, Reward, Rollout
 
@@ -39,25 +39,46 @@ def check_rewards(
 
 
 def score(
-    environments: Mapping[str, Environment], rollouts: Sequence[Rollout], advance: Advance
+    environments: Mapping[str, Environment],
+    rollouts: Sequence[Rollout],
+    advance: Advance,
+    check: Callable[[Sequence[str]], None] = lambda errors: None,
 ) -> tuple[list[Reward | None], list[str]]:
-    """The reward of each rollout, None if its environment raised, and the errors raised."""
-    rewards: list[Reward | None] = []
-    errors = []
-    for rollout in rollouts:
-        task = rollout.prompt.task
-        try:
-            reward = environments[rollout.prompt.env].score(task, rollout.text)
-            if not math.isfinite(reward.value):
-                raise ValueError(f"the reward is {reward.value}")
-            # scalars of numpy and torch become plain floats, which JSON can hold
-            metrics = {name: float(value) for name, value in reward.metrics.items()}
-            rewards.append(Reward(float(reward.value), metrics))
-        except Exception as error:  # an environment is third-party code
-            rewards.append(None)
-            errors.append(f"task {task.id}: {type(error).__name__}: {error}")
+    """The reward of each rollout, None if its environment failed, and the failures.
+
+    `check` is called with the failures at the end, and after each that took long, so that it can
+    stop the scoring by raising. An environment that cannot score any more raises CannotScoreError.
+    """
+    rewards: list[Reward | None] = [None] * len(rollouts)
+    failures: dict[int, str] = {}
+
+    def report(row: int, outcome: Outcome) -> None:
+        if isinstance(outcome, Reward):
+            rewards[row] = outcome
+        else:
+            failures[row] = f"task {rollouts[row].prompt.task.id}: {outcome}"
         advance(1)
-    return rewards, errors
+        if isinstance(outcome, ScoringError) and outcome.slow:
+            check(in_order())
+
+    def in_order() -> list[str]:
+        return [failures[row] for row in sorted(failures)]
+
+    rows_by_env: dict[str, list[int]] = {}
+    for row, rollout in enumerate(rollouts):
+        rows_by_env.setdefault(rollout.prompt.env, []).append(row)
+    for name, rows in rows_by_env.items():
+        attempts = [
+            Attempt(r.prompt.task, r.text, len(r.completion.token_ids))
+            for r in (rollouts[row] for row in rows)
+        ]
+
+        def report_attempt(index: int, outcome: Outcome, rows: Sequence[int] = rows) -> None:
+            report(rows[index], outcome)
+
+        score_attempts(environments[name], attempts, report_attempt)
+    check(in_order())
+    return rewards, in_order()
 
 
 def check_errors(errors: Sequence[str], total: int, limit: float) -> None:
@@ -66,8 +87,8 @@ def check_errors(errors: Sequence[str], total: int, limit: float) -> None:
         raise UserError(
             f"the environment failed on {len(errors)} of {total} rollouts, first: {errors[0]}",
             where="orchestrator.env",
-            fix="fix the environment, or raise orchestrator.max_env_error_frac; "
-            "--resume continues from the last checkpoint",
+            fix="fix the environment, or raise orchestrator.max_env_error_frac, or score_timeout "
+            "in its table if it needs more time; --resume continues from the last checkpoint",
             exit_code=EXIT_HEALTH,
         )
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from minidistill.envs.protocol import Environment
+from minidistill.envs.protocol import Environment, take_tasks
 from minidistill.errors import UserError
 from minidistill.seeding import stable_seed
 from minidistill.types import Prompt, Task
@@ -45,14 +45,14 @@ class TaskSampler:
 
     def draw(self, step: int, count: int) -> list[tuple[str, Task]]:
         """The `count` tasks of a step, each with its environment's name. Steps count from 1."""
-        names = list(self.tasks)
-        drawn = []
-        for position in range((step - 1) * count, step * count):
-            index = self._task_index(position)
-            env = int(np.searchsorted(self.starts, index, side="right")) - 1
-            task = self.tasks[names[env]][index - int(self.starts[env])]
-            drawn.append((names[env], task))
-        return drawn
+        numbers = [self._task_index(i) for i in range((step - 1) * count, step * count)]
+        drawn: dict[int, tuple[str, Task]] = {}
+        for env, (name, split) in enumerate(self.tasks.items()):
+            first, end = int(self.starts[env]), int(self.starts[env + 1])
+            own = [number for number in numbers if first <= number < end]
+            tasks = take_tasks(split, [number - first for number in own])
+            drawn |= {number: (name, task) for number, task in zip(own, tasks, strict=True)}
+        return [drawn[number] for number in numbers]
 
     def _task_index(self, position: int) -> int:
         epoch, offset = divmod(position, len(self))

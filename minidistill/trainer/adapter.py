@@ -15,6 +15,7 @@ from torch import Tensor
 from minidistill.config.adapter import KEY, TENSORS, adapter_folder
 from minidistill.config.schema import LoraConfig
 from minidistill.errors import UserError
+from minidistill.models.auto import outside_text
 from minidistill.trainer.policy import Weights
 
 NAMED = 4  # tensors that an error names
@@ -38,6 +39,7 @@ def add_adapter(lora: LoraConfig, base: Any, dtype: torch.dtype, seed: int) -> A
                 lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions
                 lora_dropout=lora.dropout,
                 target_modules=lora.target_modules,
+                exclude_modules=outside_text(base) or None,
                 use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora,
                 rank_pattern=dict(lora.rank_pattern),
@@ -50,12 +52,18 @@ def add_adapter(lora: LoraConfig, base: Any, dtype: torch.dtype, seed: int) -> A
         raise UserError(
             f"this model cannot have an adapter: {str(error).splitlines()[0]}",
             where="trainer.model.lora.target_modules",
-            fix='use "all-linear" or names of linear layers that the model has',
+            fix="name linear layers of the model that can have one, as peft's message says",
         ) from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for name, parameter in model.named_parameters():
         if ".lora_" in name and parameter.dtype != dtype:  # peft makes those of 4-bit layers fp32
             parameter.data = parameter.data.to(dtype)
+    if isinstance(base.get_output_embeddings(), peft.tuners.lora.LoraLayer):
+        raise UserError(
+            "the LM head would get an adapter: the loss needs one head for student and teacher",
+            where="trainer.model.lora.target_modules",
+            fix="leave the output embedding out",
+        )
     _check_patterns(lora, model)
     if lora.init is not None:
         _load(lora.init, model)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
 
 from minidistill.config import Config
 from minidistill.errors import UserError
+from minidistill.models.auto import outside_text
 from minidistill.models.weights import load_weights
 from minidistill.placement.placement import Placement
 from minidistill.trainer import attention
 from minidistill.trainer.adapter import add_adapter
+from minidistill.trainer.head import PRODUCT, find_logit_map
+from minidistill.trainer.modes import checkpoint_activations, set_dropout
 from minidistill.trainer.policy import Policy, Weights, frozen_copy
 
 
@@ -42,33 +45,30 @@ def load_policy(
     base = _load_weights(
         config, config.model.name, dtype, device, implementation, quantization=quantization
     )
+    logit_map = find_logit_map(base)
     if placement.ac_freq:
-        _checkpoint_activations(base, placement.ac_freq)
+        checkpoint_activations(base, placement.ac_freq)
     teacher = teacher_weights(config)
     reference_models: dict[Weights, Any] = {}
+    other_logit_map = PRODUCT
     in_trainer = placement.teacher.scorer == "trainer"
     if in_trainer and teacher is Weights.OTHER:
-        reference_models[Weights.OTHER] = _load_other(config, base, dtype, device, implementation)
+        other = _load_other(config, base, dtype, device, implementation)
+        reference_models[Weights.OTHER], other_logit_map = other, find_logit_map(other)
     if settings.lora is False:
-        model = base.requires_grad_(True)
+        model = _trained(base)
         if in_trainer and teacher is Weights.BASE:
             reference_models[Weights.BASE] = frozen_copy(base)
     else:
         adapter_dtype = getattr(torch, placement.adapter_dtype or placement.dtype)
         model = add_adapter(settings.lora, base, adapter_dtype, config.seed)
-    # only dropout and checkpointing need training mode
     dropout = settings.lora is not False and settings.lora.dropout > 0
-    model.train(dropout or placement.ac_freq > 0)
+    set_dropout(model, dropout)
     end_ids = _end_ids(base, tokenizer, end_of_turn_ids)
     policy = Policy(model, tokenizer, end_ids, device, teacher, reference_models)
-    policy.attention = placement.attention
+    policy.attention, policy.dropout = placement.attention, dropout
+    policy.logit_map, policy.other_logit_map = logit_map, other_logit_map
     policy.starts_as_base = settings.lora is False or settings.lora.init is None
-    if policy.lora and policy.head_VH.requires_grad:
-        raise UserError(
-            "the LM head would be trained",
-            where="trainer.model.lora.target_modules",
-            fix="leave the output embedding out: the loss needs one head for student and teacher",
-        )
     if teacher is Weights.EMA:
         policy.add_ema()
     return policy
@@ -134,13 +134,14 @@ def _load_other(
     return model
 
 
-def _checkpoint_activations(base: nn.Module, freq: int) -> None:
-    """Recompute every freq-th decoder layer in backward."""
-    base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    layers = [m for m in base.modules() if getattr(m, "gradient_checkpointing", None) is True]
-    layers = [m for m in layers if m is not getattr(base, "base_model", None)]
-    for index, layer in enumerate(layers):
-        layer.gradient_checkpointing = index % freq == 0  # type: ignore[assignment]
+def _trained(base: Any) -> Any:
+    """The model with every weight trained that text reaches."""
+    base.requires_grad_(True)
+    pattern = outside_text(base)
+    for name, module in base.named_modules() if pattern else ():
+        if re.fullmatch(pattern, name):
+            module.requires_grad_(False)
+    return base
 
 
 def _end_ids(base: Any, tokenizer: Any, end_of_turn_ids: Collection[int]) -> frozenset[int]:

@@ -24,7 +24,10 @@ from minidistill.placement.attention import TRANSFORMERS_CHOICE, Attention
 from minidistill.placement.limits import fp32_copy_bytes
 from minidistill.trainer.distributed.fsdp import ShardedModels, full_tensor, sharded_like
 from minidistill.trainer.distributed.rank_group import RankGroup
+from minidistill.trainer.head import PRODUCT, LogitMap
+from minidistill.trainer.modes import set_dropout
 from minidistill.types import Role
+from minidistill_kernels import Head
 
 
 class Weights(Enum):
@@ -59,6 +62,16 @@ class Policy:
     """The models as FSDP runs them, if the ranks shard the weights."""
     attention: Attention = TRANSFORMERS_CHOICE
     """Of all models."""
+    logit_map: LogitMap = PRODUCT
+    """Of the student's model, and of the teacher's unless it is another one."""
+    other_logit_map: LogitMap = PRODUCT
+    """Of a teacher that is another model."""
+    dropout: bool = False
+    """Whether the adapter's dropout is on in this pass. The model's own is always off."""
+    pads_prompts: bool = True
+    """Whether prompts of different lengths can be sampled from together, padded on the left."""
+    can_sample: bool = True
+    """Whether these models can be sampled from in this process."""
     starts_as_base: bool = True
     """Before training, the student is the model as it was loaded, and not a trained adapter."""
     _current: Any = None
@@ -95,6 +108,17 @@ class Policy:
     def head_VH(self) -> Tensor:
         """The LM head's weight, frozen under LoRA. A sharded one is a full tensor after a pass."""
         return self.causal.get_output_embeddings().weight
+
+    @property
+    def head(self) -> Head:
+        """The LM head with its bias, and what the model does to its product."""
+        module = self.causal.get_output_embeddings()
+        other = self._current is not None and self._current is self.reference_models.get(
+            Weights.OTHER
+        )
+        logit_map = self.other_logit_map if other else self.logit_map
+        bias = getattr(module, "bias", None)
+        return Head(module.weight, bias, logit_map.scale, logit_map.cap)
 
     @property
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -137,20 +161,23 @@ class Policy:
         return self.lora and (weights is Weights.BASE or weights.value in self.model.peft_config)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return torch.nn.functional.linear(hidden, self.head_VH)
+        return self.head.logits(hidden)
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Turn off dropout and activation checkpointing."""
-        training = self.model.training
-        if not training:
+        """Turn off the adapter's dropout."""
+        if not self.dropout:
             yield
             return
-        self.model.eval()
+        self._set_dropout(False)
         try:
             yield
         finally:
-            self.model.train()
+            self._set_dropout(True)
+
+    def _set_dropout(self, on: bool) -> None:
+        self.dropout = on
+        set_dropout(self.model, on)
 
     @contextlib.contextmanager
     def unsharded(self, *roles: Role) -> Iterator[None]:
@@ -224,6 +251,7 @@ class Policy:
             self.model.base_model.set_adapter(student)
             for (_, trained), average in zip(self.parameters, self._ema().values(), strict=True):
                 average.data = average.data.to(trained.dtype)  # peft makes 4-bit layers' fp32
+            set_dropout(self.model, self.dropout)
             self.update_ema(0.0)
         else:
             self.reference_models[Weights.EMA] = frozen_copy(self.model)
@@ -256,8 +284,9 @@ class Policy:
         if not self.lora:
             return dict(self.reference_models[Weights.EMA].named_parameters())
         named = dict(self.model.named_parameters())
-        student, ema = f".{Weights.STUDENT.value}.", f".{Weights.EMA.value}."
-        return {n: named[n.replace(student, ema)] for n, _ in self.parameters}
+        # a layer's tensors end in ".default.weight", an embedding's in ".default"
+        student, ema = (f".{weights.value}" for weights in (Weights.STUDENT, Weights.EMA))
+        return {n: named[ema.join(n.rsplit(student, 1))] for n, _ in self.parameters}
 
     def adapter(self, weights: Weights) -> list[tuple[str, Tensor]]:
         """An adapter's tensors under the names of a PEFT file."""

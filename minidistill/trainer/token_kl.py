@@ -45,10 +45,14 @@ def token_kl(
             tokens = collate([view[i] for i in rows], batch, pad_id=policy.pad_id, packed=packed)
             with policy.running_as(role):
                 hidden.append(hidden_states(policy, tokens))
-                heads.append(policy.head_VH)
-        second_head_VH = None if heads[1] is heads[0] else heads[1]
+                heads.append(policy.head)
+        shared = heads[1].weight_VH is heads[0].weight_VH
         kl_N = linear_reverse_kl(
-            hidden[0], hidden[1], heads[0].detach(), second_head_VH, temperature=temperature
+            hidden[0],
+            hidden[1],
+            heads[0],
+            None if shared else heads[1],
+            temperature=temperature,
         )
         return kl_N.cpu().split([len(c) for c in batch])
 

@@ -323,7 +323,7 @@ class Trainer:
         sampler_N = torch.tensor([p for r in rollouts for p in r.completion.logprobs])
         return self.estimator.loss_function(self.loss)(
             student_NH,
-            policy.head_VH,
+            policy.head,
             student.targets_N,
             **teacher,
             advantage_N=advantage_N.to(policy.device),
@@ -365,8 +365,8 @@ class Trainer:
         student = policy.causal
         with policy.running_as(Role.TEACHER), policy.inference():
             hidden_NH = hidden_states(policy, tokens, states)
-            head_VH = None if policy.causal is student else policy.head_VH
-            return {"h_t_NH": hidden_NH, "teacher_weight": head_VH}
+            head = None if policy.causal is student else policy.head
+            return {"h_t_NH": hidden_NH, "teacher_weight": head}
 
     # -- checkpoints ---------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -98,6 +99,57 @@ def test_no_check_starts_after_the_minutes(
     assert gpu_check.main(argv) == 1
     assert "not run: speed, full" in capsys.readouterr().out
     assert json.loads((tmp_path / "03_speed.json").read_text())["status"] == "not run"
+
+
+@pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_check_keeps_what_it_had(tmp_path: Path, interrupt: int) -> None:
+    """Ctrl-C and SIGTERM: the check's file says so, and the summary has it."""
+    code = """
+import os, runpy, sys, time
+from bench.checks import kernels
+def products(setting, findings):
+    findings.figure("known so far", 3)
+    print("ready", flush=True)
+    time.sleep(60)
+kernels.products = products
+sys.argv[1:] = ["--rehearse", "--out", sys.argv[1], "--only", "products", "speed"]
+runpy.run_module("bench.gpu_check", run_name="__main__")
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(interrupt)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    result = json.loads((tmp_path / BY_NAME["products"].file).read_text())
+    assert (result["status"], result["message"]) == ("error", "interrupted")
+    assert result["figures"] == {"known so far": 3}
+    assert json.loads((tmp_path / "summary.json").read_text())["checks"] == [result]
+    assert not (tmp_path / BY_NAME["speed"].file).exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "folder"):
+        assert gpu_check.main(["--rehearse", "--out", str(out)]) == 2
+        assert f"cannot write to {out}" in capsys.readouterr().err
+
+
+def test_minutes_that_bound_nothing_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        gpu_check.main(["--rehearse", "--out", str(tmp_path), "--minutes", "nan"])
+    assert caught.value.code == 2
+    assert "--minutes" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_machine_without_a_gpu_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,14 @@ TEACHER = ("--teacher_inference.server_urls", '["http://localhost:8001"]')
     ("flags", "what"),
     [
         ((*STUDENT, "--inference.parallel.tp", "2"), "inference.parallel is for an engine"),
+        (
+            (*STUDENT, "--inference.gpu_memory_utilization", "0.5"),
+            "inference.gpu_memory_utilization is for an engine",
+        ),
+        (
+            (*TEACHER, "--teacher_inference.gpu_memory_utilization", "0.5"),
+            "teacher_inference.gpu_memory_utilization is for an engine",
+        ),
         ((*STUDENT, "--inference_gpu_ids", "0"), "inference_gpu_ids is for an engine"),
         ((*TEACHER, "--teacher_gpu_ids", "0"), "teacher_gpu_ids is for an engine"),
         ((*STUDENT, "--inference.engine", "embedded"), "samples in the trainer"),

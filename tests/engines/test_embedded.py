@@ -56,7 +56,7 @@ def test_sampled_logprobs_are_the_models(
     completions = lab.engine.generate(requests, SamplingParams(9, temperature), role)
     for request, completion in zip(requests, completions, strict=True):
         expected = reference(lab, request.prompt_ids, completion.token_ids, role, temperature)
-        assert completion.logprobs == pytest.approx(expected, abs=2e-5)
+        assert completion.logprobs == pytest.approx(expected, abs=5e-5)
 
 
 def test_scores_are_the_models(lab: Lab) -> None:

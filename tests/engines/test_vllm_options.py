@@ -9,8 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.tiny_models import build
+from support.tiny_runs import write_config
 
-from minidistill.config import Config
+from minidistill.config import Config, load_config
 from minidistill.engines.launch import EngineLauncher
 from minidistill.engines.vllm.options import Options, build_options
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
@@ -99,6 +101,30 @@ def test_options_with_an_adapter(
     assert "q_proj" in engine_options.arguments["lora_target_modules"]
     assert engine_options.arguments["max_model_len"] == config.seq_len + 1
     assert engine_options.environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
+
+
+def test_an_adapter_on_the_embedding_is_refused(
+    configure: Configure, version: Callable[[str | None], None]
+) -> None:
+    version("0.32.0")
+    targets = ("--trainer.model.lora.target_modules", "q_proj,embed_tokens")
+    config = configure("--inference.engine", "vllm", *targets).config
+    with pytest.raises(UserError, match="the embedding embed_tokens cannot be sent") as caught:
+        options(config)
+    assert "embedded" in caught.value.fix
+
+
+def test_a_multimodal_model_is_served_for_text_alone(
+    version: Callable[[str | None], None], tmp_path: Path
+) -> None:
+    version("0.32.0")
+    path = write_config(tmp_path, build("gemma3_vision", tmp_path))
+    engine_options = options(load_config([path, "--inference.engine", "vllm"]).config)
+    assert engine_options.arguments["language_model_only"] is True
+    targets = set(engine_options.arguments["lora_target_modules"])
+    assert targets == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }, "the vision tower has others"  # fmt: skip
 
 
 def test_options_with_ranks_by_layer(

@@ -10,7 +10,7 @@ import pytest
 
 from minidistill.envs import load_environment, registry
 from minidistill.envs.sokoban import SokobanEnv
-from minidistill.errors import EXIT_USAGE, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 
 MODULE = """
 class Echo:
@@ -113,9 +113,64 @@ def test_a_built_in_environment_refuses_invalid_args() -> None:
     assert "min_w = 9" in refusal("sokoban-env", {"min_w": 9}).what
 
 
-def test_an_error_of_the_environment_is_raised_as_it_is(echo: str) -> None:
-    with pytest.raises(TypeError, match="multiply"):
-        load_environment(f"{echo}:make", {"word": "a", "times": "b"})
+FACTORIES = """
+import sys
+
+def wrong_type():
+    return 1 + "a"
+
+def leaves():
+    sys.exit(0)
+
+def base():
+    raise BaseException("odd")
+
+def package():
+    import no_such_package_at_all
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "line", "code"),
+    [
+        ("wrong_type", "TypeError: unsupported operand", 5, EXIT_USAGE),
+        ("leaves", "it called sys.exit(0)", 8, EXIT_USAGE),
+        ("base", "BaseException: odd", 11, EXIT_USAGE),
+        ("package", "No module named 'no_such_package_at_all'", 14, EXIT_ENVIRONMENT),
+    ],
+)
+def test_a_function_that_raises_is_named_with_its_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, cause: str, line: int, code: int
+) -> None:
+    (tmp_path / "raising_env.py").write_text(FACTORIES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "raising_env", raising=False)
+    with pytest.raises(UserError) as caught:
+        load_environment(f"raising_env:{name}", {}, "orchestrator.env.0")
+    error = caught.value
+    assert f"the environment 'raising_env:{name}' failed: " in error.what
+    assert cause in error.what
+    assert f"raising_env.py:{line})" in error.what
+    assert (error.where, error.exit_code) == ("orchestrator.env.0", code)
+
+
+@pytest.mark.parametrize("text", ["import sys; sys.exit(0)", "1 / 0", "def", "raise BaseException"])
+def test_a_module_that_does_not_import_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "broken_module.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "broken_module", raising=False)
+    assert "cannot load the environment 'broken_module:make'" in refusal("broken_module:make").what
+
+
+@pytest.mark.parametrize(
+    ("id", "meant"),
+    [("sokoban", "sokoban-env"), ("sokoban_env", "sokoban-env"), ("json", "jsonl"), ("zzz", "")],
+)
+def test_an_unknown_id_gets_a_suggestion(id: str, meant: str) -> None:
+    fix = refusal(id).fix
+    assert fix.startswith(f"did you mean {meant!r}? Or use one of" if meant else "use one of")
 
 
 @pytest.mark.parametrize("id", ["minidistill:__version__", ":x", ".a:b", "broken_here:make"])

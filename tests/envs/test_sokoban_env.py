@@ -6,10 +6,11 @@ from typing import Any, Literal
 import pytest
 from support.sokoban import tagged
 
-from minidistill.envs.sokoban import SokobanEnv, load
+from minidistill.envs.sokoban import SokobanEnv, level_set, load
 from minidistill.envs.sokoban.board import RG, XSB, Board
-from minidistill.envs.sokoban.levels import Level
+from minidistill.envs.sokoban.levels import Level, LevelMaker
 from minidistill.errors import EXIT_USAGE, UserError
+from minidistill.tasks.sampling import TaskSampler
 from minidistill.types import Reward, Task
 
 
@@ -45,7 +46,7 @@ def test_symbols(symbols: Any, table: dict[str, str] | None, separator: str) -> 
 
 def score(board: str, solution: str, answer: str, **weights: float) -> Reward:
     env = load(num_train_examples=1, num_eval_examples=1, weights=weights)
-    return env.score(Task("t", (), Level(board, solution, 0)), tagged(answer))
+    return env.score(Task("t", (), Level(board, solution)), tagged(answer))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,21 @@ def test_arguments_of_the_public_environment_are_supported() -> None:
     for task in env.eval:
         assert task.answer.board.count("$") + task.answer.board.count("*") == 4
         assert env.score(task, tagged(task.answer.solution)).value == 1.0
+
+
+def test_a_step_makes_no_level_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Maker(LevelMaker):
+        def make(self, number: int) -> Level:
+            made.append(number)
+            return super().make(number)
+
+    monkeypatch.setattr(level_set, "LevelMaker", Maker)
+    env = load(15_000, 256, min_w=4, max_w=9, min_h=4, max_h=9, max_boxes=7)
+    tasks = TaskSampler({"sokoban": env}, seed=0).draw(1, 8)
+    assert [f"train/{number}" for number in made] == [task.id for _, task in tasks]
+    assert max(made) > 1000
 
 
 def test_tasks_are_a_sequence() -> None:

@@ -1,6 +1,5 @@
-"""Generated levels: their bounds, order and splits, and the cache."""
+"""Generated levels: their bounds, numbers and splits."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.sokoban import brute_force, replay, symmetric
+from support.sokoban import brute_force, equal_boards, replay
 
-from minidistill.envs.sokoban import levels as levels_module
-from minidistill.envs.sokoban.levels import Difficulty, Level, LevelSet
+from minidistill.envs.sokoban.difficulty import Difficulty
+from minidistill.envs.sokoban.level_set import LevelSet
+from minidistill.envs.sokoban.levels import Level, LevelMaker, Recipe
 from minidistill.errors import EXIT_USAGE, UserError
 
 SMALL = Difficulty(min_w=5, max_w=6, min_h=5, max_h=6)
+TINY = Difficulty(5, 5, 5, 5)  # few levels exist
+PUBLIC = Difficulty(min_w=4, max_w=9, min_h=4, max_h=9, min_boxes=1, max_boxes=7, max_depth=80)
 
 
 def take(
     count: int, difficulty: Difficulty = SMALL, seed: int = 0, split: str = "train"
 ) -> list[Level]:
-    levels = LevelSet(difficulty, seed, split, count)
-    return [levels[i] for i in range(count)]
+    return LevelSet(difficulty, seed, split, count).take(range(count))
 
 
 @pytest.mark.parametrize(
@@ -108,32 +109,64 @@ def test_levels_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     assert outputs.pop().count("Level(") == 40
 
 
-def test_a_level_depends_only_on_seed_split_and_index() -> None:
-    few, many = take(5), take(40)
-    assert many[:5] == few
-    backwards = LevelSet(SMALL, 0, "train", 40)
-    assert [backwards[i] for i in reversed(range(40))][::-1] == many
-    assert not {v.board for v in few} & {v.board for v in take(5, seed=1)}
-    with pytest.raises(IndexError):
-        backwards[40]
-    with pytest.raises(IndexError):
-        backwards[-1]
+@pytest.mark.parametrize(("difficulty", "count"), [(SMALL, 40), (PUBLIC, 9)], ids=str)
+def test_levels_do_not_depend_on_the_order_in_which_they_are_made(
+    difficulty: Difficulty, count: int
+) -> None:
+    levels = take(count, difficulty)
+    backwards = LevelSet(difficulty, 0, "train", count)
+    assert [backwards[i] for i in reversed(range(count))][::-1] == levels
+    assert LevelSet(difficulty, 0, "train", count)[count - 1] == levels[-1]
+    assert not set(levels) <= set(take(count, difficulty, seed=1))
+    for number in (count, -1):
+        with pytest.raises(IndexError):
+            backwards[number]
 
 
-def test_splits_share_no_level_up_to_symmetry() -> None:
-    tiny = Difficulty(5, 5, 5, 5)  # few levels exist, so splits could overlap
-    train = [v.board for seed in (0, 1) for v in take(60, tiny, seed)]
-    evaluation = [v.board for seed in (0, 7) for v in take(25, tiny, seed, "eval")]
-    forms = {form for board in train for form in symmetric(board)}
-    assert not forms & set(evaluation)
-    assert set(train[:60]) & set().union(*map(symmetric, train[60:]))  # other seeds do overlap
+def test_the_first_levels_do_not_depend_on_how_many_there_are() -> None:
+    assert take(33) == take(64)[:33]
+    assert take(3, PUBLIC) == take(4, PUBLIC)[:3]
 
 
-@pytest.mark.parametrize("split", ["train", "eval"])
-def test_a_split_has_no_duplicates(split: str) -> None:
-    tiny = Difficulty(5, 5, 5, 5)
-    boards = [v.board for v in take(60, tiny, 3, split)]
-    assert len({min(symmetric(board)) for board in boards}) == 60
+def test_a_level_is_made_without_others() -> None:
+    recipe = Recipe.of(PUBLIC, 0, "train", 15_000)
+    assert recipe.per_class == 1
+    levels = LevelSet(PUBLIC, 0, "train", 15_000)
+    assert LevelMaker(recipe).make(14_999) == levels[14_999]
+    assert LevelMaker(recipe).make(0) == levels[0]
+
+
+def test_levels_are_taken_in_any_order_and_more_than_once() -> None:
+    levels = LevelSet(SMALL, 0, "train", 8)
+    advanced: list[int] = []
+    taken = levels.take([5, 1, 5], advanced.append)
+    assert taken == [levels[5], levels[1], levels[5]]
+    assert sum(advanced) == 3
+    assert levels.take([]) == []
+
+
+def test_splits_share_no_level() -> None:
+    train = [v.board for seed in (0, 1) for v in take(60, TINY, seed)]
+    evaluation = [v.board for seed in (0, 7) for v in take(25, TINY, seed, "eval")]
+    forms = set().union(*map(equal_boards, train))
+    assert not forms & set().union(*map(equal_boards, evaluation))
+    # other seeds do overlap
+    assert set().union(*map(equal_boards, train[:60])) & set().union(*map(equal_boards, train[60:]))
+
+
+@pytest.mark.parametrize(
+    ("difficulty", "split", "count"),
+    [
+        (TINY, "train", 60),
+        (TINY, "eval", 30),
+        (Difficulty(4, 6, 4, 6), "train", 300),
+        (Difficulty(4, 7, 4, 5, 1, 3), "eval", 80),
+    ],
+    ids=str,
+)
+def test_a_split_has_no_duplicates(difficulty: Difficulty, split: str, count: int) -> None:
+    boards = [v.board for v in take(count, difficulty, 3, split)]
+    assert len({min(equal_boards(board)) for board in boards}) == count
 
 
 @pytest.mark.parametrize(
@@ -166,90 +199,8 @@ def test_contradictory_bounds_are_refused_at_once(bounds: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("difficulty", [Difficulty(4, 4, 4, 4), Difficulty(4, 4, 5, 5)], ids=str)
 def test_asking_for_more_levels_than_exist_is_refused(difficulty: Difficulty) -> None:
-    with pytest.raises(UserError, match="no new level") as caught:
-        take(200, difficulty)
-    assert caught.value.exit_code == EXIT_USAGE
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The path of the cache file of `take()`. All levels count as slow enough to be cached."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(levels_module, "SLOW_SECONDS", 0.0)
-    path = LevelSet(SMALL, 0, "train", 1).cache_path
-    assert path.is_relative_to(tmp_path)
-    return path
-
-
-def test_cached_levels_are_not_generated_again(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fresh = take(4)
-    assert [file.name for file in cache.parent.iterdir()] == [cache.name]
-    assert take(6)[:4] == fresh
-    everything = take(6)
-
-    def refuse(*_: object) -> Level:
-        raise AssertionError("generated although it is cached")
-
-    monkeypatch.setattr(levels_module, "generate", refuse)
-    assert take(6) == everything
-    assert take(2) == fresh[:2]
-    for other in ({"seed": 1}, {"split": "eval"}, {"difficulty": Difficulty(max_depth=9)}):
-        with pytest.raises(AssertionError, match="although it is cached"):
-            take(1, **other)  # type: ignore[arg-type]
-
-
-def test_fast_levels_are_not_cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(levels_module, "SLOW_SECONDS", 60.0)
-    take(4)
-    assert not cache.exists()
-
-
-def changed_cache(**values: object) -> bytes:
-    """A cache file with changed values of the second level."""
-    lines = [{"board": v.board, "solution": v.solution, "key": v.key} for v in take(3)]
-    lines[1] |= values  # type: ignore[arg-type]
-    return "\n".join(map(json.dumps, lines)).encode()
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        None,
-        {"solution": ""},
-        {"solution": "UUUUUUUUUUUU"},
-        {"solution": "north"},
-        {"key": 1},
-        {"board": "#####\n#@$.#\n#####"},
-        {"board": 5},
-        {"board": ""},
-        {"solution": None},
-        {"more": 1},
-    ],
-    ids=str,
-)
-def test_a_damaged_cache_is_ignored(cache: Path, values: dict[str, object] | None) -> None:
-    fresh = take(5)
-    damages = [b"", b"\xff\x00", b"[]\n", b"null\n", cache.read_bytes()[:-20]]
-    for damage in damages if values is None else [changed_cache(**values)]:
-        cache.write_bytes(damage)
-        assert take(5) == fresh
-
-
-@pytest.mark.parametrize("place", ["file", "/proc/none", "/dev/full/x"])
-def test_a_cache_that_cannot_be_written(
-    cache: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fresh = take(3)
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / place))
-    assert take(3) == fresh
-
-
-def test_an_empty_cache_home_means_the_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert LevelSet(SMALL, 0, "train", 1).cache_path.is_relative_to(tmp_path / ".cache")
+    levels = LevelSet(difficulty, 0, "train", 200)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no new level") as caught:
+            levels.take(range(200))
+        assert caught.value.exit_code == EXIT_USAGE

@@ -13,7 +13,7 @@ from support.ops_cases import (
 )
 
 from minidistill_kernels import linear_distill, reference
-from minidistill_kernels.distill import linear_op
+from minidistill_kernels.op import linear_op
 
 TAUS = {"adv_tau": 0.5, "teacher_tau": 1.0, "student_tau": 0.5}
 
@@ -280,6 +280,7 @@ def test_opcheck(mode, need_grad):
     settings = [0.5, 1.0, 0.5, 0.8, 2.0, 0.125, 8.0]
     torch.library.opcheck(
         linear_op,
-        (hidden, case["weight"], case["ids"], h_t, None, case["advantage"], case["sampler"],
-         None, None, None, None, mode, 4, settings, None, 2, need_grad, False),
+        (hidden, case["weight"], case["ids"], None, h_t, None, None, [0.0, 0.0, 1.0],
+         case["advantage"], case["sampler"], None, None, None, None, mode, 4, settings, None, 2,
+         need_grad, False),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from support.ops_cases import furthest, make_case, relative_error
 
 from bench.kernels_measure import peak_bytes
 from minidistill_kernels import (
+    Head,
     linear_distill,
     linear_logprob,
     linear_reverse_kl,
@@ -18,7 +19,7 @@ from minidistill_kernels import (
     reverse_kl,
     selective_logprob,
 )
-from minidistill_kernels.distill import linear_op
+from minidistill_kernels.op import linear_op
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,6 +52,25 @@ def test_row_functions(dtype, vocab):
     (want_logp + want_entropy + want_kl).sum().backward()
     limit = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
     assert relative_error(ours.grad, truth.grad) <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [{"scale": 0.25}, {"cap": 4.0}, {"bias": True, "cap": 6.0}])
+def test_heads_with_a_bias_a_scale_or_a_cap(dtype, kind):
+    case = on_gpu(make_case(size(300, 12), size(7001, 301), size(128, 32), dtype=dtype))
+    bias = torch.linspace(-1, 1, len(case["weight"]), device=DEVICE).to(dtype)
+    head = Head(case["weight"], bias if "bias" in kind else None, kind.get("scale", 1.0),
+                kind.get("cap"))  # fmt: skip
+    ours, truth = case["h_s"].clone().requires_grad_(), case["h_s"].double().requires_grad_()
+    options = {"h_t_NH": case["h_t"], "advantage_N": case["advantage"], "temperature": 0.9}
+    got = linear_distill(ours, head, case["ids"], chunk=size(128, 8), **options)
+    want = reference.linear_distill(truth, head, case["ids"], **options)
+    got.loss.sum().backward()
+    want["loss"].sum().backward()
+    assert furthest(got.kl, want["kl"]) <= (2e-5 if dtype == torch.float32 else 2e-3)
+    assert relative_error(ours.grad, truth.grad) <= (4e-5 if dtype == torch.float32 else 6e-3)
+    logp, _ = linear_logprob(case["h_s"], head, case["ids"], temperature=0.9)
+    assert furthest(logp, want["logp"]) <= (2e-5 if dtype == torch.float32 else 2e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,9 +186,9 @@ def test_opcheck():
     settings = [0.5, 1.0, 0.5, 0.8, 2.0, 0.125, 8.0]
     torch.library.opcheck(
         linear_op,
-        (case["h_s"].requires_grad_(), case["weight"], case["ids"], case["h_t"], None,
-         case["advantage"], case["sampler"], None, None, None, None, "full", 4, settings,
-         None, 2, True, False),
+        (case["h_s"].requires_grad_(), case["weight"], case["ids"], None, case["h_t"], None, None,
+         [0.0, 0.0, 1.0], case["advantage"], case["sampler"], None, None, None, None, "full", 4,
+         settings, None, 2, True, False),
     )  # fmt: skip
 
 

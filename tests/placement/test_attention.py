@@ -46,14 +46,13 @@ def test_a_gpu_packs_without_a_mask(configure: Configure, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "more", "reason"),
     [
-        ("gemma2", {}, "gemma2 models are not known"),
+        ("gemma2", {"attn_logit_softcapping": None}, "gemma2 models are not known"),
         ("gpt_oss", {}, "gpt_oss models are not known"),
         ("qwen3_next", {}, "qwen3_next models are not known"),
         ("mistral", {"sliding_window": 500}, "a window of 500 tokens"),
         ("phi3", {"sliding_window": 500}, "a window of 500 tokens"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
          "a window of 64 tokens"),
-        ("llama", {"attention_dropout": 0.1}, "drops out"),
     ],
 )  # fmt: skip
 def test_other_attention_stays_padded(
@@ -158,3 +157,11 @@ def test_this_machine_has_flash_attn_if_its_package_is_installed(
     monkeypatch.setattr(metadata, "version", lambda name: "2.8.0" if name == "flash-attn" else "0")
     assert Machine.local().flash_attn is True
     assert Machine.imagined(1, 80 * GIB).flash_attn is True
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU])
+def test_models_that_cap_their_scores_run_eager(configure: Configure, machine: Machine) -> None:
+    found = chosen(configure, tiny_config("gemma2"), machine=machine)
+    assert (found.implementation, found.packed) == ("eager", False)
+    assert "gemma2 models cap their attention scores" in found.reason
+    assert chosen(configure, tiny_config("gemma2"), "--trainer.packing").packed

@@ -177,7 +177,7 @@ REFUSALS = [
     (2, "--inference_gpu_ids 0,1", 2, "none is left for the trainer", "the same ones"),
     (2, "--trainer_gpu_ids 0,1", 2, "the student's engine needs 1 GPUs", "the same ones"),
     (2, f"{FULL_FT} --trainer_gpu_ids 0,1", 2, "student's engine needs 1", "the same ones"),
-    (1, "--inference.parallel.tp 2", 2, "(dp 1 × tp 2), 1 are left", "inference.parallel"),
+    (1, "--inference.parallel.tp 2", 2, "(dp 1 × tp 2), and 1 is left", "inference.parallel"),
     (4, "--inference.parallel.dp 4", 2, "none is left for the trainer", "parallel.dp"),
     (4, "--trainer_gpu_ids 0 --inference.parallel.dp 4", 2, "needs 4 GPUs (dp 4 × tp 1)", "lower"),
     (8, "--inference.parallel.tp 3", 2, "tp = 3 does not divide the model's 32", "set it to 2"),

@@ -73,6 +73,11 @@ REFUSED_BY_A_RUN = [
     (LARGE, "2", "--teacher_inference.parallel.tp 2", "the teacher has no engine of its own"),
     (LARGE, "4", "--trainer.world_size 4", "trainer.world_size = 4, but 2 GPUs train"),
     (LARGE, "8", "--trainer_gpu_ids 5,6,7", "3 GPUs do not divide"),
+    (LARGE, "1", "--trainer.world_size 4", "trainer.world_size = 4, but 1 GPU trains"),
+    (LARGE, "1", "--inference.parallel.tp 2", "(dp 1 × tp 2), and 1 is left for it"),
+    (SOKOBAN, "0", "--trainer.model.lora.target_modules nope", "target_modules names nope"),
+    (LARGE, "1", "--trainer.model.lora.target_modules q_proj,v", "target_modules names v: the"),
+    (SOKOBAN, "0", "--seq_len 9000 --orchestrator.sampling.max_tokens 5000", "takes 1024 tokens"),
 ]  # fmt: skip
 
 
@@ -82,6 +87,34 @@ def test_plan_refuses_what_a_run_would(
 ) -> None:
     assert cli.main(["plan", file, "--gpus", gpus, *flags.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_longer_sequence_than_the_model_takes_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The plan is that of the model's limit, in its work too."""
+    plans = []
+    for length in ("1024", "100000"):
+        argv = ["plan", SOKOBAN, "--gpus", "1", "--seq_len", length, "--json"]
+        assert cli.main(argv) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    exact, longer = plans
+    assert exact["warnings"] == []
+    assert longer["warnings"] == [
+        "seq_len = 100000 is too long: 1024 tokens, the most that the model takes, are used"
+    ]
+    assert longer | {"warnings": []} == exact
+    assert exact["max_model_len"] == 1024
+    assert exact["choices"]["max_model_len"] == ["1,024 tokens", "the longest sequence"]
+
+
+def test_a_machine_without_an_engine_on_gpus_has_no_share(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["plan", SOKOBAN, "--gpus", "0", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["gpu_memory_utilization"] == printed["teacher_gpu_memory_utilization"] == 0
+    assert printed["attention"] == "sdpa, sequences are padded: there is no GPU"
 
 
 @pytest.mark.parametrize(

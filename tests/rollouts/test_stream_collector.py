@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -282,3 +283,27 @@ def test_what_the_environment_fails_on_is_dropped(
         assert len(result.tokens) == 24 - len(failing)
         assert started.metrics(result.metrics)["env/errors"] == len(failing)
         assert f"{len(failing)} rollouts dropped" in caplog.messages[-1]
+
+
+def test_an_environment_that_exits_ends_the_step(configure: Configure) -> None:
+    """As it would in a plain step. A thread that swallows it leaves the trainer waiting."""
+    with streaming(configure(*STEP)) as stream:
+        (name, environment), *_ = stream.collector.environments.items()
+
+        class Exiting(Failing):
+            def score(self, task: Any, completion: str) -> Any:
+                raise SystemExit("the judge gave up")
+
+        stream.collector.environments = {name: Exiting(environment, set())}
+        raised: list[BaseException] = []
+
+        def train() -> None:
+            try:
+                stream.parts()
+            except BaseException as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=train, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert [type(error) for error in raised] == [SystemExit]

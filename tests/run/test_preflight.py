@@ -11,7 +11,7 @@ import torch
 from support.lab import Lab, make_lab
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.run import preflight
+from minidistill.run import model_checks, preflight
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer import attention
 from minidistill.trainer.policy import Policy
@@ -28,7 +28,7 @@ def lab(configure: Configure) -> Lab:
 
 def check_model(lab: Lab) -> bool:
     prompts = [r.prompt for r in lab.rollouts[::4]]
-    return preflight.check_model(lab.policy, prompts, TokenBudget(16384))
+    return model_checks.check_model(lab.policy, prompts, TokenBudget(16384))
 
 
 def test_a_sound_model_passes(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
@@ -53,7 +53,7 @@ def test_packed_attention_that_is_not_exact_is_noticed(
     """As by a kernel that lets a sequence attend to the one before it."""
     right = attention.one_by_one
     monkeypatch.setattr(attention, "one_by_one", lambda *args: right(*args) + error)
-    with pytest.raises(UserError, match="packed sequences have other distributions") as caught:
+    with pytest.raises(UserError, match=r"packed sequences (have other|read each other)") as caught:
         check_model(packed_lab)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
 
@@ -67,9 +67,42 @@ def test_a_trained_adapter_is_noticed(configure: Configure) -> None:
 def test_logits_that_are_not_the_heads_are_noticed(lab: Lab) -> None:
     head = lab.policy.model.get_base_model().lm_head
     head.register_forward_hook(lambda module, args, out: 30 * torch.tanh(out / 30))
-    with pytest.raises(UserError, match="after the LM head") as caught:
+    with pytest.raises(UserError, match="not its last hidden states times the LM head") as caught:
         check_model(lab)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
+
+
+def test_a_model_that_cannot_be_sampled_from(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> None:
+        raise AttributeError("no such state\nand more")
+
+    monkeypatch.setattr("minidistill.engines.embedded.select_rows", fail)
+    with pytest.raises(UserError, match="AttributeError: no such state\n") as caught:
+        check_model(lab)
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    prompts = [r.prompt for r in lab.rollouts[::4]]
+    assert model_checks.check_model(lab.policy, prompts, TokenBudget(16384), samples=False)
+    assert not lab.policy.can_sample
+    assert "AttributeError: no such state" in caplog.text
+
+
+@pytest.mark.parametrize("rows", ["kept", "mixed up"])
+def test_rows_of_a_cache_that_do_not_leave_are_noticed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, rows: str
+) -> None:
+    """Prompts share a cache row with their copies, and later rows leave."""
+    from minidistill.engines import embedded
+
+    right = embedded.select_rows
+
+    def wrong(cache: Any, index: torch.Tensor) -> None:
+        right(cache, index.flip(0) if rows == "mixed up" else index.clamp(max=1))
+
+    monkeypatch.setattr(embedded, "select_rows", wrong)
+    with pytest.raises(UserError, match="kl/sampler_mismatch is"):
+        check_model(lab)
 
 
 def test_a_tokenizer_of_another_model_is_noticed(lab: Lab) -> None:
@@ -81,12 +114,12 @@ def test_a_tokenizer_of_another_model_is_noticed(lab: Lab) -> None:
 def test_a_wrong_prefix_cache_is_not_used(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    right = preflight.prefix_states
+    right = model_checks.prefix_states
 
     def wrong(policy: Policy, prefix: tuple[int, ...]) -> Any:
         return [(keys + 1.0, values) for keys, values in right(policy, prefix)]
 
-    monkeypatch.setattr(preflight, "prefix_states", wrong)
+    monkeypatch.setattr(model_checks, "prefix_states", wrong)
     assert check_model(lab) is False
     (message,) = caplog.messages
     assert "do not reproduce the model" in message

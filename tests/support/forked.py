@@ -25,6 +25,7 @@ from support.paths import TESTS
 
 CONTEXT = multiprocessing.get_context("forkserver")
 FREE = 200  # the first of the file descriptors that no test inherits
+LIGHT = {"minidistill.envs.worker"}  # modules that are started sooner than forked
 
 
 def start_server() -> None:
@@ -33,6 +34,12 @@ def start_server() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), *sys.path]))
         forkserver.ensure_running()
+
+
+def popen(command: Sequence[str], **options: Any) -> Any:
+    """Start a subprocess, forked if its imports take long."""
+    kind: Any = subprocess.Popen if command[2] in LIGHT else ForkedPopen
+    return kind(command, **options)
 
 
 class ForkedPopen:

@@ -60,9 +60,19 @@ def brute_force(text: str) -> str | None:
     return None
 
 
-def symmetric(text: str) -> set[str]:
-    """The eight rotations and mirror images of a board."""
+def trimmed(text: str) -> str:
+    """A board without its outer rows and columns of wall."""
     rows = text.split("\n")
+    for _ in range(4):
+        while set(rows[0]) == {"#"}:
+            rows = rows[1:]
+        rows = ["".join(column) for column in zip(*rows, strict=True)][::-1]
+    return "\n".join(rows)
+
+
+def equal_boards(text: str) -> set[str]:
+    """The eight rotations and mirror images of a board, without outer walls."""
+    rows = trimmed(text).split("\n")
     forms = set()
     for flipped in (rows, rows[::-1]):
         for mirrored in (flipped, [row[::-1] for row in flipped]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidistill.config.orchestrator import EnvConfig
+from minidistill.envs.outcomes import ScoringError
+from minidistill.envs.protocol import take_tasks
 from minidistill.envs.registry import load_environments
 from minidistill.envs.sokoban import SokobanEnv
 from minidistill.errors import EXIT_HEALTH, EXIT_USAGE, UserError
 from minidistill.tasks.rewards import check_errors, score, with_advantages
 from minidistill.tasks.sampling import TaskSampler
-from minidistill.types import Completion, Prompt, Reward, Rollout, Task
+from minidistill.types import Advance, Completion, Prompt, Reward, Rollout, Task
 
 MANY = settings(deadline=None, derandomize=True, max_examples=80)
 
@@ -86,6 +88,47 @@ def test_epochs_and_seeds_differ() -> None:
     assert all(order != sorted(order, key=orders[0].index) for order in orders[1:])
 
 
+class MadeTogether(Sequence[Task]):
+    """A split that notes which tasks are made together."""
+
+    def __init__(self) -> None:
+        self.made: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: Any) -> Any:
+        raise AssertionError("made alone")
+
+    def make_tasks(self, indices: Sequence[int], advance: Advance) -> list[Task]:
+        self.made.append(list(indices))
+        advance(len(indices))
+        return [Task(f"train/{i}", ()) for i in indices]
+
+
+def test_a_steps_tasks_are_made_together() -> None:
+    one_by_one, together = Env(8), Env(8)
+    together.train = MadeTogether()  # type: ignore[assignment]
+    plain = {"a": Env(5), "b": one_by_one}
+    expected = TaskSampler(plain, seed=3)
+    sampler = TaskSampler({"a": plain["a"], "b": together}, seed=3)
+    for step in range(1, 5):
+        drawn = sampler.draw(step, 6)
+        assert drawn == expected.draw(step, 6)
+        made = together.train.made[step - 1]  # type: ignore[attr-defined]
+        assert [f"train/{i}" for i in made] == [task.id for name, task in drawn if name == "b"]
+
+
+def test_tasks_are_taken_with_progress() -> None:
+    advanced: list[int] = []
+    tasks = Env(5).train
+    assert take_tasks(tasks, [4, 0, 4], advanced.append) == [tasks[4], tasks[0], tasks[4]]
+    assert advanced == [1, 1, 1]
+    together = MadeTogether()
+    assert [t.id for t in take_tasks(together, range(2), advanced.append)] == ["train/0", "train/1"]
+    assert advanced == [1, 1, 1, 2]
+
+
 def test_no_tasks_are_an_error() -> None:
     with pytest.raises(UserError, match="no training tasks") as caught:
         TaskSampler({"a": Env(0)}, seed=0)
@@ -101,6 +144,13 @@ def test_environments_are_loaded_by_name() -> None:
     with pytest.raises(UserError) as caught:
         load_environments([*configs, EnvConfig(id="none")], "orchestrator.env")
     assert caught.value.where == "orchestrator.env.2"
+
+
+def test_what_is_no_environment_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        load_environments([EnvConfig(id="builtins:dict")], "orchestrator.env")
+    assert caught.value.what.endswith("returned {}, which has no train and no eval and no score")
+    assert caught.value.where == "orchestrator.env.0"
 
 
 # -- scoring ------------------------------------------------------------------------------------
@@ -134,7 +184,7 @@ def test_failures_are_counted_and_named() -> None:
     assert {type(v) for r in rewards if r for v in (r.value, *r.metrics.values())} == {float}
     assert ticks == [1] * 7
     assert errors[0] == "task t1: KeyError: 'absent'"
-    assert errors[1] == "task t2: ValueError: the reward is nan"
+    assert errors[1] == "task t2: the reward is nan, which is not finite"
     assert [e.split(":")[0] for e in errors] == [f"task t{i}" for i in (1, 2, 4, 5, 6)]
 
 
@@ -144,6 +194,36 @@ def test_each_environment_scores_its_rollouts() -> None:
     rewards, errors = score(environments, rollouts, lambda _: None)
     assert [r.value for r in rewards if r] == [1.0, 2.0, 2.0, 1.0]
     assert errors == []
+
+
+def test_slow_failures_are_checked_at_once() -> None:
+    def hang(_: str) -> Reward:
+        raise ScoringError("it took longer", slow=True)
+
+    checked: list[list[str]] = []
+
+    def check(errors: Sequence[str]) -> None:
+        checked.append(list(errors))
+        if len(errors) == 2:
+            raise UserError("too many")
+
+    rollouts = [rollout(prompt(id=str(i))) for i in range(5)]
+    ticks: list[int] = []
+    with pytest.raises(UserError, match="too many"):
+        score({"a": Env(1, hang)}, rollouts, ticks.append, check)
+    assert checked == [
+        ["task 0: it took longer"],
+        ["task 0: it took longer", "task 1: it took longer"],
+    ]
+    assert len(ticks) == 2
+    checked.clear()
+    score(
+        {"a": Env(1, failing)},
+        [rollout(prompt(), text) for text in ("raise", "1")],
+        ticks.append,
+        check,
+    )
+    assert checked == [["task t: KeyError: 'absent'"]]
 
 
 def test_an_interrupt_is_not_a_failure() -> None:

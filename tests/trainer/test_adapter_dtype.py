@@ -18,7 +18,7 @@ from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError
 from minidistill.placement.machine import GIB, Machine
 from minidistill.placement.placement import place
 from minidistill.placement.planner import load_models
-from minidistill.run.preflight import check_model
+from minidistill.run.model_checks import check_model
 from minidistill.trainer import checkpoint
 from minidistill.trainer.batching import Tokens, collate
 from minidistill.trainer.forward import hidden_states

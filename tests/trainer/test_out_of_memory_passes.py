@@ -17,7 +17,7 @@ from minidistill.engines.vllm.client import EngineFailed, RestartingProcess
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.evaluation.evaluator import Evaluator
 from minidistill.rollouts.collector import Collector
-from minidistill.run import preflight, session, setup
+from minidistill.run import model_checks, session, setup
 from minidistill.trainer import checkpoint, token_kl
 from minidistill.trainer.guards import is_out_of_memory
 from minidistill.trainer.token_budget import TokenBudget
@@ -117,10 +117,13 @@ def test_preflight_in_halves_and_with_few_logits(
     shapes = []
     lab.policy.causal.register_forward_hook(lambda m, a, out: shapes.append(out.logits.shape))
     prompts = [r.prompt for r in lab.rollouts[::3]]
-    limit_rows(preflight, 2, monkeypatch)
+    limit_rows(model_checks, 2, monkeypatch)
     budget = TokenBudget(1 << 20)
-    assert preflight.check_model(lab.policy, prompts, budget) is True
-    assert [shape[:2] for shape in shapes] == [(1, 7)] * len(prompts), "6 tokens and one more"
+    assert model_checks.check_model(lab.policy, prompts, budget) is True
+    assert {shape[0] for shape in shapes} == {1}
+    asked = [shape[1] for shape in shapes if shape[1] <= 7]
+    assert len(asked) >= len(prompts) + 8, "6 tokens and one more, of checked and of sampled ones"
+    assert len(shapes) - len(asked) == 2, "of attention, whole prompts"
     assert budget.tokens < 1000
     assert all("out of memory while checking the model" in m for m in caplog.messages)
 
@@ -161,7 +164,7 @@ def out_of_memory(*args: Any, **kwargs: Any) -> Any:
 
 PLACES: dict[str, tuple[Any, str]] = {
     "loading the model": (setup, "load_policy"),
-    "checking the model before training": (preflight, "collate"),
+    "checking the model before training": (model_checks, "collate"),
     "preparing the optimizer": (setup, "build_trainer"),
     "sampling": (Collector, "collect"),
     "updating the weights": (torch.optim.AdamW, "step"),

@@ -11,6 +11,8 @@ from torch import nn
 
 from minidistill.config import Config
 from minidistill.config.schema import LoraConfig
+from minidistill.errors import UserError
+from minidistill.models.auto import is_multimodal, model_class, text_linears
 from minidistill.models.registry import resolve
 from minidistill.placement import vllm_version
 from minidistill.placement.limits import (
@@ -73,6 +75,8 @@ def build_options(
         "seed": config.seed,
         "tensor_parallel_size": engine.tp,
     }
+    if is_multimodal(model):
+        arguments["language_model_only"] = True
     adapter: dict[str, Any] = {}
     adapters = adapter_options(config, model, teacher=teacher)
     if adapters and (lora := config.trainer.model.lora):
@@ -134,14 +138,21 @@ def adapter_options(config: Config, model: Any, *, teacher: bool) -> dict[str, A
 
 
 def _targets(lora: LoraConfig, model: Any) -> list[str]:
-    """Names of the layers that get an adapter. Spells out peft's "all-linear" for vLLM."""
+    """Names of the layers that get an adapter. Spells out peft's "all-linear" for vLLM.
+
+    Raises UserError if one of them is an embedding.
+    """
+    with torch.device("meta"):
+        skeleton = model_class(model).from_config(model)
     targets = lora.target_modules
     if targets != "all-linear":
+        embeddings = [n for n, m in skeleton.named_modules() if isinstance(m, nn.Embedding)]
+        for target in targets:
+            if any(name == target or name.endswith(f".{target}") for name in embeddings):
+                raise UserError(
+                    f"an adapter on the embedding {target} cannot be sent to vLLM",
+                    where="trainer.model.lora.target_modules",
+                    fix=f'leave {target} out, or use inference.engine = "embedded"',
+                )
         return list(targets)
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(model)
-    head = skeleton.get_output_embeddings()
-    linear = (n for n, m in skeleton.named_modules() if isinstance(m, nn.Linear) and m is not head)
-    return sorted({name.rpartition(".")[2] for name in linear})
+    return sorted({name.rpartition(".")[2] for name, _ in text_linears(skeleton)})

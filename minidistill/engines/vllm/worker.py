@@ -21,6 +21,7 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from minidistill.types import SamplingParams
 
@@ -352,7 +353,7 @@ def main(calls: int, commands: int, lifeline: int) -> None:
             result = call()
         except Exception as error:
             traceback.print_exc()
-            connection.send(("failed", f"{type(error).__name__}: {error}"))
+            connection.send(("failed", f"{type(error).__name__}: {_reason(error)}"))
             if worker is None or worker.broken:
                 sys.exit(1)
         else:
@@ -366,6 +367,13 @@ def main(calls: int, commands: int, lifeline: int) -> None:
     while True:
         for ready in wait([calls_in, commands_in]):
             serve(ready)  # type: ignore[arg-type]
+
+
+def _reason(error: Exception) -> str:
+    """The message. Only its first line is shown, which pydantic's would not say."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
 
 
 if __name__ == "__main__":

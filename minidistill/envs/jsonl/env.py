@@ -4,45 +4,65 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from minidistill.envs.jsonl.lines import Line, is_int, read_lines, refusal
-from minidistill.envs.registry import import_function
+from minidistill.envs.outcomes import Attempt, Report, score_attempts
+from minidistill.envs.rewards import RewardFunction, build
 from minidistill.errors import UserError
 from minidistill.types import Reward, Task
 
 EVAL_SHARE = 10  # by default, one task in ten is held out
 
-ScoringFunction = Callable[[Line, str], Reward]
-
 
 @dataclass(frozen=True, slots=True)
 class JsonlEnv:
-    """Prompts in two splits. Without a scoring function, it has no rewards."""
+    """Prompts in two splits. `scoring` is made from `reward`; without it, there are no rewards."""
 
     train: Sequence[Line]
     eval: Sequence[Line]
-    scoring: ScoringFunction | None
+    reward: object
+    scoring: RewardFunction | None
 
     @property
     def has_rewards(self) -> bool:
         return self.scoring is not None
 
+    @property
+    def has_task(self) -> bool:
+        """Whether the reward compares with an answer; what a function does is not known."""
+        scoring = self.scoring
+        return scoring is not None and bool(getattr(scoring, "has_task", scoring.needs_answer))
+
+    @property
+    def scores_in_process(self) -> bool:
+        return self.scoring is None or self.scoring.scores_in_process
+
+    @property
+    def scorer(self) -> tuple[str, dict[str, Any]]:
+        """What a process that scores has to load: the reward, without the prompts."""
+        return "minidistill.envs.rewards:build", {"reward": self.reward}
+
     def score(self, task: Task, completion: str) -> Reward:
-        """The completion's reward, 0 without a scoring function."""
-        if self.scoring is None:
-            return Reward(0.0)
-        assert isinstance(task, Line)
-        return self.scoring(task, completion)
+        """The completion's reward, 0 without a reward."""
+        return Reward(0.0) if self.scoring is None else self.scoring.score(task, completion)
+
+    def score_all(self, attempts: Sequence[Attempt], report: Report) -> None:
+        """Score many completions at once."""
+        score_attempts(self.scoring, attempts, report)
+
+    def close(self) -> None:
+        """Stop scoring that is in progress."""
+        if (close := getattr(self.scoring, "close", None)) is not None:
+            close()
 
 
 def load(
     path: str,
     eval_path: str | None = None,
-    reward: str | None = None,
+    reward: str | dict[str, Any] | None = None,
     num_train_examples: int | None = None,
     num_eval_examples: int | None = None,
     seed: int = 0,
@@ -52,8 +72,9 @@ def load(
     Held-out tasks come from `eval_path`, or else `num_eval_examples` of `path` are held out (by
     default a tenth, at least one). Both numbers are upper bounds, and `seed` decides which tasks
     are kept, whatever their order in the file. Tasks with the same messages stay in one split; if
-    every such group is too large, one whole group is held out. `reward` is "exact", "regex",
-    "module:function" or "none". Raises UserError for a file or an argument it cannot use.
+    every such group is too large, one whole group is held out. `reward` is a type of
+    `minidistill.envs.rewards`, a table with a `type` and its arguments, "module:function", or
+    "none". Raises UserError for a file or an argument it cannot use.
     """
     counts = {"num_train_examples": num_train_examples, "num_eval_examples": num_eval_examples}
     for name, count in counts.items():
@@ -67,11 +88,11 @@ def load(
     if eval_path is not None:
         eval_lines = read_lines("eval_path", eval_path, places, prefix="eval/")
         _refuse_shared_prompts(lines, eval_lines)
-    scoring = _scoring_function(reward, [*lines, *eval_lines])
+    scoring = _build_reward(reward, [*lines, *eval_lines])
     train, held_out = _shuffled(lines, seed), _shuffled(eval_lines, seed)[:num_eval_examples]
     if eval_path is None:
         train, held_out = _split(train, num_eval_examples, path)
-    return JsonlEnv(train[:num_train_examples], held_out, scoring)
+    return JsonlEnv(train[:num_train_examples], held_out, reward, scoring)
 
 
 # -- splitting ---------------------------------------------------------------------------------
@@ -129,42 +150,25 @@ def _refuse_shared_prompts(train: Sequence[Line], held_out: Sequence[Line]) -> N
 # -- rewards -----------------------------------------------------------------------------------
 
 
-def _scoring_function(reward: object, lines: Sequence[Line]) -> ScoringFunction | None:
+def _build_reward(reward: object, lines: Sequence[Line]) -> RewardFunction | None:
+    """What scores the completions, None without a reward. Raises UserError if it cannot."""
     if reward is None or reward == "none":
         return None
-    if reward == "exact":
-        _require_answers(reward, lines)
-        return lambda task, text: Reward(float(text.strip() == task.answer.strip()))
-    if reward == "regex":
-        _require_answers(reward, lines)
-        patterns = {line.answer: _compile_answer(line) for line in lines}
-        return lambda task, text: Reward(float(bool(patterns[task.answer].search(text))))
-    if isinstance(reward, str) and ":" in reward:
-        function = import_function(reward, "args.reward", "reward")
-        return lambda task, text: _as_reward(function(task, text))
-    raise refusal("reward", reward, 'use "none", "exact", "regex" or "module:function"')
-
-
-def _require_answers(reward: object, lines: Sequence[Line]) -> None:
+    scoring = build(reward)
+    name = reward["type"] if isinstance(reward, dict) else reward
     for line in lines:
-        if line.answer is None:
+        if scoring.needs_answer and line.answer is None:
             raise UserError(
-                f'jsonl: reward = "{reward}" needs an `answer`, and this line has none',
+                f'jsonl: reward = "{name}" needs an `answer`, and this line has none',
                 where=line.place,
-                fix="add an answer to every line, or remove `reward`",
+                fix="add an answer to every line, or change `reward`",
             )
-
-
-def _compile_answer(line: Line) -> re.Pattern[str]:
-    try:
-        return re.compile(line.answer)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(
-            f"jsonl: the answer {line.answer!r} is not a valid regular expression: {error}",
-            where=line.place,
-            fix='fix the pattern, or use reward = "exact"',
-        ) from None
-
-
-def _as_reward(value: Any) -> Reward:
-    return value if isinstance(value, Reward) else Reward(float(value))
+        try:
+            scoring.check(line)
+        except ValueError as error:
+            raise UserError(
+                f"jsonl: the answer {error}",
+                where=line.place,
+                fix='fix the pattern, or use reward = "exact"',
+            ) from None
+    return scoring

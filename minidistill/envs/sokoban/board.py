@@ -93,11 +93,28 @@ class Board:
         return Board(self.width, self.height, self.walls, self.goals, boxes, target)
 
     def key(self) -> int:
-        """A 64-bit hash, equal for rotations and mirror images of a board."""
-        rows = self.render().split("\n")
+        """A 64-bit hash, equal for boards that differ by a rotation, a reflection or a translation.
+
+        Of walls around the floor, one row or column on each side counts.
+        """
+        rows = _without_margins(_without_margins(self.render().split("\n")))
+        rows = ["#" * len(rows[0]), *rows, "#" * len(rows[0])]
+        rows = [f"#{row}#" for row in rows]
         forms = []
         for _ in range(4):
-            rows = ["".join(column) for column in zip(*rows[::-1], strict=True)]
+            rows = _transposed(rows[::-1])
             forms += ["\n".join(rows), "\n".join(row[::-1] for row in rows)]
         digest = hashlib.blake2b(min(forms).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big")
+
+
+def _without_margins(rows: list[str]) -> list[str]:
+    """The transposed rows, less the first and last ones that are all wall."""
+    wall = "#" * len(rows[0])
+    first = next(i for i, row in enumerate(rows) if row != wall)
+    last = next(i for i in range(len(rows), 0, -1) if rows[i - 1] != wall)
+    return _transposed(rows[first:last])
+
+
+def _transposed(rows: list[str]) -> list[str]:
+    return ["".join(column) for column in zip(*rows, strict=True)]

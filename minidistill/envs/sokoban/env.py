@@ -9,11 +9,13 @@ from itertools import permutations
 from typing import Literal, overload
 
 from minidistill.envs.sokoban.board import KINDS, RG, XSB, Board
-from minidistill.envs.sokoban.levels import Difficulty, Level, LevelSet
-from minidistill.envs.sokoban.solver import UNREACHABLE, push_distances
+from minidistill.envs.sokoban.difficulty import Difficulty
+from minidistill.envs.sokoban.level_set import LevelSet
+from minidistill.envs.sokoban.levels import Level
+from minidistill.envs.sokoban.moves import live_cells
 from minidistill.envs.sokoban.text import parse_moves, prompt_text
 from minidistill.errors import UserError
-from minidistill.types import Reward, Task
+from minidistill.types import Advance, Reward, Task
 
 WEIGHTS = {"solved": 1.0, "boxes_on_goal": 0.0, "format": 0.0, "length_vs_optimal": 0.0}
 
@@ -35,14 +37,23 @@ class Tasks(Sequence[Task]):
     def __getitem__(self, index: slice) -> Sequence[Task]: ...
     def __getitem__(self, index: int | slice) -> Task | Sequence[Task]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        level = self.levels[index]
-        return Task(f"{self.split}/{index}", self.env.messages(level), level)
+            return self.make_tasks(range(len(self))[index])
+        return self.make_tasks([range(len(self))[index]])[0]
+
+    def make_tasks(
+        self, indices: Sequence[int], advance: Advance = lambda count: None
+    ) -> list[Task]:
+        """The tasks of these indices. `advance` is called as their levels become available."""
+        return [
+            Task(f"{self.split}/{index}", self.env.messages(level), level)
+            for index, level in zip(indices, self.levels.take(indices, advance), strict=True)
+        ]
 
 
 class SokobanEnv:
     """Single-turn Sokoban: the prompt shows a level, and the answer is the whole list of moves."""
+
+    scores_in_process = True  # playing an answer takes time in proportion to its length
 
     def __init__(
         self,
@@ -96,8 +107,8 @@ class SokobanEnv:
 
 def _deadlocked(board: Board) -> bool:
     """Whether a box is on a cell from which it can reach no goal."""
-    distance = push_distances(board)
-    return any(board.boxes >> c & 1 and d >= UNREACHABLE for c, d in enumerate(distance))
+    floor = ((1 << board.width * board.height) - 1) & ~board.walls
+    return bool(board.boxes & ~live_cells(floor, board.goals, board.width))
 
 
 def load(
@@ -123,7 +134,9 @@ def load(
 ) -> SokobanEnv:
     """An environment of generated levels.
 
-    Sizes include the outer walls. `max_depth` and `max_moves` bound the shortest solution.
+    Sizes include the outer walls. `max_depth` and `max_moves` bound the shortest solution. A level
+    depends on the arguments and its index. A split's number of examples counts only as rounded up
+    to a power of two.
     `symbols` is "xsb", "rg" (cells separated by spaces), or a table with the keys wall, player,
     player_on_goal, box, box_on_goal, goal, floor. `weights` has the weight of each part of the
     reward: solved, boxes_on_goal, format, length_vs_optimal. Raises UserError for values it cannot

@@ -1,0 +1,187 @@
+"""Scoring in a process that can be killed: its driver's side."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import socket
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from minidistill.envs.outcomes import CannotScoreError, ScoringError, describe
+from minidistill.envs.protocol import Environment, has_task
+from minidistill.errors import EXIT_ENVIRONMENT
+from minidistill.subprocesses import Subprocess
+from minidistill.types import Reward, Task
+
+logger = logging.getLogger(__name__)
+MODULE = "minidistill.envs.worker"
+LOAD_SECONDS = 600.0  # that the process gets to load the environment
+
+
+class ScoringProcess(Subprocess):
+    """The subprocess and the connection to it. It dies with this process, whatever it is doing."""
+
+    def __init__(self, id: str, args: dict[str, Any]) -> None:
+        ours, theirs = socket.socketpair()
+        watched, self._lifeline = os.pipe()
+        try:
+            descriptors = (theirs.fileno(), watched)
+            # it imports from where this process does, which may have changed its directory since
+            paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+            imports = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
+            super().__init__(MODULE, [*map(str, descriptors)], descriptors, imports)
+        finally:
+            theirs.close()
+            os.close(watched)
+        self.connection = Connection(ours.detach())
+        with contextlib.suppress(OSError):  # if it has died, the first `receive` reports it
+            self.connection.send((sys.path, dict(os.environ), id, args))
+
+    def receive(self, seconds: float) -> tuple[str, Any] | None:
+        """What it sends within `seconds`, else None. Raises EOFError or OSError if it has died."""
+        return self.connection.recv() if self.connection.poll(seconds) else None
+
+    def close(self, patience: float = 0.0) -> None:
+        super().close(patience)
+        self.connection.close()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+
+class IsolatedEnvironment:
+    """An environment whose completions are scored in another process, one at a time.
+
+    The process loads the environment again, or with `environment.scorer`, a pair of id and args,
+    what that names. It is kept for the whole run. A score that takes longer than `timeout` seconds,
+    or that ends the process, fails for this completion; a new process scores the next one.
+    """
+
+    has_rewards = True
+
+    def __init__(
+        self, environment: Environment, id: str, args: dict[str, Any], timeout: float, where: str
+    ) -> None:
+        self.environment, self.timeout = environment, timeout
+        self.id, self.where = id, where
+        self._loaded: tuple[str, dict[str, Any]] = getattr(environment, "scorer", (id, args))
+        self._process: ScoringProcess | None = None
+        self._ready = self._closed = False
+        self._lock = threading.Lock()  # held while a completion is scored
+
+    @property
+    def has_task(self) -> bool:
+        return has_task(self.environment)
+
+    @property
+    def train(self) -> Sequence[Task]:
+        return self.environment.train
+
+    @property
+    def eval(self) -> Sequence[Task]:
+        return self.environment.eval
+
+    def score(self, task: Task, completion: str) -> Reward:
+        """The reward. Raises ScoringError, and CannotScoreError if no process can be started."""
+        message = self._pickled((task, completion))
+        with self._lock:
+            process = self._ready_process()
+            try:
+                process.connection.send_bytes(message)
+                answer = process.receive(self.timeout)
+            except (EOFError, OSError):
+                _, report = process.exit_report()
+                self._end_process()
+                raise ScoringError(f"it ended its process: {report}") from None
+            if answer is None:
+                self._end_process()
+                raise ScoringError(
+                    f"it took longer than score_timeout = {self.timeout:g} s, and was stopped",
+                    slow=True,
+                )
+            kind, value = answer
+            if kind == "error":
+                raise ScoringError(value)
+            reward: Reward = value
+            return reward
+
+    def start(self) -> None:
+        """Start the process, which loads the environment while the caller goes on."""
+        with self._lock:
+            self._start()
+
+    def check(self) -> None:
+        """Wait for the process to be ready. Raises CannotScoreError if it is not able to score."""
+        with self._lock:
+            self._ready_process()
+        for split in (self.environment.train, self.environment.eval):
+            if len(split):
+                self._pickled(split[0])
+
+    def close(self) -> None:
+        """End the process for good. A score in progress, in another thread, fails."""
+        self._closed = True
+        if (process := self._process) is not None:
+            process.kill()
+        with self._lock:
+            self._end_process()
+        close_environments([self.environment])
+
+    def _start(self) -> ScoringProcess:
+        if self._closed:
+            raise CannotScoreError("the run has ended", self.where)
+        if self._process is None:
+            self._process, self._ready = ScoringProcess(*self._loaded), False
+        return self._process
+
+    def _ready_process(self) -> ScoringProcess:
+        process = self._start()
+        if not self._ready:
+            try:
+                answer = process.receive(LOAD_SECONDS)
+                kind, value = answer or ("error", f"it did not load within {LOAD_SECONDS:g} s")
+            except (EOFError, OSError):
+                kind, value = "error", f"its process ended: {process.exit_report()[1]}"
+            if kind == "error":
+                self._end_process()
+                raise CannotScoreError(
+                    f"the environment {self.id!r} cannot score in a process of its own: {value}",
+                    where=self.where,
+                    fix='score_timeout = "off" scores in the process of the run, without a limit',
+                    exit_code=EXIT_ENVIRONMENT,
+                )
+            self._ready = True
+        return process
+
+    def _end_process(self) -> None:
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def _pickled(self, value: object) -> bytes:
+        try:
+            return pickle.dumps(value)
+        except Exception as error:  # also whatever a task's own methods raise
+            raise CannotScoreError(
+                f"a task of the environment {self.id!r} cannot be sent to the process that scores: "
+                f"{describe(error)}",
+                where=self.where,
+                fix='make its tasks of plain data, or set score_timeout = "off" to score in the '
+                "process of the run, without a limit",
+            ) from error
+
+
+def close_environments(environments: Iterable[Environment]) -> None:
+    """Call `close` of those that have it. An error there is logged: the run has ended."""
+    for environment in environments:
+        try:
+            if (close := getattr(environment, "close", None)) is not None:
+                close()
+        except Exception as error:
+            logger.warning(f"an environment could not be closed: {describe(error)}")

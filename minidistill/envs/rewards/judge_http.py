@@ -1,0 +1,201 @@
+"""HTTP requests to an OpenAI-compatible server, with time limits and repetitions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from minidistill.envs.outcomes import CannotScoreError, ScoringError, describe
+from minidistill.envs.rewards.arguments import check_text
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+
+if TYPE_CHECKING:
+    import httpx
+
+PATH = "/chat/completions"
+LARGEST_ANSWER = 4 << 20  # bytes
+FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between repetitions
+CLOSED_SECONDS = 0.2  # how often to check whether the run has ended
+REPEATED = {408, 409, 425, 429, 500, 502, 503, 504}  # what a server may answer better later
+
+Answered = Callable[[int, str | ScoringError], None]
+
+
+class _RepeatError(Exception):
+    """A request that may succeed later, after at least `wait` seconds."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class JudgeServer:
+    """Asks a server. `body` has the fields of a request besides the messages."""
+
+    def __init__(
+        self,
+        url: str,
+        body: dict[str, Any],
+        key: str,
+        timeout: float,
+        budget: float,
+        concurrency: int,
+    ) -> None:
+        self.url, self.body, self._key = url, body, key
+        self.timeout, self.budget, self.concurrency = timeout, budget, concurrency
+        self._closed = False
+
+    def ask_all(self, questions: Sequence[str], answered: Answered) -> None:
+        """Ask `concurrency` questions at a time; `answered` gets each number and answer.
+
+        If it raises, the requests in flight are cancelled. Raises CannotScoreError after `close`.
+        """
+        asyncio.run(self._ask_all(questions, answered))
+
+    def close(self) -> None:
+        self._closed = True
+
+    async def _ask_all(self, questions: Sequence[str], answered: Answered) -> None:
+        import httpx
+
+        headers = {"Accept-Encoding": "identity"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        free = asyncio.Semaphore(self.concurrency)
+        limits = httpx.Limits(max_connections=self.concurrency)
+        async with httpx.AsyncClient(
+            headers=headers, timeout=None, limits=limits, follow_redirects=False
+        ) as client:
+
+            async def ask(number: int) -> tuple[int, str | ScoringError]:
+                async with free:
+                    return number, await self._ask(client, questions[number])
+
+            tasks = {asyncio.create_task(ask(number)) for number in range(len(questions))}
+            left = tasks
+            try:
+                while left:
+                    done, left = await asyncio.wait(
+                        left, timeout=CLOSED_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    for task in done:
+                        answered(*task.result())
+                    if left and self._closed:
+                        raise CannotScoreError("the run has ended")
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _ask(self, client: httpx.AsyncClient, question: str) -> str | ScoringError:
+        """The judge's answer to one question, or why there is none within the budget."""
+        now = asyncio.get_running_loop().time
+        end, wait, requests = now() + self.budget, FIRST_WAIT, 0
+        while True:
+            requests += 1
+            seconds = min(self.timeout, end - now())
+            try:
+                async with asyncio.timeout(seconds):
+                    return await self._request(client, question)
+            except ScoringError as error:
+                return error
+            except TimeoutError:
+                reason, at_least = f"no answer within {seconds:.3g} s", 0.0
+            except _RepeatError as error:
+                reason, at_least = str(error), error.wait
+            except Exception as error:
+                return self._error(describe(error))
+            pause = max(wait, at_least)
+            if now() + pause >= end:
+                times = f" ({requests} times in {self.budget:g} s)" if requests > 1 else ""
+                return ScoringError(f"the judge at {self.url} failed{times}: {reason}", slow=True)
+            await asyncio.sleep(pause)
+            wait = min(2 * wait, LONGEST_WAIT)
+
+    async def _request(self, client: httpx.AsyncClient, question: str) -> str:
+        """The answer to one request. Raises ScoringError or _RepeatError."""
+        import httpx
+
+        question = question.encode("utf-8", "replace").decode()  # no unpaired surrogates
+        body = {**self.body, "messages": [{"role": "user", "content": question}]}
+        data = bytearray()
+        try:
+            async with client.stream("POST", self.url + PATH, json=body) as response:
+                if response.is_redirect:
+                    raise self._error(
+                        f"it redirects (HTTP {response.status_code}), which is not "
+                        "followed: give its own address as url"
+                    )
+                async for chunk in response.aiter_raw():
+                    data += chunk
+                    if len(data) > LARGEST_ANSWER:
+                        raise self._error(f"its answer is larger than {LARGEST_ANSWER >> 20} MiB")
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise _RepeatError(self._hidden(str(error) or type(error).__name__)) from None
+        if response.status_code != 200:
+            status = f"{_message(bytes(data))} (HTTP {response.status_code})"
+            if response.status_code in REPEATED:
+                raise _RepeatError(self._hidden(status), _seconds(response.headers))
+            raise self._error(status)
+        try:
+            content = json.loads(data)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            content = None
+        if not isinstance(content, str):
+            raise self._error(f"its answer is no chat completion: {_message(bytes(data))}")
+        return content
+
+    def _error(self, reason: str) -> ScoringError:
+        return ScoringError(f"the judge at {self.url} failed: {self._hidden(reason)}")
+
+    def _hidden(self, text: str) -> str:
+        """`text` without the key, which servers may repeat."""
+        return text.replace(self._key, "***") if self._key else text
+
+
+def read_key(name: str | None) -> str:
+    """The API key in the environment variable `name`, "" without one. Raises UserError."""
+    if name is None:
+        return ""
+    check_text("key_env", name)
+    where = "args.reward.key_env"
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise UserError(
+            f"jsonl: the environment variable {name}, which holds the judge's API key, is not set",
+            where=where,
+            fix=f"export {name}=…, or leave out key_env for a server without keys",
+            exit_code=EXIT_ENVIRONMENT,
+        )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(
+            f"jsonl: the environment variable {name} holds no API key: it has white space, or "
+            "letters that are not ASCII",
+            where=where,
+            fix="set it to the key alone",
+            exit_code=EXIT_ENVIRONMENT,
+        )
+    return key
+
+
+def _message(data: bytes) -> str:
+    """A server's error message, or the beginning of what it sent, on one line."""
+    text = data[:2000].decode(errors="replace")
+    try:
+        value = json.loads(data)["error"]
+        text = value["message"] if isinstance(value, dict) else value
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    return " ".join(str(text).split())[:200] or "nothing"
+
+
+def _seconds(headers: httpx.Headers) -> float:
+    """How long the server asks to wait, 0 if it does not say."""
+    try:
+        seconds = float(headers.get("Retry-After", 0))
+    except ValueError:  # a date
+        return 0.0
+    return seconds if 0 <= seconds < 1e6 else 0.0
