@@ -23,6 +23,7 @@ from minidistill.errors import (
     UserErrors,
     printable,
 )
+from minidistill.files import drop_output
 
 if TYPE_CHECKING:
     from minidistill.config import LoadedConfig
@@ -45,20 +46,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _print_to_stderr("interrupted")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `minidistill config … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
     except Exception as error:
+        # `minidistill config … | head`. A run drops its output itself: another pipe broke there.
+        if isinstance(error, BrokenPipeError) and _command(args) != "run":
+            drop_output(sys.stdout)
+            return EXIT_OK
         if "--traceback" in args:  # not from the parser, which may be what failed
-            traceback.print_exc()
+            _print_to_stderr(traceback.format_exc().rstrip())
         return _print_error(error)
+
+
+def _command(args: list[str]) -> str:
+    """The name of the command, empty if there is none."""
+    return next((arg for arg in args if arg != "--traceback"), "")
 
 
 def _dispatch(args: list[str]) -> int:
     parser, commands = _parsers()
-    name = next((arg for arg in args if arg != "--traceback"), "")
+    name = _command(args)
     if not name:
         parser.print_help(sys.stderr)
         return EXIT_USAGE
@@ -86,9 +93,9 @@ def _print_error(error: Exception) -> int:
         )
     if isinstance(error, UserError):
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            _print_to_stderr(f"error: {problem}")
         if isinstance(error, UserErrors) and error.hidden:
-            print(f"(and {error.hidden} more)", file=sys.stderr)
+            _print_to_stderr(f"(and {error.hidden} more)")
         return error.exit_code
     first_line, *_ = str(error).strip().splitlines() or [""]
     if _is_out_of_memory(error):
@@ -105,8 +112,16 @@ def _print_error(error: Exception) -> int:
             fix="--traceback shows where it was raised",
             exit_code=EXIT_FAILED,
         )
-    print(f"error: {problem}", file=sys.stderr)
+    _print_to_stderr(f"error: {problem}")
     return problem.exit_code
+
+
+def _print_to_stderr(text: str) -> None:
+    """Print, or drop the text if nobody reads it: the exit code is that of the error."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        drop_output(sys.stderr)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

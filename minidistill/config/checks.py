@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import combinations
@@ -24,6 +25,8 @@ class Problem(NamedTuple):
 def contradictions(config: Config) -> Iterator[Problem]:
     """The contradictions in `config`."""
     yield from _objective(config)
+    yield from _adapter(config)
+    yield from _quantization(config)
     yield from _rollouts(config)
     yield from _environments(config)
     yield from _gpus(config)
@@ -65,6 +68,71 @@ def _objective(config: Config) -> Iterator[Problem]:
             "set min_lr to at most lr",
             ("trainer.scheduler.min_lr", "trainer.optim.lr"),
         )
+
+
+def _adapter(config: Config) -> Iterator[Problem]:
+    lora = config.trainer.model.lora
+    if lora is False:
+        return
+    for pattern in lora.rank_pattern:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield Problem(
+                f"trainer.model.lora.rank_pattern has {pattern!r}, which is not a valid regular "
+                f"expression: {error}",
+                "write a module's name, the end of one, or a regular expression",
+                ("trainer.model.lora.rank_pattern",),
+            )
+    if not lora.use_dora:
+        return
+    keys = _vllm_students(config)
+    changing = config.orchestrator.teacher_model.update != "frozen"
+    if config.teacher_inference.server_urls and changing:
+        keys = (*keys, "teacher_inference.server_urls")
+    for key in keys:
+        yield Problem(
+            f"trainer.model.lora.use_dora = true, but {key} serves the adapter with vLLM, which "
+            "has no DoRA: it would leave out the trained norms",
+            'set inference.engine = "embedded", or use_dora = false',
+            ("trainer.model.lora.use_dora", key),
+        )
+
+
+def _quantization(config: Config) -> Iterator[Problem]:
+    if config.model.quantization is None:
+        return
+    name = f'model.quantization = "{config.model.quantization}"'
+    if config.trainer.model.lora is False:
+        yield Problem(
+            f"{name} holds weights that cannot be trained, but trainer.model.lora = false",
+            "train an adapter, or leave out model.quantization",
+            ("model.quantization", "trainer.model.lora"),
+        )
+    if config.trainer.shard is True:
+        yield Problem(
+            f"{name} holds weights that cannot be sharded, but trainer.shard = true",
+            "leave out trainer.shard: each rank then holds the 4-bit weights",
+            ("model.quantization", "trainer.shard"),
+        )
+    keys = _vllm_students(config)
+    if config.teacher_inference.server_urls and config.separate_teacher is None:
+        keys = (*keys, "teacher_inference.server_urls")
+    for key in keys:
+        yield Problem(
+            f"{name} is for the trainer's model, but {key} runs the model in vLLM, with other "
+            "weights than those that are trained",
+            'set inference.engine = "embedded", or leave out model.quantization',
+            ("model.quantization", key),
+        )
+
+
+def _vllm_students(config: Config) -> tuple[str, ...]:
+    """The settings that let vLLM sample."""
+    if config.inference.server_urls:
+        return ("inference.server_urls",)
+    engine = ENGINE_KINDS.get(config.inference.engine)  # None is "auto"
+    return () if engine is None or engine.in_trainer else ("inference.engine",)
 
 
 def _rollouts(config: Config) -> Iterator[Problem]:

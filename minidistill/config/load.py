@@ -12,6 +12,7 @@ import tomli
 from pydantic import ValidationError
 
 from minidistill.config import overrides
+from minidistill.config.adapter import with_initial_adapter
 from minidistill.config.checks import Problem, contradictions
 from minidistill.config.errors import from_validation, place
 from minidistill.config.layers import Layers, leaves
@@ -19,7 +20,10 @@ from minidistill.config.schema import Config
 from minidistill.config.schema_tree import Path
 from minidistill.config.toml import dotted, key_lines, to_toml
 from minidistill.errors import UserError, UserErrors
+from minidistill.files import read_text
 
+PATH_FIX = "check the path; overrides are written --a.b.c VALUE"
+_WRITTEN_TWICE = ("Cannot overwrite", "Cannot declare", "Duplicate")  # tomli's words
 _TEACHER = ("orchestrator", "teacher_model")
 _CONTEXT = (*_TEACHER, "context")
 _CONTEXT_FILE = (*_TEACHER, "context_file")
@@ -55,9 +59,9 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
         data, origin = read_file(name)
         layers.put((), data, origin)
     _put_flags(layers, flags)
-    config = _validate(layers, ", ".join(files))
+    config, taken = _validate(layers, ", ".join(files))
     provenance = {
-        dotted(path): layers.origins.get(path, "default")
+        dotted(path): layers.origins.get(path) or _taken_from(path, taken)
         for path, _ in leaves(json.loads(config.model_dump_json()))
     }
     paths = tuple(FilePath(name) for name in files)
@@ -66,12 +70,15 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
 
 def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
     """A TOML file's data, and a function that gives the `file:line` where a path was written."""
-    text = _read_text(FilePath(name), "")
+    text = read_text(FilePath(name), fix=PATH_FIX)
     try:
         data = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         where = f"{name}:{error.lineno}, column {error.colno}"
-        raise UserError(f"not valid TOML: {error.msg}", where, "correct the syntax there") from None
+        twice = error.msg.startswith(_WRITTEN_TWICE)
+        fix = "keep one of the two" if twice else "correct the syntax there"
+        message = f"{error.msg}: it is there twice" if twice else error.msg
+        raise UserError(f"not valid TOML: {message}", where, fix) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid TOML: {error}", name, "correct the syntax") from None
     lines = key_lines(text)
@@ -118,8 +125,14 @@ def _use_context_file(teacher: dict[str, Any], base: FilePath, origin: str) -> N
     where = place(origin, _CONTEXT_FILE)
     if "context" in teacher:
         raise UserError("both context and context_file are set", where, "keep one of the two")
-    teacher["context"] = _read_text(base / FilePath(name).expanduser(), where)
+    teacher["context"] = read_text(base / FilePath(name).expanduser(), where=where, fix=PATH_FIX)
     del teacher["context_file"]
+
+
+def _taken_from(path: Path, taken: dict[str, str]) -> str:
+    """Where an adapter brought the setting at `path`, or the table that holds it, from."""
+    keys = (dotted(path[:length]) for length in range(len(path), 0, -1))
+    return next((taken[key] for key in keys if key in taken), "default")
 
 
 def _use_template_file(model: Any, base: FilePath, origin: str) -> None:
@@ -128,7 +141,7 @@ def _use_template_file(model: Any, base: FilePath, origin: str) -> None:
     if not isinstance(template, str) or not template or _is_template(template):
         return
     where = place(origin, _TEMPLATE)
-    text = _read_text(base / FilePath(template).expanduser(), where)
+    text = read_text(base / FilePath(template).expanduser(), where=where, fix=PATH_FIX)
     if not _is_template(text):
         raise UserError(f"{template} holds no Jinja template", where, "name a file with one")
     model["chat_template"] = text
@@ -139,18 +152,8 @@ def _is_template(text: str) -> bool:
     return "{{" in text or "{%" in text
 
 
-def _read_text(path: FilePath, where: str) -> str:
-    try:
-        return path.read_bytes().decode().replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text", where, "save it as UTF-8") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        fix = "check the path; overrides are written --a.b.c VALUE"
-        raise UserError(f"cannot read {path}: {reason}", where, fix) from None
-
-
-def _validate(layers: Layers, files: str) -> Config:
+def _validate(layers: Layers, files: str) -> tuple[Config, dict[str, str]]:
+    """The configuration, and where settings are from that its adapter brings."""
     data = layers.data
     # Empty tables instead of missing ones, so that errors name the keys that are required.
     orchestrator = data.get("orchestrator", {})
@@ -160,10 +163,11 @@ def _validate(layers: Layers, files: str) -> Config:
         config = Config.model_validate(data)
     except ValidationError as error:
         raise from_validation(error, layers, files or "command line") from None
+    config, taken = with_initial_adapter(config)
     problems = [_as_error(problem, layers, files) for problem in contradictions(config)]
     if problems:
         raise UserErrors(problems) if len(problems) > 1 else problems[0]
-    return config
+    return config, taken
 
 
 def _as_error(problem: Problem, layers: Layers, files: str) -> UserError:

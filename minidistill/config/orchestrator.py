@@ -106,6 +106,9 @@ class OrchestratorConfig(Table):
     """Samples of each prompt: the group whose mean reward is the baseline."""
     max_env_error_frac: Annotated[float, Ge(0), Le(1)] = 0.1
     """The run stops if the environment fails for a larger share of a step's rollouts."""
+    overlong: Literal["refuse", "drop"] = "refuse"
+    """What happens to prompts that leave no room for a completion. Every prompt of a list is
+    measured before step 1. `refuse` ends the run there, `drop` leaves them out and counts them."""
     sampling: SamplingConfig = SamplingConfig()
     buffer: BufferConfig = BufferConfig()
     teacher_model: TeacherConfig

@@ -6,7 +6,6 @@ written `0,1`, `0 1` or `[0,1]`, and free tables such as an environment's `args`
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from minidistill.config import schema_tree as tree
 from minidistill.config.errors import unknown_key
 from minidistill.config.schema_tree import Node, Path
 from minidistill.errors import UserError
+from minidistill.files import DuplicateKeyError, InvalidJsonError, parse_json
 
 _INTEGERS = re.compile(r"[\[\]\s,\d+-]+")
 
@@ -184,8 +184,10 @@ def _json_or_text(text: str) -> Any:
     """The JSON table or list that `text` is, as users of the public trainer write it, or `text`."""
     if text.startswith(("{", "[")) and "null" not in text:  # the run's TOML could not record it
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            return parse_json(text)
+        except DuplicateKeyError as error:
+            raise UserError(str(error), where=text, fix="keep one of the two") from None
+        except InvalidJsonError:
             pass
     return text
 

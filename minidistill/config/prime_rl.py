@@ -90,8 +90,10 @@ _KEYS = {
     "trainer.memory_profiler_path": "drop it: every step logs `perf/peak_memory_gib/trainer`",
     "slurm": _LAUNCH,
     "deployment": _LAUNCH,
-    "trainer.model.lora.use_dora": _NOT_SERVED,
-    "trainer.model.lora.modules_to_save": _NOT_SERVED,
+    "trainer.model.lora.modules_to_save": (
+        "drop it: a trained copy of the embedding or the head would have to be kept for both roles "
+        "and served by vLLM, which cannot; `trainer.model.lora = false` trains every weight"
+    ),
     "trainer.model.lora.bias": _NOT_SERVED,
     "ckpt.keep_last": "use `ckpt.keep`",
     "ckpt.resume_step": "run again with `--resume`; it takes the latest valid checkpoint",

@@ -26,6 +26,8 @@ from minidistill.config.engine_kinds import ENGINE_KINDS
 from minidistill.config.orchestrator import OrchestratorConfig
 from minidistill.estimators import ESTIMATORS
 
+Rank = Annotated[int, Ge(1), Le(512)]
+
 if TYPE_CHECKING:
     EngineName = str
     EstimatorName = str
@@ -41,6 +43,9 @@ class ModelConfig(Table):
     """A built-in model's name, a local directory, or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights; `auto` is bfloat16 on a GPU that supports it, else float32."""
+    quantization: Literal["nf4"] | None = None
+    """`nf4` holds the frozen base in 4 bit (bitsandbytes, on a GPU, with the embedded engine) and
+    computes in `dtype`. A teacher that is another model is not quantized."""
     attn: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation of the trainer. `varlen` runs torch's flash kernel on packed
     sequences, without a mask. `auto` is `varlen` on a GPU in 16 bit if the model attends to all
@@ -87,10 +92,21 @@ class WandbConfig(Table):
 class LoraConfig(Table):
     """The adapter that is trained."""
 
-    rank: Annotated[int, Ge(1), Le(512)] = 16
+    init: Text | None = None
+    """An adapter to start from: a PEFT folder, or another run's directory. The settings of its
+    shape (rank, alpha, target_modules, use_rslora, use_dora, rank_pattern) are taken from it."""
+    rank: Rank = 16
     """Rank of the update."""
     alpha: PositiveFloat = 32.0
     """Scale of the update: it is multiplied by alpha / rank."""
+    use_rslora: bool = False
+    """Multiply the update by alpha / √rank instead: its size does not fall with the rank."""
+    use_dora: bool = False
+    """Train the norm of each row of a weight besides its direction (DoRA). Only with the
+    embedded engine: vLLM cannot serve it."""
+    rank_pattern: dict[str, Rank] = Field(default={})
+    """Other ranks for some layers, by a module's name or by the end of it; regular expressions are
+    allowed. The first that matches counts."""
     dropout: Decay = 0.0
     """Dropout on the adapter's input."""
     target_modules: Literal["all-linear"] | Annotated[list[Text], MinLen(1)] = "all-linear"

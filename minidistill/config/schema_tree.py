@@ -79,6 +79,8 @@ def child(node: Node, part: Part) -> Node | None:
             return option["properties"][part]
         elif option.get("additionalProperties") is True:
             return ANY
+        elif isinstance(option.get("additionalProperties"), dict):
+            return option["additionalProperties"]
     return None
 
 

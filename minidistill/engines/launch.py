@@ -84,7 +84,7 @@ class EngineLauncher:
             return embedded
         if serves_both:
             return self.student
-        equal = policy.teacher_weights is Weights.BASE
+        equal = policy.teacher_weights is Weights.BASE and policy.starts_as_base
         return StudentTeacherEngine(self.student, embedded, equal_at_start=equal)
 
     def _connect(

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from minidistill.config import Config
 from minidistill.engines.base import Engine
-from minidistill.envs.protocol import Environment, has_rewards, take_tasks
+from minidistill.envs.protocol import Environment, has_rewards
 from minidistill.reporting.terminal.base import Display
 from minidistill.seeding import stable_seed
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_errors, score
 from minidistill.trainer.guards import explain_out_of_memory
-from minidistill.types import Advance, Phase, Prompt, Request, Role, Rollout, SamplingParams
+from minidistill.types import Advance, Prompt, Request, Role, Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
 HELD_OUT = 128  # prompts for the held-out KL
@@ -28,19 +28,6 @@ class Scores:
     """The mean reward of each task, by environment that has rewards."""
     length: float
     """Mean tokens of a completion."""
-
-
-def evaluation_prompts(
-    environments: Mapping[str, Environment], builder: PromptBuilder, count: int, phase: Phase
-) -> dict[str, list[Prompt]]:
-    """The prompts of the first `count` evaluation tasks of each environment, with progress."""
-    prompts = {}
-    for name, env in environments.items():
-        numbers = range(min(count, len(env.eval)))
-        with phase(f"tasks of {name}", len(numbers), "tasks") as advance:
-            tasks = take_tasks(env.eval, numbers, advance)
-        prompts[name] = [builder.build(name, task) for task in tasks]
-    return prompts
 
 
 def held_out(prompts: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:
@@ -64,7 +51,7 @@ class Evaluator:
         engine: Engine,
         display: Display,
     ) -> None:
-        """`prompts` has those of each environment: see `evaluation_prompts`."""
+        """`prompts` has those of each environment."""
         assert config.orchestrator.eval is not None
         self.config, self.settings = config, config.orchestrator.eval
         self.environments, self.engine, self.display = environments, engine, display

@@ -12,7 +12,7 @@ from minidistill.placement.limits import (
     kv_bytes_per_token,
 )
 from minidistill.placement.memory import MemoryBreakdown
-from minidistill.placement.model_shape import ModelShape, Shapes
+from minidistill.placement.model_shape import ModelShape, Shapes, largest_rank
 from minidistill.placement.placement import Placement
 
 # Each process on a GPU: CUDA's context and its libraries' workspaces. Assumed, not measured.
@@ -34,8 +34,8 @@ def engine_memory(
     lora = config.trainer.model.lora
     slots = 0
     if lora and adapters:
-        rank = min(rank for rank in LORA_RANKS if rank >= lora.rank)
-        slots = adapters * shape.adapter(rank, lora.target_modules) * itemsize
+        rank = min(rank for rank in LORA_RANKS if rank >= largest_rank(lora))
+        slots = adapters * shape.adapter(lora, rank) * itemsize
     prefill = ENGINE_TOKENS * 2 * (shape.intermediate + shape.hidden) * itemsize
     logits = 2 * 4 * MAX_SEQUENCES * shape.vocab
     parts: MemoryBreakdown = {
@@ -54,7 +54,7 @@ def sync_buffer(config: Config, shape: ModelShape, itemsize: int) -> int:
     """
     lora = config.trainer.model.lora
     if lora:
-        return shape.adapter(lora.rank, lora.target_modules) * itemsize
+        return shape.adapter(lora) * itemsize
     return max(min(SYNC_CHUNK_BYTES, shape.parameters * itemsize), shape.embedding * itemsize)
 
 

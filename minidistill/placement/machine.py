@@ -30,6 +30,8 @@ class Machine:
     """Those of them on this machine."""
     flash_attn: bool = False
     """Whether the package flash-attn is installed."""
+    bitsandbytes: bool = False
+    """Whether the package bitsandbytes is installed."""
     each: tuple[int, ...] = ()
     """Bytes of each GPU, if they differ."""
     card: str = ""
@@ -63,14 +65,15 @@ class Machine:
             torchrun_local_ranks=local_ranks,
             each=each,
             card=str(getattr(torch.cuda.get_device_properties(0), "name", "")) if gpus else "",
-            flash_attn=_has_flash_attn(),
+            flash_attn=_is_installed("flash-attn"),
+            bitsandbytes=_is_installed("bitsandbytes"),
         )
 
     @classmethod
     def imagined(cls, gpus: int | None, bytes: int | None) -> Machine:
         """A machine to plan for. None takes this machine's number.
 
-        GPUs come with vLLM, bfloat16 and flash-attn.
+        GPUs come with vLLM, bfloat16, flash-attn and bitsandbytes.
         """
         import torch
 
@@ -89,6 +92,7 @@ class Machine:
             torchrun_ranks=ranks,
             torchrun_local_ranks=local_ranks,
             flash_attn=gpus > 0,
+            bitsandbytes=gpus > 0,
         )
 
 
@@ -97,9 +101,9 @@ def _torchrun() -> tuple[int, int]:
     return int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
-def _has_flash_attn() -> bool:
+def _is_installed(package: str) -> bool:
     try:
-        metadata.version("flash-attn")
+        metadata.version(package)
     except metadata.PackageNotFoundError:
         return False
     return True

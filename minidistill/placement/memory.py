@@ -14,7 +14,7 @@ import torch
 from minidistill.config import Config
 from minidistill.placement.attention import FLASH
 from minidistill.placement.limits import fp32_copy_bytes
-from minidistill.placement.model_shape import ModelShape
+from minidistill.placement.model_shape import ModelShape, module_rank
 from minidistill.placement.placement import Placement
 from minidistill_kernels.op import chunk_tokens
 
@@ -60,8 +60,9 @@ def trainer_memory(
     gathered for use. `teacher_shape` is given if the teacher is another model.
     """
     lora, teacher = config.trainer.model.lora, config.orchestrator.teacher_model
-    weights, in_trainer = shape.parameters * itemsize, placement.teacher.scorer == "trainer"
-    trained = shape.adapter(lora.rank, lora.target_modules) if lora else shape.parameters
+    weights = shape.weight_bytes(itemsize, config.model.quantization)
+    in_trainer = placement.teacher.scorer == "trainer"
+    trained = shape.adapter(lora) if lora else shape.parameters
     averaged = teacher.update == "ema"
     parts: MemoryBreakdown = {"weights": weights // shards}
     if shards > 1:
@@ -84,11 +85,27 @@ def trainer_memory(
         parts["head gradient"] = 2 * 4 * shape.vocab * shape.hidden  # in fp32, and a temporary
     if teacher_shape is not None and in_trainer:
         parts["reference copy"] = teacher_shape.parameters * itemsize // shards
+    parts |= _unpacked_weights(config, placement, shape, itemsize)
     parts["activations"] = activations(config, placement, shape, size, itemsize)
     parts["head chunk"] = head_chunk(placement, shape, size, device, itemsize)
     if in_trainer:
         parts["teacher's hidden states"] = size.completions * shape.hidden * itemsize
     return parts
+
+
+def _unpacked_weights(
+    config: Config, placement: Placement, shape: ModelShape, itemsize: int
+) -> MemoryBreakdown:
+    """What the layer with the largest weight holds while it works: a 4-bit weight in the compute
+    dtype; with DoRA the weight, its update, their sum, and the identity that gives the update."""
+    lora, size = config.trainer.model.lora, 0
+    largest = max((x.inputs * x.outputs for x in shape.linears), default=0)
+    if config.model.quantization is not None:
+        size += largest * itemsize
+    if lora and lora.use_dora:
+        inputs = max((x.inputs for x in shape.adapted(lora.target_modules)), default=0)
+        size += (3 * largest + inputs**2) * _adapter_itemsize(placement)
+    return {"unpacked weights": size} if size else {}
 
 
 def evaluation_memory(
@@ -112,6 +129,7 @@ def evaluation_memory(
         "activations": size.tokens * layer,
         "hidden states": 2 * size.completions * shape.hidden * itemsize,
         "head chunk": 2 * 4 * chunk * shape.vocab,
+        **_unpacked_weights(config, placement, shape, itemsize),
     }
     if shards > 1:
         parts["gathered weights"] = shape.parameters * itemsize * (shards - 1) // shards
@@ -151,7 +169,8 @@ def layer_activations(
     mask         w L with padding, w · tokens if packing needs a mask, none without one
     MLP          w · 3I: gate, its activation, up
     adapters     4 · inputs + 4 · rank for each adapted layer in fp32 on a narrower base; in the
-                 base's dtype w · inputs once for layers that read the same, and w · rank
+                 base's dtype w · inputs once for layers that read the same, and w · rank;
+                 with DoRA twice the outputs
     """
     w, lora, attention = itemsize, config.trainer.model.lora, placement.attention
     h, i, q, k = shape.hidden, shape.intermediate, shape.attention, shape.keys
@@ -170,7 +189,9 @@ def layer_activations(
         return total + (w * (q + k) if shape.qk_norm else 0)
     adapted = shape.adapted(lora.target_modules)
     adapter_itemsize = _adapter_itemsize(placement)
-    total += adapter_itemsize * lora.rank * len(adapted) // shape.layers
+    total += adapter_itemsize * sum(module_rank(lora, x.name) for x in adapted) // shape.layers
+    if lora.use_dora:  # the base's and the update's output, which the norm scales
+        total += 2 * adapter_itemsize * sum(x.outputs for x in adapted) // shape.layers
     if w < adapter_itemsize:
         return total + 4 * sum(x.inputs for x in adapted) // shape.layers
     # adapters in the base's dtype save no copies: each input counts once

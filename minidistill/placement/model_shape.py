@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from minidistill.config.schema import LoraConfig
 from minidistill.errors import UserError
 from minidistill.models.auto import model_class, text_linears
 from minidistill.placement.placement import Models
+
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+"""Of a weight: itself, an 8-bit scale for 64 of them, and an fp32 scale for 256 scales."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +72,36 @@ class ModelShape:
             if any(linear.name == t or linear.name.endswith(f".{t}") for t in targets)
         )
 
-    def adapter(self, rank: int, targets: str | list[str]) -> int:
-        """Parameters of an adapter: rank × (inputs + outputs) on each of its layers."""
-        return sum(rank * (x.inputs + x.outputs) for x in self.adapted(targets))
+    def adapter(self, lora: LoraConfig, rank: int | None = None) -> int:
+        """Parameters of an adapter: rank × (inputs + outputs) on each of its layers, and with DoRA
+        the outputs' norms. `rank` is given where every layer has room for that rank."""
+        adapted = self.adapted(lora.target_modules)
+        ranks = [module_rank(lora, x.name) if rank is None else rank for x in adapted]
+        matrices = sum(
+            rank * (x.inputs + x.outputs) for rank, x in zip(ranks, adapted, strict=True)
+        )
+        return matrices + (sum(x.outputs for x in adapted) if lora.use_dora else 0)
+
+    def weight_bytes(self, itemsize: int, quantization: str | None = None) -> int:
+        """Bytes of all weights. In 4 bit the linear layers take half a byte a weight, and a scale
+        for each block, which is quantized too. The embedding, the head and the norms are not."""
+        if quantization is None:
+            return self.parameters * itemsize
+        quantized = sum(x.inputs * x.outputs for x in self.linears)
+        return int(quantized * NF4_BITS / 8) + (self.parameters - quantized) * itemsize
+
+
+def module_rank(lora: LoraConfig, name: str) -> int:
+    """The rank of a layer's adapter. Patterns are matched as peft does."""
+    for pattern, rank in lora.rank_pattern.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return rank
+    return lora.rank
+
+
+def largest_rank(lora: LoraConfig) -> int:
+    """The rank that has room for every layer's."""
+    return max([lora.rank, *lora.rank_pattern.values()])
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from minidistill.config import Config, LoadedConfig
 from minidistill.config.engine_kinds import ENGINE_KINDS, SERVER, EngineKind
 from minidistill.config.schema import AcConfig, EngineConfig
-from minidistill.errors import UserError
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.placement.attention import TRANSFORMERS_CHOICE, Attention, place_attention
 from minidistill.placement.gpus import (
     GpuLayout,
@@ -153,6 +153,7 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
 
     Raises UserError for settings that cannot be placed: exit code 3 for missing GPUs, otherwise 2.
     """
+    _check_quantization(config, machine)
     kind = student_kind(config, machine)
     separate = not kind.in_trainer
     teacher = place_teacher(config, separate_engine=separate, scores_ids=machine.gpus > 0)
@@ -170,6 +171,9 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
     ranks = _ranks(config, machine, layout.trainer)
     shard = config.trainer.shard
     both = models.student, models.teacher  # an engine's teacher may yet move to the trainer
+    warnings = layout.warnings
+    if machine.vllm and config.inference.engine == "auto" and (why := _only_embedded(config)):
+        warnings = (*warnings, f"the embedded engine samples: {why}")
     trainer, ac = config.trainer, config.trainer.model.ac
     tokens = trainer.micro_batch_tokens
     return Placement(
@@ -185,7 +189,7 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
         attention=place_attention(config, both, machine, dtype, max_length),
         micro_batch_tokens=MICRO_BATCH_TOKENS if tokens == "auto" else tokens,
         ac_freq=ac.freq if isinstance(ac, AcConfig) else 0,
-        warnings=layout.warnings,
+        warnings=warnings,
     )
 
 
@@ -195,8 +199,35 @@ def student_kind(config: Config, machine: Machine) -> EngineKind:
         return SERVER
     name = config.inference.engine
     if name == "auto":
-        name = "vllm" if machine.vllm else "embedded"
+        name = "vllm" if machine.vllm and not _only_embedded(config) else "embedded"
     return ENGINE_KINDS[name]
+
+
+def _only_embedded(config: Config) -> str:
+    """Why vLLM cannot run this model or adapter; empty if it can."""
+    lora = config.trainer.model.lora
+    if config.model.quantization is not None:
+        return "vLLM would run other weights than the 4-bit ones that are trained"
+    return "vLLM cannot serve a DoRA adapter" if lora and lora.use_dora else ""
+
+
+def _check_quantization(config: Config, machine: Machine) -> None:
+    """Raise UserError (exit code 3) if this machine cannot run a 4-bit model."""
+    if config.model.quantization is None:
+        return
+    what, fix = "", ""
+    if not machine.gpus:
+        what, fix = "runs on NVIDIA GPUs only, and there is none", "leave out model.quantization"
+    elif not machine.bitsandbytes:
+        what = "needs the package bitsandbytes, which is not installed"
+        fix = "pip install 'minidistill[nf4]'"
+    if what:
+        raise UserError(
+            f'model.quantization = "{config.model.quantization}" {what}',
+            where="model.quantization",
+            fix=fix,
+            exit_code=EXIT_ENVIRONMENT,
+        )
 
 
 def _engines(

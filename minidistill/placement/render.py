@@ -185,7 +185,7 @@ def _head(plan: Plan) -> list[tuple[str, str]]:
     lora = config.trainer.model.lora
     trained = "all weights trained"
     if lora:
-        count = shape.adapter(lora.rank, lora.target_modules)
+        count = shape.adapter(lora)
         trained = f"adapter of rank {lora.rank}, {count:,}"
     rows = [
         (

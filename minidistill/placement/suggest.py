@@ -132,8 +132,9 @@ def _ranks(plan: Plan) -> Iterator[Settings]:
 
 def _shard(plan: Plan) -> Iterator[Settings]:
     """Shard the base's weights over the ranks."""
-    placement = plan.placement
-    if placement.ranks > 1 and plan.config.trainer.shard == "auto" and not placement.sharded:
+    placement, config = plan.placement, plan.config
+    can_shard = config.trainer.shard == "auto" and config.model.quantization is None
+    if placement.ranks > 1 and can_shard and not placement.sharded:
         yield {"trainer.shard": True}
 
 

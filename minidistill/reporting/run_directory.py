@@ -98,25 +98,33 @@ class RunDirectory:
         # Last, because this file makes the directory a run.
         write_atomic(self.path / "config.resolved.json", _json(loaded.resolved()))
 
-    def check_same_config(self, loaded: LoadedConfig) -> None:
-        """Raise UserError if a resumed run has another configuration than the original one."""
+    def extend(self, loaded: LoadedConfig) -> None:
+        """Record the configuration of a run that goes on for more steps than it was started with.
+
+        It is no longer finished, so its scoreboard is removed, first.
+        """
+        (self.path / "scoreboard.json").unlink(missing_ok=True)
+        write_atomic(self.path / "config.toml", loaded.text)
+        write_atomic(self.path / "config.resolved.json", _json(loaded.resolved()))
+
+    def changed_settings(self, loaded: LoadedConfig) -> dict[str, tuple[Any, Any]]:
+        """The settings that differ from those that the run was started with: before and now.
+
+        Left out are those on which the metrics do not depend, and defaults of settings that did
+        not exist when the run was started.
+        """
         before = _flatten(_without_time_limits(self.read("config.resolved.json")))
         now = _flatten(_without_time_limits(loaded.resolved()))
-        # The metrics do not depend on these.
         ignored = {"output_dir", "trainer_gpu_ids", "trainer.world_size", "trainer.shard"}
         # A run that passed this limit goes on with a higher one.
         ignored.add("orchestrator.max_env_error_frac")
         ignored |= {key for key in {*before, *now} if key.startswith("wandb")}
-        changed = sorted(k for k in {*before, *now} - ignored if before.get(k) != now.get(k))
-        if changed:
-            differences = ", ".join(
-                f"{k} (was {_short(before.get(k))}, now {_short(now.get(k))})" for k in changed[:4]
-            )
-            raise UserError(
-                f"the run in {self.path} was started with other settings: {differences}",
-                where=loaded.provenance.get(changed[0], changed[0]),
-                fix="resume with the same settings, or start a new run with another --output_dir",
-            )
+        ignored |= {k for k in now if k not in before and loaded.provenance.get(k) == "default"}
+        return {
+            key: (before.get(key), now.get(key))
+            for key in {*before, *now} - ignored
+            if before.get(key) != now.get(key)
+        }
 
     def check_same_tasks(self, fingerprint: str) -> None:
         """Raise UserError if a resumed run has other tasks or prompts than the original one."""
@@ -127,6 +135,16 @@ class RunDirectory:
                 where="orchestrator.env, orchestrator.teacher_model.context, model.name",
                 fix="restore the files that define them (tasks, context, chat template), "
                 "or start a new run with another --output_dir",
+            )
+
+    def check_same_adapter(self, digest: str | None) -> None:
+        """Raise UserError if a resumed run would start from another adapter than it did."""
+        before = (self.read("env.json") or {}).get("initial_adapter", digest)
+        if before != digest:
+            raise UserError(
+                f"the run in {self.path} was started from an adapter that has changed since",
+                where="trainer.model.lora.init",
+                fix="restore that adapter, or start a new run with another --output_dir",
             )
 
     def began(self) -> datetime | None:
@@ -150,6 +168,11 @@ class RunDirectory:
         """A metric's values by step, of the records that have it."""
         records = map(json.loads, self.metrics_path.read_bytes().splitlines()[: self.lines()])
         return {r["step"]: r[name] for r in records if r.get(name) is not None}
+
+    def has(self, step: int, metric: str) -> bool:
+        """Whether a record of the step has a metric."""
+        records = map(json.loads, self.metrics_path.read_bytes().splitlines()[: self.lines()])
+        return any(record["step"] == step and metric in record for record in records)
 
     def truncate(self, lines: int) -> None:
         """Keep the first `lines` records. A resumed run repeats those after its checkpoint."""
@@ -198,12 +221,6 @@ def environment_facts() -> dict[str, Any]:
 def finite(value: float) -> float | None:
     """The value, or None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
-
-
-def _short(value: Any) -> str:
-    """A setting on one short line: some hold whole texts."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _json(value: Any) -> str:

@@ -15,7 +15,8 @@ from minidistill.envs.protocol import Environment
 from minidistill.placement.placement import Placement
 from minidistill.reporting.terminal.base import Display
 from minidistill.seeding import stable_seed
-from minidistill.tasks.lengths import check_lengths
+from minidistill.tasks.lengths import PromptLimit
+from minidistill.tasks.measuring import Measurer
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_errors, score, with_advantages
 from minidistill.tasks.sampling import TaskSampler
@@ -28,6 +29,7 @@ from minidistill.types import (
     Role,
     Rollout,
     SamplingParams,
+    Task,
     TeacherScores,
 )
 
@@ -43,6 +45,8 @@ class StepRequests:
     """Each request's prompt, and its number among the samples of that prompt."""
     requests: list[Request]
     params: SamplingParams
+    metrics: Metrics
+    """How many prompts were left out because they are too long, if that is allowed."""
 
 
 class Collector:
@@ -55,16 +59,21 @@ class Collector:
         builder: PromptBuilder,
         placement: Placement,
         display: Display,
+        tasks: Mapping[str, Sequence[Task]] | None = None,
     ) -> None:
+        """`tasks` has those to train on, by environment; by default all of them."""
         self.config, self.environments, self.builder = config, environments, builder
         self.placement, self.display = placement, display
-        self.tasks = TaskSampler(environments, config.seed)
+        self.tasks = TaskSampler(environments, config.seed, tasks)
+        self.measurer = Measurer(builder, config.orchestrator.overlong)
+        self.limit = PromptLimit.of(config, placement.max_length)
 
     def collect(self, engine: Engine, step: int, version: int) -> tuple[list[Rollout], Metrics]:
         """The rollouts of a step, sampled by the weights of `version`, and each stage's time."""
         metrics: Metrics = {}
         began = time.perf_counter()
         drawn = self.draw(step)
+        metrics |= drawn.metrics
         with self.display.phase("sample", len(drawn.requests), "rollouts") as advance:
             completions = engine.generate(drawn.requests, drawn.params, Role.STUDENT, advance)
         metrics |= sampling_metrics(completions, time.perf_counter() - began)
@@ -91,8 +100,12 @@ class Collector:
         """What a step samples: its prompts and requests."""
         orchestrator = self.config.orchestrator
         tasks = self.tasks.draw(step, orchestrator.batch_size // self.group_size)
-        prompts = [self.builder.build(env, task) for env, task in tasks]
-        check_lengths(self.config, self.placement.max_length, prompts)
+        # tasks that are generated are not measured before they are drawn
+        prompts, dropped = self.measurer.fitting_prompts(
+            [self.builder.build(env, task) for env, task in tasks], self.limit
+        )
+        if dropped:
+            logger.warning(f"step {step}: left out {dropped} prompts that are too long")
         jobs = [(prompt, sample) for prompt in prompts for sample in range(self.group_size)]
         requests = [
             Request(prompt.student_ids, stable_seed(self.config.seed, "train", step, index))
@@ -100,7 +113,8 @@ class Collector:
         ]
         sampling = orchestrator.sampling
         params = SamplingParams(sampling.max_tokens, sampling.temperature, self._top_ids)
-        return StepRequests(prompts, jobs, requests, params)
+        metrics = {} if orchestrator.overlong == "refuse" else {"prompts/overlong": float(dropped)}
+        return StepRequests(prompts, jobs, requests, params, metrics)
 
     def rollout(self, prompt: Prompt, sample: int, completion: Completion, version: int) -> Rollout:
         text = self.builder.decode(completion.token_ids)

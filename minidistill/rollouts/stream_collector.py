@@ -131,6 +131,7 @@ class RolloutStream:
         return {
             **trained,
             **self._collected,
+            **self.drawn.metrics,
             "time/wait": self._waited,
             "perf/overlap": max(0.0, hidden / min(self._collecting, training)),
         }

@@ -105,11 +105,12 @@ def _warnings(session: Session, results: dict[str, Any]) -> list[str]:
 def _student_role(session: Session) -> Role:
     """The role that samples as the untrained student does, the cheaper one if there are two.
 
-    Unless the teacher is another model, its weights are the student's before training, and it runs
-    without the adapter.
+    Unless the teacher is another model, or the student starts from a trained adapter, the teacher's
+    weights are the student's before training, and it runs without the adapter.
     """
-    other = session.policy.teacher_weights is Weights.OTHER
-    return Role.STUDENT if other else Role.TEACHER
+    policy = session.policy
+    differs = policy.teacher_weights is Weights.OTHER or not policy.starts_as_base
+    return Role.STUDENT if differs else Role.TEACHER
 
 
 def _mean(values: Sequence[float]) -> float:

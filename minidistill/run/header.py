@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from minidistill.config.adapter import adapter_folder
+from minidistill.config.schema import LoraConfig
 from minidistill.engines.base import Engine
 from minidistill.placement.estimate import Plan
 from minidistill.placement.placement import Placement
@@ -30,18 +32,21 @@ def header(
     """Model, mode, teacher, devices and output. `placement` is the started run's."""
     config = plan.config
     loss, orchestrator, lora = config.trainer.loss, config.orchestrator, config.trainer.model.lora
-    total = sum(p.numel() for p in policy.student.parameters())
     trained = sum(p.numel() for _, p in policy.parameters)
-    size = _millions(total - trained if lora else total)
-    rows = [("model", f"{config.model.name}, {size} parameters, {placement.dtype}")]
+    size = _millions(plan.shape.parameters)
+    weights = f"{config.model.quantization}, computing in " if config.model.quantization else ""
+    model = f"{config.model.name}, {size} parameters, {weights}{placement.dtype}"
+    rows = [("model", model)]
     if lora:
-        adapter = f"LoRA rank {lora.rank}, {_millions(trained)} parameters"
+        adapter = f"{adapter_kind(lora)}, {_millions(trained)} parameters"
         rows.append(("adapter", f"{adapter}, {placement.adapter_dtype}"))
+        if lora.init is not None:
+            rows.append(("starts from", f"the adapter in {adapter_folder(lora.init)}"))
     else:
         rows.append(("trained", "every weight"))
     mode = "pure distillation" if loss.adv_tau == 0 else "hybrid"
-    weights = f"{loss.adv_tau:g} A + {loss.teacher_tau:g} log q - {loss.student_tau:g} log π"
-    rows.append(("mode", f"{mode}: {weights}"))
+    formula = f"{loss.adv_tau:g} A + {loss.teacher_tau:g} log q - {loss.student_tau:g} log π"
+    rows.append(("mode", f"{mode}: {formula}"))
     teacher = TEACHERS[orchestrator.teacher_model.update]
     if config.separate_teacher:
         teacher = f"{config.separate_teacher} with the context"
@@ -67,6 +72,14 @@ def header(
         ("output", str(directory.path)),
     ]
     return Header("minidistill", tuple(rows), config.max_steps, first_step)
+
+
+def adapter_kind(lora: LoraConfig) -> str:
+    """What kind of adapter it is, with its ranks."""
+    name = "DoRA" if lora.use_dora else "LoRA"
+    scale = " (rank-stabilized)" if lora.use_rslora else ""
+    ranks = sorted({lora.rank, *lora.rank_pattern.values()})
+    return f"{name} rank {' and '.join(map(str, ranks))}{scale}"
 
 
 def _prompt_rows(builder: PromptBuilder) -> list[tuple[str, str]]:

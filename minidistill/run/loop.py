@@ -16,6 +16,7 @@ from minidistill.reporting.run_directory import RunDirectory, choose_path
 from minidistill.reporting.terminal import open_display
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run.baseline import evaluate_baseline
+from minidistill.run.resume import is_extended
 from minidistill.run.session import Session, open_session
 from minidistill.run.setup import prepare
 from minidistill.run.summary import finish, show_finished
@@ -30,7 +31,7 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
     display = open_display()
     with contextlib.closing(display), logs.to_terminal(display.note):
         directory = RunDirectory(choose_path(loaded, resume))
-        if resume and show_finished(directory, display):
+        if resume and not is_extended(loaded, directory) and show_finished(directory, display):
             return EXIT_OK
         with logs.to_file(directory.log_path):
             prepared = prepare(loaded, directory, resume, display.phase)
@@ -41,6 +42,8 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
 def _run(session: Session, interrupt: Interrupt) -> int:
     if session.first_step == 1:
         evaluate_baseline(session)
+    elif session.evaluation_missing():
+        session.evaluate(session.first_step - 1)
     last = session.config.max_steps
     for step in range(session.first_step, last + 1):
         train_step(session, step)

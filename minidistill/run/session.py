@@ -67,6 +67,8 @@ class Session:
         self._began, self._seconds_before = time.perf_counter(), 0.0
         if prepared.resume:
             self._resume()
+        if prepared.extended:
+            self.directory.extend(prepared.loaded)
         run_header = header(
             prepared.plan,
             components.placement,
@@ -78,6 +80,8 @@ class Session:
         )
         if not prepared.resume:
             facts = {"header": run_header.rows, "tasks": prepared.fingerprint}
+            if prepared.initial_adapter is not None:
+                facts["initial_adapter"] = prepared.initial_adapter
             if self.builder.began is not None:
                 facts["began"] = self.builder.began.isoformat()
             self.directory.create(prepared.loaded, facts)
@@ -145,6 +149,15 @@ class Session:
     def evaluation_due(self, step: int) -> bool:
         settings = self.config.orchestrator.eval
         return settings is not None and settings.interval > 0 and step % settings.interval == 0
+
+    def evaluation_missing(self) -> bool:
+        """Whether the step before the first one lacks an evaluation that is due.
+
+        It was the last step of a run that is extended, which is evaluated after its checkpoint.
+        """
+        step = self.first_step - 1
+        due = self.evaluation_due(step) and step < self.config.max_steps
+        return due and not self.directory.has(step, "eval/completions/length_mean")
 
     def evaluate(self, step: int) -> Scores:
         """Evaluate the student without the context."""

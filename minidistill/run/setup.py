@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 
 from minidistill.config import Config, LoadedConfig
+from minidistill.config.adapter import initial_adapter_digest
 from minidistill.engines.base import Engine
 from minidistill.engines.launch import EngineLauncher
 from minidistill.envs.isolated import IsolatedEnvironment, close_environments
-from minidistill.envs.protocol import Environment, take_tasks
+from minidistill.envs.protocol import Environment
 from minidistill.envs.registry import load_environments
-from minidistill.errors import UserError
-from minidistill.evaluation.evaluator import Evaluator, evaluation_prompts, held_out
+from minidistill.evaluation.evaluator import Evaluator, held_out
 from minidistill.evaluation.intervals import MIN_TASKS
 from minidistill.evaluation.verdict import ENOUGH_TASKS, NO_BASELINE, points, too_few
 from minidistill.models.hub import load_teacher_tokenizer, load_tokenizer
@@ -36,11 +35,12 @@ from minidistill.rollouts.collector import Collector
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run import preflight
 from minidistill.run.model_checks import DOING, check_model
+from minidistill.run.resume import is_extended
 from minidistill.tasks.chat_template import TemplateSettings
-from minidistill.tasks.lengths import check_lengths
+from minidistill.tasks.lengths import PromptLimit
+from minidistill.tasks.measuring import Measurer, no_progress, refuse_empty
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_rewards
-from minidistill.tasks.sampling import fingerprint
 from minidistill.trainer.build import build_trainer
 from minidistill.trainer.distributed.launcher import RankLauncher
 from minidistill.trainer.forward import PrefixCache
@@ -49,7 +49,7 @@ from minidistill.trainer.loading import load_policy
 from minidistill.trainer.policy import Policy
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.trainer.trainer import Trainer
-from minidistill.types import Advance, Phase, Prompt
+from minidistill.types import Phase, Prompt, Task
 
 logger = logging.getLogger(__name__)
 SMALLER_MODEL = {
@@ -57,9 +57,6 @@ SMALLER_MODEL = {
     "fix": 'use a smaller model or model.dtype = "bfloat16", train an adapter instead of every '
     "weight, or give engines on this GPU less (inference.gpu_memory_utilization)",
 }
-CHECKED_TASKS = 32  # prompts checked before the run, of a split that generates its tasks
-CHECKED_LIST = 2000  # prompts checked before the run, of a split that is a list
-
 STREAMED_TOKENS = 2048
 """Of a part that is trained while others are sampled, for each rank. Smaller passes cost more than
 they hide (docs/performance.md)."""
@@ -71,17 +68,23 @@ class Prepared:
 
     loaded: LoadedConfig
     resume: bool
+    extended: bool
+    """The run is resumed with more steps than it was started with."""
     directory: RunDirectory
     tokenizer: Any
     environments: Mapping[str, Environment]
+    train_tasks: Mapping[str, Sequence[Task]]
+    """By environment, without those that are too long."""
     evaluation_environments: Mapping[str, Environment]
     evaluation_prompts: Mapping[str, Sequence[Prompt]]
     """By environment; empty if the run does not evaluate."""
     builder: PromptBuilder
     prompts: Sequence[Prompt]
-    """The prompts that were checked."""
+    """The first ones, for the checks of the model."""
     fingerprint: str
     """Of the tasks and prompts: a resumed run must have the same."""
+    initial_adapter: str | None
+    """A hash of the adapter that the run starts from. None: a new one, or every weight."""
     plan: Plan
 
     @property
@@ -133,11 +136,6 @@ class Components:
                 collector.close()
 
 
-@contextlib.contextmanager
-def no_progress(name: str, total: int, unit: str) -> Iterator[Advance]:
-    yield lambda count: None
-
-
 def prepare(
     loaded: LoadedConfig, directory: RunDirectory, resume: bool, phase: Phase = no_progress
 ) -> Prepared:
@@ -148,8 +146,10 @@ def prepare(
     Raises UserError for errors the user can fix.
     """
     config, orchestrator = loaded.config, loaded.config.orchestrator
+    extended = resume and is_extended(loaded, directory)
+    initial_adapter = initial_adapter_digest(config)
     if resume:
-        directory.check_same_config(loaded)
+        directory.check_same_adapter(initial_adapter)
     check_monitors(config)
     refuse_adapters(config)
     tokenizer = load_tokenizer(config)
@@ -157,35 +157,43 @@ def prepare(
     check_rewards(config, environments)
     began = directory.began() if resume else None
     builder = _prompt_builder(config, tokenizer, began or datetime.now())
-    prompts = _prompts_to_check(environments, builder, phase)
-    tasks = fingerprint(environments, prompts)
-    if resume:
-        directory.check_same_tasks(tasks)
-    preflight.check_prompts(config, builder, prompts)
+    preflight.check_prompts(config, builder, _first_prompts(environments, builder))
     plan = _plan(loaded)
-    check_lengths(config, plan.placement.max_length, prompts)
-    evaluated, by_env = environments, {}
-    if orchestrator.eval is not None:
-        if orchestrator.eval.env is not None:
-            evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
-        check_rewards(config, evaluated, evaluated=True)
-        by_env = evaluation_prompts(evaluated, builder, orchestrator.eval.num_examples, phase)
-        for env_prompts in by_env.values():
-            check_lengths(config, plan.placement.max_length, env_prompts)
     _check_memory(loaded, plan)
+    evaluated = environments
+    if orchestrator.eval is not None and orchestrator.eval.env is not None:
+        evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
+    if orchestrator.eval is not None:
+        check_rewards(config, evaluated, evaluated=True)
+    # the longest check comes last
+    limit = PromptLimit.of(config, plan.placement.max_length)
+    eval_limit = PromptLimit.of(config, plan.placement.max_length, evaluation=True)
+    measurer = Measurer(builder, orchestrator.overlong, phase)
+    measured = measurer.measure(environments, limit, eval_limit)
+    if resume:
+        directory.check_same_tasks(measured.fingerprint)
+    by_env: dict[str, Sequence[Prompt]] = {}
+    if orchestrator.eval is not None:
+        tasks = measured.eval
+        if orchestrator.eval.env is not None:
+            tasks = {n: measurer.fitting(n, e.eval, eval_limit) for n, e in evaluated.items()}
+        by_env = _evaluation_prompts(tasks, measurer, eval_limit, orchestrator.eval.num_examples)
     _tell_what_the_scoreboard_lacks(config, evaluated, by_env)
     check_weights(config)  # last, because it may download them
     return Prepared(
         loaded=loaded,
         resume=resume,
+        extended=extended,
         directory=directory,
         tokenizer=tokenizer,
         environments=environments,
+        train_tasks=measured.train,
         evaluation_environments=evaluated,
         evaluation_prompts=by_env,
         builder=builder,
-        prompts=prompts,
-        fingerprint=tasks,
+        prompts=measured.prompts,
+        fingerprint=measured.fingerprint,
+        initial_adapter=initial_adapter,
         plan=plan,
     )
 
@@ -223,7 +231,14 @@ def build(prepared: Prepared, display: Display) -> Components:
             prefixes = PrefixCache(policy, shares)
             trainer = build_trainer(policy, config, placement, ranks.group, prefixes)
         engine = launcher.attach(policy, prefixes)
-        collector = Collector(config, prepared.environments, prepared.builder, placement, display)
+        collector = Collector(
+            config,
+            prepared.environments,
+            prepared.builder,
+            placement,
+            display,
+            prepared.train_tasks,
+        )
         evaluator = None
         if config.orchestrator.eval is not None:
             evaluator = Evaluator(
@@ -312,21 +327,22 @@ def _tell_what_the_scoreboard_lacks(
         )
 
 
-def _prompts_to_check(
-    environments: Mapping[str, Environment], builder: PromptBuilder, phase: Phase
-) -> list[Prompt]:
-    prompts = []
+def _first_prompts(environments: Mapping[str, Environment], builder: PromptBuilder) -> list[Prompt]:
+    """The first prompt of each environment. Others are measured later."""
     for name, environment in environments.items():
-        for split in (environment.train, environment.eval):
-            if len(split) == 0:
-                raise UserError(
-                    f"the environment {name!r} has no tasks in a split",
-                    where="orchestrator.env",
-                    fix="give it at least one task for training and one for evaluation",
-                )
-            limit = CHECKED_LIST if isinstance(split, list | tuple) else CHECKED_TASKS
-            numbers = range(min(limit, len(split)))
-            with phase(f"tasks of {name}", len(numbers), "tasks") as advance:
-                tasks = take_tasks(split, numbers, advance)
-            prompts += [builder.build(name, task) for task in tasks]
-    return prompts
+        refuse_empty(name, environment.train)
+    return [builder.build(name, environment.train[0]) for name, environment in environments.items()]
+
+
+def _evaluation_prompts(
+    tasks: Mapping[str, Sequence[Task]], measurer: Measurer, limit: PromptLimit, count: int
+) -> dict[str, Sequence[Prompt]]:
+    """The prompts of the first `count` tasks of each environment. Raises UserError."""
+    by_env: dict[str, Sequence[Prompt]] = {}
+    for name, split in tasks.items():
+        chosen = measurer.take(name, split, min(count, len(split)))
+        prompts = [measurer.builder.build(name, task) for task in chosen]
+        by_env[name], dropped = measurer.fitting_prompts(prompts, limit)
+        if dropped:
+            logger.warning(f"left out {dropped} evaluation prompts of {name} that are too long")
+    return by_env

@@ -125,14 +125,18 @@ def _fill_in(session: Session, board: dict[str, Any], passes: dict[str, Pass]) -
 
 
 def show_finished(directory: RunDirectory, display: Display) -> bool:
-    """Show the scoreboard of a finished run, and write its report if there is none.
+    """Say that a run has finished and show its scoreboard. Write its report if there is none.
 
-    Returns whether the run has finished.
+    Returns False, and does nothing, if the run has not finished.
     """
     board = directory.read(FILE)
     if not board or board.get(MISSING):
         return False
     display.scoreboard(board)
+    logger.info(
+        f"{directory.path} is already finished: {board['steps']} steps. A larger --max_steps "
+        "extends it"
+    )
     if not (directory.path / "report.html").exists():
         write_report(directory.path)
     return True

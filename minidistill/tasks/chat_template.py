@@ -17,6 +17,7 @@ from jinja2 import TemplateError, nodes
 
 from minidistill.errors import UserError
 from minidistill.tasks.control_tokens import ControlTokens
+from minidistill.tasks.messages import plain_messages
 from minidistill.types import Message
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class ChatTemplate:
             arguments |= {"chat_template": _FIXED_DATES + source, "fixed_dates": self.dates}
         try:
             text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                plain_messages(messages),
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,

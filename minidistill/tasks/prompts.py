@@ -20,6 +20,7 @@ from minidistill.tasks.chat_template import (
     TemplateSettings,
     check_arguments,
 )
+from minidistill.tasks.messages import plain_messages
 from minidistill.types import Message, Prompt, Task
 
 if TYPE_CHECKING:
@@ -78,14 +79,15 @@ class PromptBuilder:
         Raises UserError if its messages have no place for the context, or contain control tokens
         that cannot be encoded as text.
         """
-        student_text, student_ids = self.student.view(task.messages, tools)
-        messages = self.with_context(task.messages)
+        plain = plain_messages(task.messages)
+        student_text, student_ids = self.student.view(plain, tools)
+        messages = self.with_context(plain)
         teacher_text, teacher_ids = self.teacher.view(messages, tools)
         own_context_ids: tuple[int, ...] = ()
         if self.teacher is not self.student:
             _, own_context_ids = self.student.view(messages, tools)
         self._say("the context", self.context)
-        self._say(f"task {task.id} of {env}", [*task.messages, *(tools or ())], "tasks")
+        self._say(f"task {task.id} of {env}", [*plain, *(tools or ())], "tasks")
         return Prompt(
             env, task, student_text, teacher_text, student_ids, teacher_ids, own_context_ids
         )
@@ -122,7 +124,7 @@ class PromptBuilder:
 
     def with_context(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """A copy of the messages with the context in its place."""
-        out = [dict(message) for message in messages]
+        out = plain_messages(messages)
         if not self.context:
             return out
         indices = (i for i, message in enumerate(out) if message["role"] == self.placement)
@@ -134,11 +136,11 @@ class PromptBuilder:
                     where="orchestrator.teacher_model.context_placement",
                     fix='use context_placement = "system"',
                 )
-            out[index]["content"] = _join(self.context, out[index]["content"])
+            out[index]["content"] = self.context + (out[index].get("content") or "")
         elif index is None:
             out.insert(0, {"role": "system", "content": self.default_system + self.context})
         else:
-            out[index]["content"] = _join(out[index]["content"], self.context)
+            out[index]["content"] = (out[index].get("content") or "") + self.context
         return out
 
     @property
@@ -165,14 +167,14 @@ class PromptBuilder:
 
     def boundary_warning(self, prompt: Prompt) -> str | None:
         """A warning if no white space separates the context from the text beside it, else None."""
-        messages = prompt.task.messages
-        content = next((m["content"] for m in messages if m["role"] == self.placement), None)
+        messages = plain_messages(prompt.task.messages)
+        content = next((m.get("content") for m in messages if m["role"] == self.placement), None)
         if self.placement == "user":
-            left, right = self.context, _edge_text(content, 0)
+            left, right = self.context, content or ""
         elif content is None:
             left, right = self.default_system, self.context
         else:
-            left, right = _edge_text(content, -1), self.context
+            left, right = content, self.context
         boundary = left[-1:] + right[:1]
         if len(boundary) < 2 or boundary[0].isspace() or not boundary[1].isalnum():
             return None
@@ -188,20 +190,3 @@ def _own_template(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizer
         student.chat_template,
         student.special_tokens_map,
     )
-
-
-def _join(first: Any, second: Any) -> Any:
-    """Concatenate two contents, each a string or a list of typed parts."""
-    if isinstance(first, str) and isinstance(second, str):
-        return first + second
-    return [*_parts(first), *_parts(second)]
-
-
-def _parts(content: Any) -> list[Any]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-
-
-def _edge_text(content: Any, index: int) -> str:
-    """The text of a content's first (0) or last (-1) part, "" if there is none."""
-    parts = _parts(content or "")
-    return parts[index].get("text", "") if parts else ""

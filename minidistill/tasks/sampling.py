@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,9 +21,16 @@ class TaskSampler:
     tasks that the uninterrupted run would have drawn.
     """
 
-    def __init__(self, environments: Mapping[str, Environment], seed: int) -> None:
-        self.environments, self.seed = environments, seed
-        sizes = [len(environment.train) for environment in environments.values()]
+    def __init__(
+        self,
+        environments: Mapping[str, Environment],
+        seed: int,
+        tasks: Mapping[str, Sequence[Task]] | None = None,
+    ) -> None:
+        """`tasks` has those to draw, by environment; by default all of their training splits."""
+        self.seed = seed
+        self.tasks = tasks or {name: env.train for name, env in environments.items()}
+        sizes = [len(tasks) for tasks in self.tasks.values()]
         self.starts = np.cumsum([0, *sizes])  # index of its first task among all
         if not len(self):
             raise UserError(
@@ -40,10 +47,10 @@ class TaskSampler:
         """The `count` tasks of a step, each with its environment's name. Steps count from 1."""
         numbers = [self._task_index(i) for i in range((step - 1) * count, step * count)]
         drawn: dict[int, tuple[str, Task]] = {}
-        for env, (name, environment) in enumerate(self.environments.items()):
+        for env, (name, split) in enumerate(self.tasks.items()):
             first, end = int(self.starts[env]), int(self.starts[env + 1])
             own = [number for number in numbers if first <= number < end]
-            tasks = take_tasks(environment.train, [number - first for number in own])
+            tasks = take_tasks(split, [number - first for number in own])
             drawn |= {number: (name, task) for number, task in zip(own, tasks, strict=True)}
         return [drawn[number] for number in numbers]
 
@@ -55,10 +62,23 @@ class TaskSampler:
         return int(self._order[1][offset])
 
 
-def fingerprint(environments: Mapping[str, Environment], prompts: Iterable[Prompt]) -> str:
-    """A hash of the number of tasks, and of the ids, token ids and answers of `prompts`."""
-    sizes = [[name, len(e.train), len(e.eval)] for name, e in environments.items()]
-    contents = [[p.env, p.task.id, p.student_ids, p.teacher_ids, p.task.answer] for p in prompts]
-    # an answer that is not plain data counts by its type, which is the same in every process
-    text = json.dumps([sizes, contents], skipkeys=True, default=lambda value: type(value).__name__)
-    return hashlib.sha256(text.encode()).hexdigest()
+class Fingerprint:
+    """A hash of the numbers of tasks, and of the ids, token ids and answers of prompts."""
+
+    def __init__(self, environments: Mapping[str, Environment]) -> None:
+        sizes = [[name, len(e.train), len(e.eval)] for name, e in environments.items()]
+        self._hash = hashlib.sha256(f"[{json.dumps(sizes)}, [".encode())
+        self._separator = ""
+
+    def add(self, prompt: Prompt) -> None:
+        task = prompt.task
+        content = [prompt.env, task.id, prompt.student_ids, prompt.teacher_ids, task.answer]
+        # an answer that is not plain data counts by its type, the same in every process
+        text = json.dumps(content, skipkeys=True, default=lambda value: type(value).__name__)
+        self._hash.update((self._separator + text).encode())
+        self._separator = ", "
+
+    def hexdigest(self) -> str:
+        whole = self._hash.copy()
+        whole.update(b"]]")
+        return whole.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Collection
@@ -11,12 +10,12 @@ from typing import Any
 import torch
 
 from minidistill.config import Config
-from minidistill.config.schema import LoraConfig
 from minidistill.errors import UserError
 from minidistill.models.auto import outside_text
 from minidistill.models.weights import load_weights
 from minidistill.placement.placement import Placement
 from minidistill.trainer import attention
+from minidistill.trainer.adapter import add_adapter
 from minidistill.trainer.head import PRODUCT, find_logit_map
 from minidistill.trainer.modes import checkpoint_activations, set_dropout
 from minidistill.trainer.policy import Policy, Weights, frozen_copy
@@ -33,8 +32,8 @@ def load_policy(
 
     `end_of_turn_ids` are the tokens that end an assistant's turn in the chat templates.
 
-    Under LoRA the base is frozen and gets a new adapter (B = 0), whose initialization depends on
-    `config.seed` only. Otherwise every weight is trained, and a frozen teacher is a second copy.
+    Under LoRA the base is frozen and gets an adapter: see `add_adapter`. Otherwise
+    every weight is trained, and a frozen teacher is a second copy.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = config.trainer.model
@@ -42,7 +41,10 @@ def load_policy(
     dtype = getattr(torch, placement.dtype)
     attention.register()
     implementation = placement.attention.implementation
-    base = _load_weights(config, config.model.name, dtype, device, implementation)
+    quantization = config.model.quantization
+    base = _load_weights(
+        config, config.model.name, dtype, device, implementation, quantization=quantization
+    )
     logit_map = find_logit_map(base)
     if placement.ac_freq:
         checkpoint_activations(base, placement.ac_freq)
@@ -58,13 +60,15 @@ def load_policy(
         if in_trainer and teacher is Weights.BASE:
             reference_models[Weights.BASE] = frozen_copy(base)
     else:
-        model = _with_adapter(config, settings.lora, base, placement.adapter_dtype)
+        adapter_dtype = getattr(torch, placement.adapter_dtype or placement.dtype)
+        model = add_adapter(settings.lora, base, adapter_dtype, config.seed)
     dropout = settings.lora is not False and settings.lora.dropout > 0
     set_dropout(model, dropout)
     end_ids = _end_ids(base, tokenizer, end_of_turn_ids)
     policy = Policy(model, tokenizer, end_ids, device, teacher, reference_models)
     policy.attention, policy.dropout = placement.attention, dropout
     policy.logit_map, policy.other_logit_map = logit_map, other_logit_map
+    policy.starts_as_base = settings.lora is False or settings.lora.init is None
     if teacher is Weights.EMA:
         policy.add_ema()
     return policy
@@ -85,9 +89,29 @@ def _load_weights(
     device: torch.device,
     implementation: str | None,
     key: str = "model.name",
+    quantization: str | None = None,
 ) -> Any:
-    attention = {} if implementation is None else {"attn_implementation": implementation}
-    return load_weights(config, name, key, dtype=dtype, **attention).to(device)
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if implementation is not None:
+        arguments["attn_implementation"] = implementation
+    if quantization is not None:
+        # weights are quantized on the device as they are read, and cannot be moved after that
+        arguments |= {"quantization_config": four_bit(dtype), "device_map": {"": device}}
+    model = load_weights(config, name, key, **arguments)
+    return model if quantization else model.to(device)
+
+
+def four_bit(dtype: torch.dtype) -> Any:
+    """How transformers quantizes a model to NF4: linear layers except the head, with their scales
+    quantized too, computing in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _load_other(
@@ -106,40 +130,6 @@ def _load_other(
             where="teacher_inference.model.name",
             fix='set trainer.loss.estimator = "sampled" with inference.engine = "vllm", which '
             "compares the sampled tokens only",
-        )
-    return model
-
-
-def _with_adapter(config: Config, lora: LoraConfig, base: Any, dtype: str | None) -> Any:
-    import peft
-
-    torch.manual_seed(config.seed)
-    try:
-        model = peft.get_peft_model(
-            base,
-            peft.LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions
-                lora_dropout=lora.dropout,
-                target_modules=lora.target_modules,
-                exclude_modules=outside_text(base) or None,
-                task_type="CAUSAL_LM",
-            ),
-            # else the adapter gets the base's dtype, and peft casts neither inputs nor outputs
-            autocast_adapter_dtype=dtype == "float32",
-        )
-    except ValueError as error:
-        raise UserError(
-            f"this model cannot have an adapter: {str(error).splitlines()[0]}",
-            where="trainer.model.lora.target_modules",
-            fix="name linear layers of the model that can have one, as peft's message says",
-        ) from error
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    if isinstance(base.get_output_embeddings(), peft.tuners.lora.LoraLayer):
-        raise UserError(
-            "the LM head would get an adapter: the loss needs one head for student and teacher",
-            where="trainer.model.lora.target_modules",
-            fix="leave the output embedding out",
         )
     return model
 

@@ -30,6 +30,12 @@ def learning_rate(config: Config, step: int) -> float:
     return schedule.min_lr + (optim.lr - schedule.min_lr) * shape
 
 
+def rate_depends_on_max_steps(config: Config) -> bool:
+    """Whether the learning rate of a step would be another one in a run of another length."""
+    schedule = config.trainer.scheduler
+    return schedule.type != "constant" and schedule.decay_steps is None
+
+
 class Optimizer:
     """AdamW with a clipped global norm, whose state is plain tensors by parameter name.
 

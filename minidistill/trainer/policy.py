@@ -72,6 +72,8 @@ class Policy:
     """Whether prompts of different lengths can be sampled from together, padded on the left."""
     can_sample: bool = True
     """Whether these models can be sampled from in this process."""
+    starts_as_base: bool = True
+    """Before training, the student is the model as it was loaded, and not a trained adapter."""
     _current: Any = None
     _averages: dict[str, Tensor] = field(default_factory=dict)
     """The averaged weights in fp32, if the model computes in half precision."""
@@ -247,6 +249,8 @@ class Policy:
                 autocast_adapter_dtype=all(p.dtype == torch.float32 for _, p in self.parameters),
             )
             self.model.base_model.set_adapter(student)
+            for (_, trained), average in zip(self.parameters, self._ema().values(), strict=True):
+                average.data = average.data.to(trained.dtype)  # peft makes 4-bit layers' fp32
             set_dropout(self.model, self.dropout)
             self.update_ema(0.0)
         else:

@@ -269,10 +269,35 @@ def test_unreadable_files(tmp_path: Path) -> None:
     assert "a.toml:2, column 8" in error.where
     assert "cannot read" in refusal(tmp_path, BASE, "missing.toml").what
     assert "cannot read" in refusal(tmp_path, BASE, str(tmp_path)).what
-    (tmp_path / "b.toml").write_bytes(b"\xff")
-    assert "UTF-8" in refusal(tmp_path, BASE, str(tmp_path / "b.toml")).what
+    (tmp_path / "b.toml").write_bytes(b"a = 1\r\nb = '\xff'")
+    error = refusal(tmp_path, BASE, str(tmp_path / "b.toml"))
+    assert error.what.endswith("b.toml is not UTF-8 text: the byte 0xff")
+    assert error.where.endswith("b.toml:2, column 6")
     assert "TOML" in refusal(tmp_path, f"seed = {'9' * 5000}").what
     both = BASE.replace("context =", 'context_file = "x"\ncontext =')
     assert "both context and context_file" in refusal(tmp_path, both).what
     missing = refusal(tmp_path, BASE.replace('context = "Think."', 'context_file = "x.txt"'))
     assert missing.where.endswith("a.toml:2, orchestrator.teacher_model.context_file")
+
+
+@pytest.mark.parametrize(
+    "text", ["seed = 1\nseed = 2", "[ckpt]\nkeep = 1\n[ckpt]\n", "ckpt = { keep = 1, keep = 2 }"]
+)
+def test_a_key_that_is_there_twice_is_refused(text: str, tmp_path: Path) -> None:
+    error = refusal(tmp_path, text)
+    assert "there twice" in error.what or "Duplicate" in error.what
+    assert error.fix == "keep one of the two"
+
+
+def test_a_key_that_is_twice_in_a_flag_is_refused(tmp_path: Path) -> None:
+    flag = '--orchestrator.env.0.args={"a": 1, "a": 2}'
+    assert "the key 'a' is there twice" in refusal(tmp_path, BASE, flag).what
+
+
+def test_files_are_read_as_text_editors_write_them(tmp_path: Path) -> None:
+    """With a byte order mark and Windows' line ends, which are no part of the text."""
+    (tmp_path / "persona.txt").write_bytes("\ufeffBe kind.\r\n\r\n".encode())
+    text = BASE.replace('context = "Think."', 'context_file = "persona.txt"').replace("\n", "\r\n")
+    (tmp_path / "bom.toml").write_bytes(("\ufeff" + text).encode())
+    loaded = load_config([str(tmp_path / "bom.toml")])
+    assert loaded.config.orchestrator.teacher_model.context == "Be kind.\n\n"

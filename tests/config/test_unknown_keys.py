@@ -22,7 +22,7 @@ orchestrator.teacher_model.model.name teacher_rollout_model.name orchestrator.ma
 orchestrator.teacher_rollout_model orchestrator.oversampling_factor orchestrator.token_batch_size
 trainer.model.experimental.x trainer.model.fsdp_cpu_offload trainer.model.compile
 trainer.dist_timeout_seconds trainer.memory_profiler_path slurm.job_name deployment.type
-trainer.model.lora.use_dora trainer.model.lora.modules_to_save trainer.model.lora.bias
+trainer.model.lora.modules_to_save trainer.model.lora.bias
 ckpt.keep_last ckpt.resume_step
 """
 

@@ -127,6 +127,18 @@ def test_a_multimodal_model_is_served_for_text_alone(
     }, "the vision tower has others"  # fmt: skip
 
 
+def test_options_with_ranks_by_layer(
+    configure: Configure, version: Callable[[str | None], None]
+) -> None:
+    version("0.32.0")
+    flags = ("--trainer.model.lora.rank_pattern", "{ q_proj = 33, k_proj = 4 }")
+    flags = ("--inference.engine", "vllm", *flags, "--trainer.model.lora.use_rslora")
+    engine_options = options(configure(*flags).config)
+    assert engine_options.arguments["max_lora_rank"] == 64
+    assert engine_options.adapter["rank_pattern"] == {"q_proj": 33, "k_proj": 4}
+    assert engine_options.adapter["use_rslora"] is True
+
+
 def test_options_on_gpus(configure: Configure, version: Callable[[str | None], None]) -> None:
     version("0.32.0")
     config = configure("--inference.engine", "vllm", "--inference.parallel.tp", "2").config

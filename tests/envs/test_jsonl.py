@@ -182,6 +182,7 @@ def chat(*messages: Any) -> dict[str, Any]:
 
 
 USER = {"role": "user", "content": "x"}
+TEXT = {"type": "text", "text": "One. "}
 LINES: dict[str, tuple[Any, str]] = {
     "not JSON": ("{prompt: a}", "not JSON"),
     "half a line": ('{"prompt": "a', "not JSON"),
@@ -200,7 +201,19 @@ LINES: dict[str, tuple[Any, str]] = {
     "an unknown role": (chat(USER, {**USER, "role": "human"}), "[1]` has the role 'human'"),
     "a role of another type": (chat({**USER, "role": ["user"]}), "has the role ['user']"),
     "empty content": (chat({**USER, "content": ""}), "`messages[0].content` is empty"),
-    "content in parts": (chat({**USER, "content": [1]}), "`messages[0].content` is [1], not text"),
+    "a part of another type": (
+        chat({**USER, "content": [TEXT, {"type": "image_url", "image_url": "x"}]}),
+        "`messages[0].content`: part 1 is 'image_url', and only text can be distilled",
+    ),
+    "a part without a type": (chat({**USER, "content": [1]}), "`messages[0].content`: part 0 is 1"),
+    "a text part without text": (
+        chat({**USER, "content": [{"type": "text"}]}), "part 0 is not an object of type and text",
+    ),
+    "parts without text": (chat({**USER, "content": []}), "`messages[0].content` is empty"),
+    "a key twice": ('{"prompt": "b", "prompt": "c"}', "the key 'prompt' is there twice"),
+    "a key of a table twice": (
+        '{"prompt": "b", "level": {"a": 1, "a": 1}}', "the key 'a' is there twice",
+    ),
     "an answer last": (
         chat(USER, {"role": "assistant", "content": "y"}), "does not end with a user message",
     ),
@@ -224,19 +237,35 @@ def test_an_invalid_line_is_refused(name: str) -> None:
     line, what = LINES[name]
     error = refusal([GOOD, "", line, GOOD])
     assert what in error.what
-    assert error.where == "prompts.jsonl:3"
+    assert error.where.split(",")[0] == "prompts.jsonl:3"
+
+
+def test_invalid_json_is_refused_with_its_column() -> None:
+    error = refusal([GOOD, '{"prompt": "a" "b"}'])
+    assert error.where == "prompts.jsonl:2, column 16"
+    assert "Expecting ',' delimiter" in error.what
+
+
+def test_text_parts_become_one_text() -> None:
+    lines = chat({**USER, "content": [TEXT, {"type": "text", "text": "Two."}]})
+    env = load([lines, GOOD])
+    messages = {task.place: task.messages for task in [*env.train, *env.eval]}
+    assert messages["prompts.jsonl:1"] == ({"role": "user", "content": "One. Two."},)
 
 
 def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     error = refusal(path="absent.jsonl")
-    assert error.what == "jsonl: cannot read absent.jsonl: No such file or directory"
-    assert error.where == str(tmp_path / "absent.jsonl")
+    assert error.what == "cannot read absent.jsonl: No such file or directory"
+    assert error.where == "args.path"
     assert f"relative to the current directory, {tmp_path}" in error.fix
-    assert "eval_path is relative" in refusal([GOOD], eval_path="absent.jsonl").fix
+    assert refusal([GOOD], eval_path="absent.jsonl").where == "args.eval_path"
     assert "Is a directory" in refusal(path=".").what
     Path("latin.jsonl").write_bytes(b'{"prompt": "a"}\n\n{"prompt": "\xe9"}')
     error = refusal(path="latin.jsonl")
-    assert (error.what, error.where) == ("jsonl: the text is not UTF-8", "latin.jsonl:3")
+    assert error.what == "latin.jsonl is not UTF-8 text: the byte 0xe9"
+    assert error.where == "latin.jsonl:3, column 13"
+    Path("notepad.jsonl").write_bytes('{"prompt": "a"}'.encode("utf-16"))
+    assert "it seems to be UTF-16" in refusal(path="notepad.jsonl").what
 
 
 def test_impossible_splits_are_refused() -> None:

@@ -106,6 +106,7 @@ CASES = [
     ("tiny-sokoban", torch.float32, "--trainer.packing --model.attn sdpa"),
     ("qwen3", torch.bfloat16, "--model.attn varlen"),
     ("llama", torch.float32, ""),
+    ("llama", torch.float32, "--trainer.model.lora.use_dora"),
     ("qwen3", torch.bfloat16, ""),
     ("qwen3", torch.bfloat16, "--trainer.model.ac"),
     ("qwen3", torch.bfloat16, "--trainer.model.lora.dtype base"),

@@ -8,6 +8,7 @@ import pytest
 from support.paths import ROOT
 
 from minidistill.config import load_config
+from minidistill.config.schema import LoraConfig
 from minidistill.errors import UserError
 from minidistill.models.hub import load_model_config
 from minidistill.placement.engine_memory import CONTEXT, ENGINE_TOKENS, GRAPHS
@@ -53,8 +54,19 @@ def test_counts_of_qwen3_4b() -> None:
     assert kv_bytes_per_token(model, 2, tp=2) == 147_456 // 2
     assert kv_bytes_per_token(model, 2, tp=16) == 147_456 // 8  # heads are not split
     linears = 2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728)
-    assert shape.adapter(16, "all-linear") == 36 * 16 * linears == 33_030_144
-    assert shape.adapter(8, ["q_proj"]) == 36 * 8 * (2560 + 4096)
+    assert shape.adapter(LoraConfig()) == 36 * 16 * linears == 33_030_144
+    assert shape.adapter(LoraConfig(rank=8, target_modules=["q_proj"])) == 36 * 8 * (2560 + 4096)
+    two = LoraConfig(
+        rank=8,
+        target_modules=["q_proj", "k_proj"],
+        rank_pattern={r"layers\.[0-9]\.self_attn\.q": 2},
+    )
+    plain = 36 * 8 * (2560 + 4096 + 2560 + 1024)
+    assert shape.adapter(two) == plain, "the pattern ends within a name"
+    ends = two.model_copy(update={"rank_pattern": {r"layers\.[0-9]\.self_attn\.q_proj": 2}})
+    assert shape.adapter(ends) == plain - 10 * 6 * (2560 + 4096)
+    dora = two.model_copy(update={"use_dora": True})
+    assert shape.adapter(dora) == plain + 36 * (4096 + 1024)
 
 
 def test_counts_of_qwen3_06b() -> None:

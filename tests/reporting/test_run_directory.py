@@ -22,6 +22,7 @@ from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.files import write_atomic
 from minidistill.reporting.rollout_log import TokenTexts, write_rollouts
 from minidistill.reporting.run_directory import RunDirectory, choose_path
+from minidistill.run.resume import is_extended
 from minidistill.types import Completion, Prompt, Reward, Rollout, Task, TokenFigures
 
 CONFIG = """\
@@ -141,15 +142,48 @@ def test_files_of_a_new_run(run: RunDirectory, load: Callable[..., LoadedConfig]
 def test_a_run_is_resumed_only_with_the_same_settings(
     run: RunDirectory, load: Callable[..., LoadedConfig]
 ) -> None:
-    run.check_same_config(load())
-    run.check_same_config(load("--output_dir", "elsewhere", "--wandb.project", "p"))
+    assert not is_extended(load(), run)
+    assert not is_extended(load("--output_dir", "elsewhere", "--wandb.project", "p"), run)
     with pytest.raises(UserError) as caught:
-        run.check_same_config(load("--seed", "7", "--trainer.loss.adv_tau", "0"))
+        is_extended(load("--seed", "7", "--trainer.loss.adv_tau", "0"), run)
     assert "seed (was 0, now 7)" in caught.value.what
     assert "trainer.loss.adv_tau (was 0.5, now 0" in caught.value.what
     assert caught.value.where == "--seed"
     with pytest.raises(UserError, match=r"teacher_model\.context"):
-        run.check_same_config(load("--orchestrator.teacher_model.context", "other"))
+        is_extended(load("--orchestrator.teacher_model.context", "other"), run)
+
+
+def test_a_run_is_extended_where_its_learning_rates_allow_it(
+    run: RunDirectory, load: Callable[..., LoadedConfig]
+) -> None:
+    assert is_extended(load("--max_steps", "101"), run)  # constant, the default
+    with pytest.raises(UserError, match="cannot be lowered to 99"):
+        is_extended(load("--max_steps", "99"), run)
+    for flags, extends in (
+        (("linear", "--trainer.scheduler.decay_steps", "50"), True),
+        (("cosine",), False),
+    ):
+        flags = ("--trainer.scheduler.type", *flags)
+        other = RunDirectory(Path(f"runs/{flags[1]}"))
+        other.create(load(*flags), {})
+        if extends:
+            assert is_extended(load(*flags, "--max_steps", "200"), other)
+            continue
+        with pytest.raises(UserError, match="depends on max_steps") as caught:
+            is_extended(load(*flags, "--max_steps", "200"), other)
+        assert (caught.value.exit_code, caught.value.where) == (EXIT_USAGE, "--max_steps")
+        assert 'trainer.model.lora.init = "runs/cosine"' in caught.value.fix
+
+
+def test_settings_that_are_newer_than_a_run_do_not_keep_it_from_resuming(
+    run: RunDirectory, load: Callable[..., LoadedConfig]
+) -> None:
+    settings = run.read("config.resolved.json")
+    del settings["orchestrator"]["overlong"]
+    run.write("config.resolved.json", settings)
+    assert not is_extended(load(), run)
+    with pytest.raises(UserError, match=r"orchestrator\.overlong \(was None, now 'drop'\)"):
+        is_extended(load("--orchestrator.overlong", "drop"), run)
 
 
 def test_metrics_are_appended(run: RunDirectory) -> None:

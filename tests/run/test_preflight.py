@@ -10,9 +10,8 @@ import pytest
 import torch
 from support.lab import Lab, make_lab
 
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.run import model_checks, preflight
-from minidistill.tasks.lengths import check_lengths
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer import attention
 from minidistill.trainer.policy import Policy
@@ -125,17 +124,6 @@ def test_a_wrong_prefix_cache_is_not_used(
     (message,) = caplog.messages
     assert "do not reproduce the model" in message
     assert "read again each time" in message
-
-
-def test_lengths(lab: Lab, configure: Configure) -> None:
-    config = configure(*SMALL).config
-    prompts = [r.prompt for r in lab.rollouts]
-    longest = max(len(p.teacher_ids) for p in prompts)
-    tokens = config.orchestrator.sampling.max_tokens
-    check_lengths(config, longest + tokens, prompts)
-    with pytest.raises(UserError, match=f"{longest + tokens} tokens") as caught:
-        check_lengths(config, longest + tokens - 1, prompts)
-    assert caught.value.exit_code == EXIT_USAGE
 
 
 @pytest.fixture

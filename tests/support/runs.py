@@ -33,7 +33,7 @@ def run(path: Path, *flags: str) -> int:
 
 def plan_on_gpus(*flags: str) -> None:
     """Plan a run on a machine with two GPUs: read every flag and refuse what a run would refuse."""
-    machine = Machine(gpus=2, bytes=80 * GIB, vllm=True, bf16=True)
+    machine = Machine(gpus=2, bytes=80 * GIB, vllm=True, bf16=True, bitsandbytes=True)
     assert plan_run(load_config([SOKOBAN, *flags]), machine).placement.trainer_gpus
 
 

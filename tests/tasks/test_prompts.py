@@ -39,6 +39,7 @@ TEMPLATES = {
     "folding": FOLDING,
 }
 
+TEXT_PART = {"type": "text", "text": "x"}
 USER = {"role": "user", "content": "Solve this."}
 SYSTEM = {"role": "system", "content": "Be terse. "}
 HISTORY = (
@@ -152,11 +153,19 @@ def test_message_content_in_parts() -> None:
     parts = {"role": "user", "content": [first, second]}
     plain, plain_teacher = views("chatml", "user", USER)
     assert views("chatml", "user", parts) == (plain, plain_teacher)
+    # a template that writes any content as it is gets text too
+    assert views("folding", "user", parts) == views("folding", "user", USER)
     (message,) = builder("chatml", "user").with_context([parts])
-    assert message["content"] == [{"type": "text", "text": CONTEXT}, first, second]
+    assert message["content"] == CONTEXT + "Solve this."
     system = {"role": "system", "content": [{"type": "text", "text": "Be terse."}]}
     student, teacher = views("chatml", "system", system, USER)
     assert teacher == student.replace("Be terse.", f"Be terse.{CONTEXT}")
+
+
+def test_parts_that_are_not_text_are_refused_by_their_type() -> None:
+    image = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}
+    with pytest.raises(UserError, match="part 1 is 'image'"):
+        views("chatml", "user", image)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -196,7 +205,7 @@ def test_completions_are_decoded_without_special_tokens() -> None:
         ("chatml", "user", "Think.", ({"role": "user", "content": " x"},), None),
         ("chatml", "user", "Think.", ({"role": "user", "content": "#x"},), None),
         ("chatml", "user", "Think.", ({"role": "user", "content": ""},), None),
-        ("chatml", "user", "Think.", ({"role": "user", "content": [{"text": "x"}]},), ".x"),
+        ("chatml", "user", "Think.", ({"role": "user", "content": [TEXT_PART]},), ".x"),
         ("chatml", "system", "Think.", (SYSTEM, USER), None),
         ("chatml", "system", "Think.", ({"role": "system", "content": "Be."}, USER), ".T"),
         ("chatml", "system", "\nThink.", ({"role": "system", "content": "Be."}, USER), None),

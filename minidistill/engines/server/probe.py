@@ -56,8 +56,9 @@ def check_same_model(
     tolerance = TOLERANCE[policy.dtype]
 
     def expected(token_ids: tuple[int, ...], temperature: float) -> list[float]:
-        # before training the student's weights are the base's
-        return trainer.score([prompt], [token_ids], Role.STUDENT, temperature)[0]
+        # without an adapter the student's weights before training are the base's
+        role = Role.BASE if policy.lora else Role.STUDENT
+        return trainer.score([prompt], [token_ids], role, temperature)[0]
 
     (scored,) = engine.score([prompt], [completion], Role.TEACHER)
     difference = _mean_difference(scored, expected(completion, 1.0))

@@ -22,6 +22,7 @@ from minidistill.placement.limits import (
     cpu_cache_bytes,
     kv_bytes_per_token,
 )
+from minidistill.placement.model_shape import largest_rank
 from minidistill.placement.placement import EnginePlacement
 
 BATCH_TOKENS = 4096  # prefilled at a time on a CPU
@@ -80,7 +81,13 @@ def build_options(
     adapters = adapter_options(config, model, teacher=teacher)
     if adapters and (lora := config.trainer.model.lora):
         targets = adapters["lora_target_modules"]
-        adapter = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
+        adapter = {
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "target_modules": targets,
+            "use_rslora": lora.use_rslora,
+            "rank_pattern": lora.rank_pattern,
+        }
         arguments |= adapters
     environment = {
         # the engine runs in a separate process already; a nested one would double its start-up
@@ -123,7 +130,7 @@ def adapter_options(config: Config, model: Any, *, teacher: bool) -> dict[str, A
         return {}
     return {
         "enable_lora": True,
-        "max_lora_rank": min(rank for rank in LORA_RANKS if rank >= lora.rank),
+        "max_lora_rank": min(rank for rank in LORA_RANKS if rank >= largest_rank(lora)),
         "max_loras": 2 if update == "ema" else 1,
         # not the head: on a CPU, scoring fails if the head may have an adapter
         "lora_target_modules": _targets(lora, model),

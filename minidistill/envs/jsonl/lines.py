@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minidistill.envs.content import text_content
 from minidistill.errors import UserError
+from minidistill.files import InvalidJsonError, parse_json, read_text
 from minidistill.types import Task
 
 ROLES = ("system", "user", "assistant")
@@ -33,7 +34,10 @@ def read_lines(argument: str, path: object, places: dict[str, str], prefix: str 
     if not isinstance(path, str) or not path:
         raise refusal(argument, path, "give the path of a file")
     lines = []
-    for number, text in enumerate(_read_text(argument, path).split("\n"), start=1):
+    file = Path(path).expanduser()
+    fix = f"{argument} = {path!r} is relative to the current directory, {Path.cwd()}"
+    rows = read_text(file, where=f"args.{argument}", fix=fix).split("\n")
+    for number, text in enumerate(rows, start=1):
         if not text.strip():
             continue
         line = _parse_line(text, f"{path}:{number}", f"{prefix}{number}")
@@ -61,30 +65,12 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _read_text(argument: str, path: str) -> str:
-    file = Path(path).expanduser()
-    try:
-        data = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"jsonl: cannot read {path}: {getattr(error, 'strerror', None) or error}",
-            where=str(file.absolute()),
-            fix=f"{argument} is relative to the current directory, {Path.cwd()}",
-        ) from None
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            "jsonl: the text is not UTF-8", f"{path}:{number}", "save the file as UTF-8"
-        ) from None
-
-
 def _parse_line(text: str, place: str, number: str) -> Line:
     try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"jsonl: not JSON: {error}", place, f"write a line as {LINE}") from None
+        row = parse_json(text)
+    except InvalidJsonError as error:
+        where = f"{place}, column {error.column}" if error.column else place
+        raise UserError(f"jsonl: not JSON: {error}", where, f"write a line as {LINE}") from None
     if not isinstance(row, dict):
         raise UserError("jsonl: not a JSON object", place, f"write a line as {LINE}")
     prompt, messages = row.get("prompt"), row.get("messages")
@@ -104,8 +90,10 @@ def _parse_line(text: str, place: str, number: str) -> Line:
 
 
 def _check_messages(messages: object, place: str) -> list[dict[str, str]]:
+    """The messages, with the text parts of a content as one string."""
     if not isinstance(messages, list) or not messages:
         raise UserError("jsonl: `messages` is not a list of messages", place, f"write {LINE}")
+    plain = []
     for index, message in enumerate(messages):
         name = f"messages[{index}]"
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
@@ -114,11 +102,20 @@ def _check_messages(messages: object, place: str) -> list[dict[str, str]]:
         if message["role"] not in ROLES:
             fix = f"use one of {', '.join(ROLES)}"
             raise UserError(f"jsonl: `{name}` has the role {message['role']!r}", place, fix)
-        _check_text(message["content"], f"{name}.content", place)
+        plain.append({"role": message["role"], "content": _content(message, name, place)})
     if messages[-1]["role"] != "user":
         fix = "remove what follows the last user message; put an answer into `answer`"
         raise UserError("jsonl: `messages` does not end with a user message", place, fix)
-    return messages
+    return plain
+
+
+def _content(message: dict[str, Any], name: str, place: str) -> str:
+    try:
+        content = text_content(message["content"])
+    except ValueError as error:
+        fix = 'write the content as text, or as parts {"type": "text", "text": "…"}'
+        raise UserError(f"jsonl: `{name}.content`: {error}", place, fix) from None
+    return _check_text(content, f"{name}.content", place)
 
 
 def _check_text(value: object, name: str, place: str) -> str:

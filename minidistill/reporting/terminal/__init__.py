@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TextIO
+from typing import TextIO, cast
 
 from minidistill.reporting.terminal.base import Display, Header, Sample
+from minidistill.reporting.terminal.output import Output
 from minidistill.reporting.terminal.plain import PlainDisplay
 
 __all__ = ["Display", "Header", "Sample", "open_display"]
 
 
 def open_display(stream: TextIO | None = None) -> Display:
-    """The display for `stream` (default: standard output).
+    """The display for `stream` (default: standard output), whose reader may go away.
 
     Plain wherever a live region would not work: no terminal, a dumb one, or an encoding without
     the block characters.
     """
-    stream = sys.stdout if stream is None else stream
+    stream = cast(TextIO, Output(sys.stdout if stream is None else stream))
     encoding = (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "")
     dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
     if not stream.isatty() or dumb or not encoding.startswith("utf"):

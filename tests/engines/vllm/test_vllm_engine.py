@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from support.vllm import NEEDS_CPU_VLLM, Bench, make_bench, student_error
+from support.paths import SOKOBAN
+from support.vllm import (
+    NEEDS_CPU_VLLM,
+    Bench,
+    make_bench,
+    options_of,
+    policy_of,
+    student_error,
+)
 
+from minidistill.config import load_config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.types import Request, Role, SamplingParams
 
@@ -48,6 +58,27 @@ def test_both_roles_agree_with_peft_after_1_2_and_50_syncs(bench: Bench) -> None
             assert worst(bench) < 1e-4
     bench.change(seed=51)  # not synced: the engine must now be wrong
     assert worst(bench) > 1e-2
+
+
+def test_layers_with_ranks_and_scales_of_their_own(bench: Bench) -> None:
+    """In the same process: only what the sync says about the adapter differs."""
+    lora = "--trainer.model.lora"
+    flags = (f"{lora}.rank", "8", f"{lora}.use_rslora", f"{lora}.rank_pattern")
+    pattern = '{ q_proj = 2, "layers.1.mlp.down_proj" = 16 }'
+    config = load_config([SOKOBAN, "--inference.engine", "vllm", *flags, pattern]).config
+    engine = bench.engine
+    options, sender = engine.options, engine.sender
+    other = Bench(config, policy_of(config), engine, bench.versions)
+    adapter = options_of(config).adapter
+    try:
+        for settings, right in ((adapter, True), (adapter | {"rank_pattern": {}}, False)):
+            engine.options = replace(options, adapter=settings)
+            engine.attach(other.policy, (Role.STUDENT, Role.TEACHER))
+            other.change(seed=3, scale=0.1)
+            other.sync()
+            assert (student_error(other) < 1e-4) is right
+    finally:
+        engine.options, engine.sender = options, sender
 
 
 @pytest.mark.parametrize("role", [Role.TEACHER, Role.STUDENT])

@@ -1,0 +1,67 @@
+"""What `--resume` may change: nothing but a larger number of steps, and only where the steps that
+are done would have been the same in the longer run."""
+
+from __future__ import annotations
+
+from minidistill.config import Config, LoadedConfig
+from minidistill.errors import UserError
+from minidistill.reporting.run_directory import RunDirectory
+from minidistill.trainer.optim import rate_depends_on_max_steps
+
+STEPS = "max_steps"
+
+
+def is_extended(loaded: LoadedConfig, directory: RunDirectory) -> bool:
+    """Whether the run is resumed with more steps than it was started with.
+
+    Raises UserError for other changes, and if its learning rates depend on the number of steps.
+    """
+    changed = directory.changed_settings(loaded)
+    others = sorted(key for key in changed if key != STEPS)
+    if others:
+        differences = ", ".join(
+            f"{key} (was {_short(changed[key][0])}, now {_short(changed[key][1])})"
+            for key in others[:4]
+        )
+        raise UserError(
+            f"the run in {directory.path} was started with other settings: {differences}",
+            where=loaded.provenance.get(others[0], others[0]),
+            fix="resume with the same settings, or start a new run with another --output_dir"
+            + _with_this_adapter(loaded.config, directory),
+        )
+    if STEPS not in changed:
+        return False
+    before, now = changed[STEPS]
+    where = loaded.provenance.get(STEPS, STEPS)
+    if now < before:
+        raise UserError(
+            f"the run in {directory.path} was started with max_steps = {before}, which cannot be "
+            f"lowered to {now}",
+            where=where,
+            fix="resume with the same or a larger max_steps",
+        )
+    if rate_depends_on_max_steps(loaded.config):
+        kind = loaded.config.trainer.scheduler.type
+        raise UserError(
+            f'with trainer.scheduler.type = "{kind}" and no decay_steps the learning rate of each '
+            f"step depends on max_steps: a run of {now} steps is another one from its start than "
+            f"the run of {before} steps in {directory.path}",
+            where=where,
+            fix="start a new run"
+            + _with_this_adapter(loaded.config, directory)
+            + '. Runs with type = "constant", or with decay_steps, can be extended',
+        )
+    return True
+
+
+def _short(value: object) -> str:
+    """A setting on one short line: some hold whole texts."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _with_this_adapter(config: Config, directory: RunDirectory) -> str:
+    """How a new run begins with what this one has learned."""
+    if not config.trainer.model.lora:
+        return ""
+    return f'; trainer.model.lora.init = "{directory.path}" starts it from this run\'s adapter'

@@ -1,0 +1,140 @@
+"""Measuring every prompt before the first step, and leaving out those that are too long.
+
+Prompts are rendered one at a time and not kept, so memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from minidistill.envs.protocol import Environment, take_tasks
+from minidistill.errors import UserError
+from minidistill.tasks.lengths import PromptLimit
+from minidistill.tasks.prompts import PromptBuilder
+from minidistill.tasks.sampling import Fingerprint
+from minidistill.types import Advance, Phase, Prompt, Task
+
+logger = logging.getLogger(__name__)
+GENERATED = 32
+"""Prompts measured of a split that generates its tasks. Later ones are measured when drawn."""
+KEPT = 32
+"""Prompts kept for the checks of the model."""
+
+Overlong = Literal["refuse", "drop"]
+
+
+@contextmanager
+def no_progress(name: str, total: int, unit: str) -> Iterator[Advance]:
+    yield lambda count: None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is left of the tasks of environments when those that are too long are left out."""
+
+    train: Mapping[str, Sequence[Task]]
+    """By environment."""
+    eval: Mapping[str, Sequence[Task]]
+    prompts: Sequence[Prompt]
+    """The first ones, for the checks of the model."""
+    fingerprint: str
+    """Of all measured prompts: a resumed run must have the same."""
+
+
+class Measurer:
+    """Measures the prompts of environments, and refuses or drops those that are too long."""
+
+    def __init__(
+        self, builder: PromptBuilder, overlong: Overlong, phase: Phase = no_progress
+    ) -> None:
+        self.builder, self.overlong, self.phase = builder, overlong, phase
+
+    def measure(
+        self, environments: Mapping[str, Environment], train: PromptLimit, evaluation: PromptLimit
+    ) -> Measured:
+        """Measure both splits of each environment. Raises UserError."""
+        digest = Fingerprint(environments)
+        splits: tuple[dict[str, Sequence[Task]], dict[str, Sequence[Task]]] = ({}, {})
+        kept: list[Prompt] = []
+
+        def take(prompt: Prompt, fits: bool) -> None:
+            digest.add(prompt)
+            if fits and len(kept) < KEPT:
+                kept.append(prompt)
+
+        for name, environment in environments.items():
+            splits[0][name] = self.fitting(name, environment.train, train, take)
+            splits[1][name] = self.fitting(name, environment.eval, evaluation, take)
+        return Measured(*splits, kept, digest.hexdigest())
+
+    def fitting(
+        self,
+        env: str,
+        tasks: Sequence[Task],
+        limit: PromptLimit,
+        take: Callable[[Prompt, bool], None] = lambda prompt, fits: None,
+    ) -> Sequence[Task]:
+        """The tasks of a split without overlong ones: `tasks` itself if there are none.
+
+        A list is measured whole. Of a split that generates its tasks the first ones are measured,
+        and none is left out. `take` is called with each prompt and whether it fits.
+
+        Raises UserError if the split is empty, if prompts are refused, or if none of them fits.
+        """
+        refuse_empty(env, tasks)
+        is_list = isinstance(tasks, list | tuple)
+        count = len(tasks) if is_list else min(GENERATED, len(tasks))
+        overlong: list[int] = []
+        first: Prompt | None = None
+        chosen = tasks if is_list else self.take(env, tasks, count)
+        with self.phase(f"measure {env}", count, "prompts") as advance:
+            for index, task in enumerate(chosen):
+                prompt = self.builder.build(env, task)
+                fits = limit.allows(prompt)
+                if not fits:
+                    first = first or prompt
+                    overlong.append(index)
+                take(prompt, fits)
+                advance(1)
+        if first is None:
+            return tasks
+        others = f"; {len(overlong)} of {count} prompts are too long" if len(overlong) > 1 else ""
+        if self.overlong == "refuse" or len(overlong) == count:
+            raise limit.refusal(first, others)
+        if not is_list:  # left out when they are drawn
+            return tasks
+        logger.warning(
+            f"left out {len(overlong)} of {count} prompts of {env} that are too long, "
+            f"first: {limit.describe(first)}"
+        )
+        dropped = set(overlong)
+        return [task for index, task in enumerate(tasks) if index not in dropped]
+
+    def take(self, env: str, tasks: Sequence[Task], count: int) -> list[Task]:
+        """The first `count` tasks of a split, which may take long to make."""
+        with self.phase(f"tasks of {env}", count, "tasks") as advance:
+            return take_tasks(tasks, range(count), advance)
+
+    def fitting_prompts(
+        self, prompts: Sequence[Prompt], limit: PromptLimit
+    ) -> tuple[list[Prompt], int]:
+        """The prompts that fit, and how many do not. Raises UserError if they are refused, or if
+        none is left."""
+        kept = [prompt for prompt in prompts if limit.allows(prompt)]
+        if len(kept) < len(prompts) and (self.overlong == "refuse" or not kept):
+            raise limit.refusal(next(p for p in prompts if not limit.allows(p)))
+        return kept, len(prompts) - len(kept)
+
+
+def refuse_empty(env: str, tasks: Sequence[Task]) -> None:
+    """Raise UserError if a split of the environment has no tasks."""
+    if not len(tasks):
+        raise UserError(
+            f"the environment {env!r} has no tasks in a split",
+            where="orchestrator.env",
+            fix="give it at least one task for training and one for evaluation",
+        )

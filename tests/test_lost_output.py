@@ -1,0 +1,92 @@
+"""The reader of the output goes away: a run goes on, and exit codes stay what they are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import board, start
+
+from minidistill import logs
+from minidistill.errors import EXIT_HEALTH, EXIT_OK, EXIT_USAGE
+from minidistill.reporting.terminal import open_display
+
+BRIEF = (
+    "--max_steps", "2", "--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline",
+)  # fmt: skip
+
+
+def leave(path: Path, *flags: str) -> int:
+    """Start a run, read its first line only, and return its exit code."""
+    process = start(path, *BRIEF, *flags)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    return process.wait(timeout=120)
+
+
+def test_a_run_goes_on_to_its_end(tmp_path: Path) -> None:
+    assert leave(tmp_path / "run") == EXIT_OK
+    assert board(tmp_path / "run")["steps"] == 2
+    log = (tmp_path / "run" / "logs" / "run.log").read_text()
+    assert log.count("the output cannot be written (Broken pipe)") == 1
+
+
+def test_a_run_that_fails_has_its_own_exit_code(tmp_path: Path) -> None:
+    env = "--orchestrator.env.0"
+    broken = (f"{env}.id", "support.broken_envs:crashing", f"{env}.args.every", "1")
+    environment = {"PYTHONPATH": os.pathsep.join(["tests", os.environ.get("PYTHONPATH", "")])}
+    process = start(tmp_path / "run", *BRIEF, *broken, **environment)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=120) == EXIT_HEALTH
+
+
+def test_an_error_that_nobody_reads_has_its_exit_code(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "minidistill", "config", "missing.toml"]
+    try:
+        done = subprocess.run(command, stdout=write, stderr=write, timeout=60)
+    finally:
+        os.close(write)
+    assert done.returncode == EXIT_USAGE
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_display_without_a_reader(
+    live: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    read, write = os.pipe()
+
+    class Stream:
+        encoding = "utf-8"
+
+        def __init__(self) -> None:
+            self.file = os.fdopen(write, "w")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def isatty(self) -> bool:
+            return live
+
+    stream: Any = Stream()
+    display = open_display(stream)
+    with logs.to_file(tmp_path / "run.log"):
+        display.note("read")
+        stream.flush()
+        assert os.read(read, 100).startswith(b"read")
+        os.close(read)
+        for text in ("lost", "dropped"):
+            display.note(text, warning=True)
+        with display.phase("sample", 3, "rollouts") as advance:
+            advance(3)
+    display.close()
+    stream.file.close()
+    assert (tmp_path / "run.log").read_text().count("from here on it is dropped") == 1
