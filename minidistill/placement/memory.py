@@ -178,7 +178,7 @@ def layer_activations(
     total = 2 * 4 * h + 3 * w * i + w * (2 * q + 2 * (k if unmasked else q)) + 4 * shape.heads + 8
     width = size.tokens if attention.packed else size.longest
     if attention.implementation == "eager":
-        total += shape.heads * size.longest * (4 if w == 4 else 4 + w)
+        total += shape.heads * width * (4 if w == 4 else 4 + w)
     elif not unmasked:
         total += w * width
     if shape.qk_norm:

@@ -287,3 +287,10 @@ def test_environment_arguments_reach_the_environment() -> None:
         (environment,) = load_environments(config.orchestrator.env, "").values()
         content = environment.train[0].messages[0]["content"]
         assert "Symbols:" in content  # the rules are in the prompt
+
+
+def test_eager_attention_on_packed_sequences_scores_every_pair_of_a_row() -> None:
+    flags = "--model.attn eager --trainer.packing true --trainer.micro_batch_tokens 16384"
+    device = planned(LARGE, 4, 80, flags).devices[-1]
+    scores = 32 * 16384 * 16384 * (4 + 2)  # fp32 weights, and their copies in bfloat16
+    assert device.phases["training"]["trainer: activations"] > scores
