@@ -52,13 +52,15 @@ def outside_text(model: Any) -> str:
     return f"({'|'.join(map(re.escape, top))})(\\..*)?" if top else ""
 
 
-def text_linears(model: Any) -> list[tuple[str, nn.Linear]]:
-    """The linear layers that text reaches, by name, without the LM head."""
+def text_linears(model: Any) -> list[tuple[str, Any]]:
+    """The linear layers that text reaches, by name, without the LM head. GPT-2's are `Conv1D`."""
+    from transformers.pytorch_utils import Conv1D
+
     head, elsewhere = model.get_output_embeddings(), outside_text(model)
     return [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | Conv1D)
         and module is not head
         and not re.fullmatch(elsewhere, name)
     ]

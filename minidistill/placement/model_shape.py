@@ -46,6 +46,9 @@ class ModelShape:
     """Queries and keys are normalized before attention."""
     linears: tuple[Linear, ...]
     """Of all layers."""
+    embedding_layer: Linear
+    """The input embedding, which may have an adapter too."""
+    head_name: str
 
     @property
     def attention(self) -> int:
@@ -66,11 +69,8 @@ class ModelShape:
         """The layers that `targets` selects for an adapter. Names are matched as peft does."""
         if targets == "all-linear":
             return self.linears
-        return tuple(
-            linear
-            for linear in self.linears
-            if any(linear.name == t or linear.name.endswith(f".{t}") for t in targets)
-        )
+        layers = (*self.linears, self.embedding_layer)
+        return tuple(x for x in layers if any(matches(x.name, target) for target in targets))
 
     def adapter(self, lora: LoraConfig, rank: int | None = None) -> int:
         """Parameters of an adapter: rank × (inputs + outputs) on each of its layers, and with DoRA
@@ -89,6 +89,11 @@ class ModelShape:
             return self.parameters * itemsize
         quantized = sum(x.inputs * x.outputs for x in self.linears)
         return int(quantized * NF4_BITS / 8) + (self.parameters - quantized) * itemsize
+
+
+def matches(name: str, target: str) -> bool:
+    """Whether an adapter's target selects a module, as peft decides it."""
+    return name == target or name.endswith(f".{target}")
 
 
 def module_rank(lora: LoraConfig, name: str) -> int:
@@ -123,6 +128,8 @@ def read_shape(model_config: Any) -> ModelShape:
 
     Raises UserError for a model without attention.
     """
+    from transformers.pytorch_utils import Conv1D
+
     with torch.device("meta"):
         model = model_class(model_config).from_config(model_config)
     text = model_config.get_text_config()
@@ -135,8 +142,10 @@ def read_shape(model_config: Any) -> ModelShape:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(text, "tie_word_embeddings", False) or head.weight is embedding.weight
     linears = tuple(
-        Linear(name, layer.in_features, layer.out_features) for name, layer in text_linears(model)
+        Linear(name, *((x.nx, x.nf) if isinstance(x, Conv1D) else (x.in_features, x.out_features)))
+        for name, x in text_linears(model)
     )
+    names = {id(module): name for name, module in model.named_modules()}
     heads = text.num_attention_heads
     hidden = text.hidden_size
     return ModelShape(
@@ -152,4 +161,6 @@ def read_shape(model_config: Any) -> ModelShape:
         vocab=embedding.weight.shape[0],
         qk_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         linears=linears,
+        embedding_layer=Linear(names[id(embedding)], *embedding.weight.shape),
+        head_name=names[id(head)],
     )

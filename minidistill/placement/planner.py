@@ -11,7 +11,7 @@ from minidistill.placement.estimate import Plan, estimate
 from minidistill.placement.layouts import faster_layouts
 from minidistill.placement.limits import longest_sequence
 from minidistill.placement.machine import Machine
-from minidistill.placement.model_shape import Shapes
+from minidistill.placement.model_shape import Shapes, matches
 from minidistill.placement.placement import Models, check_settings
 from minidistill.placement.suggest import smallest_change
 
@@ -32,12 +32,18 @@ def _check_model(config: Config, shapes: Shapes, models: Models) -> None:
     lora, max_tokens = config.trainer.model.lora, config.orchestrator.sampling.max_tokens
     targets = lora.target_modules if lora else "all-linear"
     named = [] if targets == "all-linear" else targets
+    if any(matches(shapes.student.head_name, target) for target in named):
+        raise UserError(
+            "the LM head would get an adapter: the loss needs one head for student and teacher",
+            where="trainer.model.lora.target_modules",
+            fix="leave the output embedding out",
+        )
     unknown = [name for name in named if not shapes.student.adapted([name])]
     if unknown:  # peft would leave them out, or fail if it knows none
         names = sorted({linear.name.rpartition(".")[2] for linear in shapes.student.linears})
         raise UserError(
             f"trainer.model.lora.target_modules names {', '.join(unknown)}: "
-            "the model has no such linear layer",
+            "the model has no such layer for an adapter",
             where="trainer.model.lora.target_modules",
             fix=f'use "all-linear", or some of {", ".join(names)}',
         )

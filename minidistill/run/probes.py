@@ -86,7 +86,8 @@ def sampling_error(policy: Policy, prompts: Sequence[Ids], role: Role, shares: b
     requests = [Request(prompt, seed) for prompt in (*shortened, *others) for seed in range(2)]
 
     def sample(ends: frozenset[int]) -> list[Completion]:
-        engine = EmbeddedEngine(replace(policy, eos_ids=ends), PrefixCache(policy, shares))
+        until = replace(policy, eos_ids=ends)
+        engine = EmbeddedEngine(until, PrefixCache(until, shares))
         return engine.generate(requests, SamplingParams(TOKENS), role)
 
     endless = sample(frozenset())

@@ -105,7 +105,8 @@ def test_no_check_starts_after_the_minutes(
 def test_an_interrupted_check_keeps_what_it_had(tmp_path: Path, interrupt: int) -> None:
     """Ctrl-C and SIGTERM: the check's file says so, and the summary has it."""
     code = """
-import os, runpy, sys, time
+import os, runpy, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
 from bench.checks import kernels
 def products(setting, findings):
     findings.figure("known so far", 3)

@@ -20,7 +20,7 @@ from minidistill.config import LoadedConfig, load_config
 from minidistill.errors import EXIT_OK, EXIT_USAGE, UserError
 from minidistill.models.hub import load_tokenizer
 from minidistill.models.registry import resolve
-from minidistill.run import preflight
+from minidistill.run.model_checks import check_model
 from minidistill.trainer import checkpoint
 from minidistill.trainer.loading import load_policy
 from minidistill.trainer.token_budget import TokenBudget
@@ -100,7 +100,7 @@ def test_training_starts_from_a_saved_adapter(
         assert torch.equal(base, logprobs(lab, lab.policy.causal))
     assert not again.policy.starts_as_base
     prompts = [r.prompt for r in lab.rollouts]
-    preflight.check_model(again.policy, prompts, TokenBudget())  # no KL of 0 between the roles
+    check_model(again.policy, prompts, TokenBudget())  # no KL of 0 between the roles
     assert cpu_placement(loaded).adapter_dtype == "float32"
 
 
