@@ -80,14 +80,21 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def _safetensor_error() -> type[Exception]:
+    """What safetensors raises if it cannot write a file."""
+    from safetensors import SafetensorError
+
+    return SafetensorError
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn a failed write (a full disk, a lost mount) into a UserError (exit code 3)."""
     try:
         yield
-    except OSError as error:
+    except (OSError, _safetensor_error()) as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}",
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}",
             where=str(path),
             fix="free some space or repair the disk; --resume continues from the last checkpoint",
             exit_code=EXIT_ENVIRONMENT,

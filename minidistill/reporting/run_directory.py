@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,21 +19,54 @@ from typing import Any
 from minidistill.config import LoadedConfig
 from minidistill.errors import UserError
 from minidistill.files import write_atomic, writing
+from minidistill.reporting.run_lock import LOCK, LockedError, locked
 from minidistill.types import Metrics
 
 RECORDED_PACKAGES = ("minidistill", "torch", "triton", "transformers", "peft", "vllm", "numpy")
 
 
-def choose_path(loaded: LoadedConfig, resume: bool) -> Path:
+@contextlib.contextmanager
+def claim_path(loaded: LoadedConfig, resume: bool) -> Iterator[Path]:
+    """Where the run lives, see `choose_path`, which no other run uses until the end.
+
+    A number that another run has just taken is passed over. Raises UserError for a directory that
+    is in use, and as `choose_path` does.
+    """
+    number = 0
+    with contextlib.ExitStack() as stack:
+        while True:
+            path = choose_path(loaded, resume, above=number)
+            try:
+                stack.enter_context(locked(path))
+            except LockedError as error:
+                if resume or loaded.config.output_dir is not None:
+                    raise UserError(
+                        f"{path} is in use by another run ({error})",
+                        where=loaded.provenance.get("output_dir", "output_dir"),
+                        fix="wait until that has ended, or choose another --output_dir",
+                    ) from None
+                number = max(number, _run_number(path.name, _name(loaded)) or 0)
+            except OSError as error:
+                raise _not_writable(loaded, path, error) from error
+            else:
+                break
+        choose_path(loaded, resume, above=number)  # a run may have ended there meanwhile
+        yield path
+
+
+def choose_path(loaded: LoadedConfig, resume: bool, above: int = 0) -> Path:
     """Where the run lives: `output_dir`, or `runs/NAME` with NAME from the first file.
 
-    Without `output_dir` a new run gets the next free number (`runs/NAME-2`), and `resume` takes
-    the newest run. Raises UserError if the directory holds a run already (unless resuming), holds
-    none (when resuming), or cannot be written.
+    Without `output_dir` a new run gets the next free number (`runs/NAME-2`) `above` a given one,
+    and `resume` takes the newest run. Raises UserError if the directory holds a run already (unless
+    resuming), holds none (when resuming), or cannot be written.
     """
     output_dir = loaded.config.output_dir
     where = loaded.provenance.get("output_dir", "output_dir")
-    path = Path(output_dir).expanduser() if output_dir is not None else _runs_path(loaded, resume)
+    if output_dir is not None:
+        path = Path(output_dir).expanduser()
+    else:
+        path = _runs_path(loaded, resume, above)
     holds_run = os.path.exists(path / "config.resolved.json")
     if resume and not holds_run:
         fix = "check --output_dir, or leave out --resume"
@@ -45,21 +78,41 @@ def choose_path(loaded: LoadedConfig, resume: bool) -> Path:
     if not (ancestor.is_dir() and os.access(ancestor, os.R_OK | os.W_OK | os.X_OK)):
         what = f"{path} cannot be written: {ancestor} is not a writable directory"
         raise UserError(what, where, fix)
-    if not resume and ancestor == path and any(path.iterdir()):
+    if not resume and ancestor == path and _is_used(path):
         raise UserError(f"{path} exists and is not empty", where, fix)
     return path
 
 
-def _runs_path(loaded: LoadedConfig, resume: bool) -> Path:
+def _name(loaded: LoadedConfig) -> str:
+    return loaded.files[0].stem if loaded.files else "run"
+
+
+def _is_used(path: Path) -> bool:
+    """Whether a directory holds anything but the lock of a run that has not begun."""
+    try:
+        return any(child.name != LOCK for child in path.iterdir())
+    except FileNotFoundError:  # another run has just given it up
+        return False
+
+
+def _runs_path(loaded: LoadedConfig, resume: bool, above: int) -> Path:
     """The newest `runs/NAME-N` when resuming, else the next one."""
     runs = Path("runs")
-    name = loaded.files[0].stem if loaded.files else "run"
-    paths = runs.iterdir() if runs.is_dir() else ()
+    name = _name(loaded)
+    # a directory that holds nothing is one of a run that has not begun, or was killed before
+    paths = [p for p in runs.iterdir() if not p.is_dir() or _is_used(p)] if runs.is_dir() else ()
     by_number = {n: path for path in paths if (n := _run_number(path.name, name)) is not None}
     newest = max(by_number, default=0)
     if resume and by_number:
         return by_number[newest]
+    newest = max(newest, above)
     return runs / (name if newest == 0 else f"{name}-{newest + 1}")
+
+
+def _not_writable(loaded: LoadedConfig, path: Path, error: OSError) -> UserError:
+    what = f"{path} cannot be written: {error.strerror or error}"
+    where = loaded.provenance.get("output_dir", "output_dir")
+    return UserError(what, where, "choose another --output_dir")
 
 
 def _run_number(directory: str, name: str) -> int | None:
@@ -90,9 +143,7 @@ class RunDirectory:
             for name in ("checkpoints", "rollouts", "logs"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            what = f"{self.path} cannot be written: {error.strerror}"
-            where = loaded.provenance.get("output_dir", "output_dir")
-            raise UserError(what, where, "choose another --output_dir") from error
+            raise _not_writable(loaded, self.path, error) from error
         write_atomic(self.path / "config.toml", loaded.text)
         write_atomic(self.path / "env.json", _json({**environment_facts(), **facts}))
         # Last, because this file makes the directory a run.

@@ -12,7 +12,7 @@ from types import FrameType
 from minidistill import logs
 from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_INTERRUPTED, EXIT_OK
-from minidistill.reporting.run_directory import RunDirectory, choose_path
+from minidistill.reporting.run_directory import RunDirectory, claim_path
 from minidistill.reporting.terminal import open_display
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run.baseline import evaluate_baseline
@@ -29,8 +29,12 @@ logger = logging.getLogger(__name__)
 def run(loaded: LoadedConfig, *, resume: bool) -> int:
     """Execute a run and return its exit code. Raises UserError for errors the user can fix."""
     display = open_display()
-    with contextlib.closing(display), logs.to_terminal(display.note):
-        directory = RunDirectory(choose_path(loaded, resume))
+    with (
+        contextlib.closing(display),
+        logs.to_terminal(display.note),
+        claim_path(loaded, resume) as path,
+    ):
+        directory = RunDirectory(path)
         if resume and not is_extended(loaded, directory) and show_finished(directory, display):
             return EXIT_OK
         with logs.to_file(directory.log_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,24 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     sums = json.loads(manifest.read_text())
     sums["sha256"]["state.json"] = hashlib.sha256(state.read_bytes()).hexdigest()
     manifest.write_text(json.dumps(sums))
+
+
+@pytest.mark.parametrize("size", [100, 30_000], ids=["adapter", "state"])
+def test_a_disk_that_is_full_is_one_clear_error(lab: Lab, root: Path, size: int) -> None:
+    """No file may grow beyond `size` bytes: safetensors then raises an error of its own."""
+    before = sorted(p.name for p in root.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write") as caught:
+            checkpoint.save(lab.trainer, root, 9, {}, keep=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    assert "free some space" in caught.value.fix
+    assert [name for name in before if name.startswith("step")] == sorted(
+        p.name for p in root.glob("step*")
+    )
 
 
 def test_the_newest_checkpoint_is_restored(lab: Lab, root: Path) -> None:
