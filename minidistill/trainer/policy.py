@@ -134,7 +134,7 @@ class Policy:
     @property
     def pad_id(self) -> int:
         pad_id: int | None = self.tokenizer.pad_token_id
-        return min(self.eos_ids) if pad_id is None else pad_id
+        return min(self.eos_ids, default=0) if pad_id is None else pad_id
 
     @property
     def dtype(self) -> torch.dtype:

@@ -36,6 +36,16 @@ def test_a_sound_model_passes(lab: Lab, caplog: pytest.LogCaptureFixture) -> Non
     assert not caplog.messages
 
 
+def test_a_model_without_a_padding_token_passes(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = lab.policy.tokenizer
+    monkeypatch.setattr(type(tokenizer), "pad_token_id", None, raising=False)
+    assert tokenizer.pad_token_id is None
+    assert check_model(lab) is True
+    assert not caplog.messages
+
+
 @pytest.fixture
 def packed_lab(configure: Configure) -> Lab:
     return make_lab(configure(*SMALL, "--model.attn", "varlen"), trained=False)

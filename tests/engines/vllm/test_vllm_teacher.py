@@ -26,7 +26,7 @@ from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.loading import load_policy
 from minidistill.trainer.trainer import Trainer
-from minidistill.types import Role
+from minidistill.types import Role, Rollout
 
 pytestmark = NEEDS_CPU_VLLM
 SMALL = (
@@ -121,6 +121,11 @@ def check_the_frozen_teacher(
         assert "entropy/teacher" not in metrics
 
 
+def place(rollout: Rollout) -> tuple[str, int]:
+    """Which rollout of a step it is."""
+    return rollout.prompt.task.id, rollout.sample
+
+
 @pytest.mark.parametrize("teacher", ["base", "live"])
 def test_the_engine_scores_completions_while_it_samples_others(
     adapter_bench: Bench, teacher: str
@@ -143,8 +148,9 @@ def test_the_engine_scores_completions_while_it_samples_others(
         found = stream.metrics(trained)
         assert found["perf/teacher_repeat_frac"] == 0
         assert "time/teacher" not in found
-        rollouts = [rollout for part in parts for rollout in part]
-        for ours, theirs in zip(rollouts, expected, strict=True):
+        rollouts = [rollout for part in parts for rollout in part]  # as their groups ended
+        pairs = zip(sorted(rollouts, key=place), sorted(expected, key=place), strict=True)
+        for ours, theirs in pairs:
             assert ours.completion.token_ids == theirs.completion.token_ids
             assert (ours.reward, ours.advantage) == (theirs.reward, theirs.advantage)
             assert ours.teacher is not None
