@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import nn
 
 from minidistill.errors import UserError
@@ -31,6 +32,17 @@ def model_class(model_config: Any) -> Any:
         where="model.name",
         fix="use a causal language model, or a multimodal one that answers in text",
     )
+
+
+def skeleton(model_config: Any) -> Any:
+    """The model without weights, on torch's meta device.
+
+    Code that comes with a model runs only if its configuration was made by such code, and so with
+    the user's permission.
+    """
+    trusted = type(model_config).__module__.startswith("transformers_modules.")
+    with torch.device("meta"):
+        return model_class(model_config).from_config(model_config, trust_remote_code=trusted)
 
 
 def is_multimodal(model_config: Any) -> bool:

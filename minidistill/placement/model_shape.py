@@ -6,11 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from minidistill.config.schema import LoraConfig
 from minidistill.errors import UserError
-from minidistill.models.auto import model_class, text_linears
+from minidistill.models.auto import skeleton, text_linears
 from minidistill.placement.placement import Models
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -130,8 +128,7 @@ def read_shape(model_config: Any) -> ModelShape:
     """
     from transformers.pytorch_utils import Conv1D
 
-    with torch.device("meta"):
-        model = model_class(model_config).from_config(model_config)
+    model = skeleton(model_config)
     text = model_config.get_text_config()
     if not getattr(text, "num_attention_heads", None):
         raise UserError(

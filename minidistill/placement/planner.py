@@ -39,6 +39,8 @@ def _check_model(config: Config, shapes: Shapes, models: Models) -> None:
             fix="leave the output embedding out",
         )
     unknown = [name for name in named if not shapes.student.adapted([name])]
+    if lora and lora.init:  # its tensors are compared by name when they are loaded
+        unknown = []
     if unknown:  # peft would leave them out, or fail if it knows none
         names = sorted({linear.name.rpartition(".")[2] for linear in shapes.student.linears})
         raise UserError(

@@ -93,6 +93,8 @@ def _is_used(path: Path) -> bool:
         return any(child.name != LOCK for child in path.iterdir())
     except FileNotFoundError:  # another run has just given it up
         return False
+    except OSError:  # somebody else's
+        return True
 
 
 def _runs_path(loaded: LoadedConfig, resume: bool, above: int) -> Path:
@@ -100,8 +102,9 @@ def _runs_path(loaded: LoadedConfig, resume: bool, above: int) -> Path:
     runs = Path("runs")
     name = _name(loaded)
     # a directory that holds nothing is one of a run that has not begun, or was killed before
-    paths = [p for p in runs.iterdir() if not p.is_dir() or _is_used(p)] if runs.is_dir() else ()
-    by_number = {n: path for path in paths if (n := _run_number(path.name, name)) is not None}
+    paths = runs.iterdir() if runs.is_dir() else ()
+    numbered = {n: path for path in paths if (n := _run_number(path.name, name)) is not None}
+    by_number = {n: path for n, path in numbered.items() if not path.is_dir() or _is_used(path)}
     newest = max(by_number, default=0)
     if resume and by_number:
         return by_number[newest]
@@ -152,9 +155,10 @@ class RunDirectory:
     def extend(self, loaded: LoadedConfig) -> None:
         """Record the configuration of a run that goes on for more steps than it was started with.
 
-        It is no longer finished, so its scoreboard is removed, first.
+        It is no longer finished, so its report and its scoreboard are removed, first.
         """
-        (self.path / "scoreboard.json").unlink(missing_ok=True)
+        for name in ("report.html", "scoreboard.json"):
+            (self.path / name).unlink(missing_ok=True)
         write_atomic(self.path / "config.toml", loaded.text)
         write_atomic(self.path / "config.resolved.json", _json(loaded.resolved()))
 
@@ -183,7 +187,8 @@ class RunDirectory:
         if before != fingerprint:
             raise UserError(
                 f"the run in {self.path} was started with other tasks or prompts",
-                where="orchestrator.env, orchestrator.teacher_model.context, model.name",
+                where="orchestrator.env, orchestrator.eval.env, model.name, "
+                "orchestrator.teacher_model.context",
                 fix="restore the files that define them (tasks, context, chat template), "
                 "or start a new run with another --output_dir",
             )

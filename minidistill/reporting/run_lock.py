@@ -33,7 +33,8 @@ def locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            (path / LOCK).unlink(missing_ok=True)  # before others can lock it
+            with contextlib.suppress(OSError):
+                (path / LOCK).unlink()  # before others can lock it
             os.close(descriptor)
     finally:
         for folder in made:
@@ -52,8 +53,9 @@ def _lock(path: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(descriptor, path):  # else its last owner has just removed it
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
+                with contextlib.suppress(OSError):  # a full disk: the name is only for messages
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
                 return descriptor
         except BlockingIOError:
             owner = os.read(descriptor, 300).decode(errors="replace")

@@ -178,9 +178,11 @@ def _check_sampling(
     are sampled from together.
     """
     limit = MISMATCH[policy.dtype]
+    with policy.running_as(role):
+        recurrent = is_recurrent(policy)
     try:
         error = sampling_error(policy, prompts, role, shares)
-        if is_recurrent(policy) or not error <= limit:
+        if recurrent or not error <= limit:
             unpadded = replace(policy, pads_prompts=False)
             alone = sampling_error(unpadded, prompts, role, shares)
             if alone <= limit and not error <= max(4 * alone, limit / 1000):
@@ -246,12 +248,14 @@ def _prefix_cache_is_exact(
 ) -> bool:
     """Whether a pass on the context's cached keys and values equals a pass on all tokens."""
     view = [p.teacher_ids for p in prompts]
-    if len(set(view)) < 2 or not can_share_prefix(policy):
+    role = Role.TEACHER if policy.holds(Role.TEACHER) else Role.STUDENT
+    with policy.running_as(role):
+        teacher_shares = can_share_prefix(policy)
+    if len(set(view)) < 2 or not (teacher_shares and can_share_prefix(policy)):
         return False
     prefix = PrefixCache(policy, shares=True).common(view)
     if not prefix:
         return True
-    role = Role.TEACHER if policy.holds(Role.TEACHER) else Role.STUDENT
     packed = policy.attention.unpadded
 
     def errors(prompts: list[Ids], completions: list[Ids]) -> Tensor:

@@ -41,6 +41,7 @@ from minidistill.tasks.lengths import PromptLimit
 from minidistill.tasks.measuring import Measurer, no_progress, refuse_empty
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_rewards
+from minidistill.tasks.sampling import Fingerprint
 from minidistill.trainer.build import build_trainer
 from minidistill.trainer.distributed.launcher import RankLauncher
 from minidistill.trainer.forward import PrefixCache
@@ -165,19 +166,24 @@ def prepare(
         evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
     if orchestrator.eval is not None:
         check_rewards(config, evaluated, evaluated=True)
-    # the longest check comes last
     limit = PromptLimit.of(config, plan.placement.max_length)
     eval_limit = PromptLimit.of(config, plan.placement.max_length, evaluation=True)
     measurer = Measurer(builder, orchestrator.overlong, phase)
     measured = measurer.measure(environments, limit, eval_limit)
-    if resume:
-        directory.check_same_tasks(measured.fingerprint)
+    fingerprint = measured.fingerprint
     by_env: dict[str, Sequence[Prompt]] = {}
     if orchestrator.eval is not None:
         tasks = measured.eval
         if orchestrator.eval.env is not None:
-            tasks = {n: measurer.fitting(n, e.eval, eval_limit) for n, e in evaluated.items()}
+            digest = Fingerprint(evaluated)
+            tasks = {
+                name: measurer.fitting(name, env.eval, eval_limit, lambda p, fits: digest.add(p))
+                for name, env in evaluated.items()
+            }
+            fingerprint += f"-{digest.hexdigest()}"
         by_env = _evaluation_prompts(tasks, measurer, eval_limit, orchestrator.eval.num_examples)
+    if resume:
+        directory.check_same_tasks(fingerprint)
     _tell_what_the_scoreboard_lacks(config, evaluated, by_env)
     check_weights(config)  # last, because it may download them
     return Prepared(
@@ -192,7 +198,7 @@ def prepare(
         evaluation_prompts=by_env,
         builder=builder,
         prompts=measured.prompts,
-        fingerprint=measured.fingerprint,
+        fingerprint=fingerprint,
         initial_adapter=initial_adapter,
         plan=plan,
     )

@@ -213,7 +213,9 @@ class ChatTemplate:
         try:
             source = self.tokenizer.get_chat_template()
             environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-            return environment.parse(_GENERATION.sub("", source))
+            tree = environment.parse(_GENERATION.sub("", source))
+            jinja2.meta.find_undeclared_variables(tree)  # notices unknown filters and tests
+            return tree
         except TemplateError as error:
             line = f", line {line}" if (line := getattr(error, "lineno", None)) else ""
             raise UserError(

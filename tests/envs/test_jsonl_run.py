@@ -145,6 +145,19 @@ def test_a_run_with_a_changed_file_is_not_resumed(
     assert Path("out/scoreboard.json").exists()
 
 
+def test_a_run_with_other_evaluation_tasks_is_not_resumed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tables = '[[orchestrator.eval.env]]\nid = "jsonl"\nargs = { path = "held.jsonl" }\n'
+    held = Path("held.jsonl")
+    held.write_text("".join(f'{{"prompt": "Name {i} rivers."}}\n' for i in range(12)))
+    assert run("out", reward=False, adv_tau=0, baseline=False, tables=tables) == EXIT_OK
+    Path("out/scoreboard.json").unlink()
+    held.write_text(held.read_text().replace("rivers", "lakes"))
+    assert cli.main(["run", "own.toml", "--output_dir", "out", "--resume"]) == EXIT_USAGE
+    assert "was started with other tasks or prompts" in capsys.readouterr().err
+
+
 def test_only_environments_with_a_reward_are_on_the_scoreboard() -> None:
     args = '{ rules = "omit", min_moves = 2, max_depth = 6, num_eval_examples = 8 }'
     sokoban = f'[[orchestrator.env]]\nid = "sokoban-env"\nargs = {args}\n'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,49 @@ def test_an_adapter_on_the_embedding(name: str, tmp_path: Path) -> None:
     flags = ("--trainer.model.lora.target_modules", "q_proj,embed_tokens")
     assert train(tmp_path, model, *flags) == EXIT_OK
     assert_exact(tmp_path, model)
+
+
+def test_a_recurrent_teacher_of_a_student_with_attention(tmp_path: Path) -> None:
+    (tmp_path / "teacher").mkdir()
+    teacher = build("lfm2", tmp_path / "teacher")
+    flags = ("--teacher_inference.model.name", str(teacher))
+    assert train(tmp_path, build("llama", tmp_path), *flags) == EXIT_OK
+
+
+REMOTE = {
+    "configuration_x.py": """
+from transformers import LlamaConfig
+class XConfig(LlamaConfig):
+    model_type = "xllama"
+""",
+    "modeling_x.py": """
+from transformers import LlamaForCausalLM
+from .configuration_x import XConfig
+class XForCausalLM(LlamaForCausalLM):
+    config_class = XConfig
+""",
+}
+AUTO = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+
+
+def test_a_model_with_code_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build("llama", tmp_path)
+    for name, text in REMOTE.items():
+        (model / name).write_text(text)
+    file = model / "config.json"
+    config = json.loads(file.read_text()) | {"model_type": "xllama", "auto_map": AUTO}
+    file.write_text(json.dumps(config))
+    assert train(tmp_path, model) == EXIT_USAGE
+    assert "custom code" in capsys.readouterr().err
+    assert train(tmp_path, model, "--model.trust_remote_code") == EXIT_OK
+
+
+def test_an_adapter_of_a_multimodal_model_is_a_start(tmp_path: Path) -> None:
+    model = build("gemma3_vision", tmp_path)
+    assert train(tmp_path, model) == EXIT_OK
+    (tmp_path / "again").mkdir()
+    flags = ("--trainer.model.lora.init", str(tmp_path / "run"))
+    assert train(tmp_path / "again", model, *flags) == EXIT_OK
 
 
 def test_attention_that_leaves_the_models_cap_out_is_refused(

@@ -51,7 +51,8 @@ def test_an_extended_run_is_the_run_started_anew(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", breaks_at_5)
         assert run(path, *CONSTANT, "--resume") == EXIT_FAILED
-    assert not (path / "scoreboard.json").exists()
+    for name in ("scoreboard.json", "report.html"):
+        assert not (path / name).exists(), "of the shorter run"
     assert json.loads((path / "config.resolved.json").read_text())["max_steps"] == 6
     assert run(path, *CONSTANT, "--resume") == EXIT_OK
     assert records(path) == records(whole)

@@ -248,3 +248,8 @@ def test_a_teacher_without_a_template_reads_the_students(caplog: pytest.LogCaptu
     prompts = PromptBuilder(byte_level(), "Think.\n", "user", teacher_tokenizer=byte_level(None))
     assert prompts.teacher is prompts.student
     assert "it reads the student's" in caplog.text
+
+
+def test_a_filter_that_templates_do_not_have_is_refused() -> None:
+    with pytest.raises(UserError, match=r"the chat template is not valid.*from_json"):
+        builder("{% for m in messages %}{{ m.content | from_json }}{% endfor %}")

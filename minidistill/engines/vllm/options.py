@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from minidistill.config import Config
 from minidistill.config.schema import LoraConfig
 from minidistill.errors import UserError
-from minidistill.models.auto import is_multimodal, model_class, text_linears
+from minidistill.models.auto import is_multimodal, skeleton, text_linears
 from minidistill.models.registry import resolve
 from minidistill.placement import vllm_version
 from minidistill.placement.limits import (
@@ -142,11 +141,10 @@ def _targets(lora: LoraConfig, model: Any) -> list[str]:
 
     Raises UserError if one of them is an embedding.
     """
-    with torch.device("meta"):
-        skeleton = model_class(model).from_config(model)
+    empty = skeleton(model)
     targets = lora.target_modules
     if targets != "all-linear":
-        embeddings = [n for n, m in skeleton.named_modules() if isinstance(m, nn.Embedding)]
+        embeddings = [n for n, m in empty.named_modules() if isinstance(m, nn.Embedding)]
         for target in targets:
             if any(name == target or name.endswith(f".{target}") for name in embeddings):
                 raise UserError(
@@ -155,4 +153,4 @@ def _targets(lora: LoraConfig, model: Any) -> list[str]:
                     fix=f'leave {target} out, or use inference.engine = "embedded"',
                 )
         return list(targets)
-    return sorted({name.rpartition(".")[2] for name, _ in text_linears(skeleton)})
+    return sorted({name.rpartition(".")[2] for name, _ in text_linears(empty)})

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from minidistill.errors import printable
+from minidistill.files import writing
 from minidistill.reporting.formatting import KL_LEVELS, clean, kl_level, number
 from minidistill.reporting.html.curves import charts
 from minidistill.reporting.html.read import read_run
@@ -56,8 +57,12 @@ def write_report(run_dir: Path) -> Path:
     path = Path(run_dir) / "report.html"
     temporary = path.with_suffix(f".html.{os.getpid()}.tmp")
     # Renamed when complete, so that nobody reads half a page.
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with writing(path):
+            temporary.write_text(html, encoding="utf-8")
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
