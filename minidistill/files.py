@@ -112,6 +112,12 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         os.replace(temporary, path)
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of the user's cache, which need not exist. Raises RuntimeError without a home."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    return home / "minidistill" / name
+
+
 def drop_output(stream: TextIO) -> None:
     """Connect a stream to nothing, also for what it still holds when the interpreter ends."""
     with contextlib.suppress(OSError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from minidistill.envs.content import text_content
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.types import Completion, Prompt
 
@@ -31,7 +32,7 @@ def before_training(
         {
             "env": prompts[i].env,
             "task_id": prompts[i].task.id,
-            "prompt": message_text(prompts[i].task.messages[-1]["content"]),
+            "prompt": text_content(prompts[i].task.messages[-1]["content"]) or "",
             "before": builder.decode(student[i].token_ids),
             "teacher": builder.decode(completion.token_ids),
         }
@@ -47,10 +48,3 @@ def after_training(
         row | {"after": builder.decode(student[i].token_ids)}
         for row, i in zip(rows, kept(len(student)), strict=True)
     ]
-
-
-def message_text(content: Any) -> str:
-    """The text of a message: a string, or the text of its parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(str(part.get("text", "")) for part in content or ())

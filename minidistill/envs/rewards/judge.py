@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minidistill.envs.content import text_content
 from minidistill.envs.outcomes import Attempt, Outcome, Report, ScoringError
 from minidistill.envs.rewards.arguments import (
     check_bool,
@@ -178,15 +179,8 @@ def _read_score(answer: str) -> float | None:
 def _text(messages: Sequence[Message]) -> str:
     """The messages as the judge reads them: a single one as it is, several with their roles."""
     if len(messages) == 1:
-        return _content(messages[0]["content"])
-    return "\n\n".join(f"{m['role']}: {_content(m['content'])}" for m in messages)
-
-
-def _content(content: Any) -> str:
-    """The text of a message's content, which may be in parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content)
+        return str(text_content(messages[0]["content"]))
+    return "\n\n".join(f"{m['role']}: {text_content(m['content'])}" for m in messages)
 
 
 def _hash(value: object) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-from pathlib import Path
+
+from minidistill.files import cache_folder
 
 
 class ScoreCache:
@@ -18,7 +18,7 @@ class ScoreCache:
 
     def __init__(self, judge: str, on_disk: bool) -> None:
         """`judge` is the hash of what the judge is: its scores are in a file of their own."""
-        self.path = cache_folder() / f"{judge[:32]}.jsonl" if on_disk else None
+        self.path = cache_folder("judge") / f"{judge[:32]}.jsonl" if on_disk else None
         self._scores: dict[str, float] | None = None
 
     def get(self, question: str) -> float | None:
@@ -46,8 +46,3 @@ class ScoreCache:
                         if math.isfinite(score):
                             scores[question] = float(score)
         return scores
-
-
-def cache_folder() -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    return home / "minidistill" / "judge"

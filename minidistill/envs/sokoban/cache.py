@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from minidistill.envs.sokoban.levels import Level, Recipe
+from minidistill.files import cache_folder
 
 
 class LevelCache:
@@ -28,8 +28,7 @@ class LevelCache:
 
     @property
     def path(self) -> Path:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-        return home / "minidistill" / "sokoban" / self.name
+        return cache_folder("sokoban") / self.name
 
     def read(self) -> dict[int, Level]:
         """The intact levels by their numbers."""
