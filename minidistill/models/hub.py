@@ -49,7 +49,8 @@ def load_model_config(config: Config, name: str | None = None, *, shipped: bool 
     use this machine's cached copy, or else the shipped one. Raises UserError if there is none.
     """
     name = name or config.model.name
-    with readable_errors(name):
+    key = "model.name" if name == config.model.name else "teacher_inference.model.name"
+    with readable_errors(name, key):
         from transformers import AutoConfig
 
         arguments = hub_arguments(config, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 
 from minidistill.config import Config, LoadedConfig
-from minidistill.config.adapter import initial_adapter_digest
+from minidistill.config.adapter import initial_adapter_digest, without_initial_adapter
 from minidistill.engines.base import Engine
 from minidistill.engines.launch import EngineLauncher
 from minidistill.envs.isolated import IsolatedEnvironment, close_environments
-from minidistill.envs.protocol import Environment
+from minidistill.envs.protocol import Environment, check_ready
 from minidistill.envs.registry import load_environments
 from minidistill.evaluation.evaluator import Evaluator, held_out
 from minidistill.evaluation.intervals import MIN_TASKS
@@ -43,6 +44,7 @@ from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_rewards
 from minidistill.tasks.sampling import Fingerprint
 from minidistill.trainer.build import build_trainer
+from minidistill.trainer.checkpoint import any_saved
 from minidistill.trainer.distributed.launcher import RankLauncher
 from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.guards import explain_out_of_memory
@@ -84,6 +86,8 @@ class Prepared:
     """The first ones, for the checks of the model."""
     fingerprint: str
     """Of the tasks and prompts: a resumed run must have the same."""
+    restores: bool
+    """The weights are those of a checkpoint, and not of an adapter that the run started from."""
     initial_adapter: str | None
     """A hash of the adapter that the run starts from. None: a new one, or every weight."""
     plan: Plan
@@ -93,12 +97,13 @@ class Prepared:
         return self.loaded.config
 
     @property
+    def all_environments(self) -> list[Environment]:
+        return _each_once(*self.environments.values(), *self.evaluation_environments.values())
+
+    @property
     def scored_environments(self) -> list[Environment]:
         """Those whose completions are scored, in training or evaluations."""
-        orchestrator = self.config.orchestrator
-        trained = () if orchestrator.buffer.skip_verification else self.environments.values()
-        evaluated = () if orchestrator.eval is None else self.evaluation_environments.values()
-        return list({id(env): env for env in (*trained, *evaluated)}.values())
+        return _scored(self.config, self.environments, self.evaluation_environments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,7 @@ class Components:
     """Of the trainer's passes outside a training step."""
     ranks: RankLauncher
     environments: Sequence[Environment]
-    """Those that score, with their processes."""
+    """All of them, with their processes."""
 
     def abort(self) -> None:
         """Close without waiting for the trainer's other ranks."""
@@ -129,12 +134,13 @@ class Components:
         self.close()
 
     def close(self) -> None:
-        self.ranks.close()
-        self.engine.close()
-        close_environments(self.environments)
-        for collector in (self.async_collector, self.stream_collector):
-            if collector is not None:
-                collector.close()
+        with contextlib.ExitStack() as stack:  # the last is closed first, and each of them is
+            for collector in (self.async_collector, self.stream_collector):
+                if collector is not None:
+                    stack.callback(collector.close)
+            stack.callback(close_environments, self.environments)
+            stack.callback(self.engine.close)
+            stack.callback(self.ranks.close)
 
 
 def prepare(
@@ -144,17 +150,35 @@ def prepare(
 
     `phase` shows the progress of checks that take long.
 
-    Raises UserError for errors the user can fix.
+    Raises UserError for errors the user can fix. The environments are closed then.
     """
+    made: list[Environment] = []
+    try:
+        return _prepare(loaded, directory, resume, phase, made)
+    except BaseException:
+        close_environments(made)
+        raise
+
+
+def _prepare(
+    loaded: LoadedConfig,
+    directory: RunDirectory,
+    resume: bool,
+    phase: Phase,
+    made: list[Environment],
+) -> Prepared:
+    """See `prepare`. Adds the environments to `made`."""
     config, orchestrator = loaded.config, loaded.config.orchestrator
     extended = resume and is_extended(loaded, directory)
-    initial_adapter = initial_adapter_digest(config)
-    if resume:
+    restores = resume and any_saved(directory.path / "checkpoints")
+    initial_adapter = None if restores else initial_adapter_digest(config)
+    if resume and not restores:
         directory.check_same_adapter(initial_adapter)
     check_monitors(config)
     refuse_adapters(config)
     tokenizer = load_tokenizer(config)
     environments = load_environments(orchestrator.env, "orchestrator.env")
+    made += environments.values()
     check_rewards(config, environments)
     began = directory.began() if resume else None
     builder = _prompt_builder(config, tokenizer, began or datetime.now())
@@ -164,6 +188,7 @@ def prepare(
     evaluated = environments
     if orchestrator.eval is not None and orchestrator.eval.env is not None:
         evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
+        made += evaluated.values()
     if orchestrator.eval is not None:
         check_rewards(config, evaluated, evaluated=True)
     limit = PromptLimit.of(config, plan.placement.max_length)
@@ -185,6 +210,8 @@ def prepare(
     if resume:
         directory.check_same_tasks(fingerprint)
     _tell_what_the_scoreboard_lacks(config, evaluated, by_env)
+    for environment in _scored(config, environments, evaluated):
+        check_ready(environment)
     check_weights(config)  # last, because it may download them
     return Prepared(
         loaded=loaded,
@@ -199,6 +226,7 @@ def prepare(
         builder=builder,
         prompts=measured.prompts,
         fingerprint=fingerprint,
+        restores=restores,
         initial_adapter=initial_adapter,
         plan=plan,
     )
@@ -210,13 +238,16 @@ def build(prepared: Prepared, display: Display) -> Components:
     Raises UserError if something cannot be loaded or started. Nothing is left running then.
     """
     config, placement = prepared.config, prepared.plan.placement
+    if prepared.restores:
+        config = without_initial_adapter(config)
     devices = placement.devices
     if devices[0].type == "cuda":
         torch.cuda.set_device(devices[0])  # Triton launches kernels on the current device
     launcher = EngineLauncher(config, placement, prepared.directory.path / "sync")
     ranks = RankLauncher(devices)
-    environments = prepared.scored_environments
-    isolated = [env for env in environments if isinstance(env, IsolatedEnvironment)]
+    environments = prepared.all_environments
+    scored = prepared.scored_environments
+    isolated = [env for env in scored if isinstance(env, IsolatedEnvironment)]
     try:
         for environment in isolated:
             environment.start()
@@ -231,8 +262,8 @@ def build(prepared: Prepared, display: Display) -> Components:
             )
         budget = TokenBudget(placement.micro_batch_tokens)
         with explain_out_of_memory(DOING, **SMALLER_MODEL):
-            samples = placement.student.in_trainer
-            shares = check_model(policy, prepared.prompts, budget, samples=samples)
+            samples = launcher.sampled_by(policy)
+            shares = check_model(policy, prepared.prompts, budget, samples)
         with explain_out_of_memory("preparing the optimizer", **SMALLER_MODEL):
             prefixes = PrefixCache(policy, shares)
             trainer = build_trainer(policy, config, placement, ranks.group, prefixes)
@@ -279,6 +310,21 @@ def build(prepared: Prepared, display: Display) -> Components:
         ranks=ranks,
         environments=environments,
     )
+
+
+def _scored(
+    config: Config, trained: Mapping[str, Environment], evaluated: Mapping[str, Environment]
+) -> list[Environment]:
+    """Those whose completions are scored, in training or evaluations."""
+    orchestrator = config.orchestrator
+    return _each_once(
+        *(() if orchestrator.buffer.skip_verification else trained.values()),
+        *(() if orchestrator.eval is None else evaluated.values()),
+    )
+
+
+def _each_once(*environments: Environment) -> list[Environment]:
+    return list({id(environment): environment for environment in environments}.values())
 
 
 def _prompt_builder(config: Config, tokenizer: Any, began: datetime) -> PromptBuilder:
