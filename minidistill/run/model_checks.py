@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, UserError, blamed_on
+from minidistill.models.hub import TEACHER_KEY
 from minidistill.run.probes import (
     Ids,
     attention_error,
@@ -71,7 +72,8 @@ def check_model(
     other = policy.teacher_weights is Weights.OTHER and policy.holds(Role.TEACHER)
     roles = (Role.STUDENT, Role.TEACHER) if other else (Role.STUDENT,)
     for role in roles:
-        with policy.inference(), policy.running_as(role):
+        key = TEACHER_KEY if role is Role.TEACHER else "model.name"
+        with policy.inference(), policy.running_as(role), blamed_on(key):
             _check_attention(policy, prompts[0].student_ids, tolerance)
             _check_logits(policy, prompts, completions, tolerance, budget)
             if policy.attention.packed:

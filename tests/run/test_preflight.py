@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer import attention
 from minidistill.trainer.policy import Policy
 from minidistill.trainer.token_budget import TokenBudget
+from minidistill.types import Role
 
 SMALL = ("--orchestrator.batch_size", "8", "--orchestrator.env.0.args.num_train_examples", "8")
 Configure = Callable[..., Any]
@@ -93,7 +96,11 @@ def test_a_model_that_cannot_be_sampled_from(
         check_model(lab)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     prompts = [r.prompt for r in lab.rollouts[::4]]
-    assert model_checks.check_model(lab.policy, prompts, TokenBudget(16384), samples=False)
+    budget = TokenBudget(16384)
+    with pytest.raises(UserError, match="the baseline samples the teacher") as caught:
+        model_checks.check_model(lab.policy, prompts, budget, {Role.TEACHER})
+    assert (caught.value.where, caught.value.exit_code) == ("orchestrator.eval", EXIT_ENVIRONMENT)
+    assert model_checks.check_model(lab.policy, prompts, budget, ())
     assert not lab.policy.can_sample
     assert "AttributeError: no such state" in caplog.text
 
@@ -165,6 +172,18 @@ def test_prompt_warnings(warnings_of: Callable[..., list[str]]) -> None:
     assert "q^2" in taus
     (taus,) = warnings_of("--trainer.loss.student_tau", "1.0")
     assert "flattened" in taus
+
+
+def test_a_template_that_changes_is_refused(lab: Lab, configure: Configure) -> None:
+    """As one that writes a counter, or the time in fractions of a second."""
+    render, calls = lab.builder.student.render, itertools.count()
+    changing = mock.patch.object(
+        type(lab.builder.student), "render", lambda self, m: render(m) + str(next(calls))
+    )
+    config = configure(*SMALL).config
+    with changing, pytest.raises(UserError) as caught:
+        preflight.check_prompts(config, lab.builder, [lab.rollouts[0].prompt])
+    assert caught.value.what == "the chat template renders the same messages differently each time"
 
 
 def test_a_template_without_a_generation_prompt_is_refused(lab: Lab, configure: Configure) -> None:

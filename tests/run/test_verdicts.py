@@ -110,6 +110,20 @@ def test_drift_is_judged_by_what_the_context_is_for() -> None:
 
 
 @pytest.mark.parametrize(
+    ("bounds", "interval"),
+    [((-0.5, 0.1), " (95% interval -10% to 50%)"), ((None, None), "")],
+)
+def test_a_kl_on_unrelated_prompts_that_has_grown(
+    bounds: tuple[float | None, float | None], interval: str
+) -> None:
+    low, high = bounds
+    kl = figures(after=1.2, closed=-0.2, closed_low=low, closed_high=high)
+    verdict = judge_drift(kl, has_task=False)["drift_verdict"]
+    assert f"too: the KL to the teacher there has grown by 20%{interval}. " in verdict
+    assert "closed" not in verdict
+
+
+@pytest.mark.parametrize(
     ("changes", "text"),
     [
         ({"negligible": True, "closed": None}, "it hardly changes the teacher's answers there"),
