@@ -17,7 +17,7 @@ from minidistill.envs import has_task
 from minidistill.evaluation.drift import judge_drift
 from minidistill.evaluation.side_by_side import kept
 from minidistill.reporting.run_directory import RunDirectory
-from minidistill.run.setup import prepare
+from minidistill.run.prepare import prepare
 
 
 @pytest.mark.parametrize(
