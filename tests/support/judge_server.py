@@ -67,8 +67,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def say(self, content: object) -> None:
         """A chat completion."""
-        body = {"choices": [{"message": {"role": "assistant", "content": content}}]}
-        self.send(json.dumps(body).encode())
+        self.send_json({"choices": [{"message": {"role": "assistant", "content": content}}]})
+
+    def send_json(self, value: object) -> None:
+        self.send(json.dumps(value).encode())
 
     def log_message(self, *args: object) -> None: ...
 
