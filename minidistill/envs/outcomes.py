@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -96,9 +97,7 @@ def _score_together(
                     fix="call report(index, reward) once for each attempt, with its index from 0",
                 )
             left.remove(index)
-            if not isinstance(value, ScoringError):
-                value = _outcome(lambda returned=value: to_reward(returned))
-            report(index, value)
+            report(index, _outcome(partial(_reported, value)))
         except BaseException as error:  # to be told from what score_all raises itself
             stopped.append(error)
             raise
@@ -112,6 +111,10 @@ def _score_together(
         raise stopped[0]
     for index in sorted(left):
         report(index, failure)
+
+
+def _reported(value: object) -> Outcome:
+    return value if isinstance(value, ScoringError) else to_reward(value)
 
 
 def describe(error: BaseException) -> str:
