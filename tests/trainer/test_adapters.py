@@ -143,8 +143,9 @@ def test_a_run_is_resumed_although_the_adapter_that_it_started_from_has_changed_
     """From its checkpoint, and exactly. Without one it would start from another adapter."""
     source, whole, path = tmp_path / "source", tmp_path / "whole", tmp_path / "path"
     baseless = ("--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline")
-    assert run(source, "--max_steps", "1", f"{LORA}.rank", "4", *baseless) == EXIT_OK
-    flags = ("--max_steps", "3", "--ckpt.interval", "1", f"{LORA}.init", str(source))
+    baseless += ("--trainer.scheduler.warmup_steps", "0", "--ckpt.interval", "1")
+    assert run(source, "--max_steps", "1", f"{LORA}.use_rslora", *baseless) == EXIT_OK
+    flags = ("--max_steps", "3", f"{LORA}.init", str(source), *baseless)
     assert run(whole, *flags) == EXIT_OK
     original = loop.train_step
 
@@ -183,7 +184,7 @@ def test_a_run_is_resumed_although_the_adapter_that_it_started_from_has_changed_
     assert run(path, *flags, "--resume") == EXIT_OK
     assert "is already finished: 3 steps" in capsys.readouterr().out
     assert run(path, *flags, f"{LORA}.rank", "5", "--resume") == EXIT_USAGE
-    assert "trainer.model.lora.rank (was 4, now 5)" in capsys.readouterr().err
+    assert "trainer.model.lora.rank (was 16, now 5)" in capsys.readouterr().err
 
 
 # -- what is refused ---------------------------------------------------------------------------
