@@ -1,7 +1,8 @@
 """Subprocesses forked from one that has imported torch and vLLM, whose import takes seconds.
 
 What tests start begins in this way: whole runs, vLLM servers, and the ranks and engines of both.
-tests/test_lost_output.py and the tests of `torchrun` start theirs as users do.
+Some start as users start them: one run with ranks, one with an engine, those with `torchrun`, those
+of tests/test_lost_output.py, which are about the end of the interpreter, and a few others.
 """
 
 from __future__ import annotations

@@ -19,14 +19,21 @@ MARK = "MINIDISTILL_MARK"
 Started = subprocess.Popen[str] | forked.ForkedPopen
 
 
-def start(command: Sequence[str], stdout: Any = subprocess.PIPE, **environment: str) -> Started:
+def start(
+    command: Sequence[str],
+    stdout: Any = subprocess.PIPE,
+    *,
+    as_users_do: bool = False,
+    **environment: str,
+) -> Started:
     """Start `python -m module` in the repository's root, as the leader of a process group.
 
-    It finds the modules that tests find. It is forked where there is no GPU, which a forked process
-    could not use.
+    It finds the modules that tests find. It is forked unless it is to start `as_users_do`, with all
+    that it starts, or there is a GPU, which a forked process could not use.
     """
     paths = os.pathsep.join([str(TESTS), str(ROOT), *filter(None, sys.path)])
-    kind: Any = forked.ForkedPopen if REHEARSED else subprocess.Popen
+    real = as_users_do or not REHEARSED
+    kind: Any = subprocess.Popen if real else forked.ForkedPopen
     return kind(
         command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.STDOUT, text=True,
         cwd=ROOT, start_new_session=True, env={**os.environ, "PYTHONPATH": paths, **environment},

@@ -55,9 +55,9 @@ def command(path: Path, *flags: str) -> list[str]:
     return [*program, "run", SOKOBAN, *TINY, "--output_dir", str(path), *flags]
 
 
-def start(path: Path, *flags: str, **environment: str) -> Started:
+def start(path: Path, *flags: str, as_users_do: bool = False, **environment: str) -> Started:
     """A tiny run in a subprocess."""
-    return processes.start(command(path, *flags), **environment)
+    return processes.start(command(path, *flags), as_users_do=as_users_do, **environment)
 
 
 def records(path: Path) -> list[dict[str, Any]]:

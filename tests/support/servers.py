@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -66,7 +66,8 @@ def serving(log: Path, *flags: str, port: int | None = None) -> Iterator[tuple[s
                 time.sleep(0.3)
         yield url, process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its engine is in the same process group
+        with suppress(ProcessLookupError):  # its engine is in the same process group
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

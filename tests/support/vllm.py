@@ -180,12 +180,13 @@ class Run:
         return processes.left_behind(self.mark)
 
 
-def start(path: Path, *flags: str) -> Run:
+def start(path: Path, *flags: str, as_users_do: bool = False) -> Run:
     """A short run with vLLM in a subprocess."""
     mark = processes.new_mark()
     command = [sys.executable, "-m", "minidistill", "run", SOKOBAN, *SHORT, *flags]
+    command += ["--output_dir", str(path)]
     environment = {processes.MARK: mark, "OMP_NUM_THREADS": "1"}
-    process = processes.start([*command, "--output_dir", str(path)], **environment)
+    process = processes.start(command, as_users_do=as_users_do, **environment)
     return Run(process, path, mark)
 
 

@@ -48,7 +48,8 @@ def test_killing_a_process_ends_the_run_and_leaves_no_process(
     flags = ("--max_steps", "400", "--orchestrator.batch_size", "12", "--trainer.shard")
     mark = processes.new_mark()
     flags = (*NO_EVALUATION, *flags, "--trainer.world_size", str(world_size))
-    process = start(path, *flags, **{processes.MARK: mark})
+    interrupted = signal_number == signal.SIGINT
+    process = start(path, *flags, as_users_do=interrupted, **{processes.MARK: mark})
     metrics = path / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and b'"step": 2,' in metrics.read_bytes())
     ranks = rank_pids(mark)
