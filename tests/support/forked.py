@@ -23,6 +23,8 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from minidistill import subprocesses
 from support.paths import TESTS
 
@@ -143,6 +145,8 @@ def _run_module(
     os.environ.clear()
     os.environ.update(environment)
     _appear_as(command, environment)
+    if threads := environment.get("OMP_NUM_THREADS"):  # which torch read as the server started
+        torch.set_num_threads(int(threads))
     if cwd:
         os.chdir(cwd)
     sys.stdout = os.fdopen(1, "w", closefd=False)
