@@ -174,7 +174,7 @@ def layer_activations(
     """
     w, lora, attention = itemsize, config.trainer.model.lora, placement.attention
     h, i, q, k = shape.hidden, shape.intermediate, shape.attention, shape.keys
-    unmasked = attention.unpadded or attention.implementation == FLASH
+    unmasked = attention.shares_prompts or attention.implementation == FLASH
     total = 2 * 4 * h + 3 * w * i + w * (2 * q + 2 * (k if unmasked else q)) + 4 * shape.heads + 8
     width = size.tokens if attention.packed else size.longest
     if attention.implementation == "eager":

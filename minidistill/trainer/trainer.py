@@ -59,7 +59,7 @@ class Trainer:
         self.prefixes = prefixes
         self.loss = loss_settings(config, self.estimator, len(policy.head_VH))
         self.micro_batches = MicroBatches(
-            placement.micro_batch_tokens, policy.rank_group, packed=policy.attention.packed
+            placement.micro_batch_tokens, policy.rank_group, policy.attention.layout
         )
         self.optimizer = Optimizer(policy, config)
         self.max_mismatch = mismatch_limit(config, policy.dtype)
@@ -207,8 +207,7 @@ class Trainer:
         figures: dict[int, TokenFigures] = {}
         first = passes = 0
         for part in parts:
-            lengths = [max(r.student_length, r.teacher_length) for r in part]
-            batches = self.micro_batches.passes(lengths, sharded=self.policy.sharded is not None)
+            batches = self.micro_batches.passes(part, sharded=self.policy.sharded is not None)
             seeds = [self._dropout_seed(command.step, passes + i) for i in range(len(batches))]
             found, failure = self._accumulate_part(
                 part, batches, seeds, 1 / command.tokens, context, progress
@@ -314,7 +313,7 @@ class Trainer:
             [r.prompt.student_ids for r in rollouts],
             completions,
             pad_id=policy.pad_id,
-            packed=policy.attention.packed,
+            layout=policy.attention.layout,
         ).to(policy.device)
         teacher = self._teacher_inputs(rollouts, context)
         student_NH = hidden_states(policy, student)
@@ -359,7 +358,7 @@ class Trainer:
             [r.prompt.teacher_ids for r in rollouts],
             [c.token_ids for c in completions],
             pad_id=policy.pad_id,
-            packed=policy.attention.unpadded,
+            layout=policy.attention.prefix_layout,
             prefix=prefix,
         )
         student = policy.causal
