@@ -88,10 +88,11 @@ class GatheredKeys(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Keys and values (1, heads, gathered, D)."""
-        row = key_states, value_states
+        keys, values = key_states, value_states
         if self.prefix is not None:
-            row = tuple(map(lambda *x: torch.cat(x, dim=2), self.prefix, row))
-        return tuple(x.index_select(2, self.index_T) for x in row)
+            keys = torch.cat([self.prefix[0], keys], dim=2)
+            values = torch.cat([self.prefix[1], values], dim=2)
+        return keys.index_select(2, self.index_T), values.index_select(2, self.index_T)
 
 
 @dataclass(frozen=True, slots=True)

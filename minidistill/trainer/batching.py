@@ -61,14 +61,14 @@ def collate(
     prefix: Sequence[int] = (),
 ) -> Tokens:
     """Join each prompt with its completion. Every prompt must begin with `prefix` and be longer."""
-    prompts = [tuple(prompt[len(prefix) :]) for prompt in prompts]
+    own = [tuple(prompt[len(prefix) :]) for prompt in prompts]
     if layout is Layout.SHARED:
-        return _share(prompts, completions, tuple(prefix))
+        return _share(own, completions, tuple(prefix))
     packed = layout is Layout.PACKED
-    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    lengths = [len(p) + len(c) for p, c in zip(own, completions, strict=True)]
     starts, columns, rows = [], [], []
     offset = 0
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    for row, (prompt, completion) in enumerate(zip(own, completions, strict=True)):
         starts.append(offset)
         first = offset + len(prompt) - 1
         columns.append(torch.arange(first, first + len(completion)))
@@ -78,7 +78,7 @@ def collate(
     ids_BL = torch.full(shape, pad_id)
     positions_BL = torch.zeros(shape, dtype=torch.int64)
     mask_BL = None if packed else torch.zeros(shape, dtype=torch.int64)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    for row, (prompt, completion) in enumerate(zip(own, completions, strict=True)):
         region = (0 if packed else row, slice(starts[row], starts[row] + lengths[row]))
         ids_BL[region] = torch.tensor([*prompt, *completion])
         positions_BL[region] = torch.arange(len(prefix), len(prefix) + lengths[row])

@@ -153,7 +153,6 @@ def _gathers_keys(policy: Policy) -> bool:
 def _gathering_cache(policy: Policy, states: KeysValues | None, segments: Sequence[Segment]) -> Any:
     cache = new_cache(policy)
     index_T = key_index(segments, states[0][0].shape[2] if states else 0, policy.device)
-    cache.layers = [
-        GatheredKeys(prefix, index_T) for prefix in states or [None] * len(cache.layers)
-    ]
+    prefixes = states if states is not None else [None] * len(cache.layers)
+    cache.layers = [GatheredKeys(prefix, index_T) for prefix in prefixes]
     return cache

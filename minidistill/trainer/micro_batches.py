@@ -64,6 +64,13 @@ class MicroBatches:
             passes = [groups + [[]] * (most - len(groups)) for groups in passes]
         return passes[self.rank_group.rank]
 
+    def tokens(self, rollouts: Sequence[Rollout]) -> int:
+        """The tokens of one micro-batch of all these rollouts, without padding."""
+        if self.layout is Layout.SHARED:
+            parts = {(part := _row_part(r)).group: part.prompt for r in rollouts}
+            return sum(parts.values()) + sum(len(r.completion.token_ids) for r in rollouts)
+        return sum(max(r.student_length, r.teacher_length) for r in rollouts)
+
     def shrink(self, failures: dict[int, OutOfMemory], *, sharded: bool) -> None:
         """Halve the budget, for the rank with the least memory.
 

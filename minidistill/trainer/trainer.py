@@ -258,13 +258,12 @@ class Trainer:
         if message is None:
             return figures, None
         self.policy.reshard()
-        batches = [rows for rows in passes if rows]
-        batch_lengths = [lengths[i] for rows in batches for i in rows] or [min(lengths)]
+        own = [rollouts[i] for rows in passes for i in rows] or shortest
         return {}, OutOfMemory(
             message=message,
-            tokens=sum(batch_lengths),
-            longest=max(batch_lengths),
-            single_sequences=max(map(len, batches), default=1) == 1,
+            tokens=self.micro_batches.tokens(own),
+            longest=max(max(r.student_length, r.teacher_length) for r in own),
+            single_sequences=max(map(len, passes), default=1) <= 1,
         )
 
     def _dropout_seed(self, step: int, index: int) -> int:
