@@ -37,10 +37,12 @@ class MicroBatchSize:
 def largest_micro_batch(config: Config, placement: Placement) -> MicroBatchSize:
     """The largest micro-batch that a step can have: every sequence has the longest length."""
     longest, orchestrator = placement.max_length, config.orchestrator
-    rank_tokens = orchestrator.batch_size // placement.ranks * longest
+    together = orchestrator.rollouts_per_example if placement.attention.shares_prompts else 1
+    completions = together * orchestrator.sampling.max_tokens
+    group = longest - orchestrator.sampling.max_tokens + completions
+    rank_tokens = orchestrator.batch_size // placement.ranks * group // together
     tokens = min(max(placement.micro_batch_tokens, longest), rank_tokens)
-    sequences = tokens // longest
-    return MicroBatchSize(tokens, longest, sequences * orchestrator.sampling.max_tokens)
+    return MicroBatchSize(tokens, longest, tokens * completions // group)
 
 
 def trainer_memory(
