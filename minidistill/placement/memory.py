@@ -177,7 +177,8 @@ def layer_activations(
     w, lora, attention = itemsize, config.trainer.model.lora, placement.attention
     h, i, q, k = shape.hidden, shape.intermediate, shape.attention, shape.keys
     unmasked = attention.shares_prompts or attention.implementation == FLASH
-    total = 2 * 4 * h + 3 * w * i + w * (2 * q + 2 * (k if unmasked else q)) + 4 * shape.heads + 8
+    kept = k * _gathered_keys(config, placement) if unmasked else q
+    total = 2 * 4 * h + 3 * w * i + w * int(2 * q + 2 * kept) + 4 * shape.heads + 8
     width = size.tokens if attention.packed else size.longest
     if attention.implementation == "eager":
         total += shape.heads * width * (4 if w == 4 else 4 + w)
@@ -201,6 +202,17 @@ def layer_activations(
     attended = {name for name, _ in blocks if name.endswith("attn")}
     distinct = sum(inputs for name, inputs in blocks if name not in attended)
     return total + w * (distinct + h * len(attended)) // shape.layers
+
+
+def _gathered_keys(config: Config, placement: Placement) -> float:
+    """Keys that a GPU's kernel reads per token of a row: each completion has its prompt's too."""
+    if not (placement.attention.shares_prompts and placement.trainer_gpus):
+        return 1.0
+    if placement.dtype == "float32":
+        return 1.0
+    completion = config.orchestrator.sampling.max_tokens
+    together, prompt = config.orchestrator.rollouts_per_example, placement.max_length - completion
+    return (prompt + together * placement.max_length) / (prompt + together * completion)
 
 
 def _adapter_itemsize(placement: Placement) -> int:
