@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError, blamed_on
 from minidistill.models.hub import TEACHER_KEY
+from minidistill.placement.attention import Layout
 from minidistill.run.probes import (
     Ids,
     attention_error,
@@ -148,7 +149,7 @@ def _check_packed_passes(
     view = [p.student_ids for p in prompts]
 
     def divergences(prompts: list[Ids], completions: list[Ids]) -> Tensor:
-        packed = collate(prompts, completions, pad_id=policy.pad_id, packed=True)
+        packed = collate(prompts, completions, pad_id=policy.pad_id, layout=policy.attention.layout)
         alone_NH = torch.cat(
             [
                 hidden_states(policy, collate([prompt], [completion], pad_id=policy.pad_id))
@@ -159,7 +160,8 @@ def _check_packed_passes(
 
     fix = "leave trainer.packing out, or set it to false"
     leak, rounding = (
-        largest_leak(policy, view[0], view[-1], packed=packed) for packed in (True, False)
+        largest_leak(policy, view[0], view[-1], layout)
+        for layout in (policy.attention.layout, Layout.PADDED)
     )
     if not leak <= 4 * rounding + LEAK[policy.dtype]:
         raise UserError(
@@ -277,13 +279,13 @@ def _prefix_cache_is_exact(
     prefix = PrefixCache(policy, shares=True).common(view)
     if not prefix:
         return True
-    packed = policy.attention.unpadded
+    layout = policy.attention.prefix_layout
 
     def errors(prompts: list[Ids], completions: list[Ids]) -> Tensor:
         logp = []
         for shared in ((), prefix):
             tokens = collate(
-                prompts, completions, pad_id=policy.pad_id, packed=packed, prefix=shared
+                prompts, completions, pad_id=policy.pad_id, layout=layout, prefix=shared
             )
             states = prefix_states(policy, shared) if shared else None
             hidden = hidden_states(policy, tokens, states)
@@ -292,7 +294,7 @@ def _prefix_cache_is_exact(
         return ((logp[0] - logp[1]).abs() * logp[0].exp()).amax(dim=-1)
 
     with policy.inference(), policy.running_as(role):
-        measured = _largest(errors, view, completions, budget, packed=packed)
+        measured = _largest(errors, view, completions, budget, packed=layout is Layout.SHARED)
     if not all(error <= tolerance for error in measured):
         logger.warning(
             "the context's cached keys and values do not reproduce the model's log-probs: "

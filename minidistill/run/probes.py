@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minidistill.engines.embedded import EmbeddedEngine
+from minidistill.placement.attention import Layout
 from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import PrefixCache, hidden_states
 from minidistill.trainer.policy import Policy
@@ -55,7 +56,7 @@ def attention_error(policy: Policy, ids: Ids) -> float:
     return float(((logp_NV - eager_NV).abs() * eager_NV.exp()).max())
 
 
-def largest_leak(policy: Policy, first: Ids, second: Ids, *, packed: bool) -> float:
+def largest_leak(policy: Policy, first: Ids, second: Ids, layout: Layout) -> float:
     """How much `second`'s hidden states change if `first`, in the same batch, has other tokens.
 
     Relative to the largest hidden state. It is 0 if no sequence reads another, whatever the dtype:
@@ -66,10 +67,10 @@ def largest_leak(policy: Policy, first: Ids, second: Ids, *, packed: bool) -> fl
     def states(first: Ids) -> Tensor:
         # every position but the last, as those of a completion
         prompts, completions = [first[:1], second[:1]], [first[1:], second[1:]]
-        tokens = collate(prompts, completions, pad_id=policy.pad_id, packed=packed)
+        tokens = collate(prompts, completions, pad_id=policy.pad_id, layout=layout)
         return hidden_states(policy, tokens)[len(first) - 1 :].float()
 
-    before_NH, after_NH = states(first), states(first[::-1])
+    before_NH, after_NH = states(first), states(first[:1] + first[:0:-1])
     return float((after_NH - before_NH).abs().max() / before_NH.abs().max())
 
 
