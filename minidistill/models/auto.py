@@ -50,6 +50,20 @@ def is_multimodal(model_config: Any) -> bool:
     return model_config.get_text_config() is not model_config
 
 
+def is_recurrent(model_config: Any) -> bool:
+    """Whether a layer's cache is more than keys and values: a state that every token changes."""
+    from transformers import DynamicCache
+
+    return not all(map(keeps_tokens, DynamicCache(config=model_config).layers))
+
+
+def keeps_tokens(layer: Any) -> bool:
+    """Whether a layer of a cache holds keys and values of tokens, and nothing else."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
 def text_parts(model: Any) -> list[nn.Module]:
     """What text reaches: the whole of a language model, or a multimodal one's decoder and head."""
     if not is_multimodal(model.config):

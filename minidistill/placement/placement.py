@@ -21,7 +21,7 @@ from minidistill.placement.gpus import (
 from minidistill.placement.limits import MICRO_BATCH_TOKENS, longest_sequence
 from minidistill.placement.machine import Machine
 from minidistill.placement.teacher import TeacherPlacement, place_teacher
-from minidistill.placement.vllm_limits import adapter_obstacle
+from minidistill.placement.vllm_limits import adapter_obstacle, model_obstacle
 
 if TYPE_CHECKING:
     import torch
@@ -157,11 +157,12 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
     Raises UserError for settings that cannot be placed: exit code 3 for missing GPUs, otherwise 2.
     """
     _check_quantization(config, machine)
-    obstacle = adapter_obstacle(config, models.student)
+    adapter = adapter_obstacle(config, models.student)
+    obstacle = adapter or model_obstacle(models.student, machine)
     kind = student_kind(config, machine, vllm=obstacle is None)
     separate = not kind.in_trainer
-    if obstacle is not None and (separate or _teacher_servers_have_adapter(config)):
-        raise obstacle
+    if adapter is not None and (separate or _teacher_servers_have_adapter(config)):
+        raise adapter
     teacher = place_teacher(config, separate_engine=separate, scores_ids=machine.gpus > 0)
     heads = models.student.get_text_config().num_attention_heads
     layout = lay_out_gpus(config, machine.gpus, teacher, heads, engine_on_gpus=kind.on_run_gpus)
@@ -172,6 +173,10 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
     if dtype == "auto":
         dtype = "bfloat16" if machine.bf16 else "float32"
     student, teacher_engine = _engines(config, models, kind, teacher, layout, dtype, max_length)
+    for engine in (student, teacher_engine):
+        if engine is not None and engine.kind.on_run_gpus:
+            if (error := model_obstacle(engine.model_config, machine)) is not None:
+                raise error
     sleeps = student.sleeps or (teacher_engine is not None and teacher_engine.sleeps)
     check_schedule(config, separate_engine=separate, sleeps=sleeps)
     ranks = _ranks(config, machine, layout.trainer)

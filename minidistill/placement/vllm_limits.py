@@ -7,10 +7,30 @@ from typing import Any
 from torch import nn
 
 from minidistill.config import Config
-from minidistill.errors import UserError
-from minidistill.models.auto import matches, skeleton
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.models.auto import is_multimodal, matches, skeleton
+from minidistill.placement.machine import Machine
 
 EMBEDDED = 'use inference.engine = "embedded"'
+IN_MULTIMODAL_FAMILIES = ("qwen3_5_text", "qwen3_5_moe_text")
+"""Types of language models that vLLM implements together with multimodal ones."""
+
+
+def model_obstacle(model_config: Any, machine: Machine) -> UserError | None:
+    """Why vLLM cannot run this model on this machine; None if nothing is known to be in the way.
+
+    What shows only in vLLM's process is found when an engine starts: see `VllmEngine.verify`.
+    """
+    multimodal = is_multimodal(model_config) or model_config.model_type in IN_MULTIMODAL_FAMILIES
+    if not multimodal or machine.torchvision:
+        return None
+    return UserError(
+        f"vLLM needs the package torchvision for {model_config.model_type} models, for text alone "
+        "too, and it is not installed",
+        where="inference.engine",
+        fix=f"install the torchvision that belongs to the installed torch, or {EMBEDDED}",
+        exit_code=EXIT_ENVIRONMENT,
+    )
 
 
 def adapter_obstacle(config: Config, model_config: Any) -> UserError | None:

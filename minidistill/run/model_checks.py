@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.models.auto import is_recurrent
 from minidistill.run.probes import (
     Ids,
     attention_error,
@@ -26,7 +27,6 @@ from minidistill.trainer.forward import (
     PrefixCache,
     can_share_prefix,
     hidden_states,
-    is_recurrent,
     prefix_states,
 )
 from minidistill.trainer.guards import MISMATCH, first_line, is_out_of_memory
@@ -182,7 +182,7 @@ def _check_sampling(
     """
     limit = MISMATCH[policy.dtype]
     with policy.running_as(role):
-        recurrent = is_recurrent(policy)
+        recurrent = is_recurrent(policy.config)
     try:
         error = sampling_error(policy, prompts, role, shares)
         if recurrent or not error <= limit:

@@ -8,7 +8,13 @@ from typing import Any
 
 from minidistill.config import Config
 from minidistill.config.schema import LoraConfig
-from minidistill.models.auto import is_multimodal, matches, skeleton, text_linears
+from minidistill.models.auto import (
+    is_multimodal,
+    is_recurrent,
+    matches,
+    skeleton,
+    text_linears,
+)
 from minidistill.models.registry import resolve
 from minidistill.placement import vllm_version
 from minidistill.placement.limits import (
@@ -108,6 +114,8 @@ def build_options(
             "block_size": CPU_BLOCK,
             # chunked prefill rewinds a seeded generator by its offset; CPU generators have none
             "enable_chunked_prefill": False,
+            # without it vLLM cannot cache the states of recurrent layers
+            "enable_prefix_caching": not is_recurrent(model),
             "max_num_batched_tokens": max(BATCH_TOKENS, arguments["max_model_len"]),
         }
         # compiling takes longer than small models run
