@@ -173,10 +173,10 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
     if dtype == "auto":
         dtype = "bfloat16" if machine.bf16 else "float32"
     student, teacher_engine = _engines(config, models, kind, teacher, layout, dtype, max_length)
-    for engine in (student, teacher_engine):
-        if engine is not None and engine.kind.on_run_gpus:
-            if (error := model_obstacle(engine.model_config, machine)) is not None:
-                raise error
+    for engine in filter(None, (student, teacher_engine)):
+        error = model_obstacle(engine.model_config, machine) if engine.kind.on_run_gpus else None
+        if error is not None:
+            raise error
     sleeps = student.sleeps or (teacher_engine is not None and teacher_engine.sleeps)
     check_schedule(config, separate_engine=separate, sleeps=sleeps)
     ranks = _ranks(config, machine, layout.trainer)

@@ -180,7 +180,7 @@ def test_a_multimodal_model_is_served_for_text_alone(
     ("name", "needs"), [("gemma3_vision", True), ("qwen3_5", True), ("qwen3_next", False)]
 )
 def test_a_multimodal_family_without_torchvision(name: str, needs: bool, tmp_path: Path) -> None:
-    """vLLM's modules of such models do not import without it. `auto` then is the embedded engine."""
+    """vLLM's modules of such models do not import then, and `auto` is the embedded engine."""
     path = write_config(tmp_path, build(name, tmp_path))
     without = replace(GPU, torchvision=False)
     auto, vllm = (load_config([path, "--inference.engine", e]).config for e in ("auto", "vllm"))

@@ -87,7 +87,7 @@ def test_the_plan_counts_what_is_trained(name: str, tmp_path: Path) -> None:
 def test_no_other_weight_is_trained(tmp_path: Path) -> None:
     """In a run on two ranks, which shard what is trained and what is not."""
     model = build("gemma3_vision", tmp_path)
-    flags = (*EVERY_WEIGHT, "--trainer.world_size", "2")
+    flags = (*EVERY_WEIGHT, "--trainer.world_size", "2", "--max_steps", "1")
     assert train(tmp_path, model, *flags) == EXIT_OK
     before = load_file(model / "model.safetensors")
     after = load_file(tmp_path / "run" / "model" / "model.safetensors")
@@ -98,10 +98,9 @@ def test_no_other_weight_is_trained(tmp_path: Path) -> None:
 
 def test_the_layers_of_a_decoder(tmp_path: Path) -> None:
     """Neither a deeper vision tower's nor the experts of a layer."""
-    loaded, model = configured(tmp_path, "gemma3_vision")
     from transformers import AutoConfig
 
-    settings = AutoConfig.from_pretrained(model)
+    settings = AutoConfig.from_pretrained(build("gemma3_vision", tmp_path))
     settings.vision_config.num_hidden_layers = 5
     layers = decoder_layers(skeleton(settings))
     assert [type(layer).__name__ for layer in layers] == ["Gemma3DecoderLayer"] * 2

@@ -26,8 +26,8 @@ from minidistill.engines.base import (
 from minidistill.engines.replicas import Replicas
 from minidistill.engines.vllm.client import EngineProcess, RestartingProcess
 from minidistill.engines.vllm.options import Options, build_options
+from minidistill.engines.vllm.probe import check_runs
 from minidistill.engines.vllm.weights_send import SLOTS, NamedTensors, Receiver, WeightSender
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.placement.placement import EnginePlacement
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import (
@@ -40,7 +40,6 @@ from minidistill.types import (
 )
 
 NAMES = {Weights.STUDENT: "student", Weights.EMA: "teacher"}
-PROBE = tuple(range(2, 10))  # ids that any vocabulary has
 SEED_BITS = (1 << 63) - 1  # vLLM takes signed 64-bit seeds
 
 
@@ -106,17 +105,8 @@ class VllmEngine(Engine):
         self.restarting.call(lambda: None)
 
     def verify(self, trainer: Engine, temperature: float | None) -> None:
-        """Run the model once. Some of what it needs of vLLM shows only then, as its kernels."""
-        try:
-            if temperature is None:
-                self.score([PROBE], [PROBE], Role.BASE)
-            else:
-                self.generate([Request(PROBE, 0)], SamplingParams(2, temperature), Role.BASE)
-        except UserError as error:
-            if error.exit_code != EXIT_FAILED:
-                raise
-            what = f"vLLM cannot run this model on {self.location}: {error.what}"
-            raise UserError(what, error.where, error.fix, EXIT_ENVIRONMENT) from error
+        assert self.sender is not None
+        check_runs(self, self.sender.policy, trainer, temperature)
         self.sleep()
 
     # -- sampling and scoring ------------------------------------------------------------------
