@@ -54,4 +54,4 @@ def step_work(config: Config, placement: Placement, shapes: Shapes) -> dict[str,
 
 def _parameters(shape: ModelShape) -> tuple[int, int]:
     """P and D of `step_work`."""
-    return shape.parameters - shape.embedding - shape.head, shape.vocab * shape.hidden
+    return shape.body, shape.vocab * shape.hidden

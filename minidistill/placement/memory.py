@@ -64,11 +64,12 @@ def trainer_memory(
     lora, teacher = config.trainer.model.lora, config.orchestrator.teacher_model
     weights = shape.weight_bytes(itemsize, config.model.quantization)
     in_trainer = placement.teacher.scorer == "trainer"
-    trained = shape.adapter(lora) if lora else shape.parameters
+    trained = shape.adapter(lora) if lora else shape.text
     averaged = teacher.update == "ema"
     parts: MemoryBreakdown = {"weights": weights // shards}
     if shards > 1:
-        unsharded = 2 * shape.layer_parameters + shape.embedding + shape.head
+        outside = shape.parameters - shape.body  # the embedding, the head, a vision tower
+        unsharded = 2 * shape.layer_parameters + outside
         parts["gathered layers"] = unsharded * itemsize
     if lora:
         width = _adapter_itemsize(placement)
@@ -79,7 +80,7 @@ def trainer_memory(
     else:
         fp32_copy = fp32_copy_bytes(itemsize)
         if averaged:
-            parts["reference copy"] = (itemsize + fp32_copy) * trained // shards
+            parts["reference copy"] = (weights + fp32_copy * trained) // shards
         elif teacher.update == "frozen" and in_trainer:
             parts["reference copy"] = weights // shards
         parts["gradients"] = 4 * trained // shards  # summed in fp32 whatever the weights' dtype

@@ -142,7 +142,7 @@ def _sampling(memory: Memory, card: Card) -> float:
     (student,) = (e for e in memory.engines if e.owner == "student")
     held = max(1, student.sequences / engine.dp)
     steps = max(longest, rollouts * completion / held)
-    weights = shape.parameters * itemsize / engine.tp / bandwidth
+    weights = shape.text * itemsize / engine.tp / bandwidth
     cache = (
         rollouts
         * completion
@@ -159,4 +159,4 @@ def _sampling(memory: Memory, card: Card) -> float:
 
 def _read(shape: ModelShape) -> int:
     """Parameters of the matrix products of a token."""
-    return shape.parameters - shape.embedding - shape.head + shape.vocab * shape.hidden
+    return shape.body + shape.vocab * shape.hidden

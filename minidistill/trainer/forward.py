@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minidistill.models.auto import keeps_tokens
 from minidistill.placement.attention import FLASH
 from minidistill.trainer.attention import (
     GatheredKeys,
@@ -83,24 +84,13 @@ def can_share_prefix(policy: Policy) -> bool:
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
-def is_recurrent(policy: Policy) -> bool:
-    """Whether a layer's cache is more than keys and values: a state that every token changes."""
-    return not all(map(_keeps_tokens, new_cache(policy).layers))
-
-
 def select_rows(cache: Any, index: Tensor) -> None:
     """Keep these rows of a cache, in place; a row may be taken several times."""
     for layer in cache.layers:
-        if _keeps_tokens(layer):
+        if keeps_tokens(layer):
             layer.batch_select_indices(index)
         else:  # `batch_select_indices` leaves recurrent states out, if a layer has it at all
             layer.reorder_cache(index)
-
-
-def _keeps_tokens(layer: Any) -> bool:
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def seeded_cache(policy: Policy, states: KeysValues | None, rows: int) -> Any:
