@@ -19,7 +19,7 @@ Board = Mapping[str, Any]
 LEARNED = {
     "closed": "Without the context the student does almost all that the teacher does with it",
     "partly": "The student learned a part of what the context does",
-    "none": "The student learned nothing of what the context does that cannot be chance",
+    "none": "What the student learned of what the context does is no more than can be chance",
     "worse": "The student moved away from what the context does",
 }
 """By outcome, if there was a gap to close."""
@@ -60,8 +60,10 @@ def judge_scores(board: Board) -> dict[str, Any]:
         text = f"The context makes the score worse ({scores}): there is no gap to close."
         return _judged("context_harms", text + change)
     if (difference if low is None else low) <= 0:
-        text = f"There is no gap to close: the context does not make the score better ({scores})."
-        return _judged("no_gap", text + change)
+        why = "the context does not make the score better"
+        if difference > 0:
+            why = "what the context adds to the score can be chance"
+        return _judged("no_gap", f"There is no gap to close: {why} ({scores})." + change)
     if after is None:
         return _judged("not_finished", NOT_FINISHED)
     return _closed(board, "gap_closed", "the gap", everywhere)
@@ -123,12 +125,14 @@ def _closed(board: Board, key: str, what: str, everywhere: str) -> dict[str, Any
     """The judgement of the share under `key`. `everywhere` stands in for its interval."""
     share, low, high = board[key], board[f"{key}_low"], board[f"{key}_high"]
     outcome = grade(share, low, high)
-    found = f"{percent(share)} of {what} is closed"
+    learned, found = LEARNED[outcome], f"{percent(share)} of {what} is closed"
+    if outcome == "partly" and high is not None and high >= 1:
+        learned = learned.replace("a part", "at least a part")
     if outcome == "worse":
         found = f"{what} grew by {percent(-share)}"
         low, high = (None, None) if low is None else (-high, -low)
     bounds = everywhere if low is None else f"95% interval {percent(low)} to {percent(high)}"
-    return _judged(outcome, f"{LEARNED[outcome]}: {found} ({bounds}).")
+    return _judged(outcome, f"{learned}: {found} ({bounds}).")
 
 
 def _judged(outcome: str, verdict: str) -> dict[str, Any]:

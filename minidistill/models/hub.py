@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from minidistill.config import Config
@@ -83,7 +84,8 @@ def readable_errors(name: str, key: str = "model.name") -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"cannot load the model {name!r}: {str(error).strip().splitlines()[0]}",
+            f"cannot load the model {name!r}: "
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}",
             where=key,
             fix="name a built-in model (tiny-sokoban), a local folder in Hugging Face layout, "
             "or a hub id that this machine can reach",
@@ -91,7 +93,23 @@ def readable_errors(name: str, key: str = "model.name") -> Iterator[None]:
 
 
 def _load_tokenizer(config: Config, name: str, key: str) -> Any:
-    with readable_errors(name, key):
-        from transformers import AutoTokenizer
+    fix = "save the tokenizer with its chat template there too: tokenizer.save_pretrained"
+    missing = UserError(f"the model {name!r} has no tokenizer", key, fix)
+    try:
+        with readable_errors(name, key):
+            from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(resolve(name), **hub_arguments(config, name))
+            tokenizer = AutoTokenizer.from_pretrained(resolve(name), **hub_arguments(config, name))
+    except UserError as error:  # which does not say what a folder lacks
+        folder = Path(resolve(name))
+        if not folder.is_dir() or any(folder.glob("tokenizer*")):
+            raise
+        if not (folder / "config.json").is_file():
+            fix = "name the folder that save_pretrained has written the model to"
+            raise UserError(f"the folder {name!r} has no model", key, fix) from error
+        raise missing from error
+    # of many architectures transformers makes a tokenizer of special tokens alone
+    special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    if not tokenizer.get_vocab().keys() - special:
+        raise missing
+    return tokenizer

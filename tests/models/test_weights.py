@@ -234,3 +234,16 @@ def test_a_teacher_that_generates_no_text_is_named_as_the_teacher(tmp_path: Path
     with pytest.raises(UserError, match="cannot load the model") as caught:
         load_models(config)
     assert caught.value.where == "teacher_inference.model.name"
+
+
+@pytest.mark.parametrize("model_type", [None, "llama", "qwen3", "gemma2"])
+def test_a_folder_without_a_model_or_a_tokenizer_says_so(
+    model_type: str | None, tmp_path: Path
+) -> None:
+    """Of Qwen's and Gemma's transformers makes a tokenizer of a few special tokens."""
+    if model_type:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    missing = "tokenizer" if model_type else "model"
+    with pytest.raises(UserError, match=f"has no {missing}") as caught:
+        load_tokenizer(loaded(tmp_path).config)
+    assert (caught.value.where, caught.value.exit_code) == ("model.name", EXIT_USAGE)
