@@ -77,7 +77,7 @@ def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
         where = f"{name}:{error.lineno}, column {error.colno}"
         twice = error.msg.startswith(_WRITTEN_TWICE)
         fix = "keep one of the two" if twice else "correct the syntax there"
-        message = f"{error.msg}: it is there twice" if twice else error.msg
+        message = "a key or a table is there twice" if twice else error.msg
         raise UserError(f"not valid TOML: {message}", where, fix) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid TOML: {error}", name, "correct the syntax") from None

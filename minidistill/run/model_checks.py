@@ -62,12 +62,14 @@ def check_model(
     student and teacher differ on the same prompt although their weights are equal, if packed
     sequences or samples are not what each is alone, or if one prompt does not fit in memory.
     """
-    if len(policy.tokenizer) > policy.head_VH.shape[0]:
+    rows = policy.head_VH.shape[0]
+    if beyond := [token for token, id in policy.tokenizer.get_vocab().items() if id >= rows]:
         raise UserError(
-            f"the tokenizer has {len(policy.tokenizer)} tokens, the model "
-            f"{policy.head_VH.shape[0]}: they do not match",
+            f"the tokenizer and the model do not match: the model has {rows} tokens, and "
+            f"{len(beyond)} of the tokenizer's are not among them ({', '.join(beyond[:3])})",
             where="model.name",
-            fix="use the tokenizer that the model was trained with",
+            fix="use the tokenizer that the model was trained with, or save the model after "
+            "resize_token_embeddings",
         )
     tolerance = TOLERANCE[policy.dtype]
     prompts = prompts[:4]

@@ -165,7 +165,7 @@ def test_what_needs_a_process_of_its_own() -> None:
     in_process = ["exact", "contains", "not_contains", "json", judge]
     in_process.append({"type": "length", "unit": "words", "max": 3})
     assert all(build(reward).scores_in_process for reward in in_process)
-    isolated = ["regex", {"type": "json", "schema": SCHEMA}, "math:sin"]
+    isolated = ["regex", {"type": "json", "schema": SCHEMA}, "math:pow"]
     assert not any(build(reward).scores_in_process for reward in isolated)
 
 
@@ -178,7 +178,9 @@ def test_what_needs_a_process_of_its_own() -> None:
         (3, "", '"length"'),
         (["exact"], "", '"exact"'),
         ({"pattern": "a"}, "", "add `type`"),
-        ({"type": "length"}, "", "length takes unit"),
+        ({"type": "length"}, "", "length takes unit and may take target, min, max"),
+        ({"type": "exact", "text": "a"}, "", "exact takes no arguments"),
+        ({"type": "regex", "text": "a"}, "", "regex may take pattern"),
         ({"type": "length", "unit": "words", "maximum": 3}, "", "'maximum'"),
         ({"type": "length", "unit": "lines", "max": 3}, ".unit", "tokens, words, characters"),
         ({"type": "length", "unit": "words"}, ".target", "target, or min, max"),
@@ -196,6 +198,8 @@ def test_what_needs_a_process_of_its_own() -> None:
         ({"type": "json", "schema_file": "absent.json"}, ".schema_file", "No such file"),
         ({"type": "json", "schema": {}, "schema_file": "a"}, ".schema_file", "either"),
         ({"type": "math:sin", "x": 1}, "", "no arguments"),
+        ("math:sin", "", "def reward(task, completion)"),
+        ("os:getcwd", "", "def reward(task, completion)"),
     ],
 )
 def test_a_reward_that_cannot_be_used(reward: Any, where: str, mentioned: str) -> None:
@@ -209,7 +213,7 @@ def test_a_reward_that_cannot_be_used(reward: Any, where: str, mentioned: str) -
 @pytest.mark.parametrize(
     ("reward", "is_task"),
     [
-        ("exact", True), ("regex", True), ("contains", True), ("math:sin", True), ("none", False),
+        ("exact", True), ("regex", True), ("contains", True), ("math:pow", True), ("none", False),
         ({"type": "regex", "pattern": "^Ahoy"}, False), ("json", False),
         ({"type": "length", "unit": "words", "max": 9}, False),
     ],

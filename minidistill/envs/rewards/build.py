@@ -65,9 +65,17 @@ def build(reward: object) -> RewardFunction:
     try:
         signature.bind(**table)
     except TypeError as error:
-        parameters = ", ".join(map(str, signature.parameters.values()))
-        raise refusal("", reward, f"{type} takes {parameters}", str(error)) from None
+        raise refusal("", reward, _arguments(type, signature), str(error)) from None
     return factory(**table)
+
+
+def _arguments(type: str, signature: inspect.Signature) -> str:
+    """Which arguments a built-in reward takes, those that it needs first."""
+    needed = [name for name, p in signature.parameters.items() if p.default is p.empty]
+    others = [name for name in signature.parameters if name not in needed]
+    parts = [f"takes {', '.join(needed)}"] if needed else []
+    parts += [f"may take {', '.join(others)}"] if others else []
+    return f"{type} {' and '.join(parts) or 'takes no arguments'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,4 +96,11 @@ class _Function:
 def _function(path: str, table: dict[str, Any]) -> _Function:
     if table:
         raise refusal("", path, "a function takes no arguments; use those of the line: task.data")
-    return _Function(import_function(path, "args.reward", "reward"))
+    function = import_function(path, "args.reward", "reward")
+    try:
+        inspect.signature(function).bind(None, "")
+    except TypeError as error:
+        raise refusal("", path, "write it as `def reward(task, completion)`", str(error)) from None
+    except ValueError:  # a function of C that does not show its arguments
+        pass
+    return _Function(function)
