@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ MANIFEST = "MANIFEST.json"
 FORMAT = 1
 """The version of `state.json` and `state.safetensors`. Checkpoints of the first releases have the
 same contents, but no number."""
+
+Agrees = Callable[[dict[str, Any]], str | None]
+"""Compares a checkpoint's facts with the files beside it: what disagrees, or None."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,24 +78,31 @@ def save(trainer: Trainer, root: Path, step: int, facts: dict[str, Any], keep: i
     return final
 
 
-def restore(trainer: Trainer, root: Path) -> dict[str, Any] | None:
+def restore(
+    trainer: Trainer, root: Path, agrees: Agrees = lambda facts: None
+) -> dict[str, Any] | None:
     """Load the newest undamaged checkpoint and return its facts; None if there is no checkpoint.
 
-    Logs a warning for each damaged one. Raises UserError (exit code 3) if all are damaged, or if a
-    newer one than the result has an unknown format.
+    One whose facts do not agree with the run's other files counts as damaged. Logs a warning for
+    each damaged one. Raises UserError (exit code 3) if all are damaged, or if a newer one than the
+    result has an unknown format.
     """
     paths = _steps(root)
+    problems = []
     for path in reversed(paths):
         _check_format(path)
         problem = damage(path)
+        facts = {} if problem else json.loads((path / "state.json").read_text())
+        problem = problem or agrees(facts)
         if problem is not None:
             logger.warning(f"checkpoint {path.name} is damaged ({problem}): using the one before")
+            problems.append(f"{path.name}: {problem}")
             continue
         trainer.load_state(load_file(path / "state.safetensors"))
-        return json.loads((path / "state.json").read_text())
+        return facts
     if paths:
         raise UserError(
-            f"every checkpoint in {root} is damaged",
+            f"every checkpoint in {root} is damaged ({'; '.join(problems)})",
             where=str(root),
             fix="restore one from a copy, or start again with another --output_dir",
             exit_code=EXIT_ENVIRONMENT,
