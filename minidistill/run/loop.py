@@ -12,7 +12,8 @@ from types import FrameType
 from minidistill import logs
 from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_INTERRUPTED, EXIT_OK
-from minidistill.reporting.run_directory import RunDirectory, claim_path
+from minidistill.reporting.run_directory import RunDirectory
+from minidistill.reporting.run_path import claim_path
 from minidistill.reporting.terminal import open_display
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run.baseline import evaluate_baseline
@@ -35,9 +36,10 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
         claim_path(loaded, resume) as path,
     ):
         directory = RunDirectory(path)
-        if resume and not is_extended(loaded, directory) and show_finished(directory, display):
-            return EXIT_OK
         with logs.to_file(directory.log_path):
+            same = resume and not is_extended(loaded, directory)
+            if same and show_finished(directory, display, loaded.config):
+                return EXIT_OK
             prepared = prepare(loaded, directory, resume, display.phase)
             with open_session(prepared, display) as session, _interrupts() as interrupt:
                 return _run(session, interrupt)

@@ -4,7 +4,8 @@ are done would have been the same in the longer run."""
 from __future__ import annotations
 
 from minidistill.config import Config, LoadedConfig
-from minidistill.errors import UserError
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.reporting.records import METRICS
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.trainer.optim import rate_depends_on_max_steps
 
@@ -52,6 +53,23 @@ def is_extended(loaded: LoadedConfig, directory: RunDirectory) -> bool:
             + '. Runs with type = "constant", or with decay_steps, can be extended',
         )
     return True
+
+
+def check_nothing_was_saved(config: Config, directory: RunDirectory) -> None:
+    """Raise UserError (exit code 3) if a run without checkpoints must have had one.
+
+    It would start again from its first step, and its records would be lost.
+    """
+    first = config.ckpt.interval or config.max_steps
+    last = max((record["step"] for record in directory.records.all()), default=0)
+    if last > first or (directory.path / "scoreboard.json").exists():
+        raise UserError(
+            f"{directory.path / 'checkpoints'} has no checkpoint, but {METRICS} has {last} steps",
+            where=str(directory.path / "checkpoints"),
+            fix="restore a checkpoint from a copy, or start a new run with another --output_dir"
+            + _with_this_adapter(config, directory),
+            exit_code=EXIT_ENVIRONMENT,
+        )
 
 
 def _short(value: object) -> str:

@@ -21,7 +21,8 @@ from minidistill.config import LoadedConfig, load_config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.files import write_atomic
 from minidistill.reporting.rollout_log import TokenTexts, write_rollouts
-from minidistill.reporting.run_directory import RunDirectory, choose_path
+from minidistill.reporting.run_directory import RunDirectory
+from minidistill.reporting.run_path import choose_path
 from minidistill.run.resume import is_extended
 from minidistill.types import Completion, Prompt, Reward, Rollout, Task, TokenFigures
 

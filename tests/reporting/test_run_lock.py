@@ -18,8 +18,9 @@ from support.runs import run
 
 from minidistill.config import LoadedConfig, load_config
 from minidistill.errors import EXIT_USAGE, UserError
-from minidistill.reporting.run_directory import RunDirectory, claim_path
+from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.run_lock import LOCK, locked
+from minidistill.reporting.run_path import claim_path
 
 
 @pytest.fixture
