@@ -51,10 +51,12 @@ def locked(path: Path) -> Iterator[None]:
             yield
         finally:
             if descriptor in _held:  # not in a process that was forked
-                _held.remove(descriptor)
-                with contextlib.suppress(OSError):
-                    lock.unlink()  # before others can lock it
-                os.close(descriptor)
+                try:
+                    with contextlib.suppress(OSError):
+                        lock.unlink()  # before others can lock it
+                finally:
+                    _held.remove(descriptor)
+                    os.close(descriptor)
     finally:
         for folder in made:
             with contextlib.suppress(OSError):  # it holds a run now, or another one's lock
@@ -103,11 +105,12 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _release_in_a_fork() -> None:
+def release_all() -> None:
+    """Give up all locks of this process, as its end does: their files stay."""
     for descriptor in _held:
         with contextlib.suppress(OSError):
             os.close(descriptor)
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_release_in_a_fork)
+os.register_at_fork(after_in_child=release_all)
