@@ -20,6 +20,7 @@ from minidistill.envs.registry import load_environments
 from minidistill.evaluation.evaluator import Evaluator, held_out
 from minidistill.evaluation.intervals import MIN_TASKS
 from minidistill.evaluation.verdict import ENOUGH_TASKS, NO_BASELINE, points, too_few
+from minidistill.files import remove_leftovers
 from minidistill.models.hub import load_teacher_tokenizer, load_tokenizer
 from minidistill.models.weights import check_weights, refuse_adapters
 from minidistill.placement.estimate import Plan
@@ -36,6 +37,7 @@ from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run import preflight
 from minidistill.run.model_checks import DOING, check_model
 from minidistill.run.resume import is_extended
+from minidistill.scratch import sweep
 from minidistill.tasks.chat_template import TemplateSettings
 from minidistill.tasks.lengths import PromptLimit
 from minidistill.tasks.measuring import Measurer, no_progress, refuse_empty
@@ -209,6 +211,9 @@ def build(prepared: Prepared, display: Display) -> Components:
 
     Raises UserError if something cannot be loaded or started. Nothing is left running then.
     """
+    sweep()
+    if prepared.resume:
+        remove_leftovers(prepared.directory.path)
     config, placement = prepared.config, prepared.plan.placement
     devices = placement.devices
     if devices[0].type == "cuda":

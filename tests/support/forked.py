@@ -13,6 +13,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
@@ -104,6 +105,7 @@ def _run_module(
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # which what was preloaded may have looked up
     sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
