@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
-from minidistill.files import writing
+from minidistill.files import flush, remove_leftovers, writing
 from minidistill.reporting.line_file import Extent, LineFile, complete_lines, json_objects
 
 METRICS = "metrics.jsonl"
@@ -27,7 +27,7 @@ SUMS = "SHA256SUMS"
 REMOVED = "rollouts/removed.txt"
 """Patterns of rollouts' file names, one a line, that the user has removed on purpose."""
 
-_ROLLOUTS = re.compile(r"step_(\d{6,})\.(?:jsonl|safetensors)")
+_ROLLOUTS = re.compile(r"step_([0-9]{6,})\.(?:jsonl|safetensors)(\.tmp)?")
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Records:
             with writing(path), open(path, "rb") as file:
                 os.fsync(file.fileno())
                 sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-                _flush_folder(path.parent)
+                flush(path.parent)
         self.add(sums)
 
     def flush(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Records:
         extents = {file.path.name: file.flush() for file in (self.metrics, self.sums)}
         for folder in (self.path / "rollouts", self.path):  # the names of their files
             with writing(folder):
-                _flush_folder(folder)
+                flush(folder)
         counted = {name: extent.model_dump() for name, extent in extents.items()}
         return {"metrics_lines": extents[METRICS].lines, "records": counted}
 
@@ -107,10 +107,10 @@ class Records:
             logger.warning(f"{len(removed)} files of rollouts are gone, as {REMOVED} says")
         self.metrics.replace(b"".join(complete_lines(self.metrics.data())[: saved.metrics_lines]))
         self.sums.replace(sums)
+        remove_leftovers(self.path / "rollouts")
         for file in (self.path / "rollouts").iterdir():
-            step = _ROLLOUTS.fullmatch(file.name)
-            is_temporary = file.name.startswith(("step_", ".step_")) and file.suffix == ".tmp"
-            if is_temporary or (step and int(step[1]) > saved.step):
+            match = _ROLLOUTS.fullmatch(file.name)
+            if match and (match[2] or int(match[1]) > saved.step):
                 with writing(file):
                     file.unlink()
 
@@ -229,11 +229,3 @@ def _listed(sums: bytes) -> Iterator[tuple[str, str]]:
     for line in complete_lines(sums):
         if match := _SUM.fullmatch(line.decode(errors="replace")[:-1]):
             yield match[1], match[2]
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,10 +6,10 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from annotated_types import MinLen
-from pydantic import BaseModel, PositiveInt, field_validator
+from pydantic import BaseModel, PositiveInt, field_validator, model_validator
 
 from minidistill.envs import has_rewards
 from minidistill.evaluation import scoreboard
@@ -32,6 +32,12 @@ class _ByPrompt(BaseModel, strict=True):
     mean: float
     sums: list[float]
     tokens: list[PositiveInt]
+
+    @model_validator(mode="after")
+    def _are_of_the_same_prompts(self) -> Self:
+        if len(self.sums) != len(self.tokens):
+            raise ValueError("sums and tokens have different lengths")
+        return self
 
 
 class _Baseline(BaseModel, strict=True):
