@@ -23,7 +23,6 @@ from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.files import read_json, write_atomic
 from minidistill.reporting.records import METRICS, SUMS, Records, first_problem
-from minidistill.reporting.run_lock import LOCK
 from minidistill.types import Metrics
 
 RECORDED_PACKAGES = ("minidistill", "torch", "triton", "transformers", "peft", "vllm", "numpy")
@@ -218,16 +217,25 @@ def not_writable(loaded: LoadedConfig, path: Path, error: OSError) -> UserError:
     return UserError(what, where, "choose another --output_dir")
 
 
+def is_of_a_start(child: Path) -> bool:
+    """Whether a start may have made it before it wrote the file that makes a directory a run."""
+    if child.is_symlink():
+        return False
+    if child.is_dir():
+        contents = {file.name for file in child.iterdir()}
+        return child.name == "sync" or (child.name in FOLDERS and contents <= {"run.log"})
+    is_temporary = child.suffix == ".tmp" and any(n in child.name for n in (*FIRST_FILES, RESOLVED))
+    return child.name in FIRST_FILES or is_temporary
+
+
 def clear_unbegun(path: Path) -> None:
     """Remove what a start left that was cut off before it made the directory a run."""
     if (path / RESOLVED).exists():
         return
     # files first, as they tell such a directory from others only beside its folders
     for child in sorted(path.iterdir(), key=lambda child: child.is_dir()):
-        if child.is_dir():
-            shutil.rmtree(child)
-        elif child.name != LOCK:
-            child.unlink()
+        if is_of_a_start(child):
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
 
 
 def environment_facts() -> dict[str, Any]:

@@ -11,11 +11,11 @@ from pathlib import Path
 from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.reporting.run_directory import (
-    FIRST_FILES,
     FOLDERS,
     RESOLVED,
     WRITTEN,
     clear_unbegun,
+    is_of_a_start,
     not_writable,
 )
 from minidistill.reporting.run_lock import LOCK, LockedError, locked
@@ -52,7 +52,10 @@ def claim_path(loaded: LoadedConfig, resume: bool) -> Iterator[Path]:
         if resume:
             _refuse_links(path)
         else:
-            clear_unbegun(path)
+            try:
+                clear_unbegun(path)
+            except OSError as error:
+                raise not_writable(loaded, path, error) from error
         yield path
 
 
@@ -102,23 +105,12 @@ def _is_used(path: Path) -> bool:
         if not children:
             return False
         names = {child.name for child in children}
-        starts = (path / LOCK).exists() and all(map(_is_of_a_start, children))
+        starts = (path / LOCK).exists() and all(map(is_of_a_start, children))
         return not starts or not (names <= {*FOLDERS, "sync"} or names >= set(FOLDERS))
     except FileNotFoundError:  # another run has just given it up
         return False
     except OSError:  # somebody else's
         return True
-
-
-def _is_of_a_start(child: Path) -> bool:
-    """Whether a start may have made it before it wrote the file that makes a directory a run."""
-    if child.is_symlink():
-        return False
-    if child.is_dir():
-        contents = {file.name for file in child.iterdir()}
-        return child.name == "sync" or (child.name in FOLDERS and contents <= {"run.log"})
-    is_temporary = child.suffix == ".tmp" and any(n in child.name for n in (*FIRST_FILES, RESOLVED))
-    return child.name in FIRST_FILES or is_temporary
 
 
 def _refuse_links(path: Path) -> None:
