@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ FILES = ["SHA256SUMS", "config.resolved.json", "config.toml", "env.json"]
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which takes most of the time
     Path("a.toml").write_text(MINIMAL)
     return lambda *flags: load_config(["a.toml", *flags])
 
