@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Annotated, Any, Self
 
 from annotated_types import MinLen
-from pydantic import BaseModel, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, NonNegativeInt, field_validator, model_validator
 
 from minidistill.envs import has_rewards
 from minidistill.evaluation import scoreboard
@@ -31,7 +31,7 @@ class _ByPrompt(BaseModel, strict=True):
 
     mean: float
     sums: list[float]
-    tokens: list[PositiveInt]
+    tokens: list[NonNegativeInt]
 
     @model_validator(mode="after")
     def _are_of_the_same_prompts(self) -> Self:
