@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,6 @@ from safetensors.numpy import load_file
 
 from minidistill.config import LoadedConfig, load_config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
-from minidistill.files import write_atomic
 from minidistill.reporting.rollout_log import TokenTexts, write_rollouts
 from minidistill.reporting.run_directory import RunDirectory, choose_path
 from minidistill.run.resume import is_extended
@@ -220,37 +215,6 @@ def test_a_full_disk_is_an_error_that_names_the_file(run: RunDirectory) -> None:
         run.log(1, {"loss": 1.0})
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     assert caught.value.where == str(run.metrics_path)
-    run.write("scoreboard.json", {"old": 1})
-    (run.path / "scoreboard.json.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"scoreboard\.json: No space left") as caught:
-        run.write("scoreboard.json", {"new": 1})
-    assert caught.value.exit_code == EXIT_ENVIRONMENT
-    assert run.read("scoreboard.json") == {"old": 1}
-
-
-WRITER = """
-import sys
-from pathlib import Path
-from minidistill.files import write_atomic
-while True:
-    for letter in "ab":
-        write_atomic(Path(sys.argv[1]), letter * 4_000_000)
-"""
-
-
-def test_a_killed_writer_leaves_a_complete_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    for wait in (0.003, 0.011, 0.029):
-        path.unlink(missing_ok=True)
-        with subprocess.Popen([sys.executable, "-c", WRITER, str(path)]) as writer:
-            deadline = time.monotonic() + 30
-            while not path.exists() and time.monotonic() < deadline:
-                time.sleep(0.001)
-            time.sleep(wait)
-            os.kill(writer.pid, signal.SIGKILL)
-        assert path.read_bytes() in (b"a" * 4_000_000, b"b" * 4_000_000)
-    write_atomic(path, "a temporary file that was left behind does no harm")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_rollouts_of_later_steps_are_cleared(run: RunDirectory) -> None:
