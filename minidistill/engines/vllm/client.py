@@ -124,6 +124,7 @@ class EngineProcess(Subprocess):
                 return value
 
     def close(self, patience: float = 0.0) -> None:
+        self._scratch.remember_segments(self.popen.pid)
         super().close(patience)
         self._scratch.close()
         self._calls.close()

@@ -1,0 +1,201 @@
+"""A disk that fails, or a kill, at any point of saving: a good checkpoint is always there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.disk_faults import failing, file_limit, killed, refusal, small_disk
+from support.lab import SMALL_STEP, Lab, make_lab
+from support.paths import SOKOBAN
+from support.runs import board, records, run
+
+from minidistill.config import load_config
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK
+from minidistill.trainer import checkpoint
+
+SAVE = "step_000003"
+
+
+@pytest.fixture(scope="module")
+def lab() -> Lab:
+    lab = make_lab(load_config([SOKOBAN, *SMALL_STEP]))
+    lab.trainer.step(lab.rollouts, 1, lambda count: None)
+    return lab
+
+
+@pytest.fixture(scope="module")
+def saved(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of steps 1 and 2. Every weight is the step's number."""
+    root = tmp_path_factory.mktemp("saved")
+    for step in (1, 2):
+        save(lab, root, step)
+    return root
+
+
+def save(lab: Lab, root: Path, step: int, keep: int = 2) -> None:
+    for _, parameter in lab.policy.parameters:
+        parameter.data.fill_(step)
+    checkpoint.save(lab.trainer, root, step, {}, keep=keep)
+
+
+def restored(lab: Lab, root: Path) -> int:
+    """The step of the checkpoint that is restored, with its weights."""
+    facts = checkpoint.restore(lab.trainer, root)
+    assert facts is not None
+    loaded = {float(x) for _, p in lab.policy.parameters for x in p.detach().unique()}
+    assert loaded == {facts["step"]}
+    return int(facts["step"])
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fails_at_any_call(
+    lab: Lab, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, error: int
+) -> None:
+    """Exit code 3, nothing half-written, and the older checkpoints as they were."""
+    refused_at = 0
+    for number in range(1, 200):
+        root = tmp_path / str(number)
+        shutil.copytree(saved, root)
+        with failing(number, error) as calls:
+            refused = refusal(partial(save, lab, root, 3))
+        sealed = (root / SAVE).exists()
+        if refused is None:
+            # a checkpoint that is kept too long, or a part of it, is no reason to stop
+            assert restored(lab, root) == 3
+            save(lab, root, 4)
+            assert names(root) == ["latest", SAVE, "step_000004"]
+        else:
+            refused_at = number
+            assert refused.exit_code == EXIT_ENVIRONMENT
+            assert refused.what.startswith(f"cannot write {root}/")
+            assert refused.what.endswith(os.strerror(error))
+            assert "--resume" in refused.fix
+            assert names(root) == ["latest", "step_000001", "step_000002", *[SAVE] * sealed]
+            assert restored(lab, root) == 2 + sealed
+        shutil.rmtree(root)
+        if len(calls) < number:
+            break
+    assert refused_at > 20
+    assert number < 199
+
+
+def test_a_kill_at_any_call(lab: Lab, saved: Path, tmp_path: Path) -> None:
+    """Also while a checkpoint of the same step, which was refused, is replaced."""
+    for replaced in (False, True):
+        for number in range(1, 200):
+            root = tmp_path / f"{replaced}-{number}"
+            shutil.copytree(saved, root)
+            if replaced:
+                shutil.copytree(root / "step_000002", root / SAVE)  # it says that it is of step 2
+            ended = not killed(number, partial(save, lab, root, 3))
+            assert restored(lab, root) in (2, 3)
+            assert not [n for n in names(root) if n.startswith(".") or n.endswith(".tmp")]
+            save(lab, root, 4)
+            assert names(root) == ["latest", *[n for n in names(root) if "step" in n]]
+            assert names(root)[-1] == "step_000004"
+            assert len(names(root)) == 3
+            assert restored(lab, root) == 4
+            shutil.rmtree(root)
+            if ended:
+                break
+        assert 20 < number < 199
+
+
+def test_a_folder_that_is_replaced_is_never_lost(tmp_path: Path) -> None:
+    """Killed between the two renames, the old one comes back."""
+    lab = make_lab(load_config([SOKOBAN, *SMALL_STEP]))
+    folder = checkpoint.save_model(lab.policy, tmp_path)
+    before = load_file(folder / "adapter_model.safetensors")
+    seen = set()
+    for number in range(1, 99):
+        ended = not killed(number, lambda: checkpoint.save_model(lab.policy, tmp_path))
+        old = tmp_path / ".adapter.old"
+        seen.add((folder.exists(), old.exists()))
+        assert folder.exists() or old.exists()
+        kept = folder if folder.exists() else old
+        after = load_file(kept / "adapter_model.safetensors")
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        assert checkpoint.save_model(lab.policy, tmp_path) == folder
+        assert not old.exists()
+        for path in tmp_path.glob("adapter.*.tmp"):
+            shutil.rmtree(path)
+        if ended:
+            break
+    assert seen == {(True, False), (False, True), (True, True)}
+
+
+def test_files_that_may_not_grow(lab: Lab, saved: Path, tmp_path: Path) -> None:
+    """At any size, also in the middle of a write of safetensors."""
+    shutil.copytree(saved, tmp_path / "root")
+    root, before = tmp_path / "root", names(saved)
+    largest = max(p.stat().st_size for p in root.rglob("*") if p.is_file())
+    for size in range(0, largest, largest // 40):
+        with file_limit(size):
+            refused = refusal(partial(save, lab, root, 3))
+        assert refused is not None
+        assert refused.exit_code == EXIT_ENVIRONMENT
+        assert names(root) == before
+    assert restored(lab, root) == 2
+    save(lab, root, 3)
+    assert restored(lab, root) == 3
+
+
+def test_a_disk_that_is_full_at_any_size(lab: Lab, saved: Path, tmp_path: Path) -> None:
+    used = sum(-(-p.stat().st_size // 4096) * 4096 for p in saved.rglob("*"))
+    refusals = 0
+    with small_disk(tmp_path / "disk") as resize:
+        root = tmp_path / "disk/root"
+        shutil.copytree(saved, root)
+        for more in range(0, used, 8192):
+            resize(used + more)
+            refused = refusal(partial(save, lab, root, 3))
+            if refused is None:
+                break
+            refusals += 1
+            assert refused.exit_code == EXIT_ENVIRONMENT
+            assert "No space left on device" in refused.what
+            assert f"on the disk of {root}" in refused.fix
+            sealed = [SAVE] * (root / SAVE).exists()  # and only `latest` had no room
+            assert names(root) == ["latest", "step_000001", "step_000002", *sealed]
+            assert restored(lab, root) == 2 + len(sealed)
+        assert restored(lab, root) == 3
+        assert names(root) == ["latest", "step_000002", SAVE]
+    assert refusals > 5
+
+
+def test_a_run_that_the_disk_stopped_resumes_as_if_nothing_had_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--max_steps", "3", "--ckpt.interval", "1", "--no-orchestrator.eval")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(whole, *flags) == EXIT_OK
+    fsync, saved = os.fsync, checkpoint.save
+
+    def save_on_a_full_disk(trainer: object, root: Path, step: int, *rest: object) -> Path:
+        def full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full if step == 2 else fsync)
+        return saved(trainer, root, step, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_on_a_full_disk)
+        assert run(cut, *flags) == EXIT_ENVIRONMENT
+    assert names(cut / "checkpoints") == ["latest", "step_000001"]
+    assert run(cut, *flags, "--resume") == EXIT_OK
+    assert records(cut) == records(whole)
+    assert board(cut) == board(whole)
+    for path in (whole / "adapter").iterdir():
+        assert path.read_bytes() == (cut / "adapter" / path.name).read_bytes()
+    assert not list(cut.rglob("*.tmp"))
