@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,13 +24,13 @@ from minidistill.scratch import ScratchFolder, sweep
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files, which is empty."""
-    path = tmp_path / "temporary"
-    path.mkdir()
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder for temporary files, which is empty. Its path is short, as sockets need it."""
+    path = Path(tempfile.mkdtemp())
     monkeypatch.setattr(tempfile, "tempdir", str(path))
     monkeypatch.setenv("TMPDIR", str(path))
-    return path
+    yield path
+    shutil.rmtree(path)
 
 
 @contextmanager
@@ -183,6 +184,7 @@ def test_an_engines_process_leaves_nothing(
 ) -> None:
     """Neither when it is closed, nor after it has died."""
     monkeypatch.setattr(client, "MODULE", "support.dying")
+    monkeypatch.setattr(client, "use_for_multiprocessing", lambda: None)  # as long as this process
     monkeypatch.setattr("minidistill.subprocesses.Popen", subprocess.Popen)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (TESTS, ROOT, ROOT / "kernels"))))
     shared = {path.name for path in Path("/dev/shm").glob("psm_*")}
@@ -230,3 +232,12 @@ def test_segments_with_other_names_are_not_remembered(temporary: Path) -> None:
         folder.close()
         memory.close()
         memory.unlink()
+
+
+def test_a_path_that_is_too_long_for_sockets(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ScratchFolder().holds_sockets
+    (temporary / ("x" * 60)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary / ("x" * 60)))
+    assert not ScratchFolder().holds_sockets

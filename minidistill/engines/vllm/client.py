@@ -64,6 +64,8 @@ class EngineProcess(Subprocess):
         self._scratch = ScratchFolder()
         use_for_multiprocessing()
         places = {"TMPDIR": str(self._scratch.path), COMPILED: _compiled()}
+        if not self._scratch.holds_sockets:
+            places = {}
         try:
             super().__init__(
                 MODULE, [*map(str, descriptors)], descriptors, {**environment, **places}
