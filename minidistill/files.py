@@ -118,9 +118,9 @@ def _disk_errno(error: Exception) -> int | None:
     for number in _DISK_ERRORS:
         if os.strerror(number) in text or f"os error {number})" in text:
             return number
-    # a writer of a library that says no more, and torch's, which names no reason
-    unnamed = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in text
-    return 0 if unnamed else None
+    # writers of libraries that name no other reason; torch's names its source
+    written = type(error).__name__ == "SafetensorError" or "inline_container.cc" in text
+    return 0 if written or "PytorchStreamWriter" in text else None
 
 
 def _repair(number: int, path: Path, needed: int) -> str:

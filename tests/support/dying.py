@@ -17,26 +17,27 @@ from pathlib import Path
 
 from minidistill.scratch import ScratchFolder
 
+KEPT: list[SharedMemory] = []
 
-def leave() -> str:
-    """Make a segment of shared memory and a temporary file. Returns the segment's name."""
-    memory = SharedMemory(create=True, size=4096)
-    resource_tracker.unregister(memory._name, "shared_memory")  # type: ignore[attr-defined]
+
+def leave(name: str | None = None) -> str:
+    """Make a segment of shared memory, which stays. Returns its name."""
+    memory = SharedMemory(name=name, create=True, size=4096)
+    resource_tracker.unregister(f"/{memory.name}", "shared_memory")
     KEPT.append(memory)
-    Path(tempfile.mkdtemp(), "file").write_text("left")
     return memory.name
 
-
-KEPT: list[object] = []
 
 if __name__ == "__main__" and len(sys.argv) == 1:
     folder = ScratchFolder()
     name = leave()
+    leave(f"other_{os.getpid()}")
     folder.remember_segments(os.getpgrp())
     print(folder.path, name, flush=True)
     time.sleep(600)
 elif __name__ == "__main__":
     calls = Connection(int(sys.argv[1]))
     calls.recv()
+    Path(tempfile.mkdtemp(), "file").write_text("left")
     calls.send(("done", leave()))
     calls.recv()
