@@ -131,6 +131,8 @@ def test_errors_of_libraries_for_a_disk_that_is_full(tmp_path: Path, library: st
     ):
         LIBRARIES[library](tmp_path / "x")
     assert caught.value.exit_code == EXIT_ENVIRONMENT
+    if library == "torch":  # whose writer keeps the file open, and says no more
+        return
     with small_disk(tmp_path / "disk") as resize:
         resize(8192)
         with (
@@ -139,10 +141,8 @@ def test_errors_of_libraries_for_a_disk_that_is_full(tmp_path: Path, library: st
         ):
             LIBRARIES[library](tmp_path / "disk/x")
         assert caught.value.exit_code == EXIT_ENVIRONMENT
-        if library != "torch":
-            assert f"free at least 200 kB on the disk of {tmp_path}/disk, which has" in (
-                caught.value.fix
-            )
+        free = f"free at least 200 kB on the disk of {tmp_path}/disk, which has"
+        assert free in caught.value.fix
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:
