@@ -94,7 +94,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, state: Iterable[tuple[str, Tensor]]) -> None:
-        """Restore what `state` returned. Copies it: a checkpoint's tensors are mapped from its file.
+        """Restore a copy of what `state` returned: a checkpoint's tensors are mapped from its file.
 
         Raises UserError (exit code 3) if it lacks fp32 copies of these parameters.
         """
