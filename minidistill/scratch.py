@@ -29,9 +29,9 @@ SHARED_MEMORY = Path("/dev/shm")
 _SOCKETS = 107 - 37
 """Bytes of a folder's path, of the 107 that a socket's may have."""
 _LIST = "shared_memory.json"
-# What multiprocessing, torch and vLLM name their segments. Others may be shared with programs that
-# are not ours.
-_SEGMENT = re.compile(r"(psm_|sem\.mp-|torch_|vllm_)[^/]+")
+# What multiprocessing and vLLM name their segments. Others may be shared with programs that are not
+# ours, and torch's (`torch_`) are this process's, from which vLLM's reads.
+_SEGMENT = re.compile(r"(psm_|sem\.mp-|vllm_)[^/]+")
 
 
 class ScratchFolder:
