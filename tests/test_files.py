@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from support.disk_faults import failing, file_limit, refusal, small_disk
 from support.paths import ROOT
 
+from minidistill import cli
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.files import remove_leftovers, write_atomic, writing
 from minidistill.models.registry import resolve
@@ -162,3 +163,19 @@ def test_a_disk_without_room_for_more_files(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="No space left") as caught:
             write_atomic(tmp_path / "disk/b", "x")
         assert "no room for more files" in caught.value.fix
+
+
+@pytest.mark.parametrize("path", ["/tmp/somewhere", None])
+def test_a_disk_that_is_full_anywhere_is_exit_code_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: str | None
+) -> None:
+    """Also where nobody expected a write."""
+
+    def full(arguments: list[str]) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr(cli, "_dispatch", full)
+    assert cli.main(["run"]) == EXIT_ENVIRONMENT
+    error = capsys.readouterr().err
+    assert f"cannot write {path or 'a file'}: No space left on device" in error
+    assert "free some space on the disk" in error
