@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from minidistill.errors import printable
-from minidistill.files import write_atomic
+from minidistill.files import writing
 from minidistill.reporting.formatting import KL_LEVELS, clean, kl_level, number
 from minidistill.reporting.html.curves import charts
 from minidistill.reporting.html.read import read_run
@@ -54,7 +55,14 @@ def write_report(run_dir: Path) -> Path:
         kl_level=kl_level,
     )
     path = Path(run_dir) / "report.html"
-    write_atomic(path, html)  # nobody reads half a page
+    temporary = path.with_suffix(f".html.{os.getpid()}.tmp")
+    # Renamed when complete, so that nobody reads half a page.
+    try:
+        with writing(path):
+            temporary.write_text(html, encoding="utf-8")
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
