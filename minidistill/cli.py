@@ -23,7 +23,7 @@ from minidistill.errors import (
     UserErrors,
     printable,
 )
-from minidistill.files import drop_output
+from minidistill.files import drop_output, full_disk
 
 if TYPE_CHECKING:
     from minidistill.config import LoadedConfig
@@ -86,6 +86,7 @@ def _dispatch(args: list[str]) -> int:
 
 def _print_error(error: Exception) -> int:
     """Print what is wrong and how to fix it, and return the exit code."""
+    error = full_disk(error) or error
     package = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
     if package and not package.startswith("minidistill"):
         error = UserError(

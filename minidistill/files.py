@@ -107,7 +107,8 @@ def writing(path: Path, needed: int = 0) -> Iterator[None]:
         ) from error
 
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_ERRORS = (*_FULL, errno.EIO, errno.EROFS)
 
 
 def _disk_errno(error: Exception) -> int | None:
@@ -118,9 +119,28 @@ def _disk_errno(error: Exception) -> int | None:
     for number in _DISK_ERRORS:
         if os.strerror(number) in text or f"os error {number})" in text:
             return number
-    # a writer of a library that says no more, and torch's, which names no reason
-    unnamed = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in text
-    return 0 if unnamed else None
+    # writers of libraries that name no other reason; torch's names its source
+    written = type(error).__name__ == "SafetensorError" or "inline_container.cc" in text
+    return 0 if written or "PytorchStreamWriter" in text else None
+
+
+def full_disk(error: Exception) -> UserError | None:
+    """The error (exit code 3) for a write that found a full disk, wherever it was; else None."""
+    if not isinstance(error, OSError) or error.errno not in _FULL:
+        return None
+    path = error.filename if isinstance(error.filename, str) else ""
+    fix = (
+        _repair(error.errno, Path(path), 0)
+        if path
+        else "free some space on the disks of the run, of the temporary folder (TMPDIR) and of "
+        "your home"
+    )
+    return UserError(
+        f"cannot write {path or 'a file'}: {error.strerror}",
+        where=path,
+        fix=f"{fix}; --resume continues from the last checkpoint",
+        exit_code=EXIT_ENVIRONMENT,
+    )
 
 
 def _repair(number: int, path: Path, needed: int) -> str:

@@ -26,10 +26,12 @@ from minidistill.errors import UserError
 from minidistill.files import remove, write_atomic, writing
 
 SHARED_MEMORY = Path("/dev/shm")
+_SOCKETS = 107 - 37
+"""Bytes of a folder's path, of the 107 that a socket's may have."""
 _LIST = "shared_memory.json"
-# What multiprocessing, torch and vLLM name their segments. Others may be shared with programs that
-# are not ours.
-_SEGMENT = re.compile(r"(psm_|sem\.mp-|torch_|vllm_)[^/]+")
+# What multiprocessing and vLLM name their segments. Others may be shared with programs that are not
+# ours, and torch's (`torch_`) are this process's, from which vLLM's reads.
+_SEGMENT = re.compile(r"(psm_|sem\.mp-|vllm_)[^/]+")
 
 
 class ScratchFolder:
@@ -59,6 +61,11 @@ class ScratchFolder:
                     # without locks on this file system nobody takes it for a leftover
                 return
 
+    @property
+    def holds_sockets(self) -> bool:
+        """Whether its path is short enough for the sockets of vLLM and multiprocessing."""
+        return len(os.fsencode(self.path)) <= _SOCKETS
+
     def remember_segments(self, group: int) -> None:
         """Remember the shared memory that a process group uses, all of which is the group's own.
 
@@ -83,8 +90,11 @@ def use_for_multiprocessing() -> None:
     settings = getattr(multiprocessing.current_process(), "_config", None)
     if settings is not None and settings.get("tempdir") is None:
         folder = ScratchFolder()
-        settings["tempdir"] = str(folder.path)
-        atexit.register(folder.close)
+        if folder.holds_sockets:
+            settings["tempdir"] = str(folder.path)
+            atexit.register(folder.close)
+        else:
+            folder.close()
 
 
 def sweep() -> None:
@@ -137,6 +147,7 @@ def _listed(folder: Path) -> list[str]:
         names = json.loads((folder / _LIST).read_bytes())
     except (OSError, ValueError):
         return []
+    names = names if isinstance(names, list) else []
     return [name for name in names if isinstance(name, str) and _SEGMENT.fullmatch(name)]
 
 

@@ -246,7 +246,7 @@ def _read(trainer: Trainer, path: Path, agrees: Agrees) -> tuple[dict[str, Any],
     check_files(path)
     facts = read_object(path, STATE)
     if type(facts.get("step")) is not int or facts["step"] != number(path):
-        raise DamageError(f"{STATE} is of step {facts.get('step')!r}")
+        raise DamageError(f"{STATE} is of step {facts.get('step')!r:.80}")
     if (problem := agrees(facts)) is not None:
         raise DamageError(problem)
     found, expected = read_forms(path), _expected(trainer)

@@ -63,9 +63,10 @@ def flush_tree(folder: Path) -> None:
 
 def open_file(folder: Path, name: str) -> BinaryIO:
     """Open a regular file within a folder. Raises DamageError for anything else."""
+    shown = _short(name)
     parts = PurePosixPath(name).parts
     if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\0" in name:
-        raise DamageError(f"{MANIFEST} lists {name!r}, which is outside")
+        raise DamageError(f"{MANIFEST} lists {shown!r}, which is outside")
     try:
         for depth in range(len(parts)):
             if stat.S_ISLNK((folder / Path(*parts[:depth])).lstat().st_mode):
@@ -75,12 +76,12 @@ def open_file(folder: Path, name: str) -> BinaryIO:
         mode = (folder / name).lstat().st_mode
         if not stat.S_ISREG(mode):  # opening a device may have an effect
             kind = "a link" if stat.S_ISLNK(mode) else "not a file"
-            raise DamageError(f"{name} is {kind}")
+            raise DamageError(f"{shown} is {kind}")
         descriptor = os.open(folder / name, flags)
     except FileNotFoundError:
-        raise DamageError(f"{name} is missing") from None
+        raise DamageError(f"{shown} is missing") from None
     except OSError as error:
-        raise DamageError(f"{name} cannot be read: {error.strerror}") from None
+        raise DamageError(f"{shown} cannot be read: {error.strerror}") from None
     return open(descriptor, "rb")
 
 
@@ -237,4 +238,8 @@ def other_number_format(found: Mapping[str, Form], expected: Mapping[str, Form])
 
 
 def _first(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    return _short(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 100 else f"{name[:99]}…"

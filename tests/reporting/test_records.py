@@ -336,6 +336,8 @@ def test_records_after_the_checkpoint_and_half_a_line_are_cut_off(run: Run) -> N
     directory = RunDirectory(run.path)
     assert [record["step"] for record in directory.records.all()] == list(range(8))
     assert directory.column("loss") == {s: s / 4 for s in range(1, 7)} | {7: 1}
+    assert directory.column("odd") == {}  # not finite, so null
+    assert b'"odd": null}\n' in before
     assert directory.has(7, "loss")
     assert not directory.has(0, "loss")
     assert run.disagreement(6) is None

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,6 @@ from safetensors.numpy import load_file
 
 from minidistill.config import LoadedConfig, load_config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
-from minidistill.files import write_atomic
 from minidistill.reporting.rollout_log import TokenTexts, write_rollouts
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.run_path import choose_path
@@ -186,31 +181,6 @@ def test_settings_that_are_newer_than_a_run_do_not_keep_it_from_resuming(
     assert not is_extended(load(), run)
     with pytest.raises(UserError, match=r"orchestrator\.overlong \(was None, now 'drop'\)"):
         is_extended(load("--orchestrator.overlong", "drop"), run)
-
-
-WRITER = """
-import sys
-from pathlib import Path
-from minidistill.files import write_atomic
-while True:
-    for letter in "ab":
-        write_atomic(Path(sys.argv[1]), letter * 4_000_000)
-"""
-
-
-def test_a_killed_writer_leaves_a_complete_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    for wait in (0.003, 0.011, 0.029):
-        path.unlink(missing_ok=True)
-        with subprocess.Popen([sys.executable, "-c", WRITER, str(path)]) as writer:
-            deadline = time.monotonic() + 30
-            while not path.exists() and time.monotonic() < deadline:
-                time.sleep(0.001)
-            time.sleep(wait)
-            os.kill(writer.pid, signal.SIGKILL)
-        assert path.read_bytes() in (b"a" * 4_000_000, b"b" * 4_000_000)
-    write_atomic(path, "a temporary file that was left behind does no harm")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 class CodePoints:

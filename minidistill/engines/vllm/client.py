@@ -64,6 +64,8 @@ class EngineProcess(Subprocess):
         self._scratch = ScratchFolder()
         use_for_multiprocessing()
         places = {"TMPDIR": str(self._scratch.path), COMPILED: _compiled()}
+        if not self._scratch.holds_sockets:
+            places = {}
         try:
             super().__init__(
                 MODULE, [*map(str, descriptors)], descriptors, {**environment, **places}
@@ -124,6 +126,7 @@ class EngineProcess(Subprocess):
                 return value
 
     def close(self, patience: float = 0.0) -> None:
+        self._scratch.remember_segments(self.popen.pid)
         super().close(patience)
         self._scratch.close()
         self._calls.close()
