@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -15,7 +16,6 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT, TESTS
 
-from minidistill import scratch
 from minidistill.engines.vllm import client
 from minidistill.engines.vllm.client import EngineDied, EngineProcess
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
@@ -173,7 +173,7 @@ def test_a_file_system_without_locks(temporary: Path, monkeypatch: pytest.Monkey
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(scratch.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     folder = ScratchFolder()
     sweep()
     assert folder.path.exists()

@@ -118,6 +118,11 @@ def bind(path: Path) -> None:
     os.chdir(here)
 
 
+def make_empty(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
 def link_to_a_copy(path: Path) -> None:
     shutil.copytree(path, path.parent / "copy")
     shutil.rmtree(path)
@@ -207,7 +212,7 @@ DAMAGE: dict[str, tuple[Spoil, str]] = {
     "missing": (lambda p: (p / TENSORS).unlink(), f"{TENSORS} is missing"),
     "the adapter is missing": (lambda p: shutil.rmtree(p / "adapter"), "is missing"),
     "no manifest": (lambda p: (p / MANIFEST).unlink(), f"{MANIFEST} is missing"),
-    "an empty folder": (lambda p: (shutil.rmtree(p), p.mkdir()), f"{MANIFEST} is missing"),
+    "an empty folder": (make_empty, f"{MANIFEST} is missing"),
     "half a manifest": (lambda p: os.truncate(p / MANIFEST, 90), f"{MANIFEST}: "),
     "an empty manifest": (lambda p: os.truncate(p / MANIFEST, 0), f"{MANIFEST}: "),
     "a nested manifest": (
