@@ -72,6 +72,9 @@ class EngineProcess(Subprocess):
             )
         except BaseException:
             self._scratch.close()
+            for end in ours:
+                end.close()
+            os.close(self._lifeline)
             raise
         finally:
             for end in theirs:
