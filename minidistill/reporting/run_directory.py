@@ -15,7 +15,7 @@ from datetime import datetime
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError, field_validator
 
@@ -77,13 +77,17 @@ class RunDirectory:
         write_atomic(self.path / "config.toml", loaded.text)
         write_atomic(self.path / RESOLVED, _json(loaded.resolved()))
 
+    def resolved(self) -> Any:
+        """The configuration that the run was started with, or extended to."""
+        return self.read(RESOLVED, _Resolved)
+
     def changed_settings(self, loaded: LoadedConfig) -> dict[str, tuple[Any, Any]]:
         """The settings that differ from those that the run was started with: before and now.
 
         Left out are those on which the metrics do not depend, and defaults of settings that did
         not exist when the run was started.
         """
-        before = _flatten(_without_time_limits(self.read(RESOLVED, _Resolved)))
+        before = _flatten(_without_time_limits(self.resolved()))
         now = _flatten(_without_time_limits(loaded.resolved()))
         ignored = {"output_dir", "trainer_gpu_ids", "trainer.world_size", "trainer.shard"}
         # A run that passed this limit goes on with a higher one.
@@ -199,11 +203,20 @@ class _Orchestrator(_Environments, strict=True):
     eval: _Environments | None = None
 
 
+class _Model(BaseModel, strict=True):
+    lora: dict[str, Any] | Literal[False]
+
+
+class _Trainer(BaseModel, strict=True):
+    model: _Model
+
+
 class _Resolved(BaseModel, strict=True):
     """What is read of `config.resolved.json` besides comparing it."""
 
     max_steps: int
     orchestrator: _Orchestrator
+    trainer: _Trainer
 
 
 def damaged(path: Path, reason: str, fix: str = RESTORE, where: str = "") -> UserError:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pydantic import ValidationError
+
 from minidistill.config import Config, LoadedConfig
 from minidistill.config.adapter import with_recorded_shape
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.reporting.records import METRICS
-from minidistill.reporting.run_directory import RunDirectory
+from minidistill.reporting.records import METRICS, first_problem
+from minidistill.reporting.run_directory import RESOLVED, RunDirectory, damaged
 from minidistill.trainer.optim import rate_depends_on_max_steps
 
 STEPS = "max_steps"
@@ -17,8 +19,11 @@ STEPS = "max_steps"
 
 def with_recorded_adapter(loaded: LoadedConfig, directory: RunDirectory) -> LoadedConfig:
     """The configuration of a resumed run, if the adapter that it started from has gone."""
-    recorded = directory.read("config.resolved.json")
-    return replace(loaded, config=with_recorded_shape(loaded.config, recorded))
+    try:
+        config = with_recorded_shape(loaded.config, directory.resolved())
+    except ValidationError as error:
+        raise damaged(directory.path / RESOLVED, first_problem(error)) from None
+    return replace(loaded, config=config)
 
 
 def is_extended(loaded: LoadedConfig, directory: RunDirectory) -> bool:

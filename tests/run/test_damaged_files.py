@@ -110,6 +110,8 @@ def test_a_damaged_file_is_named(
         ("config.resolved.json", {"orchestrator": None}, "orchestrator: "),
         ("config.resolved.json", {"orchestrator": {"env": 7}}, "orchestrator.env: "),
         ("config.resolved.json", {"orchestrator": {"eval": {"env": [1]}}}, "orchestrator.eval.env"),
+        ("config.resolved.json", {"trainer": {}}, "trainer.model: "),
+        ("config.resolved.json", {"trainer": {"model": {"lora": 7}}}, "trainer.model.lora"),
         ("config.resolved.json", {"max_steps": "9"}, "max_steps: "),
         ("env.json", {"tasks": 7}, "tasks: "),
         ("env.json", {"initial_adapter": ["a"]}, "initial_adapter: "),
