@@ -163,12 +163,14 @@ def test_of_two_that_begin_at_once_one_runs(
 
 def test_a_process_that_was_forked_does_not_keep_the_lock(tmp_path: Path) -> None:
     """An environment's worker may outlive a run that is killed."""
-    reader, writer = os.pipe()
+    (reader, writer), (began, begins) = os.pipe(), os.pipe()
     with locked(tmp_path / "run"):
         child = os.fork()
         if child == 0:
+            os.write(begins, b"x")
             os.read(reader, 1)  # until the test ends
             os._exit(0)
+        os.read(began, 1)
         try:
             release_all()  # the run is killed
             assert (tmp_path / "run" / LOCK).exists()
@@ -177,8 +179,8 @@ def test_a_process_that_was_forked_does_not_keep_the_lock(tmp_path: Path) -> Non
         finally:
             os.write(writer, b"x")
             os.waitpid(child, 0)
-            os.close(reader)
-            os.close(writer)
+            for end in (reader, writer, began, begins):
+                os.close(end)
 
 
 def test_without_locks_a_directory_is_held_on_this_machine(
