@@ -205,6 +205,11 @@ def _remove_old(root: Path, step: int, keep: int) -> None:
 # -- restoring -------------------------------------------------------------------------------------
 
 
+def any_saved(root: Path) -> bool:
+    """Whether there are checkpoints, of which `restore` takes one or refuses all."""
+    return bool(_steps(root))
+
+
 def restore(
     trainer: Trainer, root: Path, agrees: Agrees = lambda facts: None
 ) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from support.runs import board, records, run
 
 from minidistill.config import load_config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK
+from minidistill.scratch import ScratchFolder
 from minidistill.trainer import checkpoint
 from minidistill.trainer.trainer import Trainer
 
@@ -202,7 +203,13 @@ def test_a_run_that_the_disk_stopped_resumes_as_if_nothing_had_been(
         patch.setattr(checkpoint, "save", save_on_a_full_disk)
         assert run(cut, *flags) == EXIT_ENVIRONMENT
     assert names(cut / "checkpoints") == ["latest", "step_000001"]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = ScratchFolder()
+    assert dead._lock is not None
+    os.close(dead._lock)  # as the kernel does when a run is killed
+    (cut / "env.json.0123abcd.tmp").write_text("half")
     assert run(cut, *flags, "--resume") == EXIT_OK
+    assert not dead.path.exists()
     assert records(cut) == records(whole)
     assert board(cut) == board(whole)
     for path in (whole / "adapter").iterdir():
