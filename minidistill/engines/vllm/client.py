@@ -58,11 +58,11 @@ class EngineProcess(Subprocess):
     """
 
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+        use_for_multiprocessing()
+        self._scratch = ScratchFolder()
         ours, theirs = zip(socket.socketpair(), socket.socketpair(), strict=True)
         watched, self._lifeline = os.pipe()
         descriptors = (*(end.fileno() for end in theirs), watched)
-        self._scratch = ScratchFolder()
-        use_for_multiprocessing()
         places = {"TMPDIR": str(self._scratch.path), COMPILED: _compiled()}
         if not self._scratch.holds_sockets:
             places = {}
