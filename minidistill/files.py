@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,14 +16,20 @@ from minidistill.errors import EXIT_ENVIRONMENT, UserError
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def read_text(path: Path, *, where: str = "", fix: str = "check the path") -> str:
+_DEVICE_BYTES = 1 << 20
+"""Bytes that are read of a device, which may have no end."""
+
+
+def read_text(
+    path: Path, *, where: str = "", fix: str = "check the path", limit: int | None = None
+) -> str:
     """The text of a file in UTF-8, without a byte order mark, and with "\n" for "\r\n".
 
-    Raises UserError: with `where` and `fix` for a file that cannot be read, and with line and
-    column for bytes that are not UTF-8.
+    Raises UserError: with `where` and `fix` for a file that cannot be read or has more than `limit`
+    bytes, and with line and column for bytes that are not UTF-8.
     """
     try:
-        data = path.read_bytes()
+        data = _read_bytes(path, limit)
     except (OSError, ValueError) as error:  # a ValueError for a null character
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot read {path}: {reason}", where or str(path), fix) from None
@@ -36,6 +43,17 @@ def read_text(path: Path, *, where: str = "", fix: str = "check the path") -> st
         what = f"{path} is not UTF-8 text: {encoding or f'the byte 0x{data[error.start]:02x}'}"
         place = f"{path}:{line}, column {len(before.decode('utf-8')) + 1}"
         raise UserError(what, place, "save the file as UTF-8") from None
+
+
+def _read_bytes(path: Path, limit: int | None) -> bytes:
+    with open(path, "rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            limit = min(limit or _DEVICE_BYTES, _DEVICE_BYTES)
+        data = file.read(-1 if limit is None else limit + 1)
+    if limit is not None and len(data) > limit:
+        raise ValueError(f"it has more than {limit} bytes")
+    return data
 
 
 class InvalidJsonError(ValueError):
@@ -106,7 +124,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            # a lone surrogate becomes an escape, the one that JSON has for it
+            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -216,7 +216,7 @@ class ChatTemplate:
             tree = environment.parse(_GENERATION.sub("", source))
             jinja2.meta.find_undeclared_variables(tree)  # notices unknown filters and tests
             return tree
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             line = f", line {line}" if (line := getattr(error, "lineno", None)) else ""
             raise UserError(
                 f"the chat template is not valid{line}: {error}",
