@@ -174,13 +174,14 @@ LARGE = {
     "unknown keys": (KEYS + MINIMAL, "and 7996 more"),
     "unknown keys in a table": (f"{MINIMAL}\n[trainer.optim]\n{KEYS}", "and 7996 more"),
     "unknown tables": (MINIMAL + "".join(f"[t{i}]\na = 1\n" for i in range(8000)), "7996 more"),
-    "environments": (MINIMAL + '[[orchestrator.env]]\nid = "jsonl"\n' * 8000, "8000 entries|8001"),
-    "10 MB": (MINIMAL + "#" + "x" * 10_000_000, "more than 1048576 bytes"),
-    "1 MB of keys": ("".join(f"k{i}=1\n" for i in range(100_000)) + MINIMAL, "99996 more"),
-    "a key of 1 MB": ("x" * 1_000_000 + " = 1\n" + MINIMAL, "more characters"),
+    "environments": (MINIMAL + '[[orchestrator.env]]\nid = "jsonl"\n' * 3000, "3000 entries|3001"),
+    "10 MB": (MINIMAL + "#" + "x" * 10_000_000, "more than 524288 bytes"),
+    "250 kB of keys": ("".join(f"key_{i} = 1\n" for i in range(16_000)) + MINIMAL, "15996 more"),
+    "a key of 500 kB": ("x" * 500_000 + " = 1\n" + MINIMAL, "more characters"),
     "deep lists": ("z = " + "[" * 100_000 + "\n" + MINIMAL, "not valid TOML"),
     "lists that are closed": (f"z = {'[' * 90}{']' * 90}\n{MINIMAL}", "nested more than 64"),
-    "a deep key": (".".join("a" * 3000) + " = 1\n" + MINIMAL, "nested more than 64"),
+    "a deep key": (".".join("a" * 900) + " = 1\n" + MINIMAL, "nested more than 64"),
+    "a deeper key": (".".join("a" * 3000) + " = 1\n" + MINIMAL, "not valid TOML"),
 }
 
 
@@ -195,7 +196,7 @@ def test_large_configurations_end_in_an_error_soon(name: str, tmp_path: Path) ->
 FLAGS = {
     "unknown flags": ([f"--k{i}=1" for i in range(8000)], "there is no k0"),
     "a long flag": (["--" + "a" * 120_000, "1"], "more characters"),
-    "a flag of many parts": (["--" + "a." * 60_000, "1"], "there is no"),
+    "a flag of many parts": (["--" + "a." * 60_000, "1"], "60001 parts"),
     "a deep value": (["--orchestrator.env.0.args.x", '{"a":' * 80 + "1" + "}" * 80], "64 deep"),
 }
 

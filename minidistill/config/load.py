@@ -23,10 +23,8 @@ from minidistill.errors import UserError, UserErrors
 from minidistill.files import read_text
 
 PATH_FIX = "check the path; overrides are written --a.b.c VALUE"
-LARGEST_FILE = 1 << 20
+LARGEST_FILE = 1 << 19
 """Bytes of a configuration file."""
-DEEPEST = 64
-"""Levels of tables and lists in a configuration."""
 _WRITTEN_TWICE = ("Cannot overwrite", "Cannot declare", "Duplicate")  # tomli's words
 _TEACHER = ("orchestrator", "teacher_model")
 _CONTEXT = (*_TEACHER, "context")
@@ -115,13 +113,13 @@ def _read_configuration(name: str) -> str:
 def _check_depth(data: Any, where: str) -> None:
     """Raise UserError for data that is nested so deeply that nothing can walk through it."""
     level = [data]
-    for _ in range(DEEPEST):
+    for _ in range(overrides.DEEPEST):
         children = (_children(node) for node in level)
         level = [child for of_node in children for child in of_node]
         if not level:
             return
     raise UserError(
-        f"tables and lists are nested more than {DEEPEST} deep", where, "make them flat"
+        f"tables and lists are nested more than {overrides.DEEPEST} deep", where, "make them flat"
     )
 
 
