@@ -263,13 +263,13 @@ TEMPLATES = (
     "{%- set ns = namespace(n=0) -%}{%- for m in messages -%}{%- set ns.n = ns.n + 1 -%}"
     "{{ ns.n }}: {{ m['content'] | upper }}\n{%- endfor -%}{{ strftime_now('%Y') }}",
 )
+# None that never ends: see docs/security.md.
 JINJA: Sequence[bytes] = (
     b"{{ 1 / 0 }}", b"{{ messages[9] }}", b"{{ messages[9].x.y }}", b"{{ ''.__class__.__mro__ }}",
     b"{{ raise_exception('no\\nyes') }}", b"{{ 'a' * 10 ** 9 }}", b"{{ range(10 ** 9) | list }}",
-    b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     b"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", b"{% include 'x' %}", b"{% import 'os' %}",
     b"{{ lipsum(9) }}", b"{{ cycler.__init__.__globals__ }}", b"{{ x | nothing }}", b"{% endfor %}",
-    b"{{ tools | tojson }}", b"{{ messages | tojson }}", b"{{ 10 ** 10 ** 8 }}", b"{% break %}",
+    b"{{ tools | tojson }}", b"{{ messages | tojson }}", b"{% break %}",
     b"{% generation %}", b"{{ '\\ud800' }}", b"{{ strftime_now(1) }}", b"{{ -x }}", b"{{ self }}",
     b"{{ messages.append(1) }}", b"{% block a %}{% endblock %}", b"{{ '%99999999d' % 1 }}",
     b"{{ '{:>999999999}'.format(1) }}",
