@@ -6,7 +6,6 @@ import codecs
 import contextlib
 import json
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -46,10 +45,9 @@ def read_text(
 
 
 def _read_bytes(path: Path, limit: int | None) -> bytes:
+    if path.is_char_device() or path.is_block_device():
+        limit = min(limit or _DEVICE_BYTES, _DEVICE_BYTES)
     with open(path, "rb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-            limit = min(limit or _DEVICE_BYTES, _DEVICE_BYTES)
         data = file.read(-1 if limit is None else limit + 1)
     if limit is not None and len(data) > limit:
         raise ValueError(f"it has more than {limit} bytes")
