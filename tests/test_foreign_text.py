@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from support import hostile_env
 from support.configs import MINIMAL
+from support.paths import SOKOBAN
 from support.runs import records
 
 from minidistill import cli, logs
 from minidistill.config import load_config
 from minidistill.envs.outcomes import ScoringError, to_reward
-from minidistill.errors import EXIT_OK, LONGEST, UserError, UserErrors
+from minidistill.errors import EXIT_FAILED, EXIT_OK, LONGEST, UserError, UserErrors
 from minidistill.files import read_text, write_atomic
 from minidistill.reporting import formatting
 from minidistill.reporting.formatting import clean
@@ -25,7 +26,7 @@ logger = logging.getLogger("minidistill.some.module")
 RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
 SECOND = 1.0  # of this process's time
 RUN = """\
-max_steps = 2
+max_steps = 1
 seq_len = 256
 [model]
 name = "tiny-sokoban"
@@ -133,6 +134,22 @@ def test_an_error_is_bounded_and_says_how_much_is_left_out() -> None:
     text = str(UserError("a" * 5_000_000, "b" * 5_000_000, "c" * 5_000_000))
     assert len(text) < 3 * LONGEST + 200
     assert f"… ({5_000_000 - LONGEST} more characters)" in text
+
+
+@pytest.mark.parametrize("flags", [[], ["--traceback"]])
+def test_the_error_of_somebodys_code_is_bounded_and_escaped(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("\x1b[2J\udfff" + "x" * 5_000_000)
+
+    monkeypatch.setattr("minidistill.config.load_config", fail)
+    assert cli.main(["config", SOKOBAN, *flags]) == EXIT_FAILED
+    error = capsys.readouterr().err
+    assert ("Traceback" in error) == bool(flags)
+    assert "ValueError: [2Jxxx" in error
+    assert "\x1b" not in error
+    assert len(error) < 100_000
 
 
 def test_a_lone_surrogate_in_json_reads_back(tmp_path: Path) -> None:

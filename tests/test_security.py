@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -126,11 +127,9 @@ def test_a_chat_template_reaches_nothing_outside(escape: str, tmp_path: Path) ->
     source = escape.replace("MARKER", str(marker))
     template = source + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     text = ""
-    try:
+    with contextlib.suppress(Exception):  # how it is refused is tested with the templates
         builder = PromptBuilder(byte_level(template, eos="</s>"), "Think.\n", "user")
         text = builder.build("e", Task("t", ({"role": "user", "content": "hello"},))).student_text
-    except UserError:
-        pass
     assert not marker.exists()
     assert "root:" not in text
     assert "<class" not in text
