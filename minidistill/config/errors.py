@@ -14,7 +14,7 @@ from minidistill.config.schema_tree import Part, Path
 from minidistill.config.toml import dotted, inline
 from minidistill.errors import UserError, UserErrors, printable
 
-LONGEST_KEY = 200
+LONGEST_KEY = 10_000
 """Characters of an unknown key for which a similar one is looked for."""
 
 

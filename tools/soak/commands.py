@@ -80,6 +80,6 @@ def tail(output: Path, lines: int = 3) -> str:
     return " | ".join(output.read_text(errors="replace").strip().splitlines()[-lines:])
 
 
-def run_arguments(path: Path, flags: Sequence[str] = SMALL, *, resume: bool) -> list[str]:
+def run_arguments(path: Path, flags: Sequence[str], *, resume: bool) -> list[str]:
     arguments = ["run", CONFIG, *flags, "--output_dir", str(path)]
     return [*arguments, "--resume"] if resume else arguments

@@ -149,9 +149,9 @@ def _bounded() -> Iterator[None]:
 
 def _place(error: BaseException) -> str:
     """The innermost line of this project in a traceback, else the innermost at all."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     own = [f for f in frames if "/minidistill/" in f.filename]
-    frame = (own or list(frames))[-1]
+    frame = (own or frames)[-1]
     return f"{Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.name}"
 
 
@@ -178,6 +178,7 @@ def _tried(
                     yield failure
         except (EOFError, OSError):
             target, number = batch[current]
+            process.join(1.0)
             hung = process.is_alive()
             process.kill()
             process.join()

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from tools.compare_checkouts import compare_runs
-from tools.soak.commands import Commands, run_arguments, tail
+from tools.soak.commands import SMALL, Commands, run_arguments, tail
 from tools.soak.log import Log
 
 HANG = 300.0  # seconds after which a run has hung
@@ -26,10 +26,8 @@ def soak(log: Log, seed: int, count: int, end: float | None) -> int:
     commands = Commands(log.work / "kills")
     whole = commands.folder / "whole"
     soaking = Killing(log, commands)
-    began = time.monotonic()
     if not soaking.run(whole, "whole", resume=False):
         return 0
-    soaking.duration = time.monotonic() - began
     log.say(
         f"kills: an undisturbed run takes {soaking.duration:.1f} s and touches files in its "
         f"directory {soaking.touches} times"
@@ -52,7 +50,7 @@ class Killing:
 
     def __init__(self, log: Log, commands: Commands) -> None:
         self.log, self.commands = log, commands
-        self.duration, self.touches = 10.0, 0
+        self.duration, self.touches = 0.0, 0
         self._findings = 0
 
     def run(self, path: Path, label: str, *, resume: bool) -> bool:
@@ -118,8 +116,15 @@ class Killing:
         """Run until the end, a touch or some seconds. Returns the exit code, and what was said."""
         output = path.with_name(path.name + ".out")
         count = path.with_name(path.name + ".count")
-        arguments = [str(path), str(at), str(count), "--", *run_arguments(path, resume=resume)]
+        arguments = [
+            str(path),
+            str(at),
+            str(count),
+            "--",
+            *run_arguments(path, SMALL, resume=resume),
+        ]
         process = self.commands.start("tools.soak.dying", *arguments, output=output)
+        began = time.monotonic()
         try:
             code = process.wait(HANG if seconds is None else seconds)
         except Exception:
@@ -127,6 +132,7 @@ class Killing:
             code = process.wait()
             if seconds is None:
                 self._find(f"{path.name}: no end after {HANG:.0f} s")
+        self.duration = self.duration or time.monotonic() - began
         return code, tail(output)
 
     def _find(self, what: str) -> None:

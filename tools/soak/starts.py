@@ -133,7 +133,9 @@ def _after_kills(log: Log, commands: Commands) -> None:
     """What killed runs left in the temporary folder is gone after a run that ends."""
     path = commands.folder / "last"
     output = path.with_suffix(".out")
-    process = commands.start("minidistill", *run_arguments(path, resume=False), output=output)
+    process = commands.start(
+        "minidistill", *run_arguments(path, SMALL, resume=False), output=output
+    )
     if process.wait() != 0:
         log.finding("starts", f"a run after the others: {tail(output)}")
     for name in _names(commands.temporary):

@@ -225,6 +225,8 @@ class Models:
 
         self.source = Path(resolve("tiny-sokoban"))
         shutil.copytree(self.source, self.folder, dirs_exist_ok=True)
+        # the imports that this needs take longer than an input may
+        self.run({"file": "config.json", "data": (self.source / "config.json").read_text()})
 
     def make(self, random: Random) -> dict[str, Any]:
         names = [name for name in self.files if (self.source / name).exists()]
