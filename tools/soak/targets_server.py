@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,10 +98,11 @@ def run(value: dict[str, Any], folder: Path) -> None:
         return httpx.Response(status, headers=headers, stream=httpx.ByteStream(data))
 
     with _answering(answer):
-        engine = ServerEngine(
-            "http://server:1", "inference.server_urls", "vllm serve M", 64, folder, 0
-        )
-        engine.patience = 0.0
+        takes = inspect.signature(ServerEngine).parameters
+        limits: dict[str, Any] = {"silence": 5.0} if "silence" in takes else {}
+        where, command = "inference.server_urls", "vllm serve M"
+        engine = ServerEngine("http://server:1", where, command, 64, folder, 0, **limits)
+        getattr(engine, "server", engine).patience = 0.0
         policy: Any = SimpleNamespace(
             lora=False,
             eos_ids=frozenset({2}),
