@@ -16,7 +16,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from minidistill.config import Config
-from minidistill.errors import UserError, UserErrors
+from minidistill.errors import UserError, UserErrors, blamed_on
 from minidistill.models.auto import model_class
 from minidistill.models.hub import hub_arguments, load_model_config, readable_errors
 from minidistill.models.registry import resolve
@@ -61,7 +61,8 @@ def load_weights(config: Config, name: str, key: str = "model.name", **arguments
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    kind = model_class(load_model_config(config, name))
+    with blamed_on(key):
+        kind = model_class(load_model_config(config, name))
     damaged = (SafetensorError, UnpicklingError, EOFError)
     with readable_errors(name, key), _without_table():
         try:

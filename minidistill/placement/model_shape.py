@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from minidistill.config.schema import LoraConfig
-from minidistill.errors import UserError
+from minidistill.errors import UserError, blamed_on
 from minidistill.models.auto import skeleton, text_linears
+from minidistill.models.hub import TEACHER_KEY
 from minidistill.placement.placement import Models
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -118,7 +119,8 @@ class Shapes:
     def of(cls, models: Models) -> Shapes:
         student = read_shape(models.student)
         same = models.teacher is models.student
-        return cls(student, student if same else read_shape(models.teacher))
+        with blamed_on(TEACHER_KEY):
+            return cls(student, student if same else read_shape(models.teacher))
 
 
 def read_shape(model_config: Any) -> ModelShape:

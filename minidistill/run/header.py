@@ -41,7 +41,9 @@ def header(
         adapter = f"{adapter_kind(lora)}, {_millions(trained)} parameters"
         rows.append(("adapter", f"{adapter}, {placement.adapter_dtype}"))
         if lora.init is not None:
-            rows.append(("starts from", f"the adapter in {adapter_folder(lora.init)}"))
+            # a later step starts from a checkpoint, and the adapter may have gone
+            folder = adapter_folder(lora.init) if first_step == 1 else lora.init
+            rows.append(("starts from", f"the adapter in {folder}"))
     else:
         rows.append(("trained", "every weight"))
     mode = "pure distillation" if loss.adv_tau == 0 else "hybrid"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -16,9 +17,9 @@ from minidistill.reporting.run_directory import RunDirectory, claim_path
 from minidistill.reporting.terminal import open_display
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run.baseline import evaluate_baseline
-from minidistill.run.resume import is_extended
+from minidistill.run.prepare import prepare
+from minidistill.run.resume import is_extended, with_recorded_adapter
 from minidistill.run.session import Session, open_session
-from minidistill.run.setup import prepare
 from minidistill.run.summary import finish, show_finished
 from minidistill.trainer.step import StepResult
 from minidistill.types import Metrics
@@ -35,6 +36,8 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
         claim_path(loaded, resume) as path,
     ):
         directory = RunDirectory(path)
+        if resume:
+            loaded = with_recorded_adapter(loaded, directory)
         if resume and not is_extended(loaded, directory) and show_finished(directory, display):
             return EXIT_OK
         with logs.to_file(directory.log_path):
@@ -106,7 +109,9 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        logger.warning("stopping after this step; press Ctrl-C again to stop now")
+        # from a thread: this one may be writing to the same stream, which is not reentrant
+        message = "stopping after this step; press Ctrl-C again to stop now"
+        threading.Thread(target=logger.warning, args=(message,)).start()
 
 
 @contextlib.contextmanager

@@ -6,13 +6,14 @@ A model is judged by these passes, not by its name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, UserError, blamed_on
+from minidistill.models.hub import TEACHER_KEY
 from minidistill.run.probes import (
     Ids,
     attention_error,
@@ -46,11 +47,14 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def check_model(
-    policy: Policy, prompts: Sequence[Prompt], budget: TokenBudget, *, samples: bool = True
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    budget: TokenBudget,
+    sampled: Collection[Role] = (Role.STUDENT, Role.TEACHER),
 ) -> bool:
     """Check what a run does with the model. Returns whether prefixes may be cached.
 
-    `budget` bounds the passes. `samples` says whether the trainer's model is to sample rollouts.
+    `budget` bounds the passes. `sampled` are the roles that this process is to sample in.
     Raises UserError (exit code 3) if the logits that the loss computes are not the model's, if
     student and teacher differ on the same prompt although their weights are equal, if packed
     sequences or samples are not what each is alone, or if one prompt does not fit in memory.
@@ -68,7 +72,8 @@ def check_model(
     other = policy.teacher_weights is Weights.OTHER and policy.holds(Role.TEACHER)
     roles = (Role.STUDENT, Role.TEACHER) if other else (Role.STUDENT,)
     for role in roles:
-        with policy.inference(), policy.running_as(role):
+        key = TEACHER_KEY if role is Role.TEACHER else "model.name"
+        with policy.inference(), policy.running_as(role), blamed_on(key):
             _check_attention(policy, prompts[0].student_ids, tolerance)
             _check_logits(policy, prompts, completions, tolerance, budget)
             if policy.attention.packed:
@@ -76,8 +81,14 @@ def check_model(
     if policy.holds(Role.TEACHER) and not other and policy.starts_as_base:
         _check_equal_roles(policy, prompts, completions, tolerance, budget)
     shares = _prefix_cache_is_exact(policy, prompts, completions, tolerance, budget)
-    for role in roles:
-        _check_sampling(policy, [p.student_ids for p in prompts], role, shares, samples)
+    view = [p.student_ids for p in prompts]
+    needed = next((role for role in Role if role in sampled), None)
+    if not other:  # one check for both roles
+        _check_sampling(policy, view, Role.STUDENT, shares, needed)
+        return shares
+    _check_sampling(policy, view, Role.STUDENT, shares, needed if needed is Role.STUDENT else None)
+    if Role.TEACHER in sampled:
+        _check_sampling(policy, view, Role.TEACHER, shares, Role.TEACHER)
     return shares
 
 
@@ -170,12 +181,13 @@ def _check_packed_passes(
 
 
 def _check_sampling(
-    policy: Policy, prompts: Sequence[Ids], role: Role, shares: bool, samples: bool
+    policy: Policy, prompts: Sequence[Ids], role: Role, shares: bool, needed: Role | None
 ) -> None:
     """Check that the trainer's model samples from its own distributions.
 
-    Layers with a state of their own may carry padding into it. Then only prompts of equal length
-    are sampled from together.
+    If it does not, that is an error if the run samples it in the role `needed`. Layers with a state
+    of their own may carry padding into it. Then only prompts of equal length are sampled from
+    together.
     """
     limit = MISMATCH[policy.dtype]
     with policy.running_as(role):
@@ -200,11 +212,20 @@ def _check_sampling(
         problem = f"{type(exception).__name__}: {first_line(exception)}"
     if not problem:
         return
-    if samples:
+    if needed is Role.STUDENT:
         raise UserError(
             f"the trainer's model cannot be sampled from: {problem}",
             where="inference.engine",
             fix='use inference.engine = "vllm", or another model',
+            exit_code=EXIT_ENVIRONMENT,
+        )
+    if needed is Role.TEACHER:
+        raise UserError(
+            f"the baseline samples the teacher, which is in the trainer and cannot be sampled "
+            f"from: {problem}",
+            where="orchestrator.eval",
+            fix="leave [orchestrator.eval] out (--no-orchestrator.eval, with eval_baseline = "
+            "false), or use another model",
             exit_code=EXIT_ENVIRONMENT,
         )
     policy.can_sample = False

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from minidistill.config import Config
-from minidistill.errors import UserError
+from minidistill.errors import UserError, blamed_on
 from minidistill.models.auto import outside_text
+from minidistill.models.hub import TEACHER_KEY
 from minidistill.models.weights import load_weights
 from minidistill.placement.placement import Placement
 from minidistill.trainer import attention
@@ -54,7 +55,9 @@ def load_policy(
     in_trainer = placement.teacher.scorer == "trainer"
     if in_trainer and teacher is Weights.OTHER:
         other = _load_other(config, base, dtype, device, implementation)
-        reference_models[Weights.OTHER], other_logit_map = other, find_logit_map(other)
+        reference_models[Weights.OTHER] = other
+        with blamed_on(TEACHER_KEY):
+            other_logit_map = find_logit_map(other)
     if settings.lora is False:
         model = _trained(base)
         if in_trainer and teacher is Weights.BASE:
@@ -120,14 +123,13 @@ def _load_other(
     """A separate teacher model. Raises UserError if its head has another number of rows."""
     name = config.separate_teacher
     assert name is not None
-    key = "teacher_inference.model.name"
-    model = _load_weights(config, name, dtype, device, implementation, key)
+    model = _load_weights(config, name, dtype, device, implementation, TEACHER_KEY)
     model.requires_grad_(False).eval()
     rows, needed = (m.get_output_embeddings().weight.shape[0] for m in (model, base))
     if rows != needed:
         raise UserError(
             f"the teacher's LM head has {rows} rows, the student's {needed}",
-            where="teacher_inference.model.name",
+            where=TEACHER_KEY,
             fix='set trainer.loss.estimator = "sampled" with inference.engine = "vllm", which '
             "compares the sampled tokens only",
         )

@@ -19,6 +19,8 @@ from minidistill.errors import EXIT_USAGE, UserError
 from minidistill.models.hub import load_tokenizer
 from minidistill.models.registry import BUILT_IN
 from minidistill.models.weights import check_weights, load_weights, refuse_adapters
+from minidistill.placement.model_shape import Shapes
+from minidistill.placement.planner import load_models
 from minidistill.trainer.loading import load_policy
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -185,3 +187,17 @@ def test_a_sound_model_passes(folder: Path, capfd: pytest.CaptureFixture[str]) -
     refuse_adapters(config)
     check_weights(config)
     assert capfd.readouterr().err == ""
+
+
+def test_a_teacher_that_generates_no_text_is_named_as_the_teacher(tmp_path: Path) -> None:
+    """By the plan too, which reads its configuration alone."""
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    config = loaded("tiny-sokoban", "--teacher_inference.model.name", str(tmp_path)).config
+    for check in (check_weights, lambda config: Shapes.of(load_models(config))):
+        with pytest.raises(UserError, match="t5 models do not generate text") as caught:
+            check(config)
+        assert caught.value.where == "teacher_inference.model.name"
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot load the model") as caught:
+        load_models(config)
+    assert caught.value.where == "teacher_inference.model.name"
