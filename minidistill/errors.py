@@ -24,7 +24,7 @@ _BIDIRECTIONAL = frozenset(
 )
 
 
-LONGEST = 4000
+LONGEST = 2000
 """Characters of one part of an error, which may quote a file, a model or a server."""
 
 

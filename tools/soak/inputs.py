@@ -31,7 +31,7 @@ SECONDS = 1.0  # of computing that an input may take
 WALL_SECONDS = 10.0  # that it may take at all, on a machine that does other things too
 CRASHED = 60.0  # seconds after which the subprocess has hung for good
 MEMORY = 2 << 30  # bytes that an input may take
-MESSAGE = 10_000  # characters that an error may have
+MESSAGE = 30_000  # characters that the text of up to four errors may have
 BATCH = 500  # inputs before another subprocess
 
 
