@@ -140,7 +140,7 @@ def test_an_error_is_bounded_and_says_how_much_is_left_out() -> None:
 def test_the_error_of_somebodys_code_is_bounded_and_escaped(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ValueError("\x1b[2J\udfff" + "x" * 5_000_000)
 
     monkeypatch.setattr("minidistill.config.load_config", fail)
