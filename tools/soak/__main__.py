@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.say("summary")
     for line in summary:
         log.say(f"  {line}")
+    shutil.rmtree(log.work)
     log.say(f"{len(log.findings)} findings in {time.monotonic() - began:.0f} s")
     return 1 if log.findings else 0
 

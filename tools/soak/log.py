@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -14,7 +15,8 @@ class Log:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
         self.findings: list[str] = []
-        self.work.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)  # of another soak
+        self.work.mkdir(parents=True)
         self.saved.mkdir(exist_ok=True)
 
     @property
