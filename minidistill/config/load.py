@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -105,9 +106,8 @@ def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
 def _read_configuration(name: str) -> str:
     fix = f"{PATH_FIX}; a configuration has at most {LARGEST_FILE} bytes, long texts have files of "
     fix += "their own (context_file, chat_template, a file of prompts)"
-    path = FilePath(name)
-    too_large = path.is_file() and path.stat().st_size > LARGEST_FILE
-    return read_text(path, fix=fix if too_large else PATH_FIX, limit=LARGEST_FILE)
+    too_large = os.path.isfile(name) and os.path.getsize(name) > LARGEST_FILE
+    return read_text(FilePath(name), fix=fix if too_large else PATH_FIX, limit=LARGEST_FILE)
 
 
 def _check_depth(data: Any, where: str) -> None:
