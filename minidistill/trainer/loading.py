@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from minidistill.config import Config
 from minidistill.errors import UserError, blamed_on
-from minidistill.models.auto import outside_text
+from minidistill.models.auto import text_parameters
 from minidistill.models.hub import TEACHER_KEY
 from minidistill.models.weights import load_weights
 from minidistill.placement.placement import Placement
@@ -138,11 +137,9 @@ def _load_other(
 
 def _trained(base: Any) -> Any:
     """The model with every weight trained that text reaches."""
-    base.requires_grad_(True)
-    pattern = outside_text(base)
-    for name, module in base.named_modules() if pattern else ():
-        if re.fullmatch(pattern, name):
-            module.requires_grad_(False)
+    base.requires_grad_(False)
+    for parameter in text_parameters(base):
+        parameter.requires_grad_(True)
     return base
 
 

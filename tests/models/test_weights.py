@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.lab import cpu_placement
 from support.paths import SOKOBAN
+from support.tiny_models import build
 
 from minidistill.config import load_config
 from minidistill.errors import EXIT_USAGE, UserError
@@ -126,6 +127,38 @@ def test_a_tied_head_is_not_missing(folder: Path) -> None:
     check_weights(loaded(folder).config)
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     with pytest.raises(UserError, match="lm_head"):
+        check_weights(loaded(folder).config)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "buffers"),
+    [
+        ("gptj", "transformer.h.0.attn", ("bias", "masked_bias", "scale_attn")),
+        ("gpt_bigcode", "transformer.h.1.attn", ("bias", "masked_bias")),
+        ("gpt_neox", "gpt_neox.layers.0.attention", ("bias", "masked_bias", "rotary_emb.inv_freq")),
+        ("llama", "model.layers.1.self_attn", ("rotary_emb.inv_freq", "rotary_emb.cos_cached")),
+        ("gemma", "model", ("causal_mask", "position_ids")),
+    ],
+)
+def test_masks_and_positions_of_old_checkpoints_are_no_weights(
+    name: str, layer: str, buffers: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = build(name, tmp_path)
+    old = {f"{layer}.{buffer}": torch.ones(2) for buffer in buffers}
+    rewrite(lambda w: w.update(old))(model)
+    check_weights(loaded(model).config)
+    real = f"{layer}.extra.weight"
+    rewrite(lambda w: w.update({real: torch.ones(2)}))(model)
+    with pytest.raises(UserError) as caught:
+        check_weights(loaded(model).config)
+    assert f"has 1 weight ({real}) that" in str(caught.value)
+
+
+def test_a_bias_of_a_layer_is_a_weight(folder: Path) -> None:
+    """Even of a layer that is named as attention is elsewhere."""
+    for name in ("model.layers.0.self_attn.q_proj.bias", "lm_head.bias"):
+        rewrite(lambda w, name=name: w.update({name: torch.zeros(2)}))(folder)
+    with pytest.raises(UserError, match="has 2 weights"):
         check_weights(loaded(folder).config)
 
 

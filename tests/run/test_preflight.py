@@ -66,8 +66,8 @@ def test_packed_attention_that_is_not_exact_is_noticed(
     packed_lab: Lab, monkeypatch: pytest.MonkeyPatch, error: float
 ) -> None:
     """As by a kernel that lets a sequence attend to the one before it."""
-    right = attention.one_by_one
-    monkeypatch.setattr(attention, "one_by_one", lambda *args: right(*args) + error)
+    right = attention.attend_in_blocks
+    monkeypatch.setattr(attention, "attend_in_blocks", lambda *args: right(*args) + error)
     with pytest.raises(UserError, match=r"packed sequences (have other|read each other)") as caught:
         check_model(packed_lab)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
