@@ -21,6 +21,7 @@ from minidistill.errors import (
     EXIT_USAGE,
     UserError,
     UserErrors,
+    bounded,
     printable,
 )
 from minidistill.files import drop_output, full_disk
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             drop_output(sys.stdout)
             return EXIT_OK
         if "--traceback" in args:  # not from the parser, which may be what failed
-            _print_to_stderr(traceback.format_exc().rstrip())
+            _print_to_stderr(printable(bounded(traceback.format_exc().rstrip(), 50_000)))
         return _print_error(error)
 
 

@@ -136,7 +136,7 @@ def test_files_and_overrides_keep_their_order(
     arguments = line.split() + rest
     loads = []
 
-    def load(argv: list[str]) -> None:
+    def load(argv: list[str], *, resume: bool) -> None:
         loads.append(argv)
         raise UserError("stop")
 
