@@ -7,7 +7,6 @@ import logging
 import os
 import pickle
 import socket
-import sys
 import threading
 from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
@@ -32,16 +31,13 @@ class ScoringProcess(Subprocess):
         watched, self._lifeline = os.pipe()
         try:
             descriptors = (theirs.fileno(), watched)
-            # it imports from where this process does, which may have changed its directory since
-            paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-            imports = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
-            super().__init__(MODULE, [*map(str, descriptors)], descriptors, imports)
+            super().__init__(MODULE, [*map(str, descriptors)], descriptors)
         finally:
             theirs.close()
             os.close(watched)
         self.connection = Connection(ours.detach())
         with contextlib.suppress(OSError):  # if it has died, the first `receive` reports it
-            self.connection.send((sys.path, dict(os.environ), id, args))
+            self.connection.send((dict(os.environ), id, args))
 
     def receive(self, seconds: float) -> tuple[str, Any] | None:
         """What it sends within `seconds`, else None. Raises EOFError or OSError if it has died."""

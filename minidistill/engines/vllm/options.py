@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from minidistill.config import Config
-from minidistill.config.schema import LoraConfig
+from minidistill.config.schema import LoraConfig, SilenceConfig
 from minidistill.errors import UserError
 from minidistill.models.auto import is_multimodal, skeleton, text_linears
 from minidistill.models.registry import resolve
@@ -39,6 +39,8 @@ class Options:
     vllm_version: str
     sleeps: bool = False
     """Whether it shares GPUs with the trainer and sleeps between its calls."""
+    silence: SilenceConfig = SilenceConfig()
+    """How long it may show no progress."""
 
     @property
     def workers(self) -> int:
@@ -119,7 +121,9 @@ def build_options(
         if engine.tp > 1:
             # workers bound to cores need one NUMA node each
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    return Options(arguments, environment, adapter, tuple(gpus), version, engine.sleeps)
+    return Options(
+        arguments, environment, adapter, tuple(gpus), version, engine.sleeps, config.silence
+    )
 
 
 def adapter_options(config: Config, model: Any, *, teacher: bool) -> dict[str, Any]:
