@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from minidistill.subprocesses import PATHS, START
 from support.paths import TESTS
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -38,7 +39,7 @@ def start_server() -> None:
 
 def popen(command: Sequence[str], **options: Any) -> Any:
     """Start a subprocess, forked if its imports take long."""
-    kind: Any = subprocess.Popen if command[2] in LIGHT else ForkedPopen
+    kind: Any = subprocess.Popen if command[3] in LIGHT else ForkedPopen
     return kind(command, **options)
 
 
@@ -58,8 +59,8 @@ class ForkedPopen:
     ) -> None:
         assert (stdin, stderr) == (subprocess.DEVNULL, subprocess.STDOUT)
         assert start_new_session
-        python, flag, module, *arguments = command
-        assert (python, flag) == (sys.executable, "-m")
+        python, flag, code, module, *arguments = command
+        assert (python, flag, code) == (sys.executable, "-c", START)
         start_server()
         numbers = {number: number for number in pass_fds} | dict.fromkeys((1, 2), stdout.fileno())
         self._process = CONTEXT.Process(
@@ -104,6 +105,6 @@ def _run_module(
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = os.environ.pop(PATHS).split(os.pathsep)[1:]
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
