@@ -23,6 +23,7 @@ EXIT_TIMEOUT = 5.0  # seconds that a process gets to exit after it closed its co
 NOTE_SECONDS = 60.0  # of silence, before it is said
 TICK = 1.0  # seconds between two looks at something that is silent
 OUTPUT_BYTES = 1 << 16  # of a process's output, the end, that is read
+OWN_OUTPUT = "the end of its output is in logs/run.log: see why it hangs"
 LINE = 300  # characters of its last line in a message
 PATHS = "MINIDISTILL_PATHS"
 # `python -m` puts the current directory on the path before it runs anything. A subprocess gets
@@ -67,19 +68,18 @@ class Silence:
             self._noted = 2 * self.seconds
             end = time.strftime("%H:%M:%S", time.localtime(time.time() + self.limit - self.seconds))
             logger.info(
-                f"{self.who} has been silent for {self.seconds:.0f} s while it {doing}; it is given "
-                f"up at {end} ({self.key} = {self.limit:g})"
+                f"{self.who} has been silent for {self.seconds:.3g} s ({doing}); it is given up at "
+                f"{end} ({self.key} = {self.limit:g})"
             )
         return self.seconds >= self.limit
 
-    def error(self, doing: str, last_words: str = "") -> UserError:
+    def error(self, doing: str, last_words: str = "", fix: str = OWN_OUTPUT) -> UserError:
         """The error (exit code 3) of a run that ends because of it."""
         return UserError(
-            f"{self.who} was silent for {self.limit:g} s while it {doing}, and was given up"
-            f"{last_words}",
+            f"{self.who} was silent for {self.limit:g} s ({doing}), and was given up{last_words}",
             where=self.key,
-            fix="see its output (the end of it is in logs/run.log) and whether the machine hangs; "
-            f"raise {self.key} if it only needs longer. --resume continues from the last checkpoint",
+            fix=f"{fix}; raise {self.key} if it only needs longer. --resume continues from the "
+            "last checkpoint",
             exit_code=EXIT_ENVIRONMENT,
         )
 

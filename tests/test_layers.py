@@ -19,6 +19,7 @@ ORDER = (
     "files",
     "logs",
     "subprocesses",
+    "http",
     "estimators",
     "config",
     "models",
@@ -38,7 +39,7 @@ TOP_LEVEL_MODULES = 8  # in the package's folder, besides __init__ and __main__
 HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "wandb"}
 # These import only each other, and no torch
 LIGHT = {
-    *("errors", "types", "seeding", "files", "logs", "subprocesses"),
+    *("errors", "types", "seeding", "files", "logs", "subprocesses", "http"),
     *("estimators", "config", "envs", "reporting"),
 }
 # except for what writes tensors to disk

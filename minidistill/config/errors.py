@@ -12,11 +12,12 @@ from minidistill.config.layers import Layers
 from minidistill.config.schema_tree import Part, Path
 from minidistill.config.toml import dotted, inline
 from minidistill.errors import UserError, UserErrors, printable
+from minidistill.http import without_secrets
 
 
 def short(value: object, limit: int = 60) -> str:
     """A value as TOML on one line, cut to a readable length."""
-    text = inline(value)
+    text = without_secrets(inline(value))
     return printable(text if len(text) <= limit else text[: limit - 1] + "…")
 
 

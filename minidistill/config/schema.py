@@ -273,6 +273,10 @@ class SilenceConfig(Table):
     collective of the trainer's ranks, weights that were taken over."""
 
 
+SILENCE = SilenceConfig()
+"""The default limits."""
+
+
 class Config(Table):
     """A run of minidistill."""
 
@@ -296,7 +300,7 @@ class Config(Table):
     """GPUs of the trainer."""
     model: ModelConfig = ModelConfig()
     ckpt: CkptConfig = CkptConfig()
-    silence: SilenceConfig = SilenceConfig()
+    silence: SilenceConfig = SILENCE
     wandb: WandbConfig | None = None
     trainer: TrainerConfig = TrainerConfig()
     orchestrator: OrchestratorConfig

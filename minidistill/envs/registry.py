@@ -118,7 +118,7 @@ def did_you_mean(name: str, names: Collection[str]) -> str:
 
 
 def import_function(path: str, where: str, kind: str = "environment") -> Callable[..., Any]:
-    """Import `module:function`. A module in the current directory is found too, and what it imports.
+    """Import `module:function`. A module in the current directory is found too.
 
     Raises UserError if that fails; its message calls the function a `kind`.
     """

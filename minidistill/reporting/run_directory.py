@@ -284,7 +284,7 @@ def _json(value: Any) -> str:
 
 
 def _without_time_limits(resolved: dict[str, Any]) -> dict[str, Any]:
-    """A copy without `silence` and the environments' `score_timeout`: they decide only what fails."""
+    """A copy without `silence` and the environments' `score_timeout`, which decide what fails."""
     resolved = copy.deepcopy(resolved)
     resolved.pop("silence", None)
     orchestrator = resolved["orchestrator"]

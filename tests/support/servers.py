@@ -79,7 +79,7 @@ def serving(
 
 def engine_at(url: str, folder: Path, min_length: int = 257, max_restarts: int = 0) -> ServerEngine:
     where, command = "inference.server_urls", "vllm serve M"
-    return ServerEngine(url, where, command, min_length, folder, max_restarts)
+    return ServerEngine(url, where, command, min_length, folder, max_restarts, 1800.0)
 
 
 def adapters_at(url: str) -> list[str]:

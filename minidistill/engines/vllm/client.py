@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn, TypeVar
 
-from minidistill.config.schema import SilenceConfig
+from minidistill.config.schema import SILENCE, SilenceConfig
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.subprocesses import Silence, Subprocess
 from minidistill.trainer.guards import first_line, says_out_of_memory
@@ -51,7 +51,7 @@ class EngineProcess(Subprocess):
         self,
         options: Mapping[str, Any],
         environment: Mapping[str, str],
-        silence: SilenceConfig = SilenceConfig(),
+        silence: SilenceConfig = SILENCE,
     ) -> None:
         self._silence = silence
         self._silent: UserError | None = None  # why it was killed
@@ -78,7 +78,7 @@ class EngineProcess(Subprocess):
     def wait_until_started(self) -> None:
         """Wait for the engine to be built. Raises EngineDied, EngineFailed, or UserError."""
         waited = Silence(self._name, self._silence.load, "silence.load")
-        self._receive(self._calls, None, "starts and loads the model", waited)
+        self._receive(self._calls, None, "starting", waited)
 
     def call(self, method: str, report: Report | None = None, **arguments: Any) -> Any:
         """Call a method of `EngineWorker` and return its result. One call at a time.
@@ -103,7 +103,7 @@ class EngineProcess(Subprocess):
         return f"vLLM's process ({self.popen.pid})"
 
     def _running(self, method: str) -> tuple[str, Silence]:
-        return f"runs `{method}`", Silence(self._name, self._silence.step, "silence.step")
+        return f"running `{method}`", Silence(self._name, self._silence.step, "silence.step")
 
     def _send(self, connection: Connection, method: str, arguments: dict[str, Any]) -> None:
         try:

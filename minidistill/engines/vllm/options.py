@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from minidistill.config import Config
-from minidistill.config.schema import LoraConfig, SilenceConfig
+from minidistill.config.schema import SILENCE, LoraConfig, SilenceConfig
 from minidistill.errors import UserError
 from minidistill.models.auto import is_multimodal, skeleton, text_linears
 from minidistill.models.registry import resolve
@@ -39,7 +39,7 @@ class Options:
     vllm_version: str
     sleeps: bool = False
     """Whether it shares GPUs with the trainer and sleeps between its calls."""
-    silence: SilenceConfig = SilenceConfig()
+    silence: SilenceConfig = SILENCE
     """How long it may show no progress."""
 
     @property

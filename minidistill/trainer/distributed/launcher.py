@@ -28,7 +28,7 @@ from minidistill.trainer.distributed.rank_group import (
 
 MODULE = "minidistill.trainer.distributed.worker"
 EXIT_SECONDS = 5.0  # that a rank has to exit before it is killed
-STEP = "takes part in a command of rank 0"
+STEP = "in a command of rank 0"
 
 
 class RankLauncher:
@@ -130,7 +130,7 @@ class RankLauncher:
             if readable:
                 continue
             for process, silence in loading.items():
-                doing = "loads the model" if process in started else "starts"
+                doing = "loading the model" if process in started else "starting"
                 if silence.lasts(tick, doing):
                     self._give_up(process, silence, doing)
                     return
