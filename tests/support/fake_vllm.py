@@ -1,4 +1,4 @@
-"""A vLLM server on this machine without a model, whose answers, faults among them, a test decides."""
+"""A vLLM server without a model, whose answers, faults among them, a test decides."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def sample(body: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """What vLLM answers: all the tokens asked for, or with `prompt_logprobs` the prompt's scores."""
+    """What vLLM answers: all the tokens asked for, and the prompt's scores if asked for."""
     ids = [7] * body["max_tokens"]
     choice: dict[str, Any] = {
         "token_ids": ids,

@@ -93,3 +93,36 @@ def test_an_error_in_a_rank_is_reported(
     assert "rank 1 of the trainer ended" in error
     assert message in error
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("point", "phase", "key"),
+    [
+        ("start", "starting", "load"),
+        ("load", "loading the model", "load"),
+        ("step", "in a command of rank 0", "step"),
+    ],
+)
+def test_a_rank_that_stops_ends_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    point: str,
+    phase: str,
+    key: str,
+) -> None:
+    monkeypatch.setattr(launcher, "MODULE", "support.stopped_rank")
+    monkeypatch.syspath_prepend(str(TESTS))
+    monkeypatch.setenv("STOP", point)
+    limits = {"load": 60.0, "step": 60.0, key: 1.0}
+    flags = [text for name, value in limits.items() for text in (f"--silence.{name}", str(value))]
+    flags += ["--trainer.shard"] if point == "step" else []
+    path = tmp_path / "run"
+    assert run(path, *TWO_RANKS, *NO_EVALUATION, *flags) == EXIT_ENVIRONMENT
+    error = capfd.readouterr().err
+    assert f"rank 1 of the trainer was silent for 1 s ({phase}), and was given up" in error
+    assert f"stopped by a signal; last output: stopping at {point}" in error
+    assert f"where: silence.{key}" in error
+    if point == "step":
+        assert f"  | stopping at {point}" in (path / "logs" / "run.log").read_text()
+    assert not torch.distributed.is_initialized()

@@ -74,12 +74,9 @@ class RankLauncher:
         else:
             store = None
             self.group.failed_rank_error = _torchrun_error
-        try:
+        with self.group.explained():
             self.group.join(self.devices[0], store, seconds)
-            self.group.broadcast_object((config, placement))
-        except RuntimeError:
-            self._raise_error()
-            raise
+        self.group.broadcast_object((config, placement))
 
     def close(self) -> None:
         """End the other ranks: at once after an error, otherwise when they have finished."""

@@ -198,9 +198,7 @@ class RankGroup:
                 yield
             except BaseException as error:
                 self.broken = True
-                if isinstance(error, Exception) and not isinstance(error, UserError):
-                    seconds = EXIT_SECONDS if isinstance(error, RuntimeError) else 0
-                    self._raise_failed_rank_error(seconds, error)
+                self._raise_if_a_rank_failed(error)
                 raise
             finally:
                 self._depth -= 1
@@ -227,6 +225,22 @@ class RankGroup:
         if not self.broken:
             self.broadcast_object(None)
 
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """In a collective outside of a command: raise the UserError of a rank that has ended."""
+        try:
+            yield
+        except Exception as error:
+            if self._depth == 0:
+                self._raise_if_a_rank_failed(error)
+            raise
+
+    def _raise_if_a_rank_failed(self, error: BaseException) -> None:
+        """Raise the error of a rank that has ended, if that explains this one."""
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            seconds = EXIT_SECONDS if isinstance(error, RuntimeError) else 0
+            self._raise_failed_rank_error(seconds, error)
+
     def _raise_failed_rank_error(self, seconds: float, cause: Exception | None = None) -> None:
         error = self.failed_rank_error(seconds)
         if error is not None:
@@ -240,7 +254,8 @@ class RankGroup:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._object_group)
+        with self.explained():
+            dist.broadcast_object_list(box, src=0, group=self._object_group)
         self.progress()
         return box[0]
 
