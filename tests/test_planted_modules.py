@@ -11,6 +11,7 @@ import pytest
 from support.paths import ROOT, TESTS
 
 from minidistill import subprocesses
+from minidistill.envs.sokoban.difficulty import Difficulty
 from minidistill.envs.sokoban.levels import Recipe
 from minidistill.envs.sokoban.workers import WorkerProcess
 from minidistill.subprocesses import Subprocess
@@ -102,7 +103,7 @@ def test_benchmarks_are_all_that_is_imported_for_them(folder: Path) -> None:
 
 def test_processes_that_make_levels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocesses, "Popen", subprocess.Popen)
-    worker = WorkerProcess(Recipe())
+    worker = WorkerProcess(Recipe.of(Difficulty(4, 7, 4, 7, 1, 3), 0, "train", 64))
     try:
         worker.ask([3])
         assert worker.receive()[0] == 3
