@@ -6,17 +6,21 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.paths import TESTS
-from support.ranks import NO_EVALUATION, TWO_RANKS
+from support.ranks import NO_EVALUATION, SMALL, TWO_RANKS, ranked_lab
 from support.runs import run, start
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_INTERRUPTED
 from minidistill.trainer.distributed import launcher
+from minidistill.trainer.step import StepRollouts
+from minidistill.types import Rollout
 
 
 def rank_pids(pid: int) -> list[int]:
@@ -126,3 +130,18 @@ def test_a_rank_that_stops_ends_the_run(
     if point == "step":
         assert f"  | stopping at {point}" in (path / "logs" / "run.log").read_text()
     assert not torch.distributed.is_initialized()
+
+
+def test_ranks_that_wait_for_rollouts_are_not_silent(configure: Callable[..., Any]) -> None:
+    """The driver waits for an engine, which may take longer than a step of the trainer may."""
+    with ranked_lab(configure(*SMALL, *TWO_RANKS, "--silence.step", "1.0")) as lab:
+        rollouts = StepRollouts.of(lab.rollouts)
+
+        def parts() -> Iterator[Sequence[Rollout]]:
+            yield lab.rollouts[:4]
+            time.sleep(1.5)
+            yield lab.rollouts[4:]
+
+        streamed = replace(rollouts, parts=parts())
+        result = lab.trainer.stream_step(streamed, 1, lambda count: None)
+        assert len(result.rollouts) == len(lab.rollouts)
