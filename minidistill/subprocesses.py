@@ -23,7 +23,7 @@ EXIT_TIMEOUT = 5.0  # seconds that a process gets to exit after it closed its co
 NOTE_SECONDS = 60.0  # of silence, before it is said
 TICK = 1.0  # seconds between two looks at something that is silent
 OUTPUT_BYTES = 1 << 16  # of a process's output, the end, that is read
-OWN_OUTPUT = "the end of its output is in logs/run.log: see why it hangs"
+OWN_OUTPUT = "see why it hangs (once the run has begun, logs/run.log gets the end of its output)"
 LINE = 300  # characters of its last line in a message
 PATHS = "MINIDISTILL_PATHS"
 # `python -m` puts the current directory on the path before it runs anything. A subprocess gets

@@ -30,7 +30,8 @@ from minidistill.engines.server.connection import BusyError, Server
 from minidistill.engines.server.http import KEY, Client, GoneError, Post
 from minidistill.engines.server.probe import check_same_model, server_command
 from minidistill.engines.vllm.engine import NAMES, SEED_BITS
-from minidistill.http import Answer, BadAnswerError, read_key
+from minidistill.errors import UserError
+from minidistill.http import Answer, read_key
 from minidistill.placement.placement import EnginePlacement
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
@@ -183,7 +184,7 @@ class ServerEngine(Engine):
         """Cancel requests in flight. Remove this run's adapters from the server and the disk."""
         self.server.closed.set()
         with self.server.lock:
-            with contextlib.suppress(GoneError, BadAnswerError):
+            with contextlib.suppress(GoneError, UserError):
                 for adapter in self._adapters.all:
                     self._unload(adapter, CLOSE_SECONDS)
             self._adapters.delete()
@@ -260,12 +261,9 @@ class ServerEngine(Engine):
                     answer = await post("/v1/completions", fixed | bodies[index] | {"model": name})
                     if adapter and answer.status == HTTPStatus.NOT_FOUND:
                         raise GoneError(f"it was restarted: {answer.message()}")
+                    version = adapter.version if adapter else None
                     try:
-                        take(
-                            index,
-                            self.server.accepted(answer),
-                            adapter.version if adapter else None,
-                        )
+                        take(index, self.server.accepted(answer), version)
                     except AbortedError as error:
                         raise BusyError(str(error)) from None
             self.server.answered()
