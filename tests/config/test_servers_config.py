@@ -69,3 +69,4 @@ def test_a_url_with_a_secret_is_refused_and_not_shown(
             configure(*flags)
         assert caught.value.exit_code == EXIT_USAGE
         assert "hidden" not in str(caught.value)
+        assert "without user, password and query" in caught.value.fix
