@@ -17,7 +17,7 @@ Node = dict[str, Any]
 Part = str | int
 Path = tuple[Part, ...]
 
-_SINGULAR = re.compile(r"\ban? (non-empty string|string|integer|number)\b")
+_SINGULAR = re.compile(r"\ban? (non-empty string|string|integer|number|URL)\b")
 
 ANY: Node = {}
 """A free value, such as those of an environment's `args`."""
