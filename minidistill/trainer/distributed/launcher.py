@@ -28,6 +28,7 @@ from minidistill.trainer.distributed.rank_group import (
 
 MODULE = "minidistill.trainer.distributed.worker"
 EXIT_SECONDS = 5.0  # that a rank has to exit before it is killed
+JOIN_SECONDS = 60.0  # at least, for collectives: the first ones connect the ranks
 STEP = "in a command of rank 0"
 
 
@@ -59,7 +60,7 @@ class RankLauncher:
             return
         seconds = config.silence.step
         if launched_by_torchrun() is None:
-            seconds *= 2  # the watch is to be first
+            seconds = max(2 * seconds, JOIN_SECONDS)  # the watch is to be first
             self._folder = Path(tempfile.mkdtemp(prefix="minidistill-"))
             store = self._folder / "store"
             size = self.group.size
@@ -94,7 +95,7 @@ class RankLauncher:
         self._progressed = True
 
     def _watch(self, limits: SilenceConfig) -> None:
-        with contextlib.suppress(ValueError):  # from `select`: `close` has closed a link
+        with contextlib.suppress(ValueError, OSError):  # `close` has closed a link
             self._watch_until_one_fails(limits)
 
     def _watch_until_one_fails(self, limits: SilenceConfig) -> None:
@@ -110,7 +111,7 @@ class RankLauncher:
             readable, _, _ = select.select(list(by_link), [], [], tick)
             for link in readable:
                 process = by_link[link]
-                signs = link.recv(4096)
+                signs = _received(link)
                 if not signs:
                     self._fail(process, process.error)
                     return
@@ -167,6 +168,14 @@ class RankLauncher:
     def _raise_error(self) -> None:
         if (error := self._failed_rank_error(0)) is not None:
             raise error
+
+
+def _received(link: socket.socket) -> bytes:
+    """What a rank has sent; empty if it has ended."""
+    try:
+        return link.recv(4096)
+    except ConnectionError:
+        return b""
 
 
 def _torchrun_error(seconds: float) -> UserError | None:
