@@ -68,7 +68,7 @@ class Silence:
             self._noted = 2 * self.seconds
             end = time.strftime("%H:%M:%S", time.localtime(time.time() + self.limit - self.seconds))
             logger.info(
-                f"{self.who} has been silent for {self.seconds:.3g} s ({doing}); it is given up at "
+                f"{self.who} has been silent for {self.seconds:.6g} s ({doing}); it is given up at "
                 f"{end} ({self.key} = {self.limit:g})"
             )
         return self.seconds >= self.limit

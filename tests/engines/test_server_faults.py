@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.fake_vllm import Answer, Handler, engine_at, one_model, sample, serving, well
+from support.fuzzed_answers import takes
 
 from minidistill import http, subprocesses
 from minidistill.engines.server import connection
@@ -361,3 +362,8 @@ def test_a_log_of_requests_shows_no_key(
         sampled(fake.url, tmp_path)
     assert any("is busy (busy *** (HTTP 503))" in message for message in caplog.messages)
     assert KEY not in caplog.text
+
+
+def test_answers_with_a_random_fault_are_taken_as_they_must_be_or_refused() -> None:
+    taken = sum(takes(number) for number in range(3000))
+    assert 300 < taken < 2000, "some faults do not matter, and most do"
