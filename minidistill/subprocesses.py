@@ -8,6 +8,8 @@ import logging
 import os
 import select
 import signal
+import socket
+import struct
 import sys
 import tempfile
 import time
@@ -82,6 +84,16 @@ class Silence:
             "last checkpoint",
             exit_code=EXIT_ENVIRONMENT,
         )
+
+
+def limit_transfers(end: socket.socket, seconds: float) -> None:
+    """Have a read or a write fail (BlockingIOError) if the other process stops within a message.
+
+    Part of it has then arrived, or does not fit into the socket's buffer.
+    """
+    limit = struct.pack("ll", *divmod(round(seconds * 1_000_000), 1_000_000))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        end.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def die_with_parent(descriptor: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from minidistill.envs.outcomes import CannotScoreError, ScoringError, describe
 from minidistill.envs.protocol import Environment, has_task
 from minidistill.errors import EXIT_ENVIRONMENT
-from minidistill.subprocesses import Subprocess
+from minidistill.subprocesses import Subprocess, limit_transfers
 from minidistill.types import Reward, Task
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class ScoringProcess(Subprocess):
         finally:
             theirs.close()
             os.close(watched)
+        limit_transfers(ours, LOAD_SECONDS)
         self.connection = Connection(ours.detach())
         with contextlib.suppress(OSError):  # if it has died, the first `receive` reports it
             self.connection.send((dict(os.environ), id, args))

@@ -92,6 +92,16 @@ def test_a_process_that_ends_or_hangs_is_replaced(
     assert gone(first)
 
 
+def test_a_process_that_is_stopped_is_replaced(env: IsolatedEnvironment) -> None:
+    first = pid(env)
+    os.kill(first, signal.SIGSTOP)
+    with pytest.raises(ScoringError, match="and was stopped") as caught:
+        env.score(env.train[0], "fine")
+    assert caught.value.slow
+    assert pid(env) != first
+    assert gone(first)
+
+
 def test_it_imports_what_the_driver_does(
     env: IsolatedEnvironment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import os
 import socket
-import struct
 import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -18,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from minidistill.config.schema import SILENCE, SilenceConfig
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
-from minidistill.subprocesses import Silence, Subprocess
+from minidistill.subprocesses import Silence, Subprocess, limit_transfers
 from minidistill.trainer.guards import first_line, says_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -64,11 +63,8 @@ class EngineProcess(Subprocess):
             for end in theirs:
                 end.close()
             os.close(watched)
-        # that a process may stop within a message, of which it has received or sent a part
-        limit = struct.pack("ll", *divmod(round(silence.step * 1_000_000), 1_000_000))
         for end in ours:
-            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                end.setsockopt(socket.SOL_SOCKET, option, limit)
+            limit_transfers(end, silence.step)
         self._calls, self._commands = (Connection(end.detach()) for end in ours)
         # shared memory handles are exchanged under this key
         key = bytes(multiprocessing.current_process().authkey)
