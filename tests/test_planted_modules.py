@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,14 +49,19 @@ id = "my_env:load"
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """The current directory, where planted modules note that they were imported."""
+    library = tmp_path_factory.mktemp("library")
+    (library / "minidistill").symlink_to(ROOT / "minidistill")
+    (library / "minidistill_kernels").symlink_to(ROOT / "kernels" / "minidistill_kernels")
     for name in PLANTED:
         (tmp_path / f"{name}.py").write_text(
             "import os\nwith open(os.environ['NOTES'], 'a') as file: file.write(__name__ + ' ')\n"
         )
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))))
+    monkeypatch.setenv("PYTHONPATH", str(library))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
