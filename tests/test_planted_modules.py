@@ -29,7 +29,7 @@ class MyTask(Task):  # which the trainer's ranks unpickle
 
 class Environment:
     train = [MyTask(str(n), ({"role": "user", "content": str(n)},), "1") for n in range(8)]
-    eval = []
+    eval = [MyTask("held-out", ({"role": "user", "content": "9"},), "1")]
     def score(self, task, completion):
         return Reward(float(my_words.GOOD in completion))
 
@@ -42,7 +42,7 @@ output_dir = "out"
 trainer.world_size = 2
 orchestrator.batch_size = 4
 orchestrator.sampling.max_tokens = 4
-orchestrator.teacher_model.context = "Think."
+orchestrator.teacher_model.context = "Think. "
 [[orchestrator.env]]
 id = "my_env:load"
 """
