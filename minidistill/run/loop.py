@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -106,7 +107,9 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        logger.warning("stopping after this step; press Ctrl-C again to stop now")
+        # from a thread: this one may be writing to the same stream, which is not reentrant
+        message = "stopping after this step; press Ctrl-C again to stop now"
+        threading.Thread(target=logger.warning, args=(message,)).start()
 
 
 @contextlib.contextmanager
