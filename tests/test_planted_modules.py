@@ -15,10 +15,11 @@ from minidistill.envs.sokoban.levels import Recipe
 from minidistill.envs.sokoban.workers import WorkerProcess
 from minidistill.subprocesses import Subprocess
 
-# of the standard library, installed, found by the interpreter itself, optional and not installed
+OPTIONAL = ("wandb", "flash_attn", "bitsandbytes", "sentencepiece")  # may not be installed
+# of the standard library, installed, found by the interpreter itself
 PLANTED = (
     *("json", "random", "socket", "dataclasses", "torch", "numpy", "yaml", "httpx", "pydantic"),
-    *("sitecustomize", "usercustomize", "wandb", "flash_attn", "bitsandbytes", "jsonschema"),
+    *("sitecustomize", "usercustomize", *OPTIONAL),
 )
 ENVIRONMENT = """\
 from minidistill.envs import Reward, Task
@@ -81,6 +82,8 @@ def test_a_run_with_ranks_and_a_scoring_process(folder: Path) -> None:
     """What its configuration names in the current directory is found in all of them."""
     (folder / "my_env.py").write_text(ENVIRONMENT)
     (folder / "my_words.py").write_text('GOOD = "1"\n')
+    for name in OPTIONAL:  # the directory is searched now, after all others
+        (folder / f"{name}.py").unlink()
     (folder / "run.toml").write_text(CONFIG)
     done = minidistill("run", "run.toml")
     assert done.returncode == 0, done.stdout + done.stderr

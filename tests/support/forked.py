@@ -147,7 +147,7 @@ def _run_module(
     os.environ.clear()
     os.environ.update(environment)
     paths = os.environ.pop(PATHS, "")
-    _appear_as(command, os.environ)
+    _appear_as(command, dict(os.environ))
     if threads := environment.get("OMP_NUM_THREADS"):  # which torch read as the server started
         torch.set_num_threads(int(threads))
     if cwd:
