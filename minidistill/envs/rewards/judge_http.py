@@ -25,8 +25,9 @@ from minidistill.http import (
 if TYPE_CHECKING:
     import httpx
 
-PATH = "/chat/completions"
+PATH, MODELS = "/chat/completions", "/models"
 LARGEST_ANSWER = 4 << 20  # bytes
+REACH_SECONDS = 10.0  # that a server gets to answer before the run
 CLOSED_SECONDS = 0.2  # how often to check whether the run has ended
 
 Answered = Callable[[int, str | ScoringError], None]
@@ -62,6 +63,38 @@ class JudgeServer:
         If it raises, the requests in flight are cancelled. Raises CannotScoreError after `close`.
         """
         asyncio.run(self._ask_all(questions, answered))
+
+    def check_reached(self) -> None:
+        """Ask for the list of models, which costs nothing and which some servers do not have.
+
+        Raises UserError (exit code 3) if there is no answer in time, or if the key is refused.
+        """
+        import httpx
+
+        seconds = min(self.timeout, REACH_SECONDS)
+        key = "key_env, and the key in that environment variable"
+        try:
+            with (
+                httpx.Client(headers=headers(self._key), timeout=seconds) as client,
+                client.stream("GET", self.url + MODELS) as response,
+            ):
+                status = response.status_code
+        except httpx.TimeoutException:
+            problem, fix = f"no answer within {seconds:g} s", "start the server, or correct url"
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            problem = hidden(str(error), self._key) or type(error).__name__
+            fix = "start the server, or correct url"
+        else:
+            if status not in (401, 403):
+                return
+            problem = f"it refuses the key (HTTP {status})"
+            fix = f"correct {key}" if self._key else "set key_env: the server asks for a key"
+        raise UserError(
+            f"jsonl: the judge at {self.url} cannot be asked: {problem}",
+            where="args.reward",
+            fix=fix,
+            exit_code=EXIT_ENVIRONMENT,
+        )
 
     def close(self) -> None:
         self._closed = True
