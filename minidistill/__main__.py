@@ -1,8 +1,6 @@
 """`python -m minidistill`, the same as the `minidistill` command."""
 
-import sys
-
-from minidistill.cli import main
+from minidistill.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -122,3 +123,15 @@ def drop_output(stream: TextIO) -> None:
     """Connect a stream to nothing, also for what it still holds when the interpreter ends."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def open_standard_streams() -> None:
+    """Connect standard streams that are closed to nothing: files would get their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # `open` takes the lowest number that is free, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends

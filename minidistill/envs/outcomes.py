@@ -12,6 +12,7 @@ from typing import Any
 
 from minidistill.envs.protocol import has_rewards
 from minidistill.errors import UserError
+from minidistill.foreign import describe, foreign_code
 from minidistill.types import Reward, Task
 
 EXPECTED = 'return a number, a bool, a dict with the key "reward", or a Reward'
@@ -53,29 +54,31 @@ def score_attempts(scorer: Any, attempts: Sequence[Attempt], report: Report) -> 
         for index in range(len(attempts)):
             report(index, Reward(0.0))
     elif (score_all := getattr(scorer, "score_all", None)) is not None:
-        score_all(attempts, report)
+        score_all(attempts, lambda index, outcome: report(index, checked(outcome)))
     else:
         for index, attempt in enumerate(attempts):
             report(index, score_one(scorer, attempt.task, attempt.completion))
 
 
-def score_one(scorer: Any, task: Task, completion: str) -> Outcome:
-    """The outcome of `scorer.score`. Only Ctrl-C and CannotScoreError are raised."""
+def checked(outcome: object) -> Outcome:
+    """What a `score_all` reports, read as what a `score` returns."""
     try:
-        return to_reward(scorer.score(task, completion))
-    except (KeyboardInterrupt, CannotScoreError):
-        raise
+        return outcome if isinstance(outcome, ScoringError) else to_reward(outcome)
     except ScoringError as error:
         return error
-    except BaseException as error:  # a reward is third-party code, and may call sys.exit
+
+
+def score_one(scorer: Any, task: Task, completion: str) -> Outcome:
+    """The outcome of `scorer.score`. Only Ctrl-C and CannotScoreError are raised."""
+
+    def failure(error: BaseException) -> ScoringError:
         return ScoringError(describe(error))
 
-
-def describe(error: BaseException) -> str:
-    """An exception's type and message."""
-    if isinstance(error, SystemExit):
-        return f"it called sys.exit({'' if error.code is None else repr(error.code)})"
-    return f"{type(error).__name__}: {error}"
+    try:
+        with foreign_code(failure, ours=(ScoringError, CannotScoreError)):
+            return to_reward(scorer.score(task, completion))
+    except ScoringError as error:
+        return error
 
 
 def to_reward(value: object) -> Reward:
@@ -123,6 +126,7 @@ def _number(value: object, wrong: str, name: str) -> float:
 def _short(value: object) -> str:
     """`value` in a few words: a user's `repr` may be long, or fail."""
     try:
-        return reprlib.repr(value)
-    except Exception:
+        with foreign_code(lambda error: ScoringError(describe(error))):
+            return reprlib.repr(value)
+    except ScoringError:
         return f"a {type(value).__name__}"

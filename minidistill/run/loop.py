@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -12,8 +13,9 @@ from types import FrameType
 from minidistill import logs
 from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_INTERRUPTED, EXIT_OK
+from minidistill.foreign import Interrupted
 from minidistill.reporting.run_directory import RunDirectory, claim_path
-from minidistill.reporting.terminal import open_display
+from minidistill.reporting.terminal import SafeDisplay, lasting_output, open_display
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run.baseline import evaluate_baseline
 from minidistill.run.resume import is_extended
@@ -28,10 +30,11 @@ logger = logging.getLogger(__name__)
 
 def run(loaded: LoadedConfig, *, resume: bool) -> int:
     """Execute a run and return its exit code. Raises UserError for errors the user can fix."""
-    display = open_display()
     with (
-        contextlib.closing(display),
+        lasting_output(),
+        contextlib.closing(SafeDisplay(open_display())) as display,
         logs.to_terminal(display.note),
+        _hangups(),
         claim_path(loaded, resume) as path,
     ):
         directory = RunDirectory(path)
@@ -104,7 +107,7 @@ class Interrupt:
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Stop after the current step, which is saved. A second signal stops at once."""
         if self.requested:
-            raise KeyboardInterrupt
+            raise Interrupted
         self.requested = True
         logger.warning("stopping after this step; press Ctrl-C again to stop now")
 
@@ -121,3 +124,21 @@ def _interrupts() -> Iterator[Interrupt]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _hangups() -> Iterator[None]:
+    """A terminal that goes away (SIGHUP) does not end the run. `nohup` has that effect already."""
+
+    def hung_up(signum: int, frame: FrameType | None) -> None:
+        logger.warning("the terminal is gone (SIGHUP): the run goes on, SIGTERM ends it")
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGHUP, hung_up)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)

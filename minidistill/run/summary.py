@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from minidistill.envs import has_task
+from minidistill.errors import UserError
 from minidistill.evaluation import scoreboard
 from minidistill.evaluation.drift import judge_drift
 from minidistill.evaluation.kl import SampledKL
 from minidistill.evaluation.side_by_side import after_training
 from minidistill.evaluation.verdict import judge
+from minidistill.foreign import describe
 from minidistill.reporting.html import write_report
 from minidistill.reporting.run_directory import RunDirectory, finite
 from minidistill.reporting.terminal.base import Display
@@ -51,8 +54,8 @@ def finish(session: Session) -> None:
     }
     _fill_in(session, board, _last_passes(session, before))
     session.display.scoreboard(board)
-    report = write_report(directory.path)
-    logger.info(f"{saved.name}: {saved}  report: {report}")
+    report = write_run_report(directory)
+    logger.info(f"{saved.name}: {saved}" + (f"  report: {report}" if report else ""))
     session.monitor.close({key: value for key, value in board.items() if key != COMPLETIONS})
 
 
@@ -138,8 +141,21 @@ def show_finished(directory: RunDirectory, display: Display) -> bool:
         "extends it"
     )
     if not (directory.path / "report.html").exists():
-        write_report(directory.path)
+        write_run_report(directory)
     return True
+
+
+def write_run_report(directory: RunDirectory) -> Path | None:
+    """Write the report and return its path. If that fails, warn: the report is not worth a run."""
+    try:
+        return write_report(directory.path)
+    except Exception as error:
+        reason = error.what if isinstance(error, UserError) else describe(error)
+        logger.warning(
+            f"no report: {reason}; `minidistill report {directory.path}` writes it again",
+            exc_info=error,
+        )
+        return None
 
 
 def _scores(session: Session, before: dict[str, Any]) -> dict[str, Any]:

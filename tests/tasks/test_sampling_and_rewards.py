@@ -19,6 +19,7 @@ from minidistill.envs.protocol import take_tasks
 from minidistill.envs.registry import load_environments
 from minidistill.envs.sokoban import SokobanEnv
 from minidistill.errors import EXIT_HEALTH, EXIT_USAGE, UserError
+from minidistill.foreign import Interrupted
 from minidistill.tasks.rewards import check_errors, score, with_advantages
 from minidistill.tasks.sampling import TaskSampler
 from minidistill.types import Advance, Completion, Prompt, Reward, Rollout, Task
@@ -228,9 +229,9 @@ def test_slow_failures_are_checked_at_once() -> None:
 
 def test_an_interrupt_is_not_a_failure() -> None:
     def interrupted(_: str) -> Reward:
-        raise KeyboardInterrupt
+        raise Interrupted
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         score({"a": Env(1, interrupted)}, [rollout(prompt())], lambda _: None)
 
 
