@@ -23,6 +23,7 @@ from minidistill.config.base import (
     Weight,
 )
 from minidistill.config.engine_kinds import ENGINE_KINDS
+from minidistill.config.health import HealthConfig
 from minidistill.config.orchestrator import OrchestratorConfig
 from minidistill.estimators import ESTIMATORS
 
@@ -285,6 +286,7 @@ class Config(Table):
     """GPUs of the trainer."""
     model: ModelConfig = ModelConfig()
     ckpt: CkptConfig = CkptConfig()
+    health: HealthConfig = HealthConfig()
     wandb: WandbConfig | None = None
     trainer: TrainerConfig = TrainerConfig()
     orchestrator: OrchestratorConfig

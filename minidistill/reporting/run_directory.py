@@ -171,9 +171,9 @@ class RunDirectory:
         before = _flatten(_without_time_limits(self.read("config.resolved.json")))
         now = _flatten(_without_time_limits(loaded.resolved()))
         ignored = {"output_dir", "trainer_gpu_ids", "trainer.world_size", "trainer.shard"}
-        # A run that passed this limit goes on with a higher one.
+        # A run that passed this limit, or that a guard stopped, goes on with another.
         ignored.add("orchestrator.max_env_error_frac")
-        ignored |= {key for key in {*before, *now} if key.startswith("wandb")}
+        ignored |= {key for key in {*before, *now} if key.startswith(("wandb", "health."))}
         ignored |= {k for k in now if k not in before and loaded.provenance.get(k) == "default"}
         return {
             key: (before.get(key), now.get(key))
@@ -229,6 +229,12 @@ class RunDirectory:
         """Whether a record of the step has a metric."""
         records = map(json.loads, self.metrics_path.read_bytes().splitlines()[: self.lines()])
         return any(record["step"] == step and metric in record for record in records)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The complete records, in order."""
+        if self.lines():
+            lines = self.metrics_path.read_bytes().splitlines()[: self.lines()]
+            yield from map(json.loads, lines)
 
     def truncate(self, lines: int) -> None:
         """Keep the first `lines` records. A resumed run repeats those after its checkpoint."""

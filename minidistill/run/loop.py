@@ -54,6 +54,9 @@ def _run(session: Session, interrupt: Interrupt) -> int:
     last = session.config.max_steps
     for step in range(session.first_step, last + 1):
         train_step(session, step)
+        if session.problem is not None:
+            session.save_checkpoint(step)
+            raise session.problem
         if step < last and session.evaluation_due(step):
             session.evaluate(step)
         if step == last or interrupt.requested or session.checkpoint_due(step):

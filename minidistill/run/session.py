@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from minidistill.errors import UserError
 from minidistill.evaluation.evaluator import Scores
 from minidistill.evaluation.kl import SampledKL, drift_kl, sample, teacher_kl
 from minidistill.evaluation.side_by_side import kept
@@ -22,6 +23,7 @@ from minidistill.run.header import header
 from minidistill.run.setup import Components, Prepared, build
 from minidistill.trainer import checkpoint
 from minidistill.trainer.guards import explain_out_of_memory
+from minidistill.trainer.health import Health
 from minidistill.types import Completion, Metrics, Role, Rollout, TokenFigures
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,9 @@ class Session:
         self.budget = components.budget
         self.texts = TokenTexts(prepared.tokenizer)
         self.first_step = 1
+        self.health = Health(self.config.health, self.directory.path / "rollouts")
+        self.problem: UserError | None = None
+        """Why the run must not go on after the last step, if it must not."""
         self._began, self._seconds_before = time.perf_counter(), 0.0
         if prepared.resume:
             self._resume()
@@ -100,6 +105,7 @@ class Session:
         step = saved["step"] if saved else 0
         self.directory.truncate(saved["metrics_lines"] if saved else 0)
         self.directory.clear_rollouts_after(step)
+        self.health.replay(self.directory.records())
         self.first_step = step + 1
         self._seconds_before = saved["seconds"] if saved else 0.0
         logger.info(f"resuming after step {step}")
@@ -137,6 +143,7 @@ class Session:
         texts = tuple(self.texts(first.completion.token_ids))
         sample = Sample(texts, tuple(tokens[0].kl.tolist()), reward, first.prompt.env)
         self.display.step(step, metrics, sample)
+        self.problem = self.health.take(step, metrics)
         if step == self.first_step:
             logger.info(planned_and_measured(self.prepared.plan, self.policy.device))
 
