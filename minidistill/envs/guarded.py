@@ -44,9 +44,9 @@ class GuardedEnvironment:
             raise AttributeError(name)
         with self._guard(f"attribute {name}", AttributeError):
             value = getattr(self.environment, name)
-        if name == "close":
+        if name == "close" and value is not None:
             return lambda: self._closed(value)
-        if name == "score_all":
+        if name == "score_all" and value is not None:
             return lambda attempts, report: self._scored(value, attempts, report)
         return value
 

@@ -40,11 +40,11 @@ class BackgroundMonitor:
         name: str,
         connect: Callable[[], Monitor],
         capacity: int = CAPACITY,
-        close_seconds: float = CLOSE_SECONDS,
+        close_seconds: float | None = None,
     ) -> None:
         self.dropped = 0
         self._name, self._connect = name, connect
-        self._close_seconds = close_seconds
+        self._close_seconds = CLOSE_SECONDS if close_seconds is None else close_seconds
         # The queue has room for one more entry, so that the end fits in when it is full.
         self._capacity = capacity
         self._queue: queue.Queue[tuple[int, Metrics] | None] = queue.Queue(capacity + 1)

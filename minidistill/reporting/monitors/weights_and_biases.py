@@ -26,6 +26,9 @@ CHECK_SECONDS = 30.0
 INIT_SECONDS = 60.0
 """How long the package tries to reach its server, in its own thread: no step waits for it."""
 
+WITHOUT_KEY = (
+    "keep the log on disk with wandb.offline = true (or WANDB_MODE=offline), or run with --no-wandb"
+)
 FINISH_SECONDS = 8.0
 """How long uploads may take at the end; the rest stays on disk for `wandb sync`. It is less than
 `background.CLOSE_SECONDS`, so that the run can still report the failure."""
@@ -64,8 +67,7 @@ def check(table: WandbConfig) -> None:
         raise UserError(
             "the configuration has a [wandb] table, but wandb has no API key",
             where="wandb",
-            fix="run `wandb login`, set WANDB_API_KEY, keep the log on disk with wandb.offline = "
-            "true (or WANDB_MODE=offline), or run with --no-wandb",
+            fix=f"run `wandb login`, set WANDB_API_KEY, {WITHOUT_KEY}",
             exit_code=EXIT_ENVIRONMENT,
         )
 
@@ -92,16 +94,17 @@ def _is_ready(needs_key: bool) -> bool:
 
     if not needs_key:
         return True
-    if "prompt" in inspect.signature(wandb.login).parameters:
-        return bool(wandb.login(prompt=False))
-    return bool(wandb.api.api_key)  # an older version
+    if "prompt" not in inspect.signature(wandb.login).parameters:  # an older version
+        return bool(wandb.api.api_key)
+    wandb.setup(wandb.Settings(silent=True))  # else it asks its server for the user's name
+    return bool(wandb.login(prompt=False, verify=False))
 
 
 def _broken(error: BaseException) -> UserError:
     return UserError(
-        f"the configuration has a [wandb] table, but the package wandb fails: {describe(error)}",
+        f"the configuration has a [wandb] table, but wandb cannot be used: {describe(error)}",
         where="wandb",
-        fix="install it again (pip install --force-reinstall wandb), or run with --no-wandb",
+        fix=f"correct that, {WITHOUT_KEY}",
         exit_code=EXIT_ENVIRONMENT,
     )
 
