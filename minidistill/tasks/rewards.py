@@ -104,9 +104,10 @@ def with_advantages(rollouts: Sequence[Rollout], std_norm: bool) -> list[Rollout
     for _, rollouts_of_prompt in groupby(rollouts, key=lambda r: id(r.prompt)):
         group = list(rollouts_of_prompt)
         rewards = np.array([r.reward.value if r.reward else 0.0 for r in group])
-        advantages = rewards - rewards.mean()
-        if std_norm and rewards.std() > 1e-8:
-            advantages = advantages / rewards.std()
+        with np.errstate(over="ignore", invalid="ignore"):
+            advantages = rewards - rewards.mean()
+            if std_norm and rewards.std() > 1e-8:
+                advantages = advantages / rewards.std()
         if not np.isfinite(advantages).all():  # finite rewards, whose sum is not
             raise UserError(
                 f"the rewards of task {group[0].prompt.task.id} are too large for their mean: "

@@ -31,6 +31,7 @@ from minidistill.reporting.monitors import (
 )
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal import Display, Header, SafeDisplay
+from minidistill.reporting.terminal.bars import ProgressBars
 from minidistill.reporting.terminal.live import LiveDisplay
 from minidistill.reporting.terminal.plain import PlainDisplay
 from minidistill.run import loop, summary
@@ -128,7 +129,7 @@ def test_a_run_whose_display_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_live_region_that_cannot_be_drawn_stands_still(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -137,15 +138,19 @@ def test_a_live_region_that_cannot_be_drawn_stands_still(
     def failing(*args: Any) -> Any:
         raise ZeroDivisionError
 
-    display = LiveDisplay(Terminal())
-    monkeypatch.setattr(loop, "open_display", lambda: display)
-    monkeypatch.setattr(display._region.bars, "render", failing)
     caught: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", caught.append)
-    assert run(tmp_path / "run", *BRIEF) == EXIT_OK
-    assert_complete(tmp_path / "run")
-    text = log(tmp_path / "run")
-    assert "cannot be drawn" in text or "the display failed (ZeroDivisionError" in text
+    caplog.set_level("DEBUG", "minidistill")
+    display = LiveDisplay(Terminal())
+    display.open(HEADER)
+    monkeypatch.setattr(ProgressBars, "render", failing)  # in the thread that draws, too
+    deadline = time.monotonic() + 10
+    while "cannot be drawn" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    display.step(1, {"teacher_kl": 1.0}, None)
+    display.close()
+    assert caplog.text.count("cannot be drawn") == 1
     assert not caught
 
 
@@ -158,16 +163,19 @@ def standard_streams(stream: TextIO) -> Iterator[None]:
         yield
 
 
-def test_a_full_device_for_the_output_and_an_environment_that_prints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_device_for_the_output_of_an_environment_that_prints_and_a_hangup(
+    tmp_path: Path,
 ) -> None:
     """What the environment prints is lost; nothing of it counts as its failure."""
-    printing = (f"{ENV}.id", "support.side_channels:printing")
+    before = signal.getsignal(signal.SIGHUP)
+    meddling = (f"{ENV}.id", "support.side_channels:meddling")
     with open("/dev/full", "w") as full, standard_streams(full):
-        assert run(tmp_path / "run", *BRIEF, *printing) == EXIT_OK
+        assert run(tmp_path / "run", *BRIEF, *meddling) == EXIT_OK
     assert_complete(tmp_path / "run")
     assert "cannot be written (No space left on device)" in log(tmp_path / "run")
-    assert '"env/errors": 0' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "the terminal is gone (SIGHUP)" in log(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"env/errors": 0') == 2
+    assert signal.getsignal(signal.SIGHUP) is before
 
 
 def test_a_failing_run_keeps_its_exit_code_on_a_full_device(tmp_path: Path) -> None:
@@ -196,26 +204,7 @@ def test_a_terminal_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "cannot be written (Input/output error)" in log(tmp_path / "run")
 
 
-def test_a_hangup_does_not_end_the_run(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGHUP)
-    hanging_up = (f"{ENV}.id", "support.side_channels:hanging_up")
-    assert run(tmp_path / "run", *BRIEF, *hanging_up) == EXIT_OK
-    assert_complete(tmp_path / "run")
-    assert "the terminal is gone (SIGHUP)" in log(tmp_path / "run")
-    assert signal.getsignal(signal.SIGHUP) is before
-
-
 # -- log and report ----------------------------------------------------------------------------
-
-
-def test_a_full_device_for_the_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(RunDirectory, "log_path", Path("/dev/full"))
-    assert run(tmp_path / "run", *BRIEF) == EXIT_OK
-    assert_complete(tmp_path / "run")
-    warning = "warning: /dev/full cannot be written ([Errno 28] No space left on device)"
-    assert capsys.readouterr().out.count(warning) == 1
 
 
 def test_a_log_that_is_no_file(tmp_path: Path) -> None:
@@ -243,7 +232,9 @@ def test_a_report_that_cannot_be_written_is_a_warning(
     assert write_run_report(RunDirectory(path)) is None
     assert "no report: cannot write" in caplog.messages[-1]
     (path / "report.html").rmdir()
+    before = (path / "metrics.jsonl").read_bytes(), board(path)
     assert run(path, *BRIEF, "--resume") == EXIT_OK
+    assert ((path / "metrics.jsonl").read_bytes(), board(path)) == before
     assert (path / "report.html").read_text().startswith("<!doctype html>")
 
 
@@ -288,11 +279,17 @@ def test_a_monitor_that_misbehaves(
     assert warning.endswith("; the run and metrics.jsonl are unaffected")
 
 
-def test_a_run_whose_monitor_hangs_at_the_end(tmp_path: Path, wandb: Any) -> None:
+def test_a_run_whose_monitor_hangs_and_whose_log_is_on_a_full_device(
+    tmp_path: Path, wandb: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     wandb.setenv("FAKE_WANDB", "finish:hang")
+    wandb.setattr(RunDirectory, "log_path", Path("/dev/full"))
     assert run(tmp_path / "run", *BRIEF, "--wandb") == EXIT_OK
     assert_complete(tmp_path / "run")
-    assert "W&B was still busy" in log(tmp_path / "run")
+    output = capsys.readouterr().out
+    warning = "warning: /dev/full cannot be written ([Errno 28] No space left on device)"
+    assert output.count(warning) == 1
+    assert "warning: W&B was still busy" in output
 
 
 def test_a_process_without_streams_ends_whatever_a_monitor_still_does(

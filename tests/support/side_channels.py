@@ -1,4 +1,4 @@
-"""Environments that meddle with the run's output. They score in its process."""
+"""An environment that meddles with the run's output. It scores in its process."""
 
 from __future__ import annotations
 
@@ -27,19 +27,11 @@ class Meddling:
         return self.inner.score(task, completion)
 
 
-class _Printing(Meddling):
+class _PrintingAndHangingUp(Meddling):
     def meddle(self) -> None:
         print("a score", flush=True)
-
-
-class _HangingUp(Meddling):
-    def meddle(self) -> None:
         os.kill(os.getpid(), signal.SIGHUP)
 
 
-def printing(**args: object) -> Meddling:
-    return _Printing(args)
-
-
-def hanging_up(**args: object) -> Meddling:
-    return _HangingUp(args)
+def meddling(**args: object) -> Meddling:
+    return _PrintingAndHangingUp(args)

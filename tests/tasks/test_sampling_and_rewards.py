@@ -298,3 +298,17 @@ def test_advantages_without_rewards_are_zero() -> None:
     scored = with_advantages([rollout(same), rollout(same)], std_norm=True)
     assert [r.advantage for r in scored] == [0.0, 0.0]
     assert with_advantages([], std_norm=True) == []
+
+
+@pytest.mark.parametrize("std_norm", [False, True])
+def test_rewards_whose_mean_is_not_finite_stop_the_run(std_norm: bool) -> None:
+    group = prompt()
+    rewards = [rollout(group, reward=value) for value in (1.7e308, 1.7e308, 1.0)]
+    with pytest.raises(UserError, match=r"too large for their mean: 1\.7e\+308") as caught:
+        with_advantages(rewards, std_norm)
+    assert caught.value.exit_code == EXIT_HEALTH
+
+
+def test_a_share_of_failures_that_is_no_number_is_too_large() -> None:
+    with pytest.raises(UserError):
+        check_errors(["failed"], 10, math.nan)
