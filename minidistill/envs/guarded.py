@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from minidistill.envs.outcomes import ScoringError
-from minidistill.envs.protocol import Environment, TasksMadeTogether
+from minidistill.envs.protocol import Environment
 from minidistill.errors import EXIT_FAILED, UserError
 from minidistill.foreign import describe, foreign_code
 from minidistill.types import Advance, Reward, Task
@@ -70,9 +70,7 @@ class GuardedEnvironment:
         with foreign_code(failure, ours=Exception):
             score_all(*arguments)
 
-    def _guard(
-        self, part: str, ours: type[BaseException] = UserError
-    ) -> AbstractContextManager[None]:
+    def _guard(self, part: str, *ours: type[BaseException]) -> AbstractContextManager[None]:
         def failure(error: BaseException) -> UserError:
             return UserError(
                 f"the environment {self.id!r} failed in its {part}: {describe(error)}",
@@ -81,7 +79,7 @@ class GuardedEnvironment:
                 exit_code=EXIT_FAILED,
             )
 
-        return foreign_code(failure, ours=(UserError, ours))
+        return foreign_code(failure, ours=(UserError, *ours))
 
 
 def guarded_tasks(tasks: Sequence[Task], guard: Guard) -> Sequence[Task]:
@@ -96,7 +94,7 @@ def guarded_tasks(tasks: Sequence[Task], guard: Guard) -> Sequence[Task]:
 
 
 class _Tasks(Sequence[Task]):
-    def __init__(self, tasks: Sequence[Task], guard: Guard) -> None:
+    def __init__(self, tasks: Any, guard: Guard) -> None:
         self._tasks, self._guard = tasks, guard
 
     def __len__(self) -> int:
@@ -115,6 +113,5 @@ class _TasksMadeTogether(_Tasks):
     """A split that has `make_tasks`."""
 
     def make_tasks(self, indices: Sequence[int], advance: Advance) -> Sequence[Task]:
-        assert isinstance(self._tasks, TasksMadeTogether)
         with self._guard("make_tasks"):
             return list(self._tasks.make_tasks(indices, advance))
