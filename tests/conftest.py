@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,6 +68,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "slow" not in item.keywords)
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector of garbage need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say how many GPU tests were only rehearsed."""
     import torch
@@ -109,11 +116,11 @@ def _isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(autouse=True, scope="session")
 def _forked_subprocesses() -> Any:
     """Spares ranks and engines the seconds that their imports take, except on GPUs."""
-    import torch
     from support import forked
+    from support.gpus import REHEARSED
 
     with pytest.MonkeyPatch.context() as patch:
-        if not torch.cuda.is_available():
+        if REHEARSED:
             patch.setattr("minidistill.subprocesses.Popen", forked.popen)
         yield
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import board, start
+from support.paths import ROOT
+from support.runs import board, command
 
 from minidistill import logs
 from minidistill.errors import EXIT_HEALTH, EXIT_OK, EXIT_USAGE
@@ -20,9 +21,18 @@ BRIEF = (
 )  # fmt: skip
 
 
-def leave(path: Path, *flags: str) -> int:
+def start(path: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
+    """A tiny run as users start it, because what it cannot write shows as the interpreter ends."""
+    return subprocess.Popen(
+        command(path, *BRIEF, *flags),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def leave(path: Path) -> int:
     """Start a run, read its first line only, and return its exit code."""
-    process = start(path, *BRIEF, *flags)
+    process = start(path)
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
@@ -40,7 +50,7 @@ def test_a_run_that_fails_has_its_own_exit_code(tmp_path: Path) -> None:
     env = "--orchestrator.env.0"
     broken = (f"{env}.id", "support.broken_envs:crashing", f"{env}.args.every", "1")
     environment = {"PYTHONPATH": os.pathsep.join(["tests", os.environ.get("PYTHONPATH", "")])}
-    process = start(tmp_path / "run", *BRIEF, *broken, **environment)
+    process = start(tmp_path / "run", *broken, **environment)
     assert process.stdout is not None
     process.stdout.close()
     assert process.wait(timeout=120) == EXIT_HEALTH
@@ -49,9 +59,9 @@ def test_a_run_that_fails_has_its_own_exit_code(tmp_path: Path) -> None:
 def test_an_error_that_nobody_reads_has_its_exit_code(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "minidistill", "config", "missing.toml"]
+    argv = [sys.executable, "-m", "minidistill", "config", "missing.toml"]
     try:
-        done = subprocess.run(command, stdout=write, stderr=write, timeout=60)
+        done = subprocess.run(argv, stdout=write, stderr=write, timeout=60)
     finally:
         os.close(write)
     assert done.returncode == EXIT_USAGE

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import gc
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
 import torch
@@ -54,11 +54,11 @@ def run_tests(
 ) -> None:
     """Run a file of tests in a process of its own. Its outcomes count as they come."""
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
-    process = subprocess.Popen(
+    process = Popen(
         [*command, str(ROOT / path), *options],
         cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=PIPE,
+        stderr=STDOUT,
         text=True,
     )
     assert process.stdout is not None

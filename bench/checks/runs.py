@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import STDOUT, Popen
 from typing import Any
 
 from bench.checks.kernels import run_tests
@@ -124,21 +124,21 @@ def compare(
     return equal, {k: d for k, d in sorted(differences.items()) if d != 0}
 
 
-def start(path: Path, flags: Sequence[str]) -> subprocess.Popen[bytes]:
+def start(path: Path, flags: Sequence[str]) -> Popen[bytes]:
     """A run in a process of its own. Its output is beside its directory."""
     command = [sys.executable, "-m", "minidistill", "run", SOKOBAN, *flags]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".out"), "ab") as output:
-        return subprocess.Popen(
+        return Popen(
             [*command, "--output_dir", str(path)],
             cwd=ROOT,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
 
 
-def kill_after(process: subprocess.Popen[bytes], path: Path, step: int) -> None:
+def kill_after(process: Popen[bytes], path: Path, step: int) -> None:
     """Kill a run once it has finished a step. Raises RuntimeError if it ends by itself."""
     while not any(record["step"] >= step for record in steps(path)):
         if process.poll() is not None:

@@ -112,7 +112,9 @@ class Interrupt:
         if self.requested:
             raise Interrupted
         self.requested = True
-        logger.warning("stopping after this step; press Ctrl-C again to stop now")
+        # from a thread: this one may be writing to the same stream, which is not reentrant
+        message = "stopping after this step; press Ctrl-C again to stop now"
+        threading.Thread(target=logger.warning, args=(message,)).start()
 
 
 @contextlib.contextmanager

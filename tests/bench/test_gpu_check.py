@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forked import ForkedPopen
 from support.paths import ROOT
 
 from bench import gpu_check
@@ -48,7 +49,10 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
         cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
-    code = gpu_check.main([*options, *(name for name in BY_NAME if name not in BARE)])
+    with pytest.MonkeyPatch.context() as patch:  # what they start is forked
+        for module in ("kernels", "runs"):
+            patch.setattr(f"bench.checks.{module}.Popen", ForkedPopen)
+        code = gpu_check.main([*options, *(name for name in BY_NAME if name not in BARE)])
     return Rehearsal(bare, code, folder)
 
 

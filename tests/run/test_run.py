@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from support.other_model import scaled_copy
-from support.runs import board, records, run, start
+from support.paths import ROOT
+from support.runs import board, command, records, run, start
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_HEALTH, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 
@@ -113,16 +117,37 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
     assert records(tmp_path / "other")[1] != records(finished)[1]
 
 
-@pytest.mark.parametrize("estimator", ["full", "sampled", "top_k"])
-def test_the_interpreted_kernels_give_the_same_run(tmp_path: Path, estimator: str) -> None:
+ESTIMATORS = ("full", "sampled", "top_k")
+ONE_STEP = (
+    "--max_steps", "1", "--orchestrator.batch_size", "4", "--no-orchestrator.eval",
+    "--no-orchestrator.teacher_model.eval_baseline", "--trainer.loss.top_k", "5",
+    "--trainer.loss.estimator",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each estimator, from one process that interprets the kernels."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    runs = [command(folder / name, *ONE_STEP, name)[3:] for name in ESTIMATORS]
+    code = "import json, sys; from minidistill.cli import main; "
+    code += "sys.exit(max(map(main, json.loads(sys.argv[1]))))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(runs)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "MINIDISTILL_KERNELS": "interpret"},
+    )  # fmt: skip
+    assert done.returncode == EXIT_OK, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_interpreted_kernels_give_the_same_run(
+    interpreted: Path, tmp_path: Path, estimator: str
+) -> None:
     """The Triton kernels, interpreted, in place of their twins in torch: same metrics."""
-    flags = ("--max_steps", "1", "--orchestrator.batch_size", "4", "--no-orchestrator.eval")
-    flags += ("--no-orchestrator.teacher_model.eval_baseline", "--trainer.loss.top_k", "5")
-    flags += ("--trainer.loss.estimator", estimator)
-    process = start(tmp_path / "interpret", *flags, MINIDISTILL_KERNELS="interpret")
-    assert run(tmp_path / "torch", *flags) == EXIT_OK
-    assert process.wait() == EXIT_OK, process.stdout and process.stdout.read()
-    ours, twins = records(tmp_path / "interpret"), records(tmp_path / "torch")
+    assert run(tmp_path / "torch", *ONE_STEP, estimator) == EXIT_OK
+    ours, twins = records(interpreted / estimator), records(tmp_path / "torch")
     assert [r["step"] for r in ours] == [1]
     for one, other in zip(ours, twins, strict=True):
         assert one.keys() == other.keys()

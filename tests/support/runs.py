@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,10 @@ from minidistill import cli
 from minidistill.config import load_config
 from minidistill.placement.machine import GIB, Machine
 from minidistill.placement.planner import plan_run
+from support import processes
 from support.gpus import REHEARSED
-from support.paths import ROOT, SOKOBAN
+from support.paths import SOKOBAN
+from support.processes import Started
 
 # A run of a few seconds: few puzzles, few rollouts, every feature enabled
 TINY = (
@@ -49,14 +49,15 @@ def run_on_gpus(path: Path, flags: tuple[str, ...], rehearsal: tuple[str, ...]) 
     return cli.main(["run", SOKOBAN, *chosen, "--output_dir", str(path)])
 
 
-def start(path: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
+def command(path: Path, *flags: str) -> list[str]:
+    """The command line of a tiny run."""
+    program = [sys.executable, "-m", "minidistill"]
+    return [*program, "run", SOKOBAN, *TINY, "--output_dir", str(path), *flags]
+
+
+def start(path: Path, *flags: str, as_users_do: bool = False, **environment: str) -> Started:
     """A tiny run in a subprocess."""
-    command = [sys.executable, "-m", "minidistill", "run", SOKOBAN, *TINY]
-    return subprocess.Popen(
-        [*command, "--output_dir", str(path), *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        env={**os.environ, **environment},
-    )  # fmt: skip
+    return processes.start(command(path, *flags), as_users_do=as_users_do, **environment)
 
 
 def records(path: Path) -> list[dict[str, Any]]:

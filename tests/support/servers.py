@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 
 from minidistill.engines.server.engine import ServerEngine
 from minidistill.models.registry import resolve
+from support import processes
+from support.processes import Started
 
 START_SECONDS = 300
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -32,9 +33,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(
-    log: Path, *flags: str, port: int | None = None
-) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def serving(log: Path, *flags: str, port: int | None = None) -> Iterator[tuple[str, Started]]:
     """Starts a server with the options that the CPU build needs. Yields its URL and process."""
     port = port or free_port()
     command = [
@@ -52,13 +51,7 @@ def serving(
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }  # fmt: skip
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=output,
-            env=os.environ | environment,
-            start_new_session=True,
-        )
+        process = processes.start(command, output, **environment)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -73,7 +66,8 @@ def serving(
                 time.sleep(0.3)
         yield url, process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its engine is in the same process group
+        with suppress(ProcessLookupError):  # its engine is in the same process group
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

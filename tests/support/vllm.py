@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -31,8 +27,10 @@ from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.loading import load_policy
 from minidistill.trainer.policy import Policy
 from minidistill.types import Role
-from support.paths import ROOT, SOKOBAN
+from support import processes
+from support.paths import SOKOBAN
 from support.plain_forward import completion_logprobs
+from support.processes import Started
 
 CPU = torch.device("cpu")
 CUDA_BUILD = torch.version.cuda is not None
@@ -150,7 +148,7 @@ def student_error(bench: Bench) -> float:
 class Run:
     """A run in a subprocess. A mark in its environment is inherited by all processes it starts."""
 
-    process: subprocess.Popen[str]
+    process: Started
     path: Path
     mark: str
 
@@ -171,39 +169,24 @@ class Run:
 
     def alive(self) -> dict[int, str]:
         """The command lines of all processes with the run's mark, by process id."""
-        commands = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if self.mark.encode() in (folder / "environ").read_bytes():
-                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    if command:  # a zombie has none
-                        commands[int(folder.name)] = command
-            except OSError:  # the process ended, or is another user's
-                continue
-        return commands
+        return processes.marked(self.mark)
 
     def engine(self) -> int:
         """The id of the vLLM process."""
         return next(id for id, text in self.alive().items() if "engines.vllm.worker" in text)
 
-    def left_behind(self, seconds: float = 10) -> dict[int, str]:
-        """The processes that are still alive after `seconds`."""
-        deadline = time.time() + seconds
-        while (processes := self.alive()) and time.time() < deadline:
-            time.sleep(0.1)
-        return processes
+    def left_behind(self) -> dict[int, str]:
+        """The processes that are still alive after some seconds."""
+        return processes.left_behind(self.mark)
 
 
-def start(path: Path, *flags: str) -> Run:
+def start(path: Path, *flags: str, as_users_do: bool = False) -> Run:
     """A short run with vLLM in a subprocess."""
-    mark = f"MINIDISTILL_MARK={uuid.uuid4()}"
-    name, _, value = mark.partition("=")
+    mark = processes.new_mark()
     command = [sys.executable, "-m", "minidistill", "run", SOKOBAN, *SHORT, *flags]
-    process = subprocess.Popen(
-        [*command, "--output_dir", str(path)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        env={**os.environ, name: value, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command += ["--output_dir", str(path)]
+    environment = {processes.MARK: mark, "OMP_NUM_THREADS": "1"}
+    process = processes.start(command, as_users_do=as_users_do, **environment)
     return Run(process, path, mark)
 
 

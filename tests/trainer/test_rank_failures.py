@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import processes
 from support.paths import TESTS
 from support.ranks import NO_EVALUATION, TWO_RANKS
 from support.runs import run, start
@@ -19,19 +20,9 @@ from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_INTERRUPTED
 from minidistill.trainer.distributed import launcher
 
 
-def rank_pids(pid: int) -> list[int]:
-    """The process ids of the ranks that a driver started."""
-    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    module = launcher.MODULE.encode()
-    return [int(p) for p in pids if module in Path(f"/proc/{p}/cmdline").read_bytes()]
-
-
-def has_ended(pid: int) -> bool:
-    """Whether a process has ended. A zombie counts: nobody may have waited for it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
+def rank_pids(mark: str) -> list[int]:
+    """The process ids of the ranks of the run with a mark."""
+    return [pid for pid, command in processes.marked(mark).items() if launcher.MODULE in command]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -55,16 +46,21 @@ def test_killing_a_process_ends_the_run_and_leaves_no_process(
     path = tmp_path / "run"
     world_size = 3 if target == "rank" else 2
     flags = ("--max_steps", "400", "--orchestrator.batch_size", "12", "--trainer.shard")
-    process = start(path, *NO_EVALUATION, *flags, "--trainer.world_size", str(world_size))
+    mark = processes.new_mark()
+    flags = (*NO_EVALUATION, *flags, "--trainer.world_size", str(world_size))
+    interrupted = signal_number == signal.SIGINT
+    process = start(path, *flags, as_users_do=interrupted, **{processes.MARK: mark})
     metrics = path / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and b'"step": 2,' in metrics.read_bytes())
-    ranks = rank_pids(process.pid)
+    ranks = rank_pids(mark)
     assert len(ranks) == world_size - 1
     os.kill(ranks[0] if target == "rank" else process.pid, signal_number)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == code, output
+    found = process.wait(timeout=60)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    assert found == code, output
     assert ("rank 1 of the trainer ended: signal SIGKILL" in output) == (target == "rank")
-    wait_for(lambda: all(map(has_ended, ranks)), 10)
+    assert not processes.left_behind(mark)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from unittest.mock import create_autospec
 import numpy as np
 import pytest
 import torch
+from support import forked
 from support.gpus import DEVICE, REHEARSED, TWO_GPUS, size
 from support.runs import plan_on_gpus, run_on_gpus
 from support.vllm import NEEDS_VLLM, Bench, make_bench, student_error
@@ -47,7 +48,9 @@ def test_a_handle_opens_in_another_process(reader: int) -> None:
     """On the sender's GPU, and staged on another."""
     device = DEVICE if REHEARSED else torch.device("cuda", reader)
     outbox = SendBuffer(torch.bfloat16, DEVICE, gpus=size((reader,), ()))
-    spawn = multiprocessing.get_context("spawn")
+    if REHEARSED:
+        forked.start_server()
+    spawn: Any = forked.CONTEXT if REHEARSED else multiprocessing.get_context("spawn")
     for seed in size((1, 2), (1,)):
         torch.manual_seed(seed)
         tensors = [(n, torch.randn(shape)) for n, shape in (("a", (3, 5)), ("b", (7,)))]

@@ -39,7 +39,8 @@ PURE = (
     ids=["every weight", "one step ahead, pure"],
 )
 def test_the_gap_is_closed(tmp_path: Path, max_steps: int, flags: tuple[str, ...]) -> None:
-    run = start(tmp_path / "run", *WHOLE, "--max_steps", str(max_steps), *flags)
+    flags = (*WHOLE, "--max_steps", str(max_steps), *flags)
+    run = start(tmp_path / "run", *flags, as_users_do="async" in flags)
     text = run.rest()
     assert run.process.wait() == EXIT_OK, text
     found = steps(run.path)

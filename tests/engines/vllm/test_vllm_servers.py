@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.processes import Started
 from support.servers import ADAPTERS, adapters_at, answered_requests, engine_at, serving
 from support.vllm import (
     NEEDS_CPU_VLLM,
@@ -40,7 +40,7 @@ LR = ("--trainer.optim.lr", "1e-3")
 @pytest.fixture(scope="module")
 def second(
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+) -> Iterator[tuple[str, Started]]:
     """A server beside the one of all files; the last test here ends it."""
     with serving(tmp_path_factory.mktemp("second") / "log", *ADAPTERS) as found:
         yield found
@@ -258,7 +258,7 @@ def test_a_run_one_step_ahead_of_two_servers(url: str, second: Any, tmp_path: Pa
 
 
 def test_one_of_two_servers_dies_is_waited_for_and_dies_again(
-    url: str, second: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
+    url: str, second: tuple[str, Started], tmp_path: Path
 ) -> None:
     dying, process = second
     run = start(
