@@ -134,9 +134,13 @@ def _interrupts() -> Iterator[Interrupt]:
 @contextlib.contextmanager
 def _hangups() -> Iterator[None]:
     """A terminal that goes away (SIGHUP) does not end the run. `nohup` has that effect already."""
+    message = "the terminal is gone (SIGHUP): the run goes on, SIGTERM ends it"
+    # from a thread, as in `Interrupt.handle`
+    tell = threading.Thread(target=logger.warning, args=(message,))
 
     def hung_up(signum: int, frame: FrameType | None) -> None:
-        logger.warning("the terminal is gone (SIGHUP): the run goes on, SIGTERM ends it")
+        if tell.ident is None:  # once
+            tell.start()
 
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
