@@ -22,7 +22,7 @@ from support.runs import TINY, board, run
 from minidistill import logs
 from minidistill.config import Config
 from minidistill.config.schema import WandbConfig
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_HEALTH, EXIT_OK
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK
 from minidistill.reporting.monitors import (
     background,
     check_monitors,
@@ -41,7 +41,6 @@ BRIEF = (
     "--max_steps", "2", "--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline",
 )  # fmt: skip
 ENV = "--orchestrator.env.0"
-FAILING = (f"{ENV}.id", "support.broken_envs:crashing", f"{ENV}.args.every", "1")
 
 
 WANDB = Config.model_validate(
@@ -176,11 +175,6 @@ def test_a_full_device_for_the_output_of_an_environment_that_prints_and_a_hangup
     assert log(tmp_path / "run").count("the terminal is gone (SIGHUP)") == 1
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"env/errors": 0') == 2
     assert signal.getsignal(signal.SIGHUP) is before
-
-
-def test_a_failing_run_keeps_its_exit_code_on_a_full_device(tmp_path: Path) -> None:
-    with open("/dev/full", "w") as full, standard_streams(full):
-        assert run(tmp_path / "run", *BRIEF, *FAILING) == EXIT_HEALTH
 
 
 def test_a_terminal_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ from support.runs import records, run
 
 from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.errors import EXIT_HEALTH, EXIT_OK
+from minidistill.run import probes
 
 BRIEF = ("--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline")
-BATCH = 8
 # Rewards alone, all of which are 0: advantages and the gradient are 0
 NOTHING_TO_LEARN = (
     *BRIEF, "--max_steps", "4", "--ckpt.interval", "0", "--health.patience", "3",
@@ -30,7 +30,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
 
     def shifted(self: Any, *args: Any, **kwargs: Any) -> Any:
         completions = generate(self, *args, **kwargs)
-        if len(completions) != BATCH:
+        if args[1].max_tokens == probes.TOKENS:
             return completions
         return [replace(c, logprobs=tuple(p + shift for p in c.logprobs)) for c in completions]
 
