@@ -213,7 +213,7 @@ examples:
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
-    loaded = _load("run", rest)
+    loaded = _load("run", rest, resume=options.resume)
     # Read once, when torch loads OpenMP: idle threads that spin make a busy machine many times
     # slower (docs/decisions/0005).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -399,10 +399,10 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     return int(benchmark.main(rest))
 
 
-def _load(command: str, args: list[str]) -> LoadedConfig:
+def _load(command: str, args: list[str], *, resume: bool = False) -> LoadedConfig:
     if not args:
         fix = f"minidistill {command} configs/sokoban.toml"
         raise UserError("no configuration file is given", fix=fix)
     from minidistill.config import load_config
 
-    return load_config(args)
+    return load_config(args, resume=resume)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -59,6 +60,18 @@ class UserError(Exception):
         if self.fix:
             lines.append(f"  fix: {self.fix}")
         return printable("\n".join(lines))
+
+
+@contextlib.contextmanager
+def blamed_on(key: str) -> Iterator[None]:
+    """Name the setting `key` in errors that blame `model.name`: it names the model that failed."""
+    try:
+        yield
+    except UserError as error:
+        for problem in (error, *error.problems):
+            if problem.where == "model.name":
+                problem.where = key
+        raise
 
 
 class UserErrors(UserError):

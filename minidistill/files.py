@@ -122,7 +122,11 @@ def cache_folder(name: str) -> Path:
 def drop_output(stream: TextIO) -> None:
     """Connect a stream to nothing, also for what it still holds when the interpreter ends."""
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nothing, stream.fileno())
+        finally:
+            os.close(nothing)
 
 
 def open_standard_streams() -> None:

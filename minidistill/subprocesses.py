@@ -48,16 +48,18 @@ class Subprocess:
         It inherits the file `descriptors` under the same numbers, and this process's environment
         variables, updated with `environment`.
         """
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
-        self.popen = Popen(
-            [sys.executable, "-m", module, *arguments],
-            pass_fds=descriptors,
-            stdin=DEVNULL,
-            stdout=self._output,
-            stderr=STDOUT,
-            start_new_session=True,
-            env={**os.environ, **(environment or {})},
-        )
+        with contextlib.ExitStack() as stack:  # closed here only if the process does not start
+            self._output = stack.enter_context(tempfile.TemporaryFile())
+            self.popen = Popen(
+                [sys.executable, "-m", module, *arguments],
+                pass_fds=descriptors,
+                stdin=DEVNULL,
+                stdout=self._output,
+                stderr=STDOUT,
+                start_new_session=True,
+                env={**os.environ, **(environment or {})},
+            )
+            stack.pop_all()
 
     def exit_report(self) -> tuple[int | None, str]:
         """The exit code and a description with the last line of output.

@@ -14,6 +14,7 @@ from support.runs import board, command
 
 from minidistill import logs
 from minidistill.errors import EXIT_HEALTH, EXIT_OK, EXIT_USAGE
+from minidistill.files import drop_output
 from minidistill.reporting.terminal import open_display
 
 BRIEF = (
@@ -100,3 +101,14 @@ def test_a_display_without_a_reader(
     display.close()
     stream.file.close()
     assert (tmp_path / "run.log").read_text().count("from here on it is dropped") == 1
+
+
+def test_dropping_output_leaves_no_descriptor(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "w") as stream:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            drop_output(stream)
+        stream.write("lost")
+        stream.flush()
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert (tmp_path / "file").read_text() == ""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bench.checks.models import SMALL, Job, load, make_prompts, randomize_adapter, warnings
 from bench.checks.report import Findings, Setting
+from minidistill.placement.attention import Layout
 from minidistill.run.model_checks import TOLERANCE, check_model
 from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import hidden_states, prefix_states
@@ -22,7 +23,7 @@ def check(setting: Setting, findings: Findings) -> None:
     job = load(setting, SMALL, "--seq_len", str(2 * length))
     policy = job.policy
     findings.figure("attention", policy.attention.text)
-    findings.holds("sequences are packed without a mask", policy.attention.unpadded)
+    findings.holds("sequences are packed without a mask", policy.attention.shares_prompts)
     prompts = make_prompts(policy, 8, context=length // 2, own=length // 2)
     with warnings() as texts:  # before the adapter is trained, as in a run
         shares = check_model(policy, prompts, TokenBudget())
@@ -35,7 +36,9 @@ def check(setting: Setting, findings: Findings) -> None:
         "error of the cached context", errors["weighted error"], TOLERANCE[policy.dtype]
     )
     randomize_adapter(policy)
-    padded, packed = (gradient(job, prompts, packed=p) for p in (False, True))
+    padded, packed = (
+        gradient(job, prompts, layout) for layout in (Layout.PADDED, job.policy.attention.layout)
+    )
     error = float((packed - padded).norm() / padded.norm())
     findings.at_most("packed against padded gradient", error, PACKED_ERROR[policy.dtype])
     sampling(setting, findings, job)
@@ -51,8 +54,8 @@ def prefix_errors(job: Job, prompts: list[Prompt]) -> dict[str, float]:
     logp = []
     with policy.inference(), policy.running_as(Role.TEACHER):
         for prefix in ((), view[0][:shared]):
-            packed = bool(prefix) and policy.attention.unpadded
-            tokens = collate(view, completions, pad_id=policy.pad_id, packed=packed, prefix=prefix)
+            layout = policy.attention.prefix_layout if prefix else Layout.PADDED
+            tokens = collate(view, completions, pad_id=policy.pad_id, layout=layout, prefix=prefix)
             states = prefix_states(policy, prefix) if prefix else None
             hidden_NH = hidden_states(policy, tokens, states)
             logp.append(policy.logits(hidden_NH).float().log_softmax(-1))
@@ -64,7 +67,7 @@ def prefix_errors(job: Job, prompts: list[Prompt]) -> dict[str, float]:
     }
 
 
-def gradient(job: Job, prompts: list[Prompt], *, packed: bool) -> Tensor:
+def gradient(job: Job, prompts: list[Prompt], layout: Layout) -> Tensor:
     """The adapter's gradient of the mean log-prob of some tokens, flat, in fp32.
 
     The prompts have different lengths, so that padding matters.
@@ -74,7 +77,7 @@ def gradient(job: Job, prompts: list[Prompt], *, packed: bool) -> Tensor:
         parameter.grad = None
     view = [p.teacher_ids[: len(p.teacher_ids) - 9 * i] for i, p in enumerate(prompts[:4])]
     completions = [p.student_ids[:16] for p in prompts[:4]]
-    tokens = collate(view, completions, pad_id=policy.pad_id, packed=packed).to(policy.device)
+    tokens = collate(view, completions, pad_id=policy.pad_id, layout=layout).to(policy.device)
     hidden_NH = hidden_states(policy, tokens)
     logp_N, _ = linear_logprob(hidden_NH, policy.head, tokens.targets_N)
     logp_N.mean().backward()

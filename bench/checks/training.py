@@ -121,7 +121,7 @@ def model_flops(job: Job, rollouts: Sequence[Rollout]) -> float:
     minidistill.placement.flops: recomputed activations and attention between tokens do not count.
     """
     shape = job.plan.shape
-    body, head = shape.parameters - shape.embedding - shape.head, shape.vocab * shape.hidden
+    body, head = shape.body, shape.vocab * shape.hidden
     student = sum(r.student_length for r in rollouts)
     teacher = sum(r.teacher_length for r in rollouts)
     completions = sum(len(r.completion.token_ids) for r in rollouts)

@@ -77,17 +77,50 @@ def initial_adapter_digest(config: Config) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def with_initial_adapter(config: Config) -> tuple[Config, dict[str, str]]:
+def without_initial_adapter(config: Config) -> Config:
+    """The configuration with a new adapter of the same shape."""
+    lora = config.trainer.model.lora
+    return config if lora is False else _with_lora(config, lora.model_copy(update={"init": None}))
+
+
+def with_recorded_shape(config: Config, recorded: dict[str, Any]) -> Config:
+    """The configuration with the shape that a resumed run has recorded, of settings that are not
+    set. They are not set if the adapter that the run started from has gone."""
+    lora = config.trainer.model.lora
+    if lora is False or lora.init is None:
+        return config
+    before = recorded["trainer"]["model"]["lora"] or {}
+    shape = {name: before[name] for name in _TAKEN.values() if name in before}
+    return _with_lora(config, LoraConfig.model_validate({**shape, **_set(lora)}))
+
+
+def _set(lora: LoraConfig) -> dict[str, Any]:
+    return lora.model_dump(include=lora.model_fields_set)
+
+
+def _with_lora(config: Config, lora: LoraConfig) -> Config:
+    model = config.trainer.model.model_copy(update={"lora": lora})
+    trainer = config.trainer.model_copy(update={"model": model})
+    return config.model_copy(update={"trainer": trainer})
+
+
+def with_initial_adapter(config: Config, resume: bool = False) -> tuple[Config, dict[str, str]]:
     """The configuration with the shape of the adapter that it starts from, and the place that each
     of these settings is from, by its dotted key.
 
     Raises UserError if there is no such adapter, if it is of another model, if it has a feature
-    that is not supported, or if its shape is not what the user has set.
+    that is not supported, or if its shape is not what the user has set. With `resume` it may have
+    gone: see `with_recorded_shape`.
     """
     lora = config.trainer.model.lora
     if lora is False or lora.init is None:
         return config, {}
-    path = adapter_folder(lora.init) / SETTINGS
+    try:
+        path = adapter_folder(lora.init) / SETTINGS
+    except UserError:
+        if resume:
+            return config, {}
+        raise
     settings = read_json(path)
     if not isinstance(settings, dict):
         raise UserError(f"{path} is not the configuration of an adapter", where=KEY)
@@ -104,12 +137,9 @@ def with_initial_adapter(config: Config) -> tuple[Config, dict[str, str]]:
             )
     if lora.target_modules == "all-linear" and "target_modules" in lora.model_fields_set:
         del shape["target_modules"]  # whether these are all is seen when the adapter is loaded
-    model = config.trainer.model.model_copy(
-        update={"lora": LoraConfig.model_validate({**lora.model_dump(), **shape})}
-    )
-    trainer = config.trainer.model_copy(update={"model": model})
     origins = {f"trainer.model.lora.{name}": str(path) for name in shape}
-    return config.model_copy(update={"trainer": trainer}), origins
+    taken = LoraConfig.model_validate({**lora.model_dump(), **shape})
+    return _with_lora(config, taken), origins
 
 
 def _check_features(settings: dict[str, Any], path: Path) -> None:

@@ -19,6 +19,7 @@ _EPOCHS = (
     "use `max_steps`: an epoch is training tasks × `orchestrator.rollouts_per_example` / "
     "`orchestrator.batch_size` steps"
 )
+_QUANTIZED = 'use `model.quantization` = "nf4"'
 _DTYPE = 'use `model.dtype`: "auto", "bfloat16", "float16" or "float32"'
 _SCHEDULER = "use `trainer.scheduler.type`"
 _NORM = "use `trainer.optim.max_norm`"
@@ -89,6 +90,9 @@ _NAMES = {
     "bf16": _DTYPE,
     "fp16": _DTYPE,
     "torch_dtype": _DTYPE,
+    "load_in_4bit": _QUANTIZED,
+    "load_in_8bit": _QUANTIZED,
+    "bnb_4bit_quant_type": _QUANTIZED,
     "attn_implementation": "use `model.attn`",
     "gradient_checkpointing": "use `trainer.model.ac`",
     "save_steps": "use `ckpt.interval`",

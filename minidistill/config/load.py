@@ -46,8 +46,8 @@ class LoadedConfig:
         return json.loads(self.config.model_dump_json())
 
 
-def load_config(argv: Sequence[str]) -> LoadedConfig:
-    """The configuration that a command line names.
+def load_config(argv: Sequence[str], *, resume: bool = False) -> LoadedConfig:
+    """The configuration that a command line names, of a run that is resumed if `resume`.
 
     `argv` holds TOML files (`a.toml`, `@ b.toml`; a later file beats an earlier one) and dotted
     overrides (`--trainer.loss.adv_tau 0`; they beat the files). Raises UserError with the file, the
@@ -59,7 +59,7 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
         data, origin = read_file(name)
         layers.put((), data, origin)
     _put_flags(layers, flags)
-    config, taken = _validate(layers, ", ".join(files))
+    config, taken = _validate(layers, ", ".join(files), resume)
     provenance = {
         dotted(path): layers.origins.get(path) or _taken_from(path, taken)
         for path, _ in leaves(json.loads(config.model_dump_json()))
@@ -152,7 +152,7 @@ def _is_template(text: str) -> bool:
     return "{{" in text or "{%" in text
 
 
-def _validate(layers: Layers, files: str) -> tuple[Config, dict[str, str]]:
+def _validate(layers: Layers, files: str, resume: bool) -> tuple[Config, dict[str, str]]:
     """The configuration, and where settings are from that its adapter brings."""
     data = layers.data
     # Empty tables instead of missing ones, so that errors name the keys that are required.
@@ -163,7 +163,7 @@ def _validate(layers: Layers, files: str) -> tuple[Config, dict[str, str]]:
         config = Config.model_validate(data)
     except ValidationError as error:
         raise from_validation(error, layers, files or "command line") from None
-    config, taken = with_initial_adapter(config)
+    config, taken = with_initial_adapter(config, resume)
     problems = [_as_error(problem, layers, files) for problem in contradictions(config)]
     if problems:
         raise UserErrors(problems) if len(problems) > 1 else problems[0]

@@ -108,7 +108,8 @@ class OrchestratorConfig(Table):
     """The run stops if the environment fails for a larger share of a step's rollouts."""
     overlong: Literal["refuse", "drop"] = "refuse"
     """What happens to prompts that leave no room for a completion. Every prompt of a list is
-    measured before step 1. `refuse` ends the run there, `drop` leaves them out and counts them."""
+    measured before step 1. `refuse` ends the run there, `drop` leaves them out and counts them.
+    Prompts that are generated are measured when they are drawn: `drop` draws others then."""
     sampling: SamplingConfig = SamplingConfig()
     buffer: BufferConfig = BufferConfig()
     teacher_model: TeacherConfig

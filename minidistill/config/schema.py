@@ -48,9 +48,10 @@ class ModelConfig(Table):
     """`nf4` holds the frozen base in 4 bit (bitsandbytes, on a GPU, with the embedded engine) and
     computes in `dtype`. A teacher that is another model is not quantized."""
     attn: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation of the trainer. `varlen` runs torch's flash kernel on packed
-    sequences, without a mask. `auto` is `varlen` on a GPU in 16 bit if the model attends to all
-    earlier tokens, else transformers' default. `flash_attention_2` needs the package flash-attn."""
+    """Attention implementation of the trainer. `varlen` packs sequences without a mask and computes
+    each prompt once, on a GPU in 16 bit with torch's flash kernel. `auto` is `varlen` if the model
+    attends to all earlier tokens, else transformers' default. `flash_attention_2` needs the package
+    flash-attn."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose authors you trust."""
     revision: Text | None = None
@@ -203,7 +204,7 @@ class TrainerConfig(Table):
     result. `auto` is the most that fit, up to 16384."""
     packing: Literal["auto"] | bool = "auto"
     """Put several sequences in one row instead of padding. `auto` does if the attention needs no
-    mask for it (`varlen`, `flash_attention_2`)."""
+    mask for it (`varlen`, `flash_attention_2`); prompts are then computed once."""
     world_size: Positive | None = None
     """Training processes (ranks); by default one for each GPU of the trainer, and 1 on a CPU."""
     shard: Literal["auto"] | bool = "auto"

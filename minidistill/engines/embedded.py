@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids, not_finite_error
-from minidistill.placement.attention import VARLEN
+from minidistill.placement.attention import VARLEN, Layout
 from minidistill.placement.limits import EMBEDDED_CACHE_BYTES, kv_bytes_per_token
 from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import PrefixCache, hidden_states, seeded_cache, select_rows
@@ -263,7 +263,7 @@ class EmbeddedEngine(Engine):
         temperature: float = 1.0,
     ) -> list[list[float]]:
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-        prefix, packed = self.prefixes.common(prompts), self.policy.attention.unpadded
+        prefix, layout = self.prefixes.common(prompts), self.policy.attention.prefix_layout
         with self.policy.unsharded(role), self.policy.running_as(role), self.policy.inference():
             states = self.prefixes.states(prefix, role)
 
@@ -272,7 +272,7 @@ class EmbeddedEngine(Engine):
                     [prompts[i] for i in rows],
                     [completions[i] for i in rows],
                     pad_id=self.policy.pad_id,
-                    packed=packed,
+                    layout=layout,
                     prefix=prefix,
                 ).to(self.policy.device)
                 hidden_NH = hidden_states(self.policy, tokens, states)
@@ -283,7 +283,7 @@ class EmbeddedEngine(Engine):
                 return [part.tolist() for part in parts]
 
             doing = "scoring with the trainer's model"
-            return self.scoring.run(lengths, score, doing, packed=packed)
+            return self.scoring.run(lengths, score, doing, packed=layout is Layout.SHARED)
 
     def sync(self, version: int) -> None:
         """Does nothing: the engine runs the trainer's own tensors."""

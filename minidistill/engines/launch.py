@@ -68,12 +68,25 @@ class EngineLauncher:
         replicas = module.start(engine, self.config, self.sync_folder, teacher=teacher)
         return replicas[0] if len(replicas) == 1 else Replicas(replicas)
 
+    def sampled_by(self, policy: Policy) -> set[Role]:
+        """The roles whose completions the trainer's model, `policy`, samples in this run."""
+        roles = {Role.STUDENT} if self.student is None else set()
+        # only the baseline samples the teacher, and there the student may be equal to it
+        others = self.student is not None and (self._serves_both(policy) or _equal_at_start(policy))
+        if self.teacher is None and not others and self.config.orchestrator.eval is not None:
+            roles.add(Role.TEACHER)
+        return roles
+
+    def _serves_both(self, policy: Policy) -> bool:
+        """Whether the student's engine has the weights of both roles."""
+        separate_weights = not policy.lora or policy.teacher_weights is Weights.OTHER
+        live = policy.teacher_weights is Weights.STUDENT
+        return self.teacher is None and (live or not separate_weights)
+
     def attach(self, policy: Policy, prefixes: PrefixCache) -> Engine:
         """Connect the engines to the trainer's model. Returns the run's engine, ready for calls."""
         embedded = EmbeddedEngine(policy, prefixes)
-        separate_weights = not policy.lora or policy.teacher_weights is Weights.OTHER
-        live = policy.teacher_weights is Weights.STUDENT
-        serves_both = self.teacher is None and (live or not separate_weights)
+        serves_both = self._serves_both(policy)
         if self.student is not None:
             roles = (Role.STUDENT, Role.TEACHER) if serves_both else (Role.STUDENT,)
             self._connect(self.student, policy, roles, embedded)
@@ -84,7 +97,7 @@ class EngineLauncher:
             return embedded
         if serves_both:
             return self.student
-        equal = policy.teacher_weights is Weights.BASE and policy.starts_as_base
+        equal = _equal_at_start(policy)
         return StudentTeacherEngine(self.student, embedded, equal_at_start=equal)
 
     def _connect(
@@ -102,3 +115,8 @@ class EngineLauncher:
         for engine in (self.student, self.teacher):
             if engine is not None:
                 engine.close()
+
+
+def _equal_at_start(policy: Policy) -> bool:
+    """Whether both roles have the same weights before the first step."""
+    return policy.teacher_weights is Weights.BASE and policy.starts_as_base

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from minidistill.envs.outcomes import ScoringError
 from minidistill.envs.protocol import Environment
 from minidistill.errors import EXIT_FAILED, UserError
 from minidistill.foreign import describe, foreign_code
@@ -19,9 +18,9 @@ Guard = Callable[[str], AbstractContextManager[None]]
 class GuardedEnvironment:
     """Passes everything on to the environment.
 
-    What it raises while its tasks are read, or while it is closed, is a UserError that names it;
-    `score_one` does the same for scores. Only AttributeError stays: it says what the environment
-    does not have.
+    What it raises while its tasks are read, or while it is asked whether it is ready, is a
+    UserError that names it. Of its attributes AttributeError stays: it says which are not there.
+    Scoring and closing have guards of their own: `score_attempts`, `close_environments`.
     """
 
     def __init__(self, environment: Environment, id: str, where: str) -> None:
@@ -44,10 +43,8 @@ class GuardedEnvironment:
             raise AttributeError(name)
         with self._guard(f"attribute {name}", AttributeError):
             value = getattr(self.environment, name)
-        if name == "close" and value is not None:
-            return lambda: self._closed(value)
-        if name == "score_all" and value is not None:
-            return lambda attempts, report: self._scored(value, attempts, report)
+        if name == "check_ready" and value is not None:
+            return lambda: self._checked(value)
         return value
 
     def _split(self, name: str) -> Sequence[Task]:
@@ -57,18 +54,9 @@ class GuardedEnvironment:
             self._splits[name] = guarded_tasks(tasks, lambda part: self._guard(f"{part} of {name}"))
         return self._splits[name]
 
-    def _closed(self, close: Callable[[], object]) -> None:
-        with self._guard("close"):
-            close()
-
-    def _scored(self, score_all: Callable[..., object], *arguments: object) -> None:
-        """An exception that is no Exception becomes a ScoringError; all others stay."""
-
-        def failure(error: BaseException) -> ScoringError:
-            return ScoringError(describe(error))
-
-        with foreign_code(failure, ours=Exception):
-            score_all(*arguments)
+    def _checked(self, check_ready: Callable[[], object]) -> None:
+        with self._guard("check_ready"):
+            check_ready()
 
     def _guard(self, part: str, *ours: type[BaseException]) -> AbstractContextManager[None]:
         def failure(error: BaseException) -> UserError:

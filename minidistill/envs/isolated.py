@@ -13,9 +13,16 @@ from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from minidistill.envs.outcomes import CannotScoreError, ScoringError, describe
-from minidistill.envs.protocol import Environment, has_task
+from minidistill.envs.outcomes import (
+    Attempt,
+    CannotScoreError,
+    Report,
+    ScoringError,
+    score_one,
+)
+from minidistill.envs.protocol import Environment, check_ready, has_task
 from minidistill.errors import EXIT_ENVIRONMENT
+from minidistill.foreign import describe, foreign_code
 from minidistill.subprocesses import Subprocess
 from minidistill.types import Reward, Task
 
@@ -36,6 +43,10 @@ class ScoringProcess(Subprocess):
             paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
             imports = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
             super().__init__(MODULE, [*map(str, descriptors)], descriptors, imports)
+        except BaseException:
+            ours.close()
+            os.close(self._lifeline)
+            raise
         finally:
             theirs.close()
             os.close(watched)
@@ -61,6 +72,9 @@ class IsolatedEnvironment:
     The process loads the environment again, or with `environment.scorer`, a pair of id and args,
     what that names. It is kept for the whole run. A score that takes longer than `timeout` seconds,
     or that ends the process, fails for this completion; a new process scores the next one.
+
+    What has `score_all` scores them together there: `timeout` is then for each outcome after the
+    one before, and all completions without an outcome fail.
     """
 
     has_rewards = True
@@ -72,7 +86,7 @@ class IsolatedEnvironment:
         self.id, self.where = id, where
         self._loaded: tuple[str, dict[str, Any]] = getattr(environment, "scorer", (id, args))
         self._process: ScoringProcess | None = None
-        self._ready = self._closed = False
+        self._ready = self._together = self._closed = False
         self._lock = threading.Lock()  # held while a completion is scored
 
     @property
@@ -91,25 +105,31 @@ class IsolatedEnvironment:
         """The reward. Raises ScoringError, and CannotScoreError if no process can be started."""
         message = self._pickled((task, completion))
         with self._lock:
+            reward: Reward = self._answer(self._ready_process(), message)[1]
+            return reward
+
+    def score_all(self, attempts: Sequence[Attempt], report: Report) -> None:
+        """Score one at a time, or together if what the process has loaded can do that."""
+        with self._lock:
+            self._ready_process()
+        if not self._together:
+            for index, attempt in enumerate(attempts):
+                report(index, score_one(self, attempt.task, attempt.completion))
+            return
+        message = self._pickled(list(attempts))
+        with self._lock:
             process = self._ready_process()
             try:
-                process.connection.send_bytes(message)
-                answer = process.receive(self.timeout)
-            except (EOFError, OSError):
-                _, report = process.exit_report()
+                kind, value = self._answer(process, message)
+                while kind == "outcome":
+                    report(*value)
+                    kind, value = self._answer(process)
+            except BaseException:  # of `report`: what it still sends is for nobody
                 self._end_process()
-                raise ScoringError(f"it ended its process: {report}") from None
-            if answer is None:
-                self._end_process()
-                raise ScoringError(
-                    f"it took longer than score_timeout = {self.timeout:g} s, and was stopped",
-                    slow=True,
-                )
-            kind, value = answer
-            if kind == "error":
-                raise ScoringError(value)
-            reward: Reward = value
-            return reward
+                raise
+
+    def check_ready(self) -> None:
+        check_ready(self.environment)
 
     def start(self) -> None:
         """Start the process, which loads the environment while the caller goes on."""
@@ -156,8 +176,28 @@ class IsolatedEnvironment:
                     fix='score_timeout = "off" scores in the process of the run, without a limit',
                     exit_code=EXIT_ENVIRONMENT,
                 )
-            self._ready = True
+            self._ready, self._together = True, bool(value)
         return process
+
+    def _answer(self, process: ScoringProcess, message: bytes = b"") -> tuple[str, Any]:
+        """Send a message, if there is one, and wait for an answer. Raises ScoringError."""
+        try:
+            if message:
+                process.connection.send_bytes(message)
+            answer = process.receive(self.timeout)
+        except (EOFError, OSError):
+            _, report = process.exit_report()
+            self._end_process()
+            raise ScoringError(f"it ended its process: {report}", slow=True) from None
+        if answer is None:
+            self._end_process()
+            raise ScoringError(
+                f"it took longer than score_timeout = {self.timeout:g} s, and was stopped",
+                slow=True,
+            )
+        if answer[0] == "error":
+            raise ScoringError(answer[1])
+        return answer
 
     def _end_process(self) -> None:
         if self._process is not None:
@@ -181,7 +221,8 @@ def close_environments(environments: Iterable[Environment]) -> None:
     """Call `close` of those that have it. An error there is logged: the run has ended."""
     for environment in environments:
         try:
-            if (close := getattr(environment, "close", None)) is not None:
-                close()
-        except Exception as error:
-            logger.warning(f"an environment could not be closed: {describe(error)}")
+            with foreign_code(lambda error: RuntimeError(describe(error)), ours=()):
+                if (close := getattr(environment, "close", None)) is not None:
+                    close()
+        except RuntimeError as error:
+            logger.warning(f"an environment could not be closed: {error}")

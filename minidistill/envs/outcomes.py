@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -19,7 +20,10 @@ EXPECTED = 'return a number, a bool, a dict with the key "reward", or a Reward'
 
 
 class ScoringError(Exception):
-    """A completion could not be scored. `slow` says that a time limit was reached."""
+    """A completion could not be scored.
+
+    `slow` says that this took long: a time limit was reached, or a process has to start again.
+    """
 
     def __init__(self, message: str, slow: bool = False) -> None:
         super().__init__(message)
@@ -47,38 +51,72 @@ Report = Callable[[int, Outcome], None]
 def score_attempts(scorer: Any, attempts: Sequence[Attempt], report: Report) -> None:
     """Score `attempts` with an environment, or with another object that has its `score`.
 
-    If it has `score_all(attempts, report)`, that is called once instead. Raises CannotScoreError,
-    and what `report` raises.
+    If it has `score_all(attempts, report)`, that is called once instead. `report` gets one outcome
+    for each attempt. Raises CannotScoreError, and what `report` raises.
     """
     if not has_rewards(scorer):
         for index in range(len(attempts)):
             report(index, Reward(0.0))
     elif (score_all := getattr(scorer, "score_all", None)) is not None:
-        score_all(attempts, lambda index, outcome: report(index, checked(outcome)))
+        _score_together(score_all, attempts, report)
     else:
         for index, attempt in enumerate(attempts):
             report(index, score_one(scorer, attempt.task, attempt.completion))
 
 
-def checked(outcome: object) -> Outcome:
-    """What a `score_all` reports, read as what a `score` returns."""
-    try:
-        return outcome if isinstance(outcome, ScoringError) else to_reward(outcome)
-    except ScoringError as error:
-        return error
-
-
 def score_one(scorer: Any, task: Task, completion: str) -> Outcome:
     """The outcome of `scorer.score`. Only Ctrl-C and CannotScoreError are raised."""
+    return _outcome(lambda: to_reward(scorer.score(task, completion)))
+
+
+def _outcome(score: Callable[[], Outcome]) -> Outcome:
+    """What `score` returns, or the failure that it raises."""
 
     def failure(error: BaseException) -> ScoringError:
         return ScoringError(describe(error))
 
     try:
         with foreign_code(failure, ours=(ScoringError, CannotScoreError)):
-            return to_reward(scorer.score(task, completion))
+            return score()
     except ScoringError as error:
         return error
+
+
+def _score_together(
+    score_all: Callable[..., None], attempts: Sequence[Attempt], report: Report
+) -> None:
+    """Call `score_all`. The attempts that it reports nothing for have failed."""
+    left = set(range(len(attempts)))
+    stopped: list[BaseException] = []
+
+    def check(index: int, value: object) -> None:
+        try:
+            if index not in left:
+                raise CannotScoreError(
+                    f"score_all reported attempt {index!r} of {len(attempts)}, which does not "
+                    "exist or was reported before",
+                    where="orchestrator.env",
+                    fix="call report(index, reward) once for each attempt, with its index from 0",
+                )
+            left.remove(index)
+            report(index, _outcome(partial(_reported, value)))
+        except BaseException as error:  # to be told from what score_all raises itself
+            stopped.append(error)
+            raise
+
+    def call() -> Outcome:
+        score_all(attempts, check)
+        return ScoringError("score_all reported no score for it")
+
+    failure = _outcome(call)
+    if stopped:
+        raise stopped[0]
+    for index in sorted(left):
+        report(index, failure)
+
+
+def _reported(value: object) -> Outcome:
+    return value if isinstance(value, ScoringError) else to_reward(value)
 
 
 def to_reward(value: object) -> Reward:

@@ -22,9 +22,10 @@ class Environment(Protocol):
     - `has_task = False`: its scores are of the style alone.
     - `scores_in_process = True`: `score` is quick and cannot hang, so it needs no process that can
       be stopped: see `IsolatedEnvironment`.
-    - `score_all(attempts, report)`: scores many completions at once, in the process of the run: see
-      `score_attempts`.
-    - `close()`: called at the end of the run.
+    - `score_all(attempts, report)`: scores many completions at once: see `score_attempts`.
+    - `check_ready()`: raises UserError if it cannot score now, because a server is not reached. It
+      is called before anything is written.
+    - `close()`: called at the end of the run, also if that ends before the first step.
     """
 
     @property
@@ -55,6 +56,12 @@ def has_task(environment: Environment) -> bool:
     sets `has_task = False`: drift is then judged as for a persona.
     """
     return bool(getattr(environment, "has_task", has_rewards(environment)))
+
+
+def check_ready(environment: object) -> None:
+    """Raise UserError if the environment, or a reward, says that it cannot score now."""
+    if (check := getattr(environment, "check_ready", None)) is not None:
+        check()
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from minidistill.envs.guarded import GuardedEnvironment
-from minidistill.envs.isolated import IsolatedEnvironment
+from minidistill.envs.isolated import IsolatedEnvironment, close_environments
 from minidistill.envs.protocol import Environment, has_rewards
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.foreign import describe, foreign_code
@@ -33,33 +33,37 @@ BUILT_IN = {
 def load_environments(configs: Iterable[EnvConfig], where: str) -> dict[str, Environment]:
     """The configured environments by name, in the configuration's order.
 
-    Those whose scoring may hang or exit score in a process of their own.
+    Those whose scoring may hang or exit score in a process of their own. If one cannot be loaded,
+    the others are closed.
     """
     environments: dict[str, Environment] = {}
-    for index, config in enumerate(configs):
-        place = f"{where}.{index}"
-        environment = load_environment(config.id, config.args, place)
-        with foreign_code(partial(_failed, config.id, place)):
-            missing = [n for n in ("train", "eval", "score") if not hasattr(environment, n)]
-        if missing:
-            raise UserError(
-                f"the environment {config.id!r} returned {_short(environment)}, which has no "
-                f"{' and no '.join(missing)}",
-                where=place,
-                fix="return an object with train, eval and score: see docs/environments.md",
-            )
-        if config.id not in BUILT_IN:
-            environment = GuardedEnvironment(environment, config.id, place)
-        if (
-            config.score_timeout != "off"
-            and has_rewards(environment)
-            and not getattr(environment, "scores_in_process", False)
-        ):
-            environment = IsolatedEnvironment(
-                environment, config.id, config.args, config.score_timeout, place
-            )
-        environments[config.name] = environment
+    try:
+        for index, config in enumerate(configs):
+            environments[config.name] = _load(config, f"{where}.{index}")
+    except BaseException:
+        close_environments(environments.values())
+        raise
     return environments
+
+
+def _load(config: EnvConfig, place: str) -> Environment:
+    environment = load_environment(config.id, config.args, place)
+    with foreign_code(partial(_failed, config.id, place)):
+        missing = [name for name in ("train", "eval", "score") if not hasattr(environment, name)]
+    if missing:
+        close_environments([environment])
+        raise UserError(
+            f"the environment {config.id!r} returned {_short(environment)}, which has no "
+            f"{' and no '.join(missing)}",
+            where=place,
+            fix="return an object with train, eval and score: see docs/environments.md",
+        )
+    if config.id not in BUILT_IN:
+        environment = GuardedEnvironment(environment, config.id, place)
+    in_process = getattr(environment, "scores_in_process", False) or not has_rewards(environment)
+    if in_process or config.score_timeout == "off":
+        return environment
+    return IsolatedEnvironment(environment, config.id, config.args, config.score_timeout, place)
 
 
 def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "") -> Environment:
@@ -118,8 +122,9 @@ def _check_args(id: str, factory: Callable[..., Any], args: dict[str, Any], wher
 
 def did_you_mean(name: str, names: Collection[str]) -> str:
     """A question that names the one of `names` most similar to an unknown one, or ""."""
-    close = difflib.get_close_matches(name.replace("_", "-"), names, n=1)
-    return f"did you mean {close[0]!r}? Or " if close else ""
+    by_spelling = {known.replace("_", "-"): known for known in names}
+    close = difflib.get_close_matches(name.replace("_", "-"), by_spelling, n=1)
+    return f"did you mean {by_spelling[close[0]]!r}? Or " if close else ""
 
 
 def import_function(path: str, where: str, kind: str = "environment") -> Callable[..., Any]:

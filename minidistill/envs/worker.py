@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
-from minidistill.envs.outcomes import ScoringError, describe, score_one
+from minidistill.envs.outcomes import (
+    Outcome,
+    ScoringError,
+    describe,
+    score_attempts,
+    score_one,
+)
 from minidistill.envs.registry import load_environment
 from minidistill.subprocesses import die_with_parent
 from minidistill.types import Reward
@@ -26,7 +33,7 @@ def main(connection: Connection, lifeline: int) -> None:
     except BaseException as error:
         connection.send(("error", describe(error)[:LONGEST_ERROR]))
         return
-    connection.send(("ready", None))
+    connection.send(("ready", getattr(scorer, "score_all", None) is not None))
     while True:
         try:
             message = connection.recv()
@@ -35,10 +42,12 @@ def main(connection: Connection, lifeline: int) -> None:
         except Exception as error:  # a task that cannot be unpickled here
             connection.send(("error", describe(error)[:LONGEST_ERROR]))
         else:
-            connection.send(_answer(scorer, *message))
+            answer = _score_all if isinstance(message, list) else _score
+            connection.send(answer(connection, scorer, message))
 
 
-def _answer(scorer: Any, *message: Any) -> tuple[str, str | Reward]:
+def _score(connection: Connection, scorer: Any, message: Any) -> tuple[str, Any]:
+    """The answer to a task and a completion."""
     try:
         outcome = score_one(scorer, *message)
     except BaseException as error:  # KeyboardInterrupt: nobody sends this process a Ctrl-C
@@ -46,6 +55,23 @@ def _answer(scorer: Any, *message: Any) -> tuple[str, str | Reward]:
     if isinstance(outcome, Reward):
         return "reward", outcome
     return "error", str(outcome)[:LONGEST_ERROR]
+
+
+def _score_all(connection: Connection, scorer: Any, attempts: Any) -> tuple[str, Any]:
+    """Send the outcome of each attempt as it is known. Returns the last answer."""
+    lock = threading.Lock()  # a reward may report from threads of its own
+
+    def report(index: int, outcome: Outcome) -> None:
+        if isinstance(outcome, ScoringError):
+            outcome = ScoringError(str(outcome)[:LONGEST_ERROR], outcome.slow)
+        with lock:
+            connection.send(("outcome", (int(index), outcome)))
+
+    try:
+        score_attempts(scorer, attempts, report)
+    except BaseException as error:
+        return "error", describe(error)[:LONGEST_ERROR]
+    return "done", None
 
 
 if __name__ == "__main__":

@@ -52,8 +52,13 @@ def _followed(board: Mapping[str, Any]) -> str | None:
         found = f"the KL to the teacher there is {number(after)} now"
     else:
         low, high = board["unrelated_kl_closed_low"], board["unrelated_kl_closed_high"]
+        closed = share >= 0
+        if low is not None and not closed:
+            low, high = -high, -low  # of the growth
         bounds = "" if low is None else f" (95% interval {percent(low)} to {percent(high)})"
         found = f"{percent(share)} of the KL to the teacher there is closed{bounds}"
+        if not closed:
+            found = f"the KL to the teacher there has grown by {percent(-share)}{bounds}"
     text = f"The context has no task, so it should show on unrelated prompts too: {found}."
     if drift is not None and not board["unrelated_kl_negligible"]:
         text += " How far the answers left the base, the drift KL, does not count."

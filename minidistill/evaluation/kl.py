@@ -69,13 +69,16 @@ def drift_kl(
     """Mean KL(base‖student), nats, over the base's completions of unrelated prompts.
 
     0 means that training changed nothing outside the task. None if the base's weights no longer
-    exist: all weights were trained, and the teacher is not the base. `budget` bounds the passes.
+    exist (all weights were trained, and the teacher is not the base), or if nothing can sample from
+    them. `budget` bounds the passes.
     """
     view = [prompt.student_ids for prompt in unrelated_prompts(builder)]
+    # under LoRA the student's engine has the base too
+    served = policy.teacher_weights is Weights.BASE and (policy.lora or not policy.holds(Role.BASE))
     if policy.holds(Role.BASE) and policy.can_sample:
         engine.sleep()
         engine = EmbeddedEngine(policy, PrefixCache(policy, shares=False))
-    elif policy.teacher_weights is not Weights.BASE:
+    elif not served:
         return None
     completions = sample(config, engine, view, "drift", Role.BASE, DRIFT_TOKENS)
     roles = Role.BASE, Role.STUDENT

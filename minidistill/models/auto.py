@@ -50,18 +50,61 @@ def is_multimodal(model_config: Any) -> bool:
     return model_config.get_text_config() is not model_config
 
 
+def is_recurrent(model_config: Any) -> bool:
+    """Whether a layer's cache is more than keys and values: a state that every token changes."""
+    from transformers import DynamicCache
+
+    return not all(map(keeps_tokens, DynamicCache(config=model_config).layers))
+
+
+def keeps_tokens(layer: Any) -> bool:
+    """Whether a layer of a cache holds keys and values of tokens, and nothing else."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def text_parts(model: Any) -> list[nn.Module]:
+    """What text reaches: the whole of a language model, or a multimodal one's decoder and head."""
+    if not is_multimodal(model.config):
+        return [model]
+    return [model.get_decoder(), model.get_output_embeddings()]
+
+
+def text_parameters(model: Any) -> list[nn.Parameter]:
+    """The parameters that text reaches, which are those that can be trained; tied ones once."""
+    parts = text_parts(model)
+    return list({id(p): p for part in parts for p in part.parameters()}.values())
+
+
 def outside_text(model: Any) -> str:
     """A pattern of the names of modules that text does not reach; empty for a language model.
 
-    They are those outside the decoder and the head: a vision tower, its projector.
+    They are those outside `text_parts`: a vision tower, its projector.
     """
-    if not is_multimodal(model.config):
-        return ""
-    parts = (model.get_decoder(), model.get_output_embeddings())
-    inside = {id(module) for part in parts for module in part.modules()}
+    inside = {id(module) for part in text_parts(model) for module in part.modules()}
     outside = [name for name, m in model.named_modules() if not inside & set(map(id, m.modules()))]
     top = [n for n in outside if n.rpartition(".")[0] not in outside]
     return f"({'|'.join(map(re.escape, top))})(\\..*)?" if top else ""
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers of the decoder that reads text.
+
+    They are its first list of as many modules as the configuration has layers, or else its first
+    list. Experts and a vision tower may have longer ones. Raises UserError if there is none.
+    """
+    lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
+    count = model.config.get_text_config().num_hidden_layers
+    layers = next((m for m in lists if len(m) == count), lists[0] if lists else None)
+    if layers is None:
+        raise UserError(
+            f"the layers of {type(model).__name__} are not in a list, so they cannot be sharded or "
+            "recomputed one by one",
+            where="model.name",
+            fix="set trainer.shard = false and trainer.model.ac = false, or use another model",
+        )
+    return list(layers)
 
 
 def text_linears(model: Any) -> list[tuple[str, Any]]:
@@ -76,3 +119,8 @@ def text_linears(model: Any) -> list[tuple[str, Any]]:
         and module is not head
         and not re.fullmatch(elsewhere, name)
     ]
+
+
+def matches(name: str, target: str) -> bool:
+    """Whether an adapter's target selects a module, as peft decides it."""
+    return name == target or name.endswith(f".{target}")

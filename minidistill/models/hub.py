@@ -14,6 +14,9 @@ from minidistill.errors import UserError
 from minidistill.foreign import describe, foreign_code
 from minidistill.models.registry import SHIPPED_CONFIGS, resolve
 
+TEACHER_KEY = "teacher_inference.model.name"
+"""The setting that names a separate teacher's model."""
+
 
 def load_tokenizer(config: Config) -> Any:
     """The tokenizer of the student's model, with the configuration's chat template if it has one.
@@ -34,11 +37,11 @@ def load_teacher_tokenizer(config: Config, tokenizer: Any) -> Any:
     name = config.separate_teacher
     if name is None:
         return None
-    teacher_tokenizer = _load_tokenizer(config, name, "teacher_inference.model.name")
+    teacher_tokenizer = _load_tokenizer(config, name, TEACHER_KEY)
     if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{name} and {config.model.name} have different vocabularies",
-            where="teacher_inference.model.name",
+            where=TEACHER_KEY,
             fix="use a teacher with the student's tokenizer: it scores the student's own tokens",
         )
     return teacher_tokenizer
@@ -51,7 +54,8 @@ def load_model_config(config: Config, name: str | None = None, *, shipped: bool 
     use this machine's cached copy, or else the shipped one. Raises UserError if there is none.
     """
     name = name or config.model.name
-    with readable_errors(name):
+    key = "model.name" if name == config.model.name else TEACHER_KEY
+    with readable_errors(name, key):
         from transformers import AutoConfig
 
         arguments = hub_arguments(config, name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -16,13 +17,19 @@ from pickle import UnpicklingError
 from typing import Any
 
 from minidistill.config import Config
-from minidistill.errors import UserError, UserErrors
+from minidistill.errors import UserError, UserErrors, blamed_on
 from minidistill.models.auto import model_class
 from minidistill.models.hub import hub_arguments, load_model_config, readable_errors
 from minidistill.models.registry import resolve
 
 SHOWN = 3  # names of weights in a message
 _POINTER = b"version https://git-lfs"
+_BUFFERS = re.compile(
+    r"(.*\.)?((attn|attention|self_attn|self_attention)\.bias|masked_bias|causal_mask|scale_attn"
+    r"|position_ids|inv_freq|original_inv_freq|cos_cached|sin_cached)"
+)
+"""Masks, positions and rotary tables. Older versions of transformers saved them with the weights,
+and models compute them."""
 
 
 def refuse_adapters(config: Config) -> None:
@@ -61,7 +68,8 @@ def load_weights(config: Config, name: str, key: str = "model.name", **arguments
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    kind = model_class(load_model_config(config, name))
+    with blamed_on(key):
+        kind = model_class(load_model_config(config, name))
     damaged = (SafetensorError, UnpicklingError, EOFError)
     with readable_errors(name, key), _without_table():
         try:
@@ -80,10 +88,22 @@ def load_weights(config: Config, name: str, key: str = "model.name", **arguments
                 raise ValueError(f"damaged weights: {error}") from error
             raise
     model, report = loaded
+    report["unexpected_keys"] = _without_buffers(report["unexpected_keys"], model)
     problems = _problems(name, key, type(model).__name__, report)
     if problems:
         raise UserErrors(problems) if len(problems) > 1 else problems[0]
     return model
+
+
+def _without_buffers(unexpected: Collection[str], model: Any) -> list[str]:
+    """The names that are not of `_BUFFERS`. The bias of a layer with a weight is none of them."""
+    weights = tuple(name for name, _ in model.named_parameters() if name.endswith(".weight"))
+
+    def is_buffer(name: str) -> bool:
+        weight = f"{name.rpartition('.')[0]}.weight"
+        return bool(_BUFFERS.fullmatch(name)) and not any(w.endswith(weight) for w in weights)
+
+    return [name for name in unexpected if not is_buffer(name)]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from minidistill.config import Config
@@ -19,6 +20,17 @@ KNOWN_TYPES = frozenset(
 padded ones."""
 
 
+class Layout(Enum):
+    """How the sequences of a pass are laid out."""
+
+    PADDED = "padded"
+    """A row each."""
+    PACKED = "packed"
+    """In one row; a mask separates them."""
+    SHARED = "shared"
+    """In one row that has each prompt once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attention:
     """How the trainer's passes attend, and why."""
@@ -30,17 +42,30 @@ class Attention:
     reason: str = ""
 
     @property
-    def unpadded(self) -> bool:
-        """Every pass on whole sequences is packed, without a mask, after a cached prefix too."""
+    def shares_prompts(self) -> bool:
+        """Passes on whole sequences compute each prompt once."""
         return self.packed and self.implementation in (VARLEN, FLASH)
+
+    @property
+    def layout(self) -> Layout:
+        """Of a training pass."""
+        return Layout.PACKED if self.packed and not self.shares_prompts else self.prefix_layout
+
+    @property
+    def prefix_layout(self) -> Layout:
+        """Of a pass that may follow a cached prefix: a mask cannot give each sequence its own."""
+        return Layout.SHARED if self.shares_prompts else Layout.PADDED
 
     @property
     def text(self) -> str:
         """For the header."""
         name = self.implementation or "sdpa"
-        layout = "sequences are packed" if self.packed else "sequences are padded"
-        mask = ", no mask" if self.unpadded else ""
-        return f"{name}, {layout}{mask}: {self.reason}"
+        layout = {
+            Layout.PADDED: "sequences are padded",
+            Layout.PACKED: "sequences are packed",
+            Layout.SHARED: "sequences are packed, prompts computed once",
+        }[self.layout]
+        return f"{name}, {layout}: {self.reason}"
 
 
 TRANSFORMERS_CHOICE = Attention()
@@ -71,18 +96,11 @@ def place_attention(
         why = f"{kind} models cap their attention scores, which SDPA leaves out"
         return Attention("eager", packing is True, why)
     if asked == "auto":
-        if not obstacle and packing is True:
-            return Attention(VARLEN, True, "trainer.packing")
-        if packing == "auto":
-            if not machine.gpus:
-                return Attention(reason="there is no GPU")
-            if dtype == "float32":
-                return Attention(reason="the weights are float32")
-            obstacle = obstacle or _kernel_obstacle(model_configs)
-            if not obstacle:
-                return Attention(VARLEN, True, "16-bit weights on a GPU")
-        why = "trainer.packing" if packing is False or not obstacle else obstacle
-        return Attention(None, packing is True, why)
+        if packing is False:
+            return Attention(reason="trainer.packing")
+        if obstacle:
+            return Attention(None, packing is True, obstacle)
+        return Attention(VARLEN, True, f"{_types(model_configs)} attend causally to all tokens")
     return Attention(asked, packing is True, "model.attn")
 
 
@@ -108,13 +126,9 @@ def _caps_scores(model_config: Any) -> bool:
     return bool(getattr(model_config.get_text_config(), "attn_logit_softcapping", None))
 
 
-def _kernel_obstacle(model_configs: Sequence[Any]) -> str:
-    """Why torch's kernel cannot run, so that sequences would attend one after the other."""
-    for text in (model.get_text_config() for model in model_configs):
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        if size % 8 or size > 256:
-            return f"no kernel for packed sequences has heads of size {size}"
-    return ""
+def _types(model_configs: Sequence[Any]) -> str:
+    kinds = dict.fromkeys(model.get_text_config().model_type for model in model_configs)
+    return f"{' and '.join(kinds)} models"
 
 
 def _check_varlen(packing: bool | str, obstacle: str) -> None:

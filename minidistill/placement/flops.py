@@ -27,15 +27,18 @@ def step_work(config: Config, placement: Placement, shapes: Shapes) -> dict[str,
     train    4 P tokens + 4 D completions: the forward pass, and a backward pass without weight
              gradients. Training all weights adds 2 P tokens, checkpointing a layer its forward.
 
-    Attention between tokens is left out. The teacher's context is counted with every sequence,
-    although it is prefilled once per run if it is cached.
+    In the trainer, tokens have one prompt per group too if the attention shares prompts. Attention
+    between tokens is left out. The teacher's context is counted with every prompt, although it is
+    prefilled once per run if it is cached.
     """
     orchestrator = config.orchestrator
     rollouts, longest = orchestrator.batch_size, placement.max_length
     completions = rollouts * orchestrator.sampling.max_tokens
     groups = rollouts // orchestrator.rollouts_per_example
     sampled = groups * (longest - orchestrator.sampling.max_tokens) + completions
-    tokens = rollouts * longest
+    shares = placement.attention.shares_prompts
+    trained = sampled if shares else rollouts * longest
+    scored = sampled if shares and placement.teacher.scorer == "trainer" else rollouts * longest
     shape = shapes.student
     body, head = _parameters(shape)
     passes = 4.0 if config.trainer.model.lora else 6.0
@@ -44,11 +47,11 @@ def step_work(config: Config, placement: Placement, shapes: Shapes) -> dict[str,
     teacher_body, teacher_head = _parameters(shapes.teacher)
     return {
         "sample": Work(sampled, 2 * body * sampled + 2 * head * completions),
-        "teacher": Work(tokens, 2 * teacher_body * tokens + 2 * teacher_head * completions),
-        "train": Work(tokens, int(passes * body * tokens) + 4 * head * completions),
+        "teacher": Work(scored, 2 * teacher_body * scored + 2 * teacher_head * completions),
+        "train": Work(trained, int(passes * body * trained) + 4 * head * completions),
     }
 
 
 def _parameters(shape: ModelShape) -> tuple[int, int]:
     """P and D of `step_work`."""
-    return shape.parameters - shape.embedding - shape.head, shape.vocab * shape.hidden
+    return shape.body, shape.vocab * shape.hidden

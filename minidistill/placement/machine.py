@@ -32,6 +32,8 @@ class Machine:
     """Whether the package flash-attn is installed."""
     bitsandbytes: bool = False
     """Whether the package bitsandbytes is installed."""
+    torchvision: bool = True
+    """Whether the package torchvision is installed."""
     each: tuple[int, ...] = ()
     """Bytes of each GPU, if they differ."""
     card: str = ""
@@ -67,6 +69,7 @@ class Machine:
             card=str(getattr(torch.cuda.get_device_properties(0), "name", "")) if gpus else "",
             flash_attn=_is_installed("flash-attn"),
             bitsandbytes=_is_installed("bitsandbytes"),
+            torchvision=_is_installed("torchvision"),
         )
 
     @classmethod

@@ -37,10 +37,12 @@ class MicroBatchSize:
 def largest_micro_batch(config: Config, placement: Placement) -> MicroBatchSize:
     """The largest micro-batch that a step can have: every sequence has the longest length."""
     longest, orchestrator = placement.max_length, config.orchestrator
-    rank_tokens = orchestrator.batch_size // placement.ranks * longest
+    together = orchestrator.rollouts_per_example if placement.attention.shares_prompts else 1
+    completions = together * orchestrator.sampling.max_tokens
+    group = longest - orchestrator.sampling.max_tokens + completions
+    rank_tokens = orchestrator.batch_size // placement.ranks * group // together
     tokens = min(max(placement.micro_batch_tokens, longest), rank_tokens)
-    sequences = tokens // longest
-    return MicroBatchSize(tokens, longest, sequences * orchestrator.sampling.max_tokens)
+    return MicroBatchSize(tokens, longest, tokens * completions // group)
 
 
 def trainer_memory(
@@ -62,11 +64,12 @@ def trainer_memory(
     lora, teacher = config.trainer.model.lora, config.orchestrator.teacher_model
     weights = shape.weight_bytes(itemsize, config.model.quantization)
     in_trainer = placement.teacher.scorer == "trainer"
-    trained = shape.adapter(lora) if lora else shape.parameters
+    trained = shape.adapter(lora) if lora else shape.text
     averaged = teacher.update == "ema"
     parts: MemoryBreakdown = {"weights": weights // shards}
     if shards > 1:
-        unsharded = 2 * shape.layer_parameters + shape.embedding + shape.head
+        outside = shape.parameters - shape.body  # the embedding, the head, a vision tower
+        unsharded = 2 * shape.layer_parameters + outside
         parts["gathered layers"] = unsharded * itemsize
     if lora:
         width = _adapter_itemsize(placement)
@@ -77,7 +80,7 @@ def trainer_memory(
     else:
         fp32_copy = fp32_copy_bytes(itemsize)
         if averaged:
-            parts["reference copy"] = (itemsize + fp32_copy) * trained // shards
+            parts["reference copy"] = (weights + fp32_copy * trained) // shards
         elif teacher.update == "frozen" and in_trainer:
             parts["reference copy"] = weights // shards
         parts["gradients"] = 4 * trained // shards  # summed in fp32 whatever the weights' dtype
@@ -174,8 +177,9 @@ def layer_activations(
     """
     w, lora, attention = itemsize, config.trainer.model.lora, placement.attention
     h, i, q, k = shape.hidden, shape.intermediate, shape.attention, shape.keys
-    unmasked = attention.unpadded or attention.implementation == FLASH
-    total = 2 * 4 * h + 3 * w * i + w * (2 * q + 2 * (k if unmasked else q)) + 4 * shape.heads + 8
+    unmasked = attention.shares_prompts or attention.implementation == FLASH
+    kept = k * _gathered_keys(config, placement) if unmasked else q
+    total = 2 * 4 * h + 3 * w * i + w * int(2 * q + 2 * kept) + 4 * shape.heads + 8
     width = size.tokens if attention.packed else size.longest
     if attention.implementation == "eager":
         total += shape.heads * width * (4 if w == 4 else 4 + w)
@@ -199,6 +203,17 @@ def layer_activations(
     attended = {name for name, _ in blocks if name.endswith("attn")}
     distinct = sum(inputs for name, inputs in blocks if name not in attended)
     return total + w * (distinct + h * len(attended)) // shape.layers
+
+
+def _gathered_keys(config: Config, placement: Placement) -> float:
+    """Keys that a GPU's kernel reads per token of a row: each completion has its prompt's too."""
+    if not (placement.attention.shares_prompts and placement.trainer_gpus):
+        return 1.0
+    if placement.dtype == "float32":
+        return 1.0
+    completion = config.orchestrator.sampling.max_tokens
+    together, prompt = config.orchestrator.rollouts_per_example, placement.max_length - completion
+    return (prompt + together * placement.max_length) / (prompt + together * completion)
 
 
 def _adapter_itemsize(placement: Placement) -> int:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from minidistill.config.schema import LoraConfig
-from minidistill.errors import UserError
-from minidistill.models.auto import skeleton, text_linears
+from minidistill.errors import UserError, blamed_on
+from minidistill.models.auto import matches, skeleton, text_linears, text_parameters
+from minidistill.models.hub import TEACHER_KEY
 from minidistill.placement.placement import Models
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -29,6 +30,9 @@ class ModelShape:
     """Counts of a dense decoder."""
 
     parameters: int
+    text: int
+    """Those that text reaches: all but a multimodal model's vision tower and its like. If every
+    weight is trained, it is these."""
     embedding: int
     """Parameters of the input embedding."""
     head: int
@@ -59,9 +63,14 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     @property
+    def body(self) -> int:
+        """Parameters of all layers."""
+        return self.text - self.embedding - self.head
+
+    @property
     def layer_parameters(self) -> int:
         """Parameters of a layer, on average."""
-        return (self.parameters - self.embedding - self.head) // self.layers
+        return self.body // self.layers
 
     def adapted(self, targets: str | list[str]) -> tuple[Linear, ...]:
         """The layers that `targets` selects for an adapter. Names are matched as peft does."""
@@ -89,11 +98,6 @@ class ModelShape:
         return int(quantized * NF4_BITS / 8) + (self.parameters - quantized) * itemsize
 
 
-def matches(name: str, target: str) -> bool:
-    """Whether an adapter's target selects a module, as peft decides it."""
-    return name == target or name.endswith(f".{target}")
-
-
 def module_rank(lora: LoraConfig, name: str) -> int:
     """The rank of a layer's adapter. Patterns are matched as peft does."""
     for pattern, rank in lora.rank_pattern.items():
@@ -118,7 +122,8 @@ class Shapes:
     def of(cls, models: Models) -> Shapes:
         student = read_shape(models.student)
         same = models.teacher is models.student
-        return cls(student, student if same else read_shape(models.teacher))
+        with blamed_on(TEACHER_KEY):
+            return cls(student, student if same else read_shape(models.teacher))
 
 
 def read_shape(model_config: Any) -> ModelShape:
@@ -147,6 +152,7 @@ def read_shape(model_config: Any) -> ModelShape:
     hidden = text.hidden_size
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
+        text=sum(p.numel() for p in text_parameters(model)),
         embedding=embedding.weight.numel(),
         head=0 if tied else head.weight.numel(),
         layers=text.num_hidden_layers,

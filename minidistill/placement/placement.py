@@ -21,6 +21,7 @@ from minidistill.placement.gpus import (
 from minidistill.placement.limits import MICRO_BATCH_TOKENS, longest_sequence
 from minidistill.placement.machine import Machine
 from minidistill.placement.teacher import TeacherPlacement, place_teacher
+from minidistill.placement.vllm_limits import adapter_obstacle, model_obstacle
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,8 @@ class EnginePlacement:
     urls: tuple[str, ...] = ()
     """Of running servers, if the kind is a server."""
     dtype: str = "float32"
+    reason: str = ""
+    """Why it is another engine than the one that `auto` prefers on this machine."""
     max_length: int = 0
     """Tokens that a sequence may have. Scoring needs one more than the run's longest sequence."""
 
@@ -154,8 +157,12 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
     Raises UserError for settings that cannot be placed: exit code 3 for missing GPUs, otherwise 2.
     """
     _check_quantization(config, machine)
-    kind = student_kind(config, machine)
+    adapter = adapter_obstacle(config, models.student)
+    obstacle = adapter or model_obstacle(models.student, machine)
+    kind = student_kind(config, machine, vllm=obstacle is None)
     separate = not kind.in_trainer
+    if adapter is not None and (separate or _teacher_servers_have_adapter(config)):
+        raise adapter
     teacher = place_teacher(config, separate_engine=separate, scores_ids=machine.gpus > 0)
     heads = models.student.get_text_config().num_attention_heads
     layout = lay_out_gpus(config, machine.gpus, teacher, heads, engine_on_gpus=kind.on_run_gpus)
@@ -166,14 +173,19 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
     if dtype == "auto":
         dtype = "bfloat16" if machine.bf16 else "float32"
     student, teacher_engine = _engines(config, models, kind, teacher, layout, dtype, max_length)
+    for engine in filter(None, (student, teacher_engine)):
+        error = model_obstacle(engine.model_config, machine) if engine.kind.on_run_gpus else None
+        if error is not None:
+            raise error
     sleeps = student.sleeps or (teacher_engine is not None and teacher_engine.sleeps)
     check_schedule(config, separate_engine=separate, sleeps=sleeps)
     ranks = _ranks(config, machine, layout.trainer)
     shard = config.trainer.shard
     both = models.student, models.teacher  # an engine's teacher may yet move to the trainer
     warnings = layout.warnings
-    if machine.vllm and config.inference.engine == "auto" and (why := _only_embedded(config)):
-        warnings = (*warnings, f"the embedded engine samples: {why}")
+    if obstacle is not None and machine.vllm and config.inference.engine == "auto":
+        student = replace(student, reason=obstacle.what)
+        warnings = (*warnings, f"the embedded engine samples: {obstacle.what}")
     trainer, ac = config.trainer, config.trainer.model.ac
     tokens = trainer.micro_batch_tokens
     return Placement(
@@ -193,22 +205,19 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
     )
 
 
-def student_kind(config: Config, machine: Machine) -> EngineKind:
-    """What the student samples with."""
+def student_kind(config: Config, machine: Machine, *, vllm: bool) -> EngineKind:
+    """What the student samples with. `vllm` says whether vLLM can serve it."""
     if config.inference.server_urls:
         return SERVER
     name = config.inference.engine
     if name == "auto":
-        name = "vllm" if machine.vllm and not _only_embedded(config) else "embedded"
+        name = "vllm" if machine.vllm and vllm else "embedded"
     return ENGINE_KINDS[name]
 
 
-def _only_embedded(config: Config) -> str:
-    """Why vLLM cannot run this model or adapter; empty if it can."""
-    lora = config.trainer.model.lora
-    if config.model.quantization is not None:
-        return "vLLM would run other weights than the 4-bit ones that are trained"
-    return "vLLM cannot serve a DoRA adapter" if lora and lora.use_dora else ""
+def _teacher_servers_have_adapter(config: Config) -> bool:
+    changes = config.orchestrator.teacher_model.update != "frozen"
+    return bool(config.teacher_inference.server_urls) and changes
 
 
 def _check_quantization(config: Config, machine: Machine) -> None:

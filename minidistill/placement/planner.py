@@ -6,12 +6,13 @@ from dataclasses import replace
 
 from minidistill.config import Config, LoadedConfig
 from minidistill.errors import UserError
+from minidistill.models.auto import matches
 from minidistill.models.hub import load_model_config
 from minidistill.placement.estimate import Plan, estimate
 from minidistill.placement.layouts import faster_layouts
 from minidistill.placement.limits import longest_sequence
 from minidistill.placement.machine import Machine
-from minidistill.placement.model_shape import Shapes, matches
+from minidistill.placement.model_shape import Shapes
 from minidistill.placement.placement import Models, check_settings
 from minidistill.placement.suggest import smallest_change
 

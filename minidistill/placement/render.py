@@ -184,6 +184,8 @@ def _head(plan: Plan) -> list[tuple[str, str]]:
     config, shape, placement = plan.config, plan.shape, plan.placement
     lora = config.trainer.model.lora
     trained = "all weights trained"
+    if shape.text < shape.parameters:
+        trained = f"all {shape.text:,} weights of the language model trained"
     if lora:
         count = shape.adapter(lora)
         trained = f"adapter of rank {lora.rank}, {count:,}"

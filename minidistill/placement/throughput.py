@@ -96,10 +96,9 @@ def step_timing(memory: Memory, work: Mapping[str, Work], machine: Machine) -> T
     if not student.gpus or (teacher is not None and teacher.urls):
         return None
     card, named = card_of(machine)
-    length = _length_share(config, placement.max_length)
     sample = _sampling(memory, card)
-    scoring = length * work["teacher"].flops / (PREFILL * card.flops)
-    train = length * work["train"].flops / (TRAINING * card.flops * placement.ranks)
+    scoring = _mean_flops(config, work["teacher"]) / (PREFILL * card.flops)
+    train = _mean_flops(config, work["train"]) / (TRAINING * card.flops * placement.ranks)
     busy = dict.fromkeys(memory.gpus, 0.0)
     in_trainer = placement.teacher.scorer == "trainer"
     scored_on = teacher.gpus if teacher else student.gpus
@@ -123,10 +122,10 @@ def step_timing(memory: Memory, work: Mapping[str, Work], machine: Machine) -> T
     return Timing(card, named, sample, scoring, train, step, idle)
 
 
-def _length_share(config: Config, max_length: int) -> float:
-    """Tokens of a sequence with a completion of mean length, as a share of `max_length`."""
-    longest = config.orchestrator.sampling.max_tokens
-    return 1 - (1 - MEAN_COMPLETION) * longest / max_length
+def _mean_flops(config: Config, work: Work) -> float:
+    """The operations of a stage's work if completions have their mean length."""
+    longest = config.orchestrator.batch_size * config.orchestrator.sampling.max_tokens
+    return work.flops * (1 - (1 - MEAN_COMPLETION) * longest / work.tokens)
 
 
 def _sampling(memory: Memory, card: Card) -> float:
@@ -143,7 +142,7 @@ def _sampling(memory: Memory, card: Card) -> float:
     (student,) = (e for e in memory.engines if e.owner == "student")
     held = max(1, student.sequences / engine.dp)
     steps = max(longest, rollouts * completion / held)
-    weights = shape.parameters * itemsize / engine.tp / bandwidth
+    weights = shape.text * itemsize / engine.tp / bandwidth
     cache = (
         rollouts
         * completion
@@ -160,4 +159,4 @@ def _sampling(memory: Memory, card: Card) -> float:
 
 def _read(shape: ModelShape) -> int:
     """Parameters of the matrix products of a token."""
-    return shape.parameters - shape.embedding - shape.head + shape.vocab * shape.hidden
+    return shape.body + shape.vocab * shape.hidden

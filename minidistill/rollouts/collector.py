@@ -47,7 +47,7 @@ class StepRequests:
     requests: list[Request]
     params: SamplingParams
     metrics: Metrics
-    """How many prompts were left out because they are too long, if that is allowed."""
+    """How many prompts were replaced because they are too long, if that is allowed."""
 
 
 class Collector:
@@ -101,13 +101,11 @@ class Collector:
     def draw(self, step: int) -> StepRequests:
         """What a step samples: its prompts and requests."""
         orchestrator = self.config.orchestrator
-        tasks = self.tasks.draw(step, orchestrator.batch_size // self.group_size)
         # tasks that are generated are not measured before they are drawn
-        prompts, dropped = self.measurer.fitting_prompts(
-            [self.builder.build(env, task) for env, task in tasks], self.limit
-        )
+        count = orchestrator.batch_size // self.group_size
+        prompts, dropped = self.measurer.draw(self.tasks, step, count, self.limit)
         if dropped:
-            logger.warning(f"step {step}: left out {dropped} prompts that are too long")
+            logger.warning(f"step {step}: drew others for {dropped} prompts that are too long")
         jobs = [(prompt, sample) for prompt in prompts for sample in range(self.group_size)]
         requests = [
             Request(prompt.student_ids, stable_seed(self.config.seed, "train", step, index))

@@ -41,9 +41,13 @@ def header(
         adapter = f"{adapter_kind(lora)}, {_millions(trained)} parameters"
         rows.append(("adapter", f"{adapter}, {placement.adapter_dtype}"))
         if lora.init is not None:
-            rows.append(("starts from", f"the adapter in {adapter_folder(lora.init)}"))
+            # a later step starts from a checkpoint, and the adapter may have gone
+            folder = adapter_folder(lora.init) if first_step == 1 else lora.init
+            rows.append(("starts from", f"the adapter in {folder}"))
     else:
-        rows.append(("trained", "every weight"))
+        whole = plan.shape.text == plan.shape.parameters
+        part = "" if whole else f" of the language model, {_millions(trained)} parameters"
+        rows.append(("trained", f"every weight{part}"))
     mode = "pure distillation" if loss.adv_tau == 0 else "hybrid"
     formula = f"{loss.adv_tau:g} A + {loss.teacher_tau:g} log q - {loss.student_tau:g} log π"
     rows.append(("mode", f"{mode}: {formula}"))
@@ -56,7 +60,7 @@ def header(
     rows += [
         ("teacher", teacher),
         ("estimator", f"{scored.estimator}, scored in the {scored.scorer}: {scored.reason}"),
-        ("engine", engine.description),
+        ("engine", _with_reason(engine.description, placement.student.reason)),
         ("devices", summary(plan)),
         *choice_rows(placement),
     ]
@@ -72,6 +76,10 @@ def header(
         ("output", str(directory.path)),
     ]
     return Header("minidistill", tuple(rows), config.max_steps, first_step)
+
+
+def _with_reason(text: str, reason: str) -> str:
+    return f"{text}: {reason}" if reason else text
 
 
 def adapter_kind(lora: LoraConfig) -> str:

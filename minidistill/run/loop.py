@@ -18,9 +18,9 @@ from minidistill.reporting.run_directory import RunDirectory, claim_path
 from minidistill.reporting.terminal import SafeDisplay, lasting_output, open_display
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run.baseline import evaluate_baseline
-from minidistill.run.resume import is_extended
+from minidistill.run.prepare import prepare
+from minidistill.run.resume import is_extended, with_recorded_adapter
 from minidistill.run.session import Session, open_session
-from minidistill.run.setup import prepare
 from minidistill.run.summary import finish, show_finished
 from minidistill.trainer.step import StepResult
 from minidistill.types import Metrics
@@ -38,6 +38,8 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
         claim_path(loaded, resume) as path,
     ):
         directory = RunDirectory(path)
+        if resume:
+            loaded = with_recorded_adapter(loaded, directory)
         if resume and not is_extended(loaded, directory) and show_finished(directory, display):
             return EXIT_OK
         with logs.to_file(directory.log_path):

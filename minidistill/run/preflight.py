@@ -25,9 +25,9 @@ def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prom
     for template in (builder.student, builder.teacher):
         if template.render(first.task.messages) != template.render(first.task.messages):
             raise UserError(
-                "the two views differ even with an empty context",
+                "the chat template renders the same messages differently each time",
                 where=template.where,
-                fix="use a chat template that renders the same messages the same way",
+                fix="use a chat template whose text depends on the messages alone",
             )
     _check_generation_prompt(builder.student, first.task.messages, first.student_ids, "student")
     with_context = builder.with_context(first.task.messages)

@@ -13,15 +13,36 @@ import torch
 from torch import Tensor
 
 from minidistill.engines.embedded import EmbeddedEngine
+from minidistill.placement.attention import Layout
 from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import PrefixCache, hidden_states
 from minidistill.trainer.policy import Policy
 from minidistill.types import Completion, Request, Role, SamplingParams
 
 Ids = tuple[int, ...]
-PROMPTS = 2  # to sample from, and as many others of their lengths
 TOKENS = 6  # of a sample
-PROBE_TOKENS = 256  # of a sequence, at most
+SHORTEST = 8  # tokens of a prompt for a probe; a shorter one is repeated
+LONGEST = 256  # tokens of a prompt for a probe, unless the model has a window
+LONGEST_WINDOW = 2048  # that a probe still goes beyond
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+
+
+def probe_ids(policy: Policy, prompt: Ids) -> Ids:
+    """A prompt for a probe: of a few tokens at least, and long enough for the model's window.
+
+    What a probe finds does not depend on the length, and what it costs does.
+    """
+    text = policy.config.get_text_config()
+    windows = [w for name in WINDOWS if isinstance(w := getattr(text, name, None), int)]
+    longest = max([LONGEST, *(w + SHORTEST for w in windows if w <= LONGEST_WINDOW)])
+    return (prompt * SHORTEST)[: min(longest, max(SHORTEST, len(prompt)))]
+
+
+def other_ids(policy: Policy, ids: Ids) -> Ids:
+    """As many other tokens. They are from the first half of the vocabulary, because a multimodal
+    model's image tokens are at its end."""
+    half = max(2, policy.head_VH.shape[0] // 2)
+    return tuple((id + 1) % half for id in ids)
 
 
 def own_logprobs(policy: Policy, prompt: Ids, completion: Ids) -> Tensor:
@@ -37,12 +58,22 @@ def own_logprobs(policy: Policy, prompt: Ids, completion: Ids) -> Tensor:
     return logits_BLV[0, -needed:-1].float().log_softmax(-1)
 
 
+def mean_difference(ours_NV: Tensor, own_NV: Tensor) -> float:
+    """The mean difference of two distributions' log-probs, at the token where it is largest.
+
+    Each weighs as much as the larger of its probabilities, so that what neither would sample does
+    not count.
+    """
+    weights_NV = torch.maximum(ours_NV, own_NV).exp()
+    return float((weights_NV * (ours_NV - own_NV).abs()).sum(-1).max())
+
+
 def attention_error(policy: Policy, ids: Ids) -> float:
     """The largest difference of log-probs between the model's attention and its eager one.
 
     Eager attention is the model's own code. Others may leave out what they do not know.
     """
-    ids, model = ids[:PROBE_TOKENS], policy.causal
+    ids, model = probe_ids(policy, ids), policy.causal
     chosen = model.config._attn_implementation
     prompt, completion = ids[:1], ids[1:]
     logp_NV = own_logprobs(policy, prompt, completion)
@@ -55,35 +86,39 @@ def attention_error(policy: Policy, ids: Ids) -> float:
     return float(((logp_NV - eager_NV).abs() * eager_NV.exp()).max())
 
 
-def largest_leak(policy: Policy, first: Ids, second: Ids, *, packed: bool) -> float:
+def largest_leak(policy: Policy, first: Ids, second: Ids, layout: Layout) -> float:
     """How much `second`'s hidden states change if `first`, in the same batch, has other tokens.
 
     Relative to the largest hidden state. It is 0 if no sequence reads another, whatever the dtype:
     the passes have the same shapes. Only experts, whose batches depend on all tokens, round anew.
     """
-    first, second = first[:PROBE_TOKENS], second[:PROBE_TOKENS]
+    first, second = probe_ids(policy, first), probe_ids(policy, second)
 
     def states(first: Ids) -> Tensor:
         # every position but the last, as those of a completion
         prompts, completions = [first[:1], second[:1]], [first[1:], second[1:]]
-        tokens = collate(prompts, completions, pad_id=policy.pad_id, packed=packed)
+        tokens = collate(prompts, completions, pad_id=policy.pad_id, layout=layout)
         return hidden_states(policy, tokens)[len(first) - 1 :].float()
 
-    before_NH, after_NH = states(first), states(first[::-1])
+    before_NH, after_NH = states(first), states(first[:1] + other_ids(policy, first)[1:])
     return float((after_NH - before_NH).abs().max() / before_NH.abs().max())
 
 
 def sampling_error(policy: Policy, prompts: Sequence[Ids], role: Role, shares: bool) -> float:
     """The `kl/sampler_mismatch` of completions that the trainer's model samples.
 
-    Prompts have different lengths, two of each, and each is read once for two completions. They are
-    sampled once without an end, and once with ends at which rows leave the batch one by one.
+    They are the first prompt and a shorter part of the last, so that there is padding, and two
+    others that begin like them. Each is read once for two completions. They are sampled once
+    without an end, and once with ends at which rows leave the batch one by one.
     """
-    shortened = [prompt[: max(4, len(prompt) - i)] for i, prompt in enumerate(prompts[:PROMPTS])]
-    others = [
-        prompt[: len(prompt) // 2] + prompt[: len(prompt) // 2 - 1 : -1] for prompt in shortened
-    ]
-    requests = [Request(prompt, seed) for prompt in (*shortened, *others) for seed in range(2)]
+    with policy.running_as(role):
+        first, last = (probe_ids(policy, prompt) for prompt in (prompts[0], prompts[-1]))
+        shorter = last[: 3 * min(len(first), len(last)) // 4]
+        others = [
+            ids[: len(ids) // 2] + other_ids(policy, ids[len(ids) // 2 :])
+            for ids in (first, shorter)
+        ]
+    requests = [Request(prompt, seed) for prompt in (first, shorter, *others) for seed in range(2)]
 
     def sample(ends: frozenset[int]) -> list[Completion]:
         until = replace(policy, eos_ids=ends)

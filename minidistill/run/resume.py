@@ -3,12 +3,21 @@ are done would have been the same in the longer run."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from minidistill.config import Config, LoadedConfig
+from minidistill.config.adapter import with_recorded_shape
 from minidistill.errors import UserError
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.trainer.optim import rate_depends_on_max_steps
 
 STEPS = "max_steps"
+
+
+def with_recorded_adapter(loaded: LoadedConfig, directory: RunDirectory) -> LoadedConfig:
+    """The configuration of a resumed run, if the adapter that it started from has gone."""
+    recorded = directory.read("config.resolved.json")
+    return replace(loaded, config=with_recorded_shape(loaded.config, recorded))
 
 
 def is_extended(loaded: LoadedConfig, directory: RunDirectory) -> bool:

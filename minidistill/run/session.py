@@ -19,8 +19,9 @@ from minidistill.placement.measured import planned_and_measured
 from minidistill.reporting.monitors import open_monitors
 from minidistill.reporting.rollout_log import TokenTexts, write_rollouts
 from minidistill.reporting.terminal.base import Display, Sample
+from minidistill.run.build import Components, build
 from minidistill.run.header import header
-from minidistill.run.setup import Components, Prepared, build
+from minidistill.run.prepare import Prepared
 from minidistill.trainer import checkpoint
 from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.health import Health

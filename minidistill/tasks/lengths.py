@@ -42,25 +42,28 @@ class PromptLimit:
         return self.sequence - self.max_tokens
 
     def allows(self, prompt: Prompt) -> bool:
-        return _length(prompt) <= self.tokens
+        return length(prompt) <= self.tokens
 
     def describe(self, prompt: Prompt) -> str:
         """Which prompt it is, its length and the limit."""
         return (
-            f"context and prompt ({_length(prompt)} tokens, {place(prompt)}) plus max_tokens "
-            f"({self.max_tokens}) make {_length(prompt) + self.max_tokens} tokens, more than "
+            f"context and prompt ({length(prompt)} tokens, {place(prompt)}) plus max_tokens "
+            f"({self.max_tokens}) make {length(prompt) + self.max_tokens} tokens, more than "
             f"{self.name} ({self.sequence})"
         )
 
-    def refusal(self, prompt: Prompt, others: str = "") -> UserError:
-        """The error for a prompt that is too long, which may say how many others are."""
-        return UserError(
-            self.describe(prompt) + others,
-            where=place(prompt),
-            fix="shorten the context or the prompt, lower orchestrator.sampling.max_tokens, raise "
-            "seq_len within the model's limit, or leave such prompts out with "
-            'orchestrator.overlong = "drop"',
+    def refusal(self, prompt: Prompt, others: str = "", *, dropping: bool = False) -> UserError:
+        """The error for a prompt that is too long, which may say how many others are.
+
+        With `dropping`, such prompts are left out already, and too few would be left.
+        """
+        fix = (
+            "shorten the context or the prompt, lower orchestrator.sampling.max_tokens, or raise "
+            "seq_len within the model's limit"
         )
+        if not dropping:
+            fix += '; orchestrator.overlong = "drop" leaves such prompts out'
+        return UserError(self.describe(prompt) + others, where=place(prompt), fix=fix)
 
 
 def place(prompt: Prompt) -> str:
@@ -71,6 +74,7 @@ def place(prompt: Prompt) -> str:
     return f"task {task.id} of {prompt.env}"
 
 
-def _length(prompt: Prompt) -> int:
+def length(prompt: Prompt) -> int:
+    """The tokens of the longest view of a prompt."""
     views = prompt.student_ids, prompt.teacher_ids, prompt.own_context_ids
     return max(map(len, views))

@@ -9,18 +9,20 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from minidistill.envs.protocol import Environment, take_tasks
+from minidistill.envs.protocol import Environment, TasksMadeTogether, take_tasks
 from minidistill.errors import UserError
-from minidistill.tasks.lengths import PromptLimit
+from minidistill.tasks.lengths import PromptLimit, length
 from minidistill.tasks.prompts import PromptBuilder
-from minidistill.tasks.sampling import Fingerprint
+from minidistill.tasks.sampling import Fingerprint, TaskSampler
 from minidistill.types import Advance, Phase, Prompt, Task
 
 logger = logging.getLogger(__name__)
 GENERATED = 32
 """Prompts measured of a split that generates its tasks. Later ones are measured when drawn."""
+TRIES = 64
+"""Prompts that a step may draw for each of its own, until all of them fit."""
 KEPT = 32
 """Prompts kept for the checks of the model."""
 
@@ -80,17 +82,18 @@ class Measurer:
     ) -> Sequence[Task]:
         """The tasks of a split without overlong ones: `tasks` itself if there are none.
 
-        A list is measured whole. Of a split that generates its tasks the first ones are measured,
-        and none is left out. `take` is called with each prompt and whether it fits.
+        A split is measured whole. Only of one that generates its tasks (`make_tasks`) the first
+        ones are measured, and none is left out. `take` is called with each prompt and whether it
+        fits.
 
         Raises UserError if the split is empty, if prompts are refused, or if none of them fits.
         """
         refuse_empty(env, tasks)
-        is_list = isinstance(tasks, list | tuple)
-        count = len(tasks) if is_list else min(GENERATED, len(tasks))
+        generated = isinstance(tasks, TasksMadeTogether)
+        count = min(GENERATED, len(tasks)) if generated else len(tasks)
         overlong: list[int] = []
         first: Prompt | None = None
-        chosen = tasks if is_list else self.take(env, tasks, count)
+        chosen = self.take(env, tasks, count) if generated else map(tasks.__getitem__, range(count))
         with self.phase(f"measure {env}", count, "prompts") as advance:
             for index, task in enumerate(chosen):
                 prompt = self.builder.build(env, task)
@@ -104,15 +107,14 @@ class Measurer:
             return tasks
         others = f"; {len(overlong)} of {count} prompts are too long" if len(overlong) > 1 else ""
         if self.overlong == "refuse" or len(overlong) == count:
-            raise limit.refusal(first, others)
-        if not is_list:  # left out when they are drawn
+            raise limit.refusal(first, others, dropping=self.overlong == "drop")
+        if generated:  # replaced when they are drawn
             return tasks
         logger.warning(
             f"left out {len(overlong)} of {count} prompts of {env} that are too long, "
             f"first: {limit.describe(first)}"
         )
-        dropped = set(overlong)
-        return [task for index, task in enumerate(tasks) if index not in dropped]
+        return _Chosen(tasks, sorted(set(range(count)).difference(overlong)))
 
     def take(self, env: str, tasks: Sequence[Task], count: int) -> list[Task]:
         """The first `count` tasks of a split, which may take long to make."""
@@ -126,8 +128,53 @@ class Measurer:
         none is left."""
         kept = [prompt for prompt in prompts if limit.allows(prompt)]
         if len(kept) < len(prompts) and (self.overlong == "refuse" or not kept):
-            raise limit.refusal(next(p for p in prompts if not limit.allows(p)))
+            first = next(p for p in prompts if not limit.allows(p))
+            others = "" if kept else f"; none of {len(prompts)} prompts fits"
+            raise limit.refusal(first, others, dropping=self.overlong == "drop")
         return kept, len(prompts) - len(kept)
+
+    def draw(
+        self, tasks: TaskSampler, step: int, count: int, limit: PromptLimit
+    ) -> tuple[list[Prompt], int]:
+        """A step's `count` prompts, and how many were too long and have been replaced.
+
+        Both depend on the seed and the step alone. Raises UserError if prompts are refused, or if
+        too few of those that are drawn fit.
+        """
+        prompts = [self.builder.build(env, task) for env, task in tasks.draw(step, count)]
+        overlong: list[Prompt] = []
+        attempt = 0
+        while places := [i for i, prompt in enumerate(prompts) if not limit.allows(prompt)]:
+            overlong += [prompts[i] for i in places]
+            if self.overlong == "refuse":
+                raise limit.refusal(overlong[0])
+            if len(overlong) > TRIES * count:
+                drawn = len(overlong) + count - len(places)
+                raise limit.refusal(
+                    min(overlong, key=length),
+                    f". Step {step} drew {drawn} prompts, and {len(overlong)} of them are too "
+                    f"long: this is the shortest, the longest has {max(map(length, overlong))} "
+                    f"tokens. The step needs {count} with at most {limit.tokens}",
+                    dropping=True,
+                )
+            others = tasks.replacements(step, attempt, [prompts[i].env for i in places])
+            for i, (env, task) in zip(places, others, strict=True):
+                prompts[i] = self.builder.build(env, task)
+            attempt += 1
+        return prompts, len(overlong)
+
+
+class _Chosen(Sequence[Task]):
+    """Some tasks of a split, which may make them when they are asked for."""
+
+    def __init__(self, tasks: Sequence[Task], indices: Sequence[int]) -> None:
+        self.tasks, self.indices = tasks, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tasks[self.indices[index]]
 
 
 def refuse_empty(env: str, tasks: Sequence[Task]) -> None:

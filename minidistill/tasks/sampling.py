@@ -45,7 +45,23 @@ class TaskSampler:
 
     def draw(self, step: int, count: int) -> list[tuple[str, Task]]:
         """The `count` tasks of a step, each with its environment's name. Steps count from 1."""
-        numbers = [self._task_index(i) for i in range((step - 1) * count, step * count)]
+        return self._take([self._task_index(i) for i in range((step - 1) * count, step * count)])
+
+    def replacements(
+        self, step: int, attempt: int, environments: Sequence[str]
+    ) -> list[tuple[str, Task]]:
+        """A random task of each of these environments, which may name one several times.
+
+        For tasks of a step that cannot be used. They depend on the seed, the step and the `attempt`
+        alone.
+        """
+        rng = np.random.default_rng(stable_seed(self.seed, "replacement", step, attempt))
+        names = list(self.tasks)
+        places = [names.index(name) for name in environments]
+        return self._take([int(rng.integers(self.starts[i], self.starts[i + 1])) for i in places])
+
+    def _take(self, numbers: Sequence[int]) -> list[tuple[str, Task]]:
+        """The tasks of these numbers among all, each with its environment's name."""
         drawn: dict[int, tuple[str, Task]] = {}
         for env, (name, split) in enumerate(self.tasks.items()):
             first, end = int(self.starts[env]), int(self.starts[env + 1])

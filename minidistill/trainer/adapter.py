@@ -15,7 +15,7 @@ from torch import Tensor
 from minidistill.config.adapter import KEY, TENSORS, adapter_folder
 from minidistill.config.schema import LoraConfig
 from minidistill.errors import UserError
-from minidistill.models.auto import outside_text
+from minidistill.models.auto import is_multimodal, outside_text, text_linears
 from minidistill.trainer.policy import Weights
 
 NAMED = 4  # tensors that an error names
@@ -31,6 +31,10 @@ def add_adapter(lora: LoraConfig, base: Any, dtype: torch.dtype, seed: int) -> A
     import peft
 
     torch.manual_seed(seed)
+    targets = lora.target_modules
+    if targets == "all-linear" and is_multimodal(base.config):
+        # else peft saves the names of the vision tower's layers too
+        targets = sorted({name.rpartition(".")[2] for name, _ in text_linears(base)})
     try:
         model = peft.get_peft_model(
             base,
@@ -38,7 +42,7 @@ def add_adapter(lora: LoraConfig, base: Any, dtype: torch.dtype, seed: int) -> A
                 r=lora.rank,
                 lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions
                 lora_dropout=lora.dropout,
-                target_modules=lora.target_modules,
+                target_modules=targets,
                 exclude_modules=outside_text(base) or None,
                 use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora,

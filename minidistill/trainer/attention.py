@@ -1,18 +1,19 @@
-"""Attention to packed sequences without a mask.
+"""Attention in a row that holds many sequences and each prompt once, without a mask of the row.
 
-`register` gives transformers an implementation named `varlen`. With the lengths of the sequences in
-a row it runs torch's variable-length flash kernel, or SDPA on one sequence after the other where
-the kernel cannot run (a CPU, fp32). Without lengths it is transformers' SDPA with its mask.
+`register` gives transformers an implementation named `varlen`. It runs torch's variable-length
+flash kernel on keys that are gathered for each segment, or SDPA on one block of the row after the
+other where the kernel cannot run (a CPU, fp32). Without either it is transformers' SDPA with its
+mask.
 
-Shapes: `_T` tokens of all sequences, `_A` heads, `_D` head size.
+Shapes: `_T` tokens of the row, `_A` heads, `_D` head size.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from minidistill.placement.attention import VARLEN
+from minidistill.trainer.shared_row import Segment, Span
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Arguments of attention functions that change the scores: caps, sinks, biases."""
@@ -36,57 +38,113 @@ def register() -> None:
     AttentionMaskInterface.register(VARLEN, padding_mask)
 
 
-def sequence_arguments(
-    lengths: Sequence[int], prefix: int, device: torch.device
+def gathered_arguments(
+    segments: Sequence[Segment], prefix: int, device: torch.device
 ) -> dict[str, Tensor | int]:
-    """Arguments of a forward pass that say where each sequence of a packed row begins and ends.
+    """Arguments of a forward pass on a row whose keys are gathered: see `GatheredKeys`.
 
-    Each sequence has `lengths` new tokens after a cached prefix of `prefix` tokens. The names are
-    transformers', so `flash_attention_2` reads them too. The cumulative lengths are int32.
+    The names are transformers', so `flash_attention_2` reads them too. The cumulative lengths are
+    int32.
     """
-    sizes = torch.tensor([[0, *lengths], [0, *(prefix + n for n in lengths)]])
-    cumulative = sizes.cumsum(1, dtype=torch.int32).to(device)
+    queries = [len(segment) for segment in segments]
+    keys = [prefix + sum(stop - start for start, stop in _keys(segment)) for segment in segments]
+    cumulative = torch.tensor([[0, *queries], [0, *keys]]).cumsum(1, dtype=torch.int32).to(device)
     return {
         "cu_seq_lens_q": cumulative[0],
         "cu_seq_lens_k": cumulative[1],
-        "max_length_q": max(lengths),
-        "max_length_k": prefix + max(lengths),
+        "max_length_q": max(queries),
+        "max_length_k": max(keys),
     }
 
 
-class PackedPrefix(DynamicLayer):
-    """A layer of a cache that puts a prefix's keys and values before those of each sequence.
+def key_index(segments: Sequence[Segment], prefix: int, device: torch.device) -> Tensor:
+    """Where each gathered key comes from, int64, in the prefix followed by the row."""
+    parts = []
+    for segment in segments:
+        parts.append(torch.arange(prefix))
+        parts += [torch.arange(prefix + start, prefix + stop) for start, stop in _keys(segment)]
+    return torch.cat(parts).to(device)
+
+
+def _keys(segment: Segment) -> tuple[Span, ...]:
+    """What the last token of a segment attends to."""
+    return *segment.before, segment.span
+
+
+class GatheredKeys(DynamicLayer):
+    """A layer of a cache that returns the keys and values of each segment, one after the other.
 
     It does not keep what it returns: a pass holds them for one layer at a time.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, index_T: Tensor) -> None:
+    def __init__(self, prefix: tuple[Tensor, Tensor] | None, index_T: Tensor) -> None:
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-        self.prefix, self.index_T = (keys, values), index_T
+        if prefix is not None:
+            self.lazy_initialization(*prefix)
+            self.keys, self.values = prefix
+        self.prefix, self.index_T = prefix, index_T
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values (1, heads, T, D) of all sequences, each with the prefix."""
-        keys, values = (
-            torch.cat([prefix, new], dim=2).index_select(2, self.index_T)
-            for prefix, new in zip(self.prefix, (key_states, value_states), strict=True)
-        )
-        return keys, values
+        """Keys and values (1, heads, gathered, D)."""
+        keys, values = key_states, value_states
+        if self.prefix is not None:
+            keys = torch.cat([self.prefix[0], keys], dim=2)
+            values = torch.cat([self.prefix[1], values], dim=2)
+        return keys.index_select(2, self.index_T), values.index_select(2, self.index_T)
 
 
-def prefix_index(lengths: Sequence[int], prefix: int, device: torch.device) -> Tensor:
-    """Where each key of a packed row comes from, int64, in the prefix followed by the row."""
-    ends = torch.tensor(lengths).cumsum(0) + prefix
-    shared = torch.arange(prefix)
-    parts = [
-        part
-        for end, length in zip(ends.tolist(), lengths, strict=True)
-        for part in (shared, torch.arange(end - length, end))
-    ]
-    return torch.cat(parts).to(device)
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Neighbouring queries of a row that attend to the same keys."""
+
+    queries: Span
+    keys: tuple[Span, ...]
+    mask: Tensor | None
+    """bool, (queries, keys). None if the queries are the keys, in order."""
+
+
+def blocks(segments: Sequence[Segment], prefix: int, device: torch.device) -> list[Block]:
+    """The blocks of a row after a cached prefix.
+
+    Completions of a prompt are one block as long as they are no longer together than what they
+    share, so what is computed for pairs of them and then masked is less than the rest.
+    """
+    groups: list[list[Segment]] = []
+    for segment in segments:
+        last = groups[-1][-1] if groups else None
+        if last is not None and segment.before and segment.before == last.before:
+            shared = prefix + sum(stop - start for start, stop in segment.before)
+            if segment.stop - groups[-1][0].start <= shared:
+                groups[-1].append(segment)
+                continue
+        groups.append([segment])
+    return [_block(group, prefix, device) for group in groups]
+
+
+def _block(group: Sequence[Segment], prefix: int, device: torch.device) -> Block:
+    queries = group[0].start, group[-1].stop
+    keys = _merged(
+        [(0, prefix), *((prefix + a, prefix + b) for a, b in (*group[0].before, queries))]
+    )
+    rows = queries[1] - queries[0]
+    shared = sum(stop - start for start, stop in keys) - rows
+    if not shared and len(group) == 1:
+        return Block(queries, keys, None)
+    own = torch.block_diag(*(torch.ones(len(s), len(s)).tril() for s in group)).bool()
+    return Block(queries, keys, torch.cat([own.new_ones(rows, shared), own], 1).to(device))
+
+
+def _merged(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """The same positions in as few spans as possible."""
+    merged: list[Span] = []
+    for start, stop in spans:
+        if merged and merged[-1][1] == start:
+            merged[-1] = merged[-1][0], stop
+        elif start < stop:
+            merged.append((start, stop))
+    return tuple(merged)
 
 
 def padding_mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -109,28 +167,33 @@ def attend(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers.
 
-    `query` is (1, heads, T, D) if `kwargs` has the arguments of `sequence_arguments`; each query
-    then attends to the keys of its sequence up to itself. Returns (1, T, heads, D). Raises
-    ValueError for attention that is not exactly this: windows, caps, sinks, biases, dropout.
+    `query` is (1, heads, T, D) if `kwargs` has `row_blocks`, or the arguments of
+    `gathered_arguments`. Returns (1, T, heads, D). Raises ValueError for attention that is not
+    exactly causal: windows, caps, sinks, biases, dropout.
     """
-    if kwargs.get("cu_seq_lens_q") is None:
+    row = kwargs.get("row_blocks")
+    if row is None and kwargs.get("cu_seq_lens_q") is None:
         if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
             raise ValueError("a pass after cached tokens needs a mask or sequence lengths")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    _check(module, attention_mask, dropout, kwargs)
+    longest = key.shape[2] if row is not None else kwargs["max_length_k"]
+    _check(module, attention_mask, dropout, longest, kwargs)
+    if row is not None:
+        return attend_in_blocks(query, key, value, row, scaling).transpose(1, 2), None
     ends = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
-    if kernel_runs(query, value):
-        longest = kwargs["max_length_q"], kwargs["max_length_k"]
-        query_TAD, key_TAD, value_TAD = (x[0].transpose(0, 1) for x in (query, key, value))
-        output_TAD = run_kernel(query_TAD, key_TAD, value_TAD, ends, longest, scaling)
-        return output_TAD[None], None
-    return one_by_one(query, key, value, ends, scaling).transpose(1, 2), None
+    query_TAD, key_TAD, value_TAD = (x[0].transpose(0, 1) for x in (query, key, value))
+    lengths = kwargs["max_length_q"], kwargs["max_length_k"]
+    return run_kernel(query_TAD, key_TAD, value_TAD, ends, lengths, scaling)[None], None
 
 
 def _check(
-    module: torch.nn.Module, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+    module: torch.nn.Module,
+    mask: Tensor | None,
+    dropout: float,
+    longest: int,
+    kwargs: dict[str, Any],
 ) -> None:
     """Raise ValueError for what `attend` would leave out."""
     problems = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
@@ -142,20 +205,20 @@ def _check(
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         problems.append("attention to later tokens")
     window = kwargs.get("sliding_window")
-    if window and window < kwargs["max_length_k"]:
+    if window and window < longest:
         problems.append(f"a window of {window} tokens")
     if problems:
         raise ValueError(f"packed attention without a mask does not support {', '.join(problems)}")
 
 
-def kernel_runs(query: Tensor, value: Tensor) -> bool:
-    """Whether torch's variable-length flash kernel computes this attention and its gradient."""
-    size = query.shape[-1]
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+def kernel_runs(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether torch's variable-length flash kernel computes attention with heads of this size, and
+    its gradient."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
-    if size % 8 or value.shape[-1] != size or "scale" not in kernel_arguments():
+    if size % 8 or "scale" not in kernel_arguments():
         return False
-    capability = torch.cuda.get_device_capability(query.device)
+    capability = torch.cuda.get_device_capability(device)
     # of heads larger than 192, cards with little shared memory cannot run the backward pass
     return capability >= (8, 0) and size <= (256 if capability in ((8, 0), (9, 0)) else 192)
 
@@ -187,35 +250,28 @@ def run_kernel(
     return output
 
 
-def one_by_one(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    ends: tuple[Tensor, Tensor],
-    scale: float | None,
+def attend_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, row: Sequence[Block], scale: float | None
 ) -> Tensor:
-    """The same attention by SDPA on one sequence after the other, (1, heads, T, D).
-
-    Only queries after a cached prefix need a mask: SDPA aligns to the first query and key.
-    """
+    """Attention by SDPA on one block after the other, (1, heads, T, D)."""
     grouped = query.shape[1] != key.shape[1]
     outputs = []
-    spans = [list(pairwise(cumulative.tolist())) for cumulative in ends]
-    for (q_start, q_end), (k_start, k_end) in zip(*spans, strict=True):
-        queries, keys = q_end - q_start, k_end - k_start
-        mask = None
-        if keys > queries > 1:
-            allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-            mask = allowed.tril(keys - queries)
+    for block in row:
+        start, stop = block.queries
         outputs.append(
             scaled_dot_product_attention(
-                query[:, :, q_start:q_end],
-                key[:, :, k_start:k_end],
-                value[:, :, k_start:k_end],
-                attn_mask=mask,
-                is_causal=queries == keys,
+                query[:, :, start:stop],
+                _spans(key, block.keys),
+                _spans(value, block.keys),
+                attn_mask=block.mask,
+                is_causal=block.mask is None,
                 scale=scale,
                 enable_gqa=grouped,
             )
         )
     return torch.cat(outputs, dim=2)
+
+
+def _spans(states: Tensor, spans: Sequence[Span]) -> Tensor:
+    parts = [states[:, :, start:stop] for start, stop in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

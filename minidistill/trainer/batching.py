@@ -5,11 +5,16 @@ Shapes: `_B` sequences, `_L` length, `_N` completion tokens of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from minidistill.placement.attention import Layout
+from minidistill.trainer.shared_row import Segment, shared_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +34,8 @@ class Tokens:
     targets_N: Tensor
     prefix: tuple[int, ...] = ()
     """Ids that every sequence begins with and that `ids_BL` leaves out (a cached context)."""
-    lengths: tuple[int, ...] = ()
-    """Of the sequences in a packed row, without the prefix. Empty for padded sequences."""
+    segments: tuple[Segment, ...] = ()
+    """Of a row in which prompts are shared; empty for others."""
 
     def to(self, device: torch.device) -> Tokens:
         if device.type == "cpu":
@@ -43,7 +48,7 @@ class Tokens:
             self.columns_N.to(device),
             self.targets_N.to(device),
             self.prefix,
-            self.lengths,
+            self.segments,
         )
 
 
@@ -52,26 +57,28 @@ def collate(
     completions: Sequence[Sequence[int]],
     *,
     pad_id: int,
-    packed: bool = False,
+    layout: Layout = Layout.PADDED,
     prefix: Sequence[int] = (),
 ) -> Tokens:
     """Join each prompt with its completion. Every prompt must begin with `prefix` and be longer."""
-    prompts = [prompt[len(prefix) :] for prompt in prompts]
-    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-    starts, columns, rows, targets = [], [], [], []
+    own = [tuple(prompt[len(prefix) :]) for prompt in prompts]
+    if layout is Layout.SHARED:
+        return _share(own, completions, tuple(prefix))
+    packed = layout is Layout.PACKED
+    lengths = [len(p) + len(c) for p, c in zip(own, completions, strict=True)]
+    starts, columns, rows = [], [], []
     offset = 0
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    for row, (prompt, completion) in enumerate(zip(own, completions, strict=True)):
         starts.append(offset)
         first = offset + len(prompt) - 1
         columns.append(torch.arange(first, first + len(completion)))
         rows.append(torch.full((len(completion),), 0 if packed else row))
-        targets.append(torch.tensor(completion, dtype=torch.int64))
         offset += lengths[row] if packed else 0
     shape = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
     ids_BL = torch.full(shape, pad_id)
     positions_BL = torch.zeros(shape, dtype=torch.int64)
     mask_BL = None if packed else torch.zeros(shape, dtype=torch.int64)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    for row, (prompt, completion) in enumerate(zip(own, completions, strict=True)):
         region = (0 if packed else row, slice(starts[row], starts[row] + lengths[row]))
         ids_BL[region] = torch.tensor([*prompt, *completion])
         positions_BL[region] = torch.arange(len(prefix), len(prefix) + lengths[row])
@@ -85,18 +92,41 @@ def collate(
         mask_BL,
         torch.cat(rows),
         torch.cat(columns),
-        torch.cat(targets),
+        _targets(completions),
         tuple(prefix),
-        tuple(lengths) if packed else (),
     )
+
+
+def _share(
+    prompts: Sequence[tuple[int, ...]],
+    completions: Sequence[Sequence[int]],
+    prefix: tuple[int, ...],
+) -> Tokens:
+    row, columns = shared_row(prompts, completions, len(prefix))
+    columns_N = torch.tensor([column for each in columns for column in each])
+    return Tokens(
+        torch.tensor([row.ids]),
+        torch.tensor([row.positions]),
+        None,
+        torch.zeros_like(columns_N),
+        columns_N,
+        _targets(completions),
+        prefix,
+        tuple(row.segments),
+    )
+
+
+def _targets(completions: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([token for completion in completions for token in completion])
 
 
 def split_by_tokens(lengths: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:
     """Indices in groups, each of which has at most `budget` padded (or packed) tokens.
 
-    Longest first, so that there is little padding. A sequence over the budget has its own group.
+    Padded ones longest first, so that there is little padding; packed ones in order, so that equal
+    prompts stay together. A sequence over the budget has its own group.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = sorted(range(len(lengths)), key=lambda i: (0 if packed else -lengths[i], i))
     groups: list[list[int]] = []
     total = 0
     for index in order:
@@ -128,9 +158,42 @@ def share_out(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The ids that all sequences begin with. At least one id of each sequence is left over."""
-    low, high = min(map(tuple, sequences)), max(map(tuple, sequences))
-    limit = min(map(len, sequences)) - 1
-    length = next((i for i in range(limit) if low[i] != high[i]), limit)
-    return tuple(low[:length])
+@dataclass(frozen=True, slots=True)
+class RowPart:
+    """What a rollout adds to a row that has each prompt once."""
+
+    group: Hashable
+    """Equal for rollouts of the same prompt."""
+    prompt: int
+    """Tokens of the prompt, which the first rollout of a group adds."""
+    completion: int
+
+
+def share_out_groups(parts: Sequence[RowPart], ranks: int) -> list[list[int]]:
+    """Indices for each rank, with about equal numbers of tokens and few divided groups."""
+    members = Counter(part.group for part in parts)
+    first: dict[Hashable, int] = {}
+    for index, part in enumerate(parts):
+        first.setdefault(part.group, index)
+    order = sorted(range(len(parts)), key=lambda i: first[parts[i].group])
+    costs = [parts[i].completion + parts[i].prompt / members[parts[i].group] for i in order]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for index, cost, end in zip(order, costs, accumulate(costs), strict=True):
+        shares[int((end - cost / 2) * ranks / sum(costs))].append(index)
+    return shares
+
+
+def split_groups(parts: Sequence[RowPart], budget: int) -> list[list[int]]:
+    """Indices in order, in rows of at most `budget` tokens. One over the budget has its own row."""
+    rows: list[list[int]] = []
+    tokens, group = 0, None
+    for index, part in enumerate(parts):
+        more = part.completion + (part.prompt if not rows or part.group != group else 0)
+        if rows and tokens + more <= budget:
+            rows[-1].append(index)
+            tokens += more
+        else:
+            rows.append([index])
+            tokens = part.prompt + part.completion
+        group = part.group
+    return rows

@@ -74,6 +74,11 @@ def save(trainer: Trainer, root: Path, step: int, facts: dict[str, Any], keep: i
     return final
 
 
+def any_saved(root: Path) -> bool:
+    """Whether there are checkpoints, of which `restore` takes one or refuses all."""
+    return bool(_steps(root))
+
+
 def restore(trainer: Trainer, root: Path) -> dict[str, Any] | None:
     """Load the newest undamaged checkpoint and return its facts; None if there is no checkpoint.
 

@@ -11,13 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidistill.trainer.attention import PackedPrefix, prefix_index, sequence_arguments
-from minidistill.trainer.batching import Tokens, common_prefix
+from minidistill.models.auto import keeps_tokens
+from minidistill.placement.attention import FLASH
+from minidistill.trainer.attention import (
+    GatheredKeys,
+    blocks,
+    gathered_arguments,
+    kernel_runs,
+    key_index,
+)
+from minidistill.trainer.batching import Tokens
 from minidistill.trainer.policy import Policy
+from minidistill.trainer.shared_row import MIN_SHARED, Segment, common_prefix
 from minidistill.types import Role
 
 KeysValues = list[tuple[Tensor, Tensor]]
-MIN_PREFIX = 8  # below this many shared tokens a prefix pass costs more than it saves
 
 
 class PrefixCache:
@@ -35,7 +43,7 @@ class PrefixCache:
     def common(self, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
         """The ids that all prompts begin with; () if caching them does not pay off."""
         prefix = common_prefix(prompts) if self.shares and len(set(map(tuple, prompts))) > 1 else ()
-        return prefix if len(prefix) >= MIN_PREFIX else ()
+        return prefix if len(prefix) >= MIN_SHARED else ()
 
     def states(self, prefix: tuple[int, ...], role: Role) -> KeysValues | None:
         """Keys and values of the prefix; None for (). `role` must be the current role."""
@@ -76,24 +84,13 @@ def can_share_prefix(policy: Policy) -> bool:
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
-def is_recurrent(policy: Policy) -> bool:
-    """Whether a layer's cache is more than keys and values: a state that every token changes."""
-    return not all(map(_keeps_tokens, new_cache(policy).layers))
-
-
 def select_rows(cache: Any, index: Tensor) -> None:
     """Keep these rows of a cache, in place; a row may be taken several times."""
     for layer in cache.layers:
-        if _keeps_tokens(layer):
+        if keeps_tokens(layer):
             layer.batch_select_indices(index)
         else:  # `batch_select_indices` leaves recurrent states out, if a layer has it at all
             layer.reorder_cache(index)
-
-
-def _keeps_tokens(layer: Any) -> bool:
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def seeded_cache(policy: Policy, states: KeysValues | None, rows: int) -> Any:
@@ -108,36 +105,44 @@ def seeded_cache(policy: Policy, states: KeysValues | None, rows: int) -> Any:
     return cache
 
 
-def packed_cache(policy: Policy, states: KeysValues, lengths: Sequence[int]) -> Any:
-    """A cache that begins with `states` for each sequence of a packed row."""
-    cache = new_cache(policy)
-    index_T = prefix_index(lengths, states[0][0].shape[2], policy.device)
-    cache.layers = [PackedPrefix(keys, values, index_T) for keys, values in states]
-    return cache
-
-
 def hidden_states(policy: Policy, tokens: Tokens, states: KeysValues | None = None) -> Tensor:
     """Hidden states that predict each completion token, (N, H), under the current role.
 
-    `states` are the keys and values of `tokens.prefix`. Packed tokens with a prefix need attention
-    that reads lengths.
+    `states` are the keys and values of `tokens.prefix`.
     """
     tokens = tokens.to(policy.device)
-    cache, lengths = None, tokens.lengths
-    if tokens.prefix:
-        assert states is not None, "tokens without their prefix's states"
-        assert policy.attention.unpadded or not lengths, "a mask cannot separate prefixes"
-        if lengths:
-            cache = packed_cache(policy, states, lengths)
-        else:
-            cache = seeded_cache(policy, states, tokens.ids_BL.shape[0])
-    packed = sequence_arguments(lengths, len(tokens.prefix), policy.device) if lengths else {}
+    prefix, segments = len(tokens.prefix), tokens.segments
+    assert not prefix or states is not None, "tokens without their prefix's states"
+    if segments and _gathers_keys(policy):
+        cache = _gathering_cache(policy, states if prefix else None, segments)
+        row: dict[str, Any] = gathered_arguments(segments, prefix, policy.device)
+    else:
+        assert tokens.mask_BL is not None or segments or not prefix, "the sequences share a prefix"
+        cache = seeded_cache(policy, states, tokens.ids_BL.shape[0]) if prefix else None
+        row = {"row_blocks": blocks(segments, prefix, policy.device)} if segments else {}
     hidden_BLH = policy.body(
         input_ids=tokens.ids_BL,
         attention_mask=tokens.mask_BL,
         position_ids=tokens.positions_BL,
         past_key_values=cache,
         use_cache=cache is not None,
-        **packed,
+        **row,
     ).last_hidden_state
     return hidden_BLH[tokens.rows_N, tokens.columns_N]
+
+
+def _gathers_keys(policy: Policy) -> bool:
+    """Whether a kernel attends to the segments of a row, each to keys of its own."""
+    if policy.attention.implementation == FLASH:
+        return True
+    text = policy.config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return kernel_runs(policy.device, policy.dtype, size)
+
+
+def _gathering_cache(policy: Policy, states: KeysValues | None, segments: Sequence[Segment]) -> Any:
+    cache = new_cache(policy)
+    index_T = key_index(segments, states[0][0].shape[2] if states else 0, policy.device)
+    prefixes = states if states is not None else [None] * len(cache.layers)
+    cache.layers = [GatheredKeys(prefix, index_T) for prefix in prefixes]
+    return cache

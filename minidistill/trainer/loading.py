@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from minidistill.config import Config
-from minidistill.errors import UserError
-from minidistill.models.auto import outside_text
+from minidistill.errors import UserError, blamed_on
+from minidistill.models.auto import text_parameters
+from minidistill.models.hub import TEACHER_KEY
 from minidistill.models.weights import load_weights
 from minidistill.placement.placement import Placement
 from minidistill.trainer import attention
@@ -54,7 +54,9 @@ def load_policy(
     in_trainer = placement.teacher.scorer == "trainer"
     if in_trainer and teacher is Weights.OTHER:
         other = _load_other(config, base, dtype, device, implementation)
-        reference_models[Weights.OTHER], other_logit_map = other, find_logit_map(other)
+        reference_models[Weights.OTHER] = other
+        with blamed_on(TEACHER_KEY):
+            other_logit_map = find_logit_map(other)
     if settings.lora is False:
         model = _trained(base)
         if in_trainer and teacher is Weights.BASE:
@@ -120,14 +122,13 @@ def _load_other(
     """A separate teacher model. Raises UserError if its head has another number of rows."""
     name = config.separate_teacher
     assert name is not None
-    key = "teacher_inference.model.name"
-    model = _load_weights(config, name, dtype, device, implementation, key)
+    model = _load_weights(config, name, dtype, device, implementation, TEACHER_KEY)
     model.requires_grad_(False).eval()
     rows, needed = (m.get_output_embeddings().weight.shape[0] for m in (model, base))
     if rows != needed:
         raise UserError(
             f"the teacher's LM head has {rows} rows, the student's {needed}",
-            where="teacher_inference.model.name",
+            where=TEACHER_KEY,
             fix='set trainer.loss.estimator = "sampled" with inference.engine = "vllm", which '
             "compares the sampled tokens only",
         )
@@ -136,11 +137,9 @@ def _load_other(
 
 def _trained(base: Any) -> Any:
     """The model with every weight trained that text reaches."""
-    base.requires_grad_(True)
-    pattern = outside_text(base)
-    for name, module in base.named_modules() if pattern else ():
-        if re.fullmatch(pattern, name):
-            module.requires_grad_(False)
+    base.requires_grad_(False)
+    for parameter in text_parameters(base):
+        parameter.requires_grad_(True)
     return base
 
 

@@ -7,8 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.trainer.batching import share_out, split_by_tokens
+from minidistill.placement.attention import Layout
+from minidistill.trainer.batching import (
+    RowPart,
+    share_out,
+    share_out_groups,
+    split_by_tokens,
+    split_groups,
+)
 from minidistill.trainer.distributed.rank_group import RankGroup
+from minidistill.types import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -32,24 +40,36 @@ class MicroBatches:
     On OOM the budget is halved for the rest of the run.
     """
 
-    def __init__(self, budget: int, rank_group: RankGroup, *, packed: bool) -> None:
-        self.budget, self.packed, self.rank_group = budget, packed, rank_group
+    def __init__(self, budget: int, rank_group: RankGroup, layout: Layout) -> None:
+        self.budget, self.layout, self.rank_group = budget, layout, rank_group
 
-    def passes(self, lengths: Sequence[int], *, sharded: bool) -> list[list[int]]:
-        """The rollouts of each of this rank's micro-batches.
+    def passes(self, rollouts: Sequence[Rollout], *, sharded: bool) -> list[list[int]]:
+        """The rollouts of each of this rank's micro-batches, by their index.
 
-        `lengths` are those of the step's rollouts. With `sharded` weights every rank runs the same
-        number of passes; some may be empty.
+        With `sharded` weights every rank runs the same number of passes; some may be empty.
         """
-        passes = []
-        for share in share_out(lengths, self.rank_group.size):
-            share_lengths = [lengths[i] for i in share]
-            groups = split_by_tokens(share_lengths, self.budget, self.packed)
+        ranks, passes = self.rank_group.size, []
+        lengths = [max(r.student_length, r.teacher_length) for r in rollouts]
+        parts = [_row_part(rollout) for rollout in rollouts]
+        shared = self.layout is Layout.SHARED
+        for share in share_out_groups(parts, ranks) if shared else share_out(lengths, ranks):
+            if shared:
+                groups = split_groups([parts[i] for i in share], self.budget)
+            else:
+                packed = self.layout is Layout.PACKED
+                groups = split_by_tokens([lengths[i] for i in share], self.budget, packed)
             passes.append([[share[i] for i in group] for group in groups])
         if sharded:
             most = max(map(len, passes))
             passes = [groups + [[]] * (most - len(groups)) for groups in passes]
         return passes[self.rank_group.rank]
+
+    def tokens(self, rollouts: Sequence[Rollout]) -> int:
+        """The tokens of one micro-batch of all these rollouts, without padding."""
+        if self.layout is Layout.SHARED:
+            parts = {(part := _row_part(r)).group: part.prompt for r in rollouts}
+            return sum(parts.values()) + sum(len(r.completion.token_ids) for r in rollouts)
+        return sum(max(r.student_length, r.teacher_length) for r in rollouts)
 
     def shrink(self, failures: dict[int, OutOfMemory], *, sharded: bool) -> None:
         """Halve the budget, for the rank with the least memory.
@@ -69,6 +89,12 @@ class MicroBatches:
             f"out of memory{where} ({worst.message}): "
             f"trainer.micro_batch_tokens is {self.budget} from here on"
         )
+
+
+def _row_part(rollout: Rollout) -> RowPart:
+    prompt, tokens = rollout.prompt, len(rollout.completion.token_ids)
+    views = prompt.student_ids, prompt.teacher_ids
+    return RowPart(views, max(map(len, views)), tokens)
 
 
 def sequence_too_long(tokens: int, message: str) -> UserError:

@@ -13,9 +13,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from minidistill.trainer.distributed.fsdp import decoder_layers
+from minidistill.models.auto import decoder_layers
 
 
 def set_dropout(model: nn.Module, on: bool) -> None:
@@ -43,8 +42,6 @@ def checkpoint_activations(causal: Any, freq: int) -> None:
 
     Each gets a class derived from its own, which a copy of the model keeps.
     """
-    decoder = causal.get_decoder()
-    layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in (layers or decoder_layers(causal))[::freq]:
+    for layer in decoder_layers(causal)[::freq]:
         kind = type(layer)
         layer.__class__ = type(kind.__name__, (Checkpointed, kind), {})

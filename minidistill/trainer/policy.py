@@ -282,7 +282,8 @@ class Policy:
     def _ema(self) -> dict[str, Tensor]:
         """The averaged weights, under the names of the student's parameters."""
         if not self.lora:
-            return dict(self.reference_models[Weights.EMA].named_parameters())
+            named = dict(self.reference_models[Weights.EMA].named_parameters())
+            return {n: named[n] for n, _ in self.parameters}
         named = dict(self.model.named_parameters())
         # a layer's tensors end in ".default.weight", an embedding's in ".default"
         student, ema = (f".{weights.value}" for weights in (Weights.STUDENT, Weights.EMA))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minidistill.placement.attention import Layout
 from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import hidden_states
 from minidistill.trainer.policy import Policy
@@ -36,13 +37,13 @@ def token_kl(
         max(len(first), len(second)) + len(completion)
         for first, second, completion in zip(*prompts, completions, strict=True)
     ]
-    packed = policy.attention.unpadded
+    layout = policy.attention.prefix_layout
 
     def run_batch(rows: list[int]) -> Sequence[Tensor]:
         hidden, heads = [], []
         batch = [completions[i] for i in rows]
         for view, role in zip(prompts, roles, strict=True):
-            tokens = collate([view[i] for i in rows], batch, pad_id=policy.pad_id, packed=packed)
+            tokens = collate([view[i] for i in rows], batch, pad_id=policy.pad_id, layout=layout)
             with policy.running_as(role):
                 hidden.append(hidden_states(policy, tokens))
                 heads.append(policy.head)
@@ -57,4 +58,4 @@ def token_kl(
         return kl_N.cpu().split([len(c) for c in batch])
 
     with policy.unsharded(*roles), policy.inference():
-        return torch.cat(budget.run(longest, run_batch, doing, packed=packed))
+        return torch.cat(budget.run(longest, run_batch, doing, packed=layout is Layout.SHARED))

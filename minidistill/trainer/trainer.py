@@ -59,7 +59,7 @@ class Trainer:
         self.prefixes = prefixes
         self.loss = loss_settings(config, self.estimator, len(policy.head_VH))
         self.micro_batches = MicroBatches(
-            placement.micro_batch_tokens, policy.rank_group, packed=policy.attention.packed
+            placement.micro_batch_tokens, policy.rank_group, policy.attention.layout
         )
         self.optimizer = Optimizer(policy, config)
         self.max_mismatch = mismatch_limit(config, policy.dtype)
@@ -207,8 +207,7 @@ class Trainer:
         figures: dict[int, TokenFigures] = {}
         first = passes = 0
         for part in parts:
-            lengths = [max(r.student_length, r.teacher_length) for r in part]
-            batches = self.micro_batches.passes(lengths, sharded=self.policy.sharded is not None)
+            batches = self.micro_batches.passes(part, sharded=self.policy.sharded is not None)
             seeds = [self._dropout_seed(command.step, passes + i) for i in range(len(batches))]
             found, failure = self._accumulate_part(
                 part, batches, seeds, 1 / command.tokens, context, progress
@@ -259,13 +258,12 @@ class Trainer:
         if message is None:
             return figures, None
         self.policy.reshard()
-        batches = [rows for rows in passes if rows]
-        batch_lengths = [lengths[i] for rows in batches for i in rows] or [min(lengths)]
+        own = [rollouts[i] for rows in passes for i in rows] or shortest
         return {}, OutOfMemory(
             message=message,
-            tokens=sum(batch_lengths),
-            longest=max(batch_lengths),
-            single_sequences=max(map(len, batches), default=1) == 1,
+            tokens=self.micro_batches.tokens(own),
+            longest=max(max(r.student_length, r.teacher_length) for r in own),
+            single_sequences=max(map(len, passes), default=1) <= 1,
         )
 
     def _dropout_seed(self, step: int, index: int) -> int:
@@ -314,7 +312,7 @@ class Trainer:
             [r.prompt.student_ids for r in rollouts],
             completions,
             pad_id=policy.pad_id,
-            packed=policy.attention.packed,
+            layout=policy.attention.layout,
         ).to(policy.device)
         teacher = self._teacher_inputs(rollouts, context)
         student_NH = hidden_states(policy, student)
@@ -359,7 +357,7 @@ class Trainer:
             [r.prompt.teacher_ids for r in rollouts],
             [c.token_ids for c in completions],
             pad_id=policy.pad_id,
-            packed=policy.attention.unpadded,
+            layout=policy.attention.prefix_layout,
             prefix=prefix,
         )
         student = policy.causal

@@ -15,7 +15,7 @@ from support.tiny_runs import write_config
 from minidistill.config import Config, load_config
 from minidistill.engines.launch import EngineLauncher
 from minidistill.engines.vllm.options import Options, build_options
-from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.placement import vllm_version
 from minidistill.placement.machine import GIB, Machine
 from minidistill.placement.placement import EnginePlacement, place
@@ -23,6 +23,7 @@ from minidistill.placement.planner import load_models
 
 Configure = Callable[..., Any]
 CPU = Machine(gpus=0, bytes=16 * GIB, vllm=False, bf16=False)
+GPU = Machine(gpus=1, bytes=80 * GIB, vllm=True, bf16=True)
 
 
 def student(config: Config, machine: Machine = CPU) -> EnginePlacement:
@@ -103,15 +104,63 @@ def test_options_with_an_adapter(
     assert engine_options.environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
 
 
-def test_an_adapter_on_the_embedding_is_refused(
-    configure: Configure, version: Callable[[str | None], None]
+EMBEDDING = ("--trainer.model.lora.target_modules", "q_proj,embed_tokens")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--inference.engine", "vllm"),
+        ("--inference.server_urls", "http://localhost:1"),
+        ("--teacher_inference.server_urls", "http://localhost:1", "--trainer.loss.estimator",
+         "sampled", "--orchestrator.teacher_model.update", "ema"),
+    ],
+)  # fmt: skip
+def test_an_adapter_on_the_embedding_is_refused_where_vllm_was_asked_for(
+    configure: Configure, flags: tuple[str, ...]
 ) -> None:
-    version("0.32.0")
-    targets = ("--trainer.model.lora.target_modules", "q_proj,embed_tokens")
-    config = configure("--inference.engine", "vllm", *targets).config
+    config = configure(*EMBEDDING, *flags).config
     with pytest.raises(UserError, match="the embedding embed_tokens cannot be sent") as caught:
-        options(config)
+        place(config, load_models(config), CPU)
+    assert (caught.value.exit_code, caught.value.where) == (
+        EXIT_USAGE, "trainer.model.lora.target_modules",
+    )  # fmt: skip
     assert "embedded" in caught.value.fix
+
+
+def test_an_adapter_on_the_embedding_is_sampled_from_in_the_trainer(configure: Configure) -> None:
+    """Where `auto` would prefer vLLM, and the reason is said."""
+    config = configure(*EMBEDDING).config
+    placement = place(config, load_models(config), GPU)
+    assert placement.student.in_trainer
+    reason = "an adapter on the embedding embed_tokens cannot be sent to vLLM"
+    assert placement.student.reason == reason
+    assert placement.warnings == (f"the embedded engine samples: {reason}",)
+    others = configure("--trainer.model.lora.target_modules", "q_proj,o_proj").config
+    placement = place(others, load_models(others), GPU)
+    assert (placement.student.kind.name, placement.student.reason) == ("vllm", "")
+
+
+@pytest.mark.parametrize(
+    ("targets", "last_parts"),
+    [
+        ("q_proj", {"q_proj"}),
+        ("self_attn.q_proj,down_proj", {"q_proj", "down_proj"}),
+        ("model.layers.0.self_attn.k_proj,layers.1.mlp.up_proj", {"k_proj", "up_proj"}),
+    ],
+)
+def test_vllm_is_told_the_last_parts_of_the_layers_names(
+    configure: Configure,
+    version: Callable[[str | None], None],
+    targets: str,
+    last_parts: set[str],
+) -> None:
+    """It wraps a layer whose last part is named, and so leaves out adapters of all others."""
+    version("0.32.0")
+    flags = ("--inference.engine", "vllm", "--trainer.model.lora.target_modules", targets)
+    engine_options = options(configure(*flags).config)
+    assert set(engine_options.arguments["lora_target_modules"]) == last_parts
+    assert set(engine_options.adapter["target_modules"]) == last_parts
 
 
 def test_a_multimodal_model_is_served_for_text_alone(
@@ -125,6 +174,39 @@ def test_a_multimodal_model_is_served_for_text_alone(
     assert targets == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }, "the vision tower has others"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"), [("gemma3_vision", True), ("qwen3_5", True), ("qwen3_next", False)]
+)
+def test_a_multimodal_family_without_torchvision(name: str, needs: bool, tmp_path: Path) -> None:
+    """vLLM's modules of such models do not import then, and `auto` is the embedded engine."""
+    path = write_config(tmp_path, build(name, tmp_path))
+    without = replace(GPU, torchvision=False)
+    auto, vllm = (load_config([path, "--inference.engine", e]).config for e in ("auto", "vllm"))
+    assert student(vllm, GPU).kind.name == student(auto, GPU).kind.name == "vllm"
+    if not needs:
+        assert student(vllm, without).kind.name == student(auto, without).kind.name == "vllm"
+        return
+    with pytest.raises(UserError, match="vLLM needs the package torchvision") as caught:
+        student(vllm, without)
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    engine = student(auto, without)
+    assert engine.in_trainer
+    assert "torchvision" in engine.reason
+
+
+@pytest.mark.parametrize(("name", "caches"), [("llama", True), ("falcon_h1", False)])
+def test_recurrent_states_are_not_cached_on_a_cpu(
+    version: Callable[[str | None], None], tmp_path: Path, name: str, caches: bool
+) -> None:
+    version("0.32.0")
+    targets = ("--trainer.model.lora.target_modules", "q_proj")
+    path = write_config(tmp_path, build(name, tmp_path))
+    config = load_config([path, "--inference.engine", "vllm", *targets]).config
+    assert options(config).arguments["enable_prefix_caching"] is caches
+    on_gpu = build_options(config, student(config, GPU), (0,), teacher=False)
+    assert on_gpu.arguments["enable_prefix_caching"] is True
 
 
 def test_options_with_ranks_by_layer(

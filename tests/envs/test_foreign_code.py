@@ -61,7 +61,7 @@ USES: dict[str, Any] = {
     "task": lambda env: list(env.train),
     "make_tasks": lambda env: take_tasks(env.train, [1, 0]),
     "has_rewards": has_rewards,
-    "close": lambda env: env.close(),
+    "check_ready": lambda env: env.check_ready(),
 }
 
 
@@ -120,9 +120,15 @@ def test_reports_of_score_all_are_read_as_scores() -> None:
 
 
 @pytest.mark.parametrize("fault", ["ctrl-c", "swallowed ctrl-c"])
-@pytest.mark.parametrize("place", [*USES, "score"])
+@pytest.mark.parametrize("place", [*USES, "score", "close"])
 def test_ctrl_c_is_the_users_in_any_place(place: str, fault: str) -> None:
-    use = {**USES, "score": lambda env: score_one(env, TASKS[0], "")}[place]
+    def score(env: Environment) -> None:
+        score_one(env, TASKS[0], "")
+
+    def close(env: Environment) -> None:
+        close_environments([env])
+
+    use = {**USES, "score": score, "close": close}[place]
     with ctrl_c(), pytest.raises(Interrupted):
         use(load(place, fault))
 
@@ -163,16 +169,12 @@ def test_scores_that_raise_anything_are_counted_and_the_run_ends_well(
     assert [rollout["reward"] for rollout in kept] == [0.5] * 8
 
 
-@pytest.mark.parametrize("fault", ["panic"])
-def test_a_score_all_that_raises_is_no_success(
-    fault: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run("score_all", fault) not in (EXIT_OK, EXIT_INTERRUPTED)
-    assert SAYS[fault] in capsys.readouterr().err
+def test_a_score_all_that_raises_fails_for_what_it_has_not_reported() -> None:
+    for fault in FAULTS:
+        outcomes: dict[int, Any] = {}
+        attempts = [Attempt(TASKS[0], "")] * 2
+        score_attempts(load("score_all", fault), attempts, outcomes.__setitem__)
+        assert [SAYS[fault] in str(outcomes[index]) for index in range(2)] == [True, True]
 
 
 # -- the helper --------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,19 @@ import pytest
 from support.paths import ROOT
 
 from minidistill.config.orchestrator import EnvConfig
-from minidistill.envs.isolated import IsolatedEnvironment, close_environments
-from minidistill.envs.outcomes import CannotScoreError, ScoringError
+from minidistill.envs.isolated import IsolatedEnvironment, ScoringProcess, close_environments
+from minidistill.envs.outcomes import (
+    Attempt,
+    CannotScoreError,
+    Outcome,
+    ScoringError,
+    score_attempts,
+)
 from minidistill.envs.registry import load_environments
 from minidistill.envs.sokoban import SokobanEnv
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.tasks.rewards import score
+from minidistill.types import Completion, Prompt, Reward, Rollout
 
 FAULTY = "support.faulty_rewards"
 
@@ -73,23 +82,144 @@ def test_one_process_is_kept_and_reused(env: IsolatedEnvironment) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "message", "slow"),
+    ("fault", "message"),
     [
-        ("exit now", "it ended its process: exit code 5; last output: last words", False),
-        ("crash", "it ended its process: signal SIGSEGV", False),
-        ("sleep", "it took longer than score_timeout = 0.5 s, and was stopped", True),
-        ("hang", "it took longer than score_timeout = 0.5 s, and was stopped", True),
+        ("exit now", "it ended its process: exit code 5; last output: last words"),
+        ("crash", "it ended its process: signal SIGSEGV"),
+        ("sleep", "it took longer than score_timeout = 0.5 s, and was stopped"),
+        ("hang", "it took longer than score_timeout = 0.5 s, and was stopped"),
     ],
 )
 def test_a_process_that_ends_or_hangs_is_replaced(
-    env: IsolatedEnvironment, fault: str, message: str, slow: bool
+    env: IsolatedEnvironment, fault: str, message: str
 ) -> None:
     first = pid(env)
     with pytest.raises(ScoringError) as caught:
         env.score(env.train[0], fault)
-    assert (str(caught.value), caught.value.slow) == (message, slow)
+    assert (str(caught.value), caught.value.slow) == (message, True)
     assert pid(env) != first
     assert gone(first)
+
+
+@pytest.mark.parametrize("fault", ["exit now", "sleep"])
+def test_scoring_stops_as_soon_as_too_many_took_long(env: IsolatedEnvironment, fault: str) -> None:
+    prompt = Prompt("e", env.train[0], "", "", (), ())
+    completion = Completion((1,), (0.0,), "eos")
+    texts = ["fine", fault, *["fine"] * 30]
+    rollouts = [Rollout(prompt, i, completion, text) for i, text in enumerate(texts)]
+    scored: list[int] = []
+
+    def check(errors: Sequence[str]) -> None:
+        if errors:
+            raise UserError(errors[0])
+
+    with pytest.raises(UserError, match=r"train/0: it (ended its process|took longer)"):
+        score({"e": env}, rollouts, scored.append, check)
+    assert len(scored) == 2
+
+
+# -- many at once ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def together() -> Iterator[IsolatedEnvironment]:
+    environment = load("Together", score_timeout=0.5)
+    assert isinstance(environment, IsolatedEnvironment)
+    yield environment
+    environment.close()
+
+
+def score_together(env: Any, *completions: str) -> list[Outcome]:
+    """The outcomes by number. Each is reported once."""
+    outcomes: dict[int, Outcome] = {}
+
+    def report(index: int, outcome: Outcome) -> None:
+        assert index not in outcomes
+        outcomes[index] = outcome
+
+    attempts = [Attempt(env.train[0], text, len(text)) for text in completions]
+    score_attempts(env, attempts, report)
+    return [outcomes[index] for index in range(len(completions))]
+
+
+def test_completions_are_scored_together_in_the_process(together: IsolatedEnvironment) -> None:
+    """In one call, which knows the tokens, and reports from the last to the first."""
+    outcomes = score_together(together, "a", "bb", "ccc")
+    assert [outcome.value for outcome in outcomes if isinstance(outcome, Reward)] == [1, 2, 3]
+    [first, *others] = [o.metrics for o in outcomes if isinstance(o, Reward)]
+    assert first["pid"] != os.getpid()
+    assert first["attempts"] == 3
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "slow"),
+    [
+        ("raise", "ZeroDivisionError: together", False),
+        ("forget", "score_all reported no score for it", False),
+        ("exit", "it called sys.exit(3)", False),
+        ("exit now", "it ended its process: exit code 5; last output: last words", True),
+        ("sleep", "it took longer than score_timeout = 0.5 s, and was stopped", True),
+    ],
+)
+def test_what_is_not_reported_has_failed(
+    together: IsolatedEnvironment, fault: str, message: str, slow: bool
+) -> None:
+    first, second, third = score_together(together, "a", fault, "ccc")  # in the order 3, 2, 1
+    assert isinstance(third, Reward)
+    for failed in (first, second):
+        assert isinstance(failed, ScoringError)
+        assert (str(failed), failed.slow) == (message, slow)
+    assert isinstance(score_together(together, "a")[0], Reward), "it goes on"
+
+
+def test_a_value_that_is_no_reward_fails_alone(together: IsolatedEnvironment) -> None:
+    for env in (together, together.environment):
+        one, two, three = score_together(env, "number", "text", "nan")
+        assert one == Reward(0.5)
+        assert str(two).startswith("it returned 'high': return a number")
+        assert str(three) == "the reward is nan, which is not finite"
+
+
+@pytest.mark.parametrize("fault", ["twice", "unknown"])
+def test_a_report_of_no_attempt_ends_the_run(fault: str) -> None:
+    with pytest.raises(CannotScoreError, match="which does not exist or was reported before"):
+        score_together(load("Together", score_timeout="off"), "a", fault)
+
+
+def test_an_exception_in_the_process_of_the_run_is_counted() -> None:
+    """As in a process of its own. What the caller raises to stop is not taken for one."""
+    env = load("Together", score_timeout="off")
+    first, second, third = score_together(env, "a", "raise", "ccc")
+    assert str(first) == str(second) == "ZeroDivisionError: together"
+    assert isinstance(third, Reward)
+
+    def stop(index: int, outcome: Outcome) -> None:
+        raise UserError("enough")
+
+    for environment in (env, load("Together", score_timeout=1.0)):
+        with pytest.raises(UserError, match="enough"):
+            score_attempts(environment, [Attempt(env.train[0], "a")] * 2, stop)
+        close_environments([environment])
+
+
+# -- its process -------------------------------------------------------------------------------
+
+
+def descriptors() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_process_that_cannot_be_started_leaves_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = descriptors()
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    for _ in range(3):
+        with pytest.raises(FileNotFoundError):
+            ScoringProcess("a", {})
+    assert descriptors() == before
 
 
 def test_it_imports_what_the_driver_does(

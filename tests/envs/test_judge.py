@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -278,6 +279,47 @@ def test_no_server() -> None:
     error = failure(judge(server.url, budget=0.2))
     assert error.slow
     assert f"the judge at {server.url} failed" in str(error)
+
+
+# -- before the run ----------------------------------------------------------------------------
+
+
+def refused(reward: Any) -> str:
+    """Why the judge is refused before the run."""
+    with pytest.raises(UserError) as caught:
+        reward.check_ready()
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    assert KEY not in str(caught.value)
+    return f"{caught.value.what} {caught.value.fix}"
+
+
+@pytest.mark.parametrize("status", [200, 404, 405, 501, 503])
+def test_a_server_that_answers_is_reached(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that has no list of models. It is asked once, and not for a completion."""
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with serving(say("1"), models=status) as server:
+        judge(server.url, key_env="JUDGE_KEY").check_ready()
+    assert (server.paths, server.requests) == (["/v1/models"], [])
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_that_is_refused(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with serving(say("1"), models=status) as server:
+        with_key = refused(judge(server.url, key_env="JUDGE_KEY"))
+        assert f"it refuses the key (HTTP {status})" in with_key
+        assert "correct key_env" in with_key
+        assert "set key_env" in refused(judge(server.url))
+
+
+def test_a_server_that_is_not_reached() -> None:
+    with serving(say("1")) as server:
+        pass
+    assert f"the judge at {server.url} cannot be asked: " in refused(judge(server.url))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        assert "no answer within 0.2 s" in refused(judge(url, timeout=0.2))
 
 
 # -- many at once ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from support.judge_server import serving
 from support.runs import board, records
 
 from minidistill import cli
-from minidistill.errors import EXIT_FAILED, EXIT_HEALTH, EXIT_OK, EXIT_USAGE
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_HEALTH, EXIT_OK, EXIT_USAGE
 
 HANGING = r"([\s\S]|[\s\S])*Q{9}"
 TOML = """
@@ -169,6 +169,17 @@ def test_a_judge_in_training() -> None:
     assert texts <= set(asked)
     judged = [text for text in asked if len(text) % 5 != 4]
     assert len(judged) == len(set(judged))  # equal completions are judged once
+
+
+def test_a_judge_that_is_not_reached_is_refused_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with serving(lambda handler, body: None) as server:
+        pass
+    judge = f'{{ type = "judge", model = "m", prompt = "{{completion}}", url = "{server.url}" }}'
+    assert run(REWARD, judge) == EXIT_ENVIRONMENT
+    assert f"the judge at {server.url} cannot be asked" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_an_unknown_reward_is_refused_before_anything_is_written(

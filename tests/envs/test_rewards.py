@@ -121,6 +121,24 @@ def test_the_json_reward(completion: str, parses: int, valid: int, tmp_path: Pat
     assert score(completion, table) == expected
 
 
+@pytest.mark.parametrize(
+    ("data", "what", "place"),
+    [
+        (b'{"type": "object", "type": "array"}', "the key 'type' is there twice", ""),
+        (b'{\n  "type": objekt}', "not valid JSON: Expecting value", ":2, column 11"),
+        (b'{\n "title": "caf\xe9"}', "is not UTF-8 text: the byte 0xe9", ":2, column 15"),
+    ],
+)
+def test_a_file_that_is_no_schema(data: bytes, what: str, place: str, tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        build({"type": "json", "schema_file": str(file)})
+    assert what in caught.value.what
+    assert caught.value.where == f"{file}{place}"
+    assert caught.value.exit_code == EXIT_USAGE
+
+
 def test_a_schema_fetches_nothing() -> None:
     reference = {"type": "json", "schema": {"$ref": "http://127.0.0.1:9/schema.json"}}
     outcome = score("{}", reference)
@@ -156,6 +174,7 @@ def test_what_needs_a_process_of_its_own() -> None:
     [
         ("exakt", "", "did you mean 'exact'"),
         ("not-contains", "", "did you mean 'not_contains'"),
+        ("notcontain", "", "did you mean 'not_contains'"),
         (3, "", '"length"'),
         (["exact"], "", '"exact"'),
         ({"pattern": "a"}, "", "add `type`"),

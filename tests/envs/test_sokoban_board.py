@@ -8,7 +8,7 @@ from support.sokoban import STEPS, brute_force, equal_boards, play_move, replay,
 from minidistill.envs.sokoban.board import RG, XSB, Board
 from minidistill.envs.sokoban.difficulty import Difficulty
 from minidistill.envs.sokoban.level_set import LevelSet
-from minidistill.envs.sokoban.moves import UNREACHABLE, live_cells, push_distances
+from minidistill.envs.sokoban.moves import UNREACHABLE, Moves, live_cells
 from minidistill.envs.sokoban.solver import solve
 
 EMOJI = dict(zip(XSB, "🧱🙂😎📦🎁🎯⬜", strict=True))
@@ -126,13 +126,13 @@ def lone_pushes(text: str) -> dict[tuple[int, int], int]:
 @given(rooms())
 def test_push_distances(text: str) -> None:
     board = Board.parse(text)
-    distances = push_distances(board)
+    near = Moves(board).to_goals.near
     live = 0
     for (y, x), pushes in lone_pushes(text).items():
         cell = y * board.width + x
-        assert distances[cell] == pushes
+        assert near[cell] == pushes
         live |= (pushes < UNREACHABLE) << cell
-    floor = ((1 << len(distances)) - 1) & ~board.walls
+    floor = ((1 << board.width * board.height) - 1) & ~board.walls
     assert live_cells(floor, board.goals, board.width) == live
 
 

@@ -13,12 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.lab import cpu_placement
 from support.paths import SOKOBAN
+from support.tiny_models import build
 
 from minidistill.config import load_config
 from minidistill.errors import EXIT_USAGE, UserError
 from minidistill.models.hub import load_tokenizer
 from minidistill.models.registry import BUILT_IN
 from minidistill.models.weights import check_weights, load_weights, refuse_adapters
+from minidistill.placement.model_shape import Shapes
+from minidistill.placement.planner import load_models
 from minidistill.trainer.loading import load_policy
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -127,6 +130,38 @@ def test_a_tied_head_is_not_missing(folder: Path) -> None:
         check_weights(loaded(folder).config)
 
 
+@pytest.mark.parametrize(
+    ("name", "layer", "buffers"),
+    [
+        ("gptj", "transformer.h.0.attn", ("bias", "masked_bias", "scale_attn")),
+        ("gpt_bigcode", "transformer.h.1.attn", ("bias", "masked_bias")),
+        ("gpt_neox", "gpt_neox.layers.0.attention", ("bias", "masked_bias", "rotary_emb.inv_freq")),
+        ("llama", "model.layers.1.self_attn", ("rotary_emb.inv_freq", "rotary_emb.cos_cached")),
+        ("gemma", "model", ("causal_mask", "position_ids")),
+    ],
+)
+def test_masks_and_positions_of_old_checkpoints_are_no_weights(
+    name: str, layer: str, buffers: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = build(name, tmp_path)
+    old = {f"{layer}.{buffer}": torch.ones(2) for buffer in buffers}
+    rewrite(lambda w: w.update(old))(model)
+    check_weights(loaded(model).config)
+    real = f"{layer}.extra.weight"
+    rewrite(lambda w: w.update({real: torch.ones(2)}))(model)
+    with pytest.raises(UserError) as caught:
+        check_weights(loaded(model).config)
+    assert f"has 1 weight ({real}) that" in str(caught.value)
+
+
+def test_a_bias_of_a_layer_is_a_weight(folder: Path) -> None:
+    """Even of a layer that is named as attention is elsewhere."""
+    for name in ("model.layers.0.self_attn.q_proj.bias", "lm_head.bias"):
+        rewrite(lambda w, name=name: w.update({name: torch.zeros(2)}))(folder)
+    with pytest.raises(UserError, match="has 2 weights"):
+        check_weights(loaded(folder).config)
+
+
 def test_a_teachers_weights_are_checked_too(folder: Path) -> None:
     """Whoever loads them: here only an engine would."""
     DAMAGES["missing"][0](folder)
@@ -185,3 +220,17 @@ def test_a_sound_model_passes(folder: Path, capfd: pytest.CaptureFixture[str]) -
     refuse_adapters(config)
     check_weights(config)
     assert capfd.readouterr().err == ""
+
+
+def test_a_teacher_that_generates_no_text_is_named_as_the_teacher(tmp_path: Path) -> None:
+    """By the plan too, which reads its configuration alone."""
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    config = loaded("tiny-sokoban", "--teacher_inference.model.name", str(tmp_path)).config
+    for check in (check_weights, lambda config: Shapes.of(load_models(config))):
+        with pytest.raises(UserError, match="t5 models do not generate text") as caught:
+            check(config)
+        assert caught.value.where == "teacher_inference.model.name"
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot load the model") as caught:
+        load_models(config)
+    assert caught.value.where == "teacher_inference.model.name"

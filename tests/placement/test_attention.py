@@ -10,7 +10,7 @@ import pytest
 from support.packed_attention import tiny_config
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
-from minidistill.placement.attention import KNOWN_TYPES, Attention, place_attention
+from minidistill.placement.attention import KNOWN_TYPES, Attention, Layout, place_attention
 from minidistill.placement.machine import GIB, Machine
 from minidistill.placement.placement import place
 from minidistill.placement.planner import load_models
@@ -26,21 +26,24 @@ def chosen(
     return place_attention(configure(*flags).config, (model,), machine, dtype, 512)
 
 
-def test_nothing_changes_on_a_cpu(configure: Configure) -> None:
+def test_the_shipped_model_shares_prompts_on_a_cpu(configure: Configure) -> None:
     config = configure().config
-    placement = place(config, load_models(config), CPU)
-    assert placement.attention == Attention(None, False, "there is no GPU")
-    assert placement.attention.text == "sdpa, sequences are padded: there is no GPU"
+    found = place(config, load_models(config), CPU).attention
+    assert found == Attention("varlen", True, "llama models attend causally to all tokens")
+    assert found.text == (
+        "varlen, sequences are packed, prompts computed once: "
+        "llama models attend causally to all tokens"
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(KNOWN_TYPES))
-def test_a_gpu_packs_without_a_mask(configure: Configure, kind: str) -> None:
-    found = chosen(configure, tiny_config(kind))
-    assert (found.implementation, found.packed, found.unpadded) == ("varlen", True, True)
-    assert found.text == "varlen, sequences are packed, no mask: 16-bit weights on a GPU"
-    fp32 = chosen(configure, tiny_config(kind), dtype="float32")
-    assert (fp32.implementation, fp32.packed) == (None, False)
-    assert "float32" in fp32.reason
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_models_that_attend_causally_share_prompts(
+    configure: Configure, kind: str, dtype: str
+) -> None:
+    found = chosen(configure, tiny_config(kind), dtype=dtype)
+    assert (found.implementation, found.packed, found.layout) == ("varlen", True, Layout.SHARED)
+    assert found.reason == f"{kind} models attend causally to all tokens"
 
 
 @pytest.mark.parametrize(
@@ -70,29 +73,20 @@ def test_other_attention_stays_padded(
     assert (flash.implementation, flash.packed) == ("flash_attention_2", False)
 
 
-@pytest.mark.parametrize("size", [20, 264])
-def test_heads_that_the_kernel_does_not_take_stay_padded(configure: Configure, size: int) -> None:
-    model = tiny_config("llama", head_dim=size)
-    found = chosen(configure, model)
-    assert (found.implementation, found.packed) == (None, False)
-    assert f"heads of size {size}" in found.reason
-    assert chosen(configure, model, "--model.attn", "varlen").unpadded  # if it is asked for
-
-
 def test_windows_that_hold_every_sequence_do_not_matter(configure: Configure) -> None:
     for model in (
         tiny_config("mistral", sliding_window=512),
         tiny_config("qwen2", sliding_window=64),  # no layer slides
         tiny_config("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=2),
     ):
-        assert chosen(configure, model).unpadded
+        assert chosen(configure, model).shares_prompts
 
 
 def test_a_teacher_in_the_trainer_counts(configure: Configure) -> None:
     config = configure().config
     models = (tiny_config("llama"), tiny_config("gemma2"))
     found = place_attention(config, models, GPU, "bfloat16", 512)
-    assert not found.unpadded
+    assert not found.shares_prompts
     assert "gemma2" in found.reason
 
 
@@ -118,10 +112,10 @@ def test_settings_are_kept(
     assert (found.implementation, found.packed) == expected
 
 
-def test_varlen_can_be_asked_for_on_a_cpu_in_float32(configure: Configure) -> None:
+def test_varlen_can_be_asked_for(configure: Configure) -> None:
     llama = tiny_config("llama")
     for flags in (("--model.attn", "varlen"), ("--trainer.packing",)):
-        assert chosen(configure, llama, *flags, machine=CPU, dtype="float32").unpadded
+        assert chosen(configure, llama, *flags, machine=CPU, dtype="float32").shares_prompts
 
 
 @pytest.mark.parametrize(

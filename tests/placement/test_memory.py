@@ -15,12 +15,12 @@ from support.lab import Lab, cpu_placement, make_lab
 from minidistill.config import LoadedConfig
 from minidistill.errors import UserError
 from minidistill.models.registry import BUILT_IN
+from minidistill.placement.attention import Layout
 from minidistill.placement.devices import OTHER_RANKS
 from minidistill.placement.machine import GIB, Machine
 from minidistill.placement.memory import MicroBatchSize, trainer_memory
 from minidistill.placement.model_shape import read_shape
 from minidistill.placement.planner import load_models, plan
-from minidistill.trainer.batching import split_by_tokens
 
 Configure = Callable[..., Any]
 # the same rollouts are trained on twice
@@ -83,13 +83,14 @@ def estimated(lab: Lab, loaded: LoadedConfig) -> dict[str, int]:
     """The estimate for the largest micro-batch of the lab's step."""
     sizes = []
     placement = cpu_placement(loaded)
-    lengths = [max(r.student_length, r.teacher_length) for r in lab.rollouts]
-    attention = lab.policy.attention
-    for rows in split_by_tokens(lengths, placement.micro_batch_tokens, attention.packed):
+    layout = lab.policy.attention.layout
+    for rows in lab.trainer.micro_batches.passes(lab.rollouts, sharded=False):
         batch = [lab.rollouts[i] for i in rows]
         student = [r.student_length for r in batch]
-        tokens = sum(student) if attention.packed else max(student) * len(batch)
         completions = sum(len(r.completion.token_ids) for r in batch)
+        tokens = sum(student) if layout is Layout.PACKED else max(student) * len(batch)
+        if layout is Layout.SHARED:
+            tokens = completions + sum(map(len, {r.prompt.student_ids for r in batch}))
         sizes.append(MicroBatchSize(tokens, max(student), completions))
     largest = max(sizes, key=lambda size: size.tokens)
     shape = read_shape(lab.policy.config)
@@ -102,9 +103,9 @@ SLOW = pytest.mark.slow
 CASES = [
     ("tiny-sokoban", torch.float32, ""),
     ("tiny-sokoban", torch.float32, "--trainer.micro_batch_tokens 1024"),
-    ("tiny-sokoban", torch.float32, "--trainer.packing"),
+    ("tiny-sokoban", torch.float32, "--no-trainer.packing"),
     ("tiny-sokoban", torch.float32, "--trainer.packing --model.attn sdpa"),
-    ("qwen3", torch.bfloat16, "--model.attn varlen"),
+    ("qwen3", torch.bfloat16, "--no-trainer.packing"),
     ("llama", torch.float32, ""),
     ("llama", torch.float32, "--trainer.model.lora.use_dora"),
     ("qwen3", torch.bfloat16, ""),

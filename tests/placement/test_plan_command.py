@@ -34,10 +34,11 @@ def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
         sums = [sum(parts.values()) for parts in device["phases"].values()]
         assert device["peak"] == max(sums) <= device["usable"] <= 80 * GIB
     batch, layers = 128, 4_022_468_096 - 151936 * 2560
-    assert printed["tokens_per_step"]["train"] == batch * 2048
-    assert printed["tokens_per_step"]["sample"] == batch // 8 * 1024 + batch * 1024
+    tokens = batch // 8 * 1024 + batch * 1024  # each prompt once
+    assert printed["tokens_per_step"]["train"] == tokens
+    assert printed["tokens_per_step"]["sample"] == tokens
     head = 151936 * 2560 * batch * 1024
-    assert printed["flops_per_step"]["train"] == 4 * layers * batch * 2048 + 4 * head
+    assert printed["flops_per_step"]["train"] == 4 * layers * tokens + 4 * head
 
 
 def test_text_output(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +115,10 @@ def test_a_machine_without_an_engine_on_gpus_has_no_share(
     assert cli.main(["plan", SOKOBAN, "--gpus", "0", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["gpu_memory_utilization"] == printed["teacher_gpu_memory_utilization"] == 0
-    assert printed["attention"] == "sdpa, sequences are padded: there is no GPU"
+    assert printed["attention"] == (
+        "varlen, sequences are packed, prompts computed once: "
+        "llama models attend causally to all tokens"
+    )
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ def test_the_phases_by_hand() -> None:
     """Qwen3-4B, teacher in the trainer: two GPUs sample, two train. Completions of 512 tokens."""
     timing = timed(4)
     body, head = 4_022_468_096 - 151936 * 2560, 151936 * 2560
-    flops = 128 * (2048 * body + 1024 * head) * 3 / 4  # a quarter of the tokens is not there
+    prompts, completions = 16 * 1024, 128 * 1024  # of 16 groups; half of the completions is there
+    share = (prompts + completions / 2) / (prompts + completions)
+    flops = ((prompts + completions) * body + completions * head) * share
     assert timing.teacher == pytest.approx(2 * flops / (0.5 * 989e12) / 2)
     assert timing.train == pytest.approx(4 * flops / (0.35 * 989e12) / 2)
     bandwidth = 0.6 * 3.35e12

@@ -202,8 +202,8 @@ def test_out_of_memory_repeats_the_step_from_the_rollouts_at_hand(
     original, passes = trainer_module.hidden_states, []
 
     def limited(policy: Any, tokens: Any, *states: Any) -> torch.Tensor:
-        passes.append(tokens.ids_BL.shape[0])
-        if len(passes) > 8 and passes[-1] > 2:
+        passes.append(len(tokens.segments))
+        if len(passes) > 8 and passes[-1] > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return original(policy, tokens, *states)
 

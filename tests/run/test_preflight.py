@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from support.lab import Lab, make_lab
 
+from minidistill.engines.launch import EngineLauncher
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.evaluation.kl import drift_kl
 from minidistill.run import model_checks, preflight
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer import attention
-from minidistill.trainer.policy import Policy
+from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.token_budget import TokenBudget
+from minidistill.types import Role
 
 SMALL = ("--orchestrator.batch_size", "8", "--orchestrator.env.0.args.num_train_examples", "8")
 Configure = Callable[..., Any]
@@ -61,8 +66,8 @@ def test_packed_attention_that_is_not_exact_is_noticed(
     packed_lab: Lab, monkeypatch: pytest.MonkeyPatch, error: float
 ) -> None:
     """As by a kernel that lets a sequence attend to the one before it."""
-    right = attention.one_by_one
-    monkeypatch.setattr(attention, "one_by_one", lambda *args: right(*args) + error)
+    right = attention.attend_in_blocks
+    monkeypatch.setattr(attention, "attend_in_blocks", lambda *args: right(*args) + error)
     with pytest.raises(UserError, match=r"packed sequences (have other|read each other)") as caught:
         check_model(packed_lab)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
@@ -93,9 +98,55 @@ def test_a_model_that_cannot_be_sampled_from(
         check_model(lab)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     prompts = [r.prompt for r in lab.rollouts[::4]]
-    assert model_checks.check_model(lab.policy, prompts, TokenBudget(16384), samples=False)
+    budget = TokenBudget(16384)
+    with pytest.raises(UserError, match="the baseline samples the teacher") as caught:
+        model_checks.check_model(lab.policy, prompts, budget, {Role.TEACHER})
+    assert (caught.value.where, caught.value.exit_code) == ("orchestrator.eval", EXIT_ENVIRONMENT)
+    assert model_checks.check_model(lab.policy, prompts, budget, ())
     assert not lab.policy.can_sample
     assert "AttributeError: no such state" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "lora", "weights", "expected"),
+    [
+        (False, False, True, Weights.BASE, {Role.STUDENT, Role.TEACHER}),
+        (False, True, True, Weights.OTHER, {Role.STUDENT}),
+        (True, False, True, Weights.BASE, set()),
+        (True, False, False, Weights.BASE, set()),  # equal to the student before training
+        (True, False, False, Weights.STUDENT, set()),
+        (True, False, False, Weights.EMA, {Role.TEACHER}),
+        (True, False, True, Weights.OTHER, {Role.TEACHER}),
+        (True, True, True, Weights.OTHER, set()),
+    ],
+)
+def test_which_roles_the_trainers_model_samples(
+    configure: Configure,
+    student: bool,
+    teacher: bool,
+    lora: bool,
+    weights: Weights,
+    expected: set[Role],
+) -> None:
+    """`student` and `teacher` have engines of their own. Without evaluations no teacher samples."""
+    policy: Any = SimpleNamespace(lora=lora, teacher_weights=weights, starts_as_base=True)
+    without = ("--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline")
+    for flags, left in (((), expected), (without, expected - {Role.TEACHER})):
+        config = configure(*SMALL, *flags).config
+        launcher = EngineLauncher(config, cast(Any, None), Path())
+        launcher.student = cast(Any, object()) if student else None
+        launcher.teacher = cast(Any, object()) if teacher else None
+        assert launcher.sampled_by(policy) == left
+
+
+def test_there_is_no_drift_if_nothing_can_sample_the_base(configure: Configure) -> None:
+    """The base is in the trainer alone: every weight is trained."""
+    loaded = configure(*SMALL, "--no-trainer.model.lora")
+    lab = make_lab(loaded, trained=False)
+    lab.policy.can_sample = False
+    engine: Any = object()
+    assert lab.policy.holds(Role.BASE)
+    assert drift_kl(loaded.config, lab.policy, engine, lab.builder, TokenBudget(4096)) is None
 
 
 @pytest.mark.parametrize("rows", ["kept", "mixed up"])

@@ -17,7 +17,7 @@ from minidistill.envs import has_task
 from minidistill.evaluation.drift import judge_drift
 from minidistill.evaluation.side_by_side import kept
 from minidistill.reporting.run_directory import RunDirectory
-from minidistill.run.setup import prepare
+from minidistill.run.prepare import prepare
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,20 @@ def test_drift_is_judged_by_what_the_context_is_for() -> None:
     assert "but they have changed (drift KL 0.3)" in task["drift_verdict"]
     share = "75% of the KL to the teacher there is closed (95% interval 60% to 90%)"
     assert share in persona["drift_verdict"]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "interval"),
+    [((-0.5, 0.1), " (95% interval -10% to 50%)"), ((None, None), "")],
+)
+def test_a_kl_on_unrelated_prompts_that_has_grown(
+    bounds: tuple[float | None, float | None], interval: str
+) -> None:
+    low, high = bounds
+    kl = figures(after=1.2, closed=-0.2, closed_low=low, closed_high=high)
+    verdict = judge_drift(kl, has_task=False)["drift_verdict"]
+    assert f"too: the KL to the teacher there has grown by 20%{interval}. " in verdict
+    assert "closed" not in verdict
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minidistill.envs import Reward, Task
+from minidistill.envs.outcomes import Attempt, Report
 
 
 def faulty(task: Task, completion: str) -> Any:
@@ -52,6 +53,29 @@ class Env:
 
     def score(self, task: Task, completion: str) -> Any:
         return faulty(task, completion)
+
+
+class Together(Env):
+    """Scores all completions in one call, from the last to the first, by their tokens."""
+
+    def score(self, task: Task, completion: str) -> Any:
+        raise AssertionError("one at a time")
+
+    def score_all(self, attempts: Sequence[Attempt], report: Report) -> None:
+        values: dict[str, Any] = {"number": 0.5, "text": "high", "nan": float("nan")}
+        for index in reversed(range(len(attempts))):
+            attempt = attempts[index]
+            if attempt.completion == "raise":
+                raise ZeroDivisionError("together")
+            if attempt.completion == "forget":
+                return
+            if attempt.completion == "unknown":
+                report(99, Reward(0.0))
+            metrics = {**faulty(attempt.task, attempt.completion).metrics}
+            value = Reward(attempt.tokens or 0, metrics | {"attempts": len(attempts)})
+            report(index, values.get(attempt.completion, value))
+            if attempt.completion == "twice":
+                report(index, value)
 
 
 def unpicklable() -> Env:

@@ -35,6 +35,13 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     lock = threading.Lock()
     busy = 0
+    models = 200
+    """The status of the answer to GET requests."""
+
+    def do_GET(self) -> None:
+        self.judge.headers.append(dict(self.headers))
+        self.judge.paths.append(self.path)
+        self.send(b"{}", self.models)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -60,15 +67,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def say(self, content: object) -> None:
         """A chat completion."""
-        body = {"choices": [{"message": {"role": "assistant", "content": content}}]}
-        self.send(json.dumps(body).encode())
+        self.send_json({"choices": [{"message": {"role": "assistant", "content": content}}]})
+
+    def send_json(self, value: object) -> None:
+        self.send(json.dumps(value).encode())
 
     def log_message(self, *args: object) -> None: ...
 
 
 @contextlib.contextmanager
-def serving(answer: Answer) -> Iterator[Judge]:
-    """A server on a free port, which calls `answer(handler, body)` for each request."""
+def serving(answer: Answer, models: int = 200) -> Iterator[Judge]:
+    """A server on a free port, which calls `answer(handler, body)` for each POST request.
+
+    `models` is the status of its answer to others.
+    """
 
     class Answering(Handler): ...
 
@@ -76,6 +88,7 @@ def serving(answer: Answer) -> Iterator[Judge]:
     server.daemon_threads = True
     judge = Judge(f"http://127.0.0.1:{server.server_address[1]}/v1")
     Answering.judge, Answering.answer = judge, staticmethod(answer)  # type: ignore[assignment]
+    Answering.models = models
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -15,9 +15,10 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 import minidistill_kernels
+from minidistill.models.auto import decoder_layers
 from minidistill.trainer import trainer
 from minidistill.trainer.distributed import worker
-from minidistill.trainer.distributed.fsdp import can_repeat_passes, decoder_layers
+from minidistill.trainer.distributed.fsdp import can_repeat_passes
 
 ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB"
 

@@ -58,7 +58,6 @@ SAYS = {
 }
 """What a message about each of them contains."""
 KEYS = {"ctrl-c": press_ctrl_c, "swallowed ctrl-c": swallow_ctrl_c}
-PLACES = ("load", "train", "length", "task", "make_tasks", "has_rewards", "close", "score_all")
 TASKS = [
     Task(f"train/{i}", ({"role": "user", "content": f"Tell me about {i} cats."},)) for i in range(8)
 ]
@@ -121,6 +120,9 @@ class Env:
 
     def score_all(self, attempts: Any, report: Any) -> None:
         self.commit("score_all")
+
+    def check_ready(self) -> None:
+        self.commit("check_ready")
 
     def close(self) -> None:
         self.commit("close")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from minidistill import cli
 from minidistill.envs.jsonl import Line
 from minidistill.errors import EXIT_OK, EXIT_USAGE, UserError
 from minidistill.tasks.lengths import PromptLimit
-from minidistill.tasks.measuring import GENERATED, Measurer
+from minidistill.tasks.measuring import GENERATED, TRIES, Measurer
+from minidistill.tasks.sampling import TaskSampler
 from minidistill.types import Advance, Prompt, Task
 
 LIMIT = PromptLimit(100, 20, "seq_len")
@@ -31,8 +33,8 @@ class Env:
         raise AssertionError("nothing is scored")
 
 
-class Generated(Sequence[Task]):
-    """Tasks that are built when they are asked for."""
+class Lazy(Sequence[Task]):
+    """Tasks that are built when they are asked for, as those of a dataset."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths, self.asked = lengths, []  # type: ignore[var-annotated]
@@ -43,6 +45,13 @@ class Generated(Sequence[Task]):
     def __getitem__(self, index: Any) -> Any:
         self.asked.append(index)
         return task(index, self.lengths[index])
+
+
+class Generated(Lazy):
+    """Tasks that take long to build, so that not every one is measured."""
+
+    def make_tasks(self, indices: Sequence[int], advance: Advance) -> list[Task]:
+        return [self[index] for index in indices]
 
 
 class Builder:
@@ -105,6 +114,69 @@ def test_tasks_that_are_generated_stay_so() -> None:
     assert measure(Env(early, tasks(10)), "drop").train["e"] is early
     with pytest.raises(UserError, match="2 of 2 prompts are too long"):
         measure(Env(Generated([99, 99]), tasks(10)), "drop")
+
+
+def test_a_dataset_is_measured_whole_and_stays_lazy() -> None:
+    dataset = Lazy([10] * 100 + [99, 10])
+    with pytest.raises(UserError, match="task 100 of e"):
+        measure(Env(dataset, tasks(10)))
+    before = measure(Env(Lazy([10] * 102), tasks(10))).fingerprint
+    measured = measure(Env(dataset, tasks(10)), "drop")
+    assert measured.fingerprint != before
+    dataset.asked.clear()
+    train = measured.train["e"]
+    assert (len(train), train[99].id, train[100].id) == (101, "99", "101")
+    assert dataset.asked == [99, 101]
+
+
+def draw(env: Env, step: int, count: int, overlong: Any = "drop", seed: int = 3) -> Any:
+    builder: Any = Builder()
+    sampler = TaskSampler({"e": env}, seed)
+    prompts, dropped = Measurer(builder, overlong).draw(sampler, step, count, LIMIT)
+    return [prompt.task.id for prompt in prompts], dropped
+
+
+def test_prompts_that_are_too_long_are_replaced_as_seed_and_step_say() -> None:
+    lengths = [10 if index % 4 == 0 else 99 for index in range(400)]
+    env = Env(Generated(lengths), [])
+    steps = {step: draw(env, step, 8) for step in range(1, 9)}
+    for step in (8, 3, 1):  # whatever was drawn before
+        assert draw(env, step, 8) == steps[step]
+    assert draw(env, 1, 8, seed=4)[0] != steps[1][0]
+    for step, (ids, dropped) in steps.items():
+        plain, _ = draw(Env(Generated([10] * 400), []), step, 8)
+        assert [lengths[int(id)] for id in ids] == [10] * 8
+        # those that fit are kept, in their places
+        assert all(a == b for a, b in zip(ids, plain, strict=True) if lengths[int(b)] == 10)
+        assert dropped >= sum(lengths[int(id)] == 99 for id in plain)
+    with pytest.raises(UserError, match="make 119 tokens") as caught:
+        draw(env, 1, 8, "refuse")
+    assert '"drop"' in caught.value.fix
+
+
+def test_a_replacement_is_of_the_same_environment() -> None:
+    builder: Any = Builder()
+    mixed = {"a": Env(Generated([99, 99, 10] * 30), []), "b": Env(Generated([10] * 90), [])}
+    sampler = TaskSampler(mixed, 3)
+    for step in range(1, 6):
+        prompts, _ = Measurer(builder, "drop").draw(sampler, step, 9, LIMIT)
+        assert [p.env for p in prompts] == [name for name, _ in sampler.draw(step, 9)]
+
+
+def test_the_error_if_no_prompt_fits_is_true() -> None:
+    generated = Generated([91, *[95] * 300, 99])
+    with pytest.raises(UserError) as caught:
+        draw(Env(generated, []), 2, 4)
+    assert len(generated.asked) <= (TRIES + 2) * 4
+    what, fix = caught.value.what, caught.value.fix
+    assert re.search(r"Step 2 drew (\d+) prompts, and \1 of them are too long", what)
+    assert "(91 tokens, task 0 of e) plus max_tokens (20) make 111 tokens" in what or "(95" in what
+    assert "The step needs 4 with at most 80" in what
+    assert "drop" not in fix
+    assert "raise seq_len" in fix
+    with pytest.raises(UserError) as caught:  # already before the run
+        measure(Env(tasks(99), tasks(10)), "drop")
+    assert "drop" not in caught.value.fix
 
 
 def test_the_fingerprint_covers_every_prompt_of_a_list() -> None:
@@ -182,28 +254,33 @@ def test_a_run_without_the_long_prompt(
 
 
 def lazy(long: int) -> Env:
-    """An environment that generates its tasks, some of them too long for the test's runs."""
+    """An environment that generates its tasks, those from `long` on too long for the runs here."""
 
     class Messages(Generated):
         def __getitem__(self, index: Any) -> Task:
-            text = "again " * (200 if index % 40 >= long else 1)
+            text = "again " * (200 if index >= long else 1)
             return Line(str(index), ({"role": "user", "content": f"{index} {text}"},))
 
     return Env(Messages([0] * 400), Messages([0] * 8))
 
 
-def test_generated_prompts_are_refused_or_left_out_when_they_are_drawn(
+def test_generated_prompts_are_refused_or_replaced_when_they_are_drawn(
     run: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lazily = {"id": "test_measuring:lazy", "args": "{ long = 32 }"}
-    flags = ("--max_steps", "8", "--seed", "1")
+    """Most steps draw too long prompts only. A resumed run draws the same in their place."""
+    lazily = {"id": "test_measuring:lazy", "args": "{ long = 40 }"}
+    flags = ("--max_steps", "4", "--seed", "1", "--ckpt.interval", "2")
     assert run(*flags, **lazily) == EXIT_USAGE
     error = capsys.readouterr().err
     assert "of test_measuring:lazy) plus max_tokens (4)" in error
-    assert run(*flags, "--orchestrator.overlong", "drop", "--output_dir", "b", **lazily) == EXIT_OK
+    dropping = (*flags, "--orchestrator.overlong", "drop", "--output_dir", "b")
+    assert run(*dropping, **lazily) == EXIT_OK
     steps = [r for r in records(Path("b")) if "teacher_kl" in r]
-    dropped = [int(r["prompts/overlong"]) for r in steps]
-    assert sum(dropped) > 0
-    for step, count in enumerate(dropped, 1):
+    assert max(int(r["prompts/overlong"]) for r in steps) >= 4, "a step without one that fits"
+    for step in range(1, 5):
         lines = Path(f"b/rollouts/step_{step:06d}.jsonl").read_text().splitlines()
-        assert len(lines) == 8 - 2 * count
+        assert len(lines) == 8
+    Path("b/scoreboard.json").unlink()
+    Path("b/checkpoints/step_000004").rename("moved")
+    assert run(*dropping, "--resume", **lazily) == EXIT_OK
+    assert [r for r in records(Path("b")) if "teacher_kl" in r] == steps

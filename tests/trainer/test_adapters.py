@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from support.configs import MINIMAL
 from support.lab import Lab, cpu_placement, make_lab
 from support.paths import SOKOBAN
 from support.plain_forward import completion_logprobs
-from support.runs import board, run
+from support.runs import board, records, run
 
 from minidistill.config import LoadedConfig, load_config
-from minidistill.errors import EXIT_OK, EXIT_USAGE, UserError
+from minidistill.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, UserError
 from minidistill.models.hub import load_tokenizer
 from minidistill.models.registry import resolve
+from minidistill.run import loop
 from minidistill.run.model_checks import check_model
 from minidistill.trainer import checkpoint
 from minidistill.trainer.loading import load_policy
@@ -129,16 +131,60 @@ def test_a_run_that_starts_from_another_run(
     assert after["baseline_teacher"] == before["baseline_teacher"]
     assert after["length_before"] == before["length_after"]
     assert run(second, "--max_steps", "1", f"{LORA}.init", str(first), "--resume") == EXIT_OK
-    (second / "scoreboard.json").unlink()
-    tensors = load_file(first / "adapter" / "adapter_model.safetensors")
-    changed = {name: tensor + 1 for name, tensor in tensors.items()}
-    save_file(changed, first / "adapter" / "adapter_model.safetensors")
-    assert run(second, "--max_steps", "1", f"{LORA}.init", str(first), "--resume") == EXIT_USAGE
-    assert "from an adapter that has changed since" in capsys.readouterr().err
     # a run that was cut off has the adapter of its latest checkpoint
     (first / "adapter").rename(first / "moved")
     loaded = load_config([SOKOBAN, f"{LORA}.init", str(first)])
     assert loaded.provenance["trainer.model.lora.alpha"].startswith(str(first / "checkpoints"))
+
+
+def test_a_run_is_resumed_although_the_adapter_that_it_started_from_has_changed_or_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its checkpoint, and exactly. Without one it would start from another adapter."""
+    source, whole, path = tmp_path / "source", tmp_path / "whole", tmp_path / "path"
+    baseless = ("--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline")
+    baseless += ("--trainer.scheduler.warmup_steps", "0", "--ckpt.interval", "1")
+    assert run(source, "--max_steps", "1", f"{LORA}.use_rslora", *baseless) == EXIT_OK
+    flags = ("--max_steps", "3", f"{LORA}.init", str(source), *baseless)
+    assert run(whole, *flags) == EXIT_OK
+    original = loop.train_step
+
+    def breaks_at(last: int) -> Any:
+        def train_step(session: Any, step: int) -> None:
+            if step == last:
+                raise RuntimeError("it broke")
+            original(session, step)
+
+        return train_step
+
+    def resume(last: int) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "train_step", breaks_at(last))
+            return run(path, *flags, *(("--resume",) if path.exists() else ()))
+
+    assert resume(1) == EXIT_FAILED
+    assert resume(2) == EXIT_FAILED, "the adapter is there and as it was"
+    file = source / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, file)
+    assert resume(3) == EXIT_FAILED
+    assert [record["step"] for record in records(path) if "teacher_kl" in record] == [1, 2]
+    shutil.move(path / "checkpoints", tmp_path / "kept")
+    capsys.readouterr()
+    assert resume(0) == EXIT_USAGE
+    assert "from an adapter that has changed since" in capsys.readouterr().err
+    shutil.rmtree(source)
+    assert resume(0) == EXIT_USAGE
+    assert f"there is no adapter in {source}" in capsys.readouterr().err
+    shutil.move(tmp_path / "kept", path / "checkpoints")
+    assert resume(0) == EXIT_OK
+    assert records(path) == records(whole)
+    assert board(path) == board(whole)
+    capsys.readouterr()
+    assert run(path, *flags, "--resume") == EXIT_OK
+    assert "is already finished: 3 steps" in capsys.readouterr().out
+    assert run(path, *flags, f"{LORA}.rank", "5", "--resume") == EXIT_USAGE
+    assert "trainer.model.lora.rank (was 16, now 5)" in capsys.readouterr().err
 
 
 # -- what is refused ---------------------------------------------------------------------------

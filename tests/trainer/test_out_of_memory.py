@@ -24,30 +24,35 @@ Configure = Callable[..., Any]
 def limit_memory(
     monkeypatch: pytest.MonkeyPatch, rows: int, error: Callable[[], Any], passes: int = 2
 ) -> None:
-    """After `passes` forward passes, a pass of more than `rows` sequences raises `error`."""
+    """After `passes` forward passes, a pass of more than `rows` sequences, or of more segments of a
+    row with shared prompts, raises `error`."""
     original, calls = trainer_module.hidden_states, []
 
     def limited(policy: Any, tokens: Any, *states: Any) -> torch.Tensor:
         calls.append(tokens)
-        if len(calls) > passes and tokens.ids_BL.shape[0] > rows:
+        size = len(tokens.segments) or tokens.ids_BL.shape[0]
+        if len(calls) > passes and size > rows:
             raise error()
         return original(policy, tokens, *states)
 
     monkeypatch.setattr(trainer_module, "hidden_states", limited)
 
 
+@pytest.mark.parametrize("layout", [(), ("--no-trainer.packing",)], ids=["shared", "padded"])
 @pytest.mark.parametrize("kind", ERRORS)
 def test_the_step_is_repeated_with_the_same_result(
     configure: Configure,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     kind: str,
+    layout: tuple[str, ...],
 ) -> None:
-    flags = (*SMALL_STEP, "--trainer.micro_batch_tokens", "600")
+    flags = (*SMALL_STEP, "--trainer.micro_batch_tokens", "600", *layout)
     plain, lab = (make_lab(configure(*flags)) for _ in range(2))
     progress: list[int] = []
     expected = plain.trainer.step(plain.rollouts, 1, lambda count: None)
-    limit_memory(monkeypatch, 2, ERRORS[kind])
+    rows, passes = (2, 2) if layout else (4, 0)
+    limit_memory(monkeypatch, rows, ERRORS[kind], passes)
     lab.rollouts = plain.rollouts
     result = lab.trainer.step(lab.rollouts, 1, progress.append)
     assert result.metrics["loss/total"] == pytest.approx(expected.metrics["loss/total"], rel=1e-5)

@@ -42,7 +42,7 @@ MESSAGES = {
 
 @pytest.fixture
 def lab(configure: Configure) -> Lab:
-    return make_lab(configure(*SMALL_STEP), trained=False)
+    return make_lab(configure(*SMALL_STEP, "--no-trainer.packing"), trained=False)
 
 
 @pytest.mark.parametrize("message", MESSAGES)

@@ -29,7 +29,7 @@ Configure = Callable[..., Any]
 needs_repeats = pytest.mark.skipif(
     not can_repeat_passes(), reason="FSDPModule of this torch has no reset_iter_state"
 )
-FLAGS = (*SMALL, "--trainer.micro_batch_tokens", "900")
+FLAGS = (*SMALL, "--trainer.micro_batch_tokens", "900", "--no-trainer.packing")
 CASES = {
     "on the driver, in the loss": (0, "loss", ()),
     "on rank 1, forward": (1, "forward", ()),

@@ -28,6 +28,7 @@ from minidistill.trainer.loading import four_bit, load_policy
 from minidistill.types import Role
 
 Configure = Callable[..., LoadedConfig]
+DORA = ("--trainer.model.lora.use_dora",)
 NF4 = ("--model.quantization", "nf4")
 GPU = Machine(1, 24 * GIB, vllm=True, bf16=True, bitsandbytes=True)
 
@@ -59,7 +60,7 @@ def test_the_plan_counts_4_bit_weights_and_samples_in_the_trainer(configure: Con
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [(), ("--trainer.model.lora.use_dora",)], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("kind", [(), DORA], ids=["LoRA", "DoRA"])
 def test_a_run_on_a_4_bit_base(tmp_path: Path, kind: tuple[str, ...]) -> None:
     """The teacher's KL falls, and the sampler's log-probs are the trainer's."""
     needs_bitsandbytes()
@@ -78,13 +79,14 @@ def test_a_run_on_a_4_bit_base(tmp_path: Path, kind: tuple[str, ...]) -> None:
 
 
 @pytest.mark.gpu
-def test_a_4_bit_policy_is_transformers_and_pefts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [(), DORA], ids=["LoRA", "DoRA"])
+def test_a_4_bit_policy_is_transformers_and_pefts(tmp_path: Path, kind: tuple[str, ...]) -> None:
     """Both roles run on the same 4-bit weights, which take the memory that was planned."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     needs_bitsandbytes()
-    flags = ("--inference.engine", "embedded", "--model.dtype", "float32")
+    flags = ("--inference.engine", "embedded", "--model.dtype", "float32", *kind)
     config = load_config([SOKOBAN, *flags, *(() if REHEARSED else NF4)]).config
     placement = plan_run(load_config([SOKOBAN, *flags]), Machine.local()).placement
     policy = load_policy(config, load_tokenizer(config), placement, DEVICE)
@@ -92,6 +94,8 @@ def test_a_4_bit_policy_is_transformers_and_pefts(tmp_path: Path) -> None:
         for name, parameter in policy.parameters:
             if "lora_B" in name:
                 parameter.normal_(std=0.03)
+            elif "magnitude" in name:  # the norms of the rows of a weight
+                parameter.mul_(1.1)
     folder = checkpoint.save_model(policy, tmp_path)
     arguments = {} if REHEARSED else {"quantization_config": four_bit(torch.float32)}
     base = AutoModelForCausalLM.from_pretrained(

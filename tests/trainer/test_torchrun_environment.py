@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from minidistill import cli
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
@@ -97,3 +99,28 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="did not meet") as caught:
             RankGroup(0, 2).join(torch.device("cpu"), None)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
+
+
+@pytest.mark.parametrize("agent", [False, True], ids=["own store", "torchrun's store"])
+def test_ranks_that_do_not_come_are_told_from_a_network_that_fails(
+    monkeypatch: pytest.MonkeyPatch, agent: bool
+) -> None:
+    """With torchrun's store the ranks meet later, when they look for each other's addresses."""
+    store = dist.HashStore()
+    monkeypatch.setattr(rank_group, "STEP_TIMEOUT", timedelta(seconds=0.3))
+
+    def rendezvous(*args: Any, **kwargs: Any) -> Any:
+        if not agent:
+            raise dist.DistNetworkError("timed out")
+        return iter([(store, 0, 2)])
+
+    set_environment(monkeypatch, "0", "2", "127.0.0.1", "29500")
+    monkeypatch.setattr(rank_group, "rendezvous", rendezvous)
+    with pytest.raises(UserError, match=r"waits for the other ranks.*did not meet"):
+        RankGroup(0, 2).join(torch.device("cpu"), None)
+    if agent:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none")
+        with pytest.raises(UserError, match="cannot form a group with the other ranks") as caught:
+            RankGroup(0, 2).join(torch.device("cpu"), None)
+        assert "GLOO_SOCKET_IFNAME" in caught.value.fix
+        assert caught.value.exit_code == EXIT_ENVIRONMENT

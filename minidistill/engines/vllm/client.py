@@ -48,6 +48,11 @@ class EngineProcess(Subprocess):
         descriptors = (*(end.fileno() for end in theirs), watched)
         try:
             super().__init__(MODULE, [*map(str, descriptors)], descriptors, environment)
+        except BaseException:
+            for end in ours:
+                end.close()
+            os.close(self._lifeline)
+            raise
         finally:
             for end in theirs:
                 end.close()

@@ -26,6 +26,7 @@ from minidistill.engines.base import (
 from minidistill.engines.replicas import Replicas
 from minidistill.engines.vllm.client import EngineProcess, RestartingProcess
 from minidistill.engines.vllm.options import Options, build_options
+from minidistill.engines.vllm.probe import check_runs
 from minidistill.engines.vllm.weights_send import SLOTS, NamedTensors, Receiver, WeightSender
 from minidistill.placement.placement import EnginePlacement
 from minidistill.trainer.policy import Policy, Weights
@@ -102,6 +103,11 @@ class VllmEngine(Engine):
 
     def wait_until_ready(self) -> None:
         self.restarting.call(lambda: None)
+
+    def verify(self, trainer: Engine, temperature: float | None) -> None:
+        assert self.sender is not None
+        check_runs(self, self.sender.policy, trainer, temperature)
+        self.sleep()
 
     # -- sampling and scoring ------------------------------------------------------------------
 

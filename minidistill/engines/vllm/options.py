@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from minidistill.config import Config
 from minidistill.config.schema import LoraConfig
-from minidistill.errors import UserError
-from minidistill.models.auto import is_multimodal, skeleton, text_linears
+from minidistill.models.auto import (
+    is_multimodal,
+    is_recurrent,
+    matches,
+    skeleton,
+    text_linears,
+)
 from minidistill.models.registry import resolve
 from minidistill.placement import vllm_version
 from minidistill.placement.limits import (
@@ -51,8 +54,7 @@ def build_options(
 ) -> Options:
     """The options of one replica of the student's engine, or of the `teacher`'s separate one.
 
-    `gpus` are the replica's; there are none on a CPU. Raises UserError if vLLM is missing or does
-    not support this.
+    `gpus` are the replica's; there are none on a CPU. Raises UserError if vLLM is missing.
     """
     version = vllm_version.require(on_gpu=bool(gpus))
     model = engine.model_config
@@ -112,6 +114,8 @@ def build_options(
             "block_size": CPU_BLOCK,
             # chunked prefill rewinds a seeded generator by its offset; CPU generators have none
             "enable_chunked_prefill": False,
+            # without it vLLM cannot cache the states of recurrent layers
+            "enable_prefix_caching": not is_recurrent(model),
             "max_num_batched_tokens": max(BATCH_TOKENS, arguments["max_model_len"]),
         }
         # compiling takes longer than small models run
@@ -137,20 +141,13 @@ def adapter_options(config: Config, model: Any, *, teacher: bool) -> dict[str, A
 
 
 def _targets(lora: LoraConfig, model: Any) -> list[str]:
-    """Names of the layers that get an adapter. Spells out peft's "all-linear" for vLLM.
+    """The last parts of the names of the layers that get an adapter.
 
-    Raises UserError if one of them is an embedding.
+    vLLM knows a layer by the last part of its name, or by its own full name, which is another one
+    where it fuses layers. So it makes room for adapters in more layers than have one if a target
+    names only some of those with that last part.
     """
-    empty = skeleton(model)
-    targets = lora.target_modules
-    if targets != "all-linear":
-        embeddings = [n for n, m in empty.named_modules() if isinstance(m, nn.Embedding)]
-        for target in targets:
-            if any(name == target or name.endswith(f".{target}") for name in embeddings):
-                raise UserError(
-                    f"an adapter on the embedding {target} cannot be sent to vLLM",
-                    where="trainer.model.lora.target_modules",
-                    fix=f'leave {target} out, or use inference.engine = "embedded"',
-                )
-        return list(targets)
-    return sorted({name.rpartition(".")[2] for name, _ in text_linears(empty)})
+    names = [name for name, _ in text_linears(skeleton(model))]
+    if lora.target_modules != "all-linear":
+        names = [n for n in names if any(matches(n, target) for target in lora.target_modules)]
+    return sorted({name.rpartition(".")[2] for name in names})

@@ -10,6 +10,7 @@ from typing import Any
 
 from minidistill.envs.jsonl.lines import Line, is_int, read_lines, refusal
 from minidistill.envs.outcomes import Attempt, Report, score_attempts
+from minidistill.envs.protocol import check_ready
 from minidistill.envs.rewards import RewardFunction, build
 from minidistill.errors import UserError
 from minidistill.types import Reward, Task
@@ -52,6 +53,10 @@ class JsonlEnv:
     def score_all(self, attempts: Sequence[Attempt], report: Report) -> None:
         """Score many completions at once."""
         score_attempts(self.scoring, attempts, report)
+
+    def check_ready(self) -> None:
+        """Raise UserError if the reward needs a server that is not reached."""
+        check_ready(self.scoring)
 
     def close(self) -> None:
         """Stop scoring that is in progress."""

@@ -55,7 +55,7 @@ def build(reward: object) -> RewardFunction:
     elif isinstance(type, str) and ":" in type:
         return _function(type, table)
     else:
-        close = did_you_mean(type.replace("_", "-"), BUILT_IN) if isinstance(type, str) else ""
+        close = did_you_mean(type, BUILT_IN) if isinstance(type, str) else ""
         names = ", ".join(f'"{name}"' for name in BUILT_IN)
         fix = f'{close}use one of {names}, "module:function" or "none"'
         if isinstance(reward, dict) and type is None:

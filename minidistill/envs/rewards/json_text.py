@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from minidistill.envs.rewards.arguments import refusal
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.files import read_json
 from minidistill.types import Reward, Task
 
 
@@ -56,14 +57,8 @@ def _refuse_constant(name: str) -> NoReturn:
 def _read(path: object) -> Any:
     if not isinstance(path, str) or not path:
         raise refusal("schema_file", path, "give the path of a file")
-    try:
-        return json.loads(Path(path).expanduser().read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        fix = f"schema_file is relative to the current directory, {Path.cwd()}"
-        raise refusal("schema_file", path, fix, error.strerror or str(error)) from None
-    except (ValueError, RecursionError) as error:
-        fix = "write a JSON Schema as UTF-8"
-        raise refusal("schema_file", path, fix, f"not JSON: {error}") from None
+    fix = f"schema_file is relative to the current directory, {Path.cwd()}"
+    return read_json(Path(path).expanduser(), where="args.reward.schema_file", fix=fix)
 
 
 def _make_validator(name: str, schema: object) -> Any:

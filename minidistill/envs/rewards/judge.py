@@ -134,6 +134,10 @@ class Judge:
         if questions:
             self._server.ask_all(questions, answered)
 
+    def check_ready(self) -> None:
+        """Raise UserError (exit code 3) if the server is not reached, or refuses the key."""
+        self._server.check_reached()
+
     def close(self) -> None:
         """Stop asking."""
         self._server.close()

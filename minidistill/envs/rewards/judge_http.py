@@ -15,9 +15,10 @@ from minidistill.errors import EXIT_ENVIRONMENT, UserError
 if TYPE_CHECKING:
     import httpx
 
-PATH = "/chat/completions"
+PATH, MODELS = "/chat/completions", "/models"
 LARGEST_ANSWER = 4 << 20  # bytes
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between repetitions
+REACH_SECONDS = 10.0  # that a server gets to answer before the run
 CLOSED_SECONDS = 0.2  # how often to check whether the run has ended
 REPEATED = {408, 409, 425, 429, 500, 502, 503, 504}  # what a server may answer better later
 
@@ -55,19 +56,55 @@ class JudgeServer:
         """
         asyncio.run(self._ask_all(questions, answered))
 
+    def check_reached(self) -> None:
+        """Ask for the list of models, which costs nothing and which some servers do not have.
+
+        Raises UserError (exit code 3) if there is no answer in time, or if the key is refused.
+        """
+        import httpx
+
+        seconds = min(self.timeout, REACH_SECONDS)
+        key = "key_env, and the key in that environment variable"
+        try:
+            with (
+                httpx.Client(headers=self._headers, timeout=seconds) as client,
+                client.stream("GET", self.url + MODELS) as response,
+            ):
+                status = response.status_code
+        except httpx.TimeoutException:
+            problem, fix = f"no answer within {seconds:g} s", "start the server, or correct url"
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            problem = self._hidden(str(error) or type(error).__name__)
+            fix = "start the server, or correct url"
+        else:
+            if status not in (401, 403):
+                return
+            problem = f"it refuses the key (HTTP {status})"
+            fix = f"correct {key}" if self._key else "set key_env: the server asks for a key"
+        raise UserError(
+            f"jsonl: the judge at {self.url} cannot be asked: {problem}",
+            where="args.reward",
+            fix=fix,
+            exit_code=EXIT_ENVIRONMENT,
+        )
+
     def close(self) -> None:
         self._closed = True
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        headers = {"Accept-Encoding": "identity"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        return headers
 
     async def _ask_all(self, questions: Sequence[str], answered: Answered) -> None:
         import httpx
 
-        headers = {"Accept-Encoding": "identity"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
         free = asyncio.Semaphore(self.concurrency)
         limits = httpx.Limits(max_connections=self.concurrency)
         async with httpx.AsyncClient(
-            headers=headers, timeout=None, limits=limits, follow_redirects=False
+            headers=self._headers, timeout=None, limits=limits, follow_redirects=False
         ) as client:
 
             async def ask(number: int) -> tuple[int, str | ScoringError]:

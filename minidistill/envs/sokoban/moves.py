@@ -27,14 +27,6 @@ def cells(mask: int) -> list[int]:
     return [bit.bit_length() - 1 for bit in bits(mask)]
 
 
-def push_distances(board: Board) -> list[int]:
-    """For each cell, the fewest pushes from it to a goal for a lone box, wherever the player is.
-
-    Dead squares have `UNREACHABLE`.
-    """
-    return _distances(board, cells(board.goals), pulled=True)
-
-
 def _distances(board: Board, places: Iterable[int], pulled: bool) -> list[int]:
     """For each cell, the fewest pulls (or pushes) that bring a lone box there from a place."""
     distance = [UNREACHABLE] * (board.width * board.height)

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from minidistill.models.auto import decoder_layers
 from minidistill.trainer.guards import out_of_memory_error
 
 
@@ -181,12 +182,6 @@ def _collective(name: str) -> Callable[..., Any]:
         "reduce_scatter_single": "reduce_scatter_tensor",
     }
     return getattr(dist, name, None) or getattr(dist, older[name])
-
-
-def decoder_layers(causal: Any) -> list[nn.Module]:
-    """The decoder layers: the longest list of modules."""
-    lists = [m for m in causal.base_model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=lambda modules: len(modules), default=[]))
 
 
 def _fsdp_modules(headless: nn.Module) -> list[Any]:

@@ -123,7 +123,7 @@ class RankGroup:
     def _torchrun_store(self) -> Iterator[Any]:
         """The store over which torchrun's ranks find each other, while they do.
 
-        Raises UserError (exit code 3) if the others do not come.
+        Raises UserError (exit code 3) if the others do not come, or cannot be reached.
         """
         address = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
         others = "rank 0" if self.rank else "the other ranks"
@@ -133,6 +133,7 @@ class RankGroup:
         source = f"{', '.join(TORCHRUN)} in the environment ask for it"
         minutes = f"for up to {limit.total_seconds() / 60:g} minutes"
         with _said_after(SILENT_SECONDS, f"{waiting}, {minutes}. {source}; {alone}"):
+            store: Any = None
             try:
                 found = rendezvous("env://", self.rank, self.size, timeout=limit)
                 store, _, _ = next(iter(found))
@@ -141,10 +142,16 @@ class RankGroup:
             except (dist.DistError, RuntimeError, OSError) as error:
                 if is_out_of_memory(error):
                     raise
+                # without a store of the agent's the ranks meet in `rendezvous`, else at their keys
+                if store is None or isinstance(error, dist.DistStoreError):
+                    what, fix = f"{waiting}, but they did not meet", "start all ranks with torchrun"
+                else:
+                    what = f"rank {self.rank} of {self.size} cannot form a group with {others}"
+                    fix = "correct the network's settings (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
                 raise UserError(
-                    f"{waiting}, but they did not meet: {first_line(error)}",
+                    f"{what}: {first_line(error)}",
                     where="environment",
-                    fix=f"start all ranks with torchrun; {alone}",
+                    fix=f"{fix}; {alone}",
                     exit_code=EXIT_ENVIRONMENT,
                 ) from error
 

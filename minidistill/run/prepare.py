@@ -1,4 +1,4 @@
-"""Setting up a run: `prepare` checks and writes nothing, `build` loads and starts everything."""
+"""Preparing a run: every check that needs no weights. Nothing is written."""
 
 from __future__ import annotations
 
@@ -8,33 +8,24 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import torch
-
 from minidistill.config import Config, LoadedConfig
 from minidistill.config.adapter import initial_adapter_digest
-from minidistill.engines.base import Engine
-from minidistill.engines.launch import EngineLauncher
-from minidistill.envs.isolated import IsolatedEnvironment, close_environments
-from minidistill.envs.protocol import Environment
+from minidistill.envs.isolated import close_environments
+from minidistill.envs.protocol import Environment, check_ready
 from minidistill.envs.registry import load_environments
-from minidistill.evaluation.evaluator import Evaluator, held_out
+from minidistill.evaluation.evaluator import held_out
 from minidistill.evaluation.intervals import MIN_TASKS
 from minidistill.evaluation.verdict import ENOUGH_TASKS, NO_BASELINE, points, too_few
 from minidistill.models.hub import load_teacher_tokenizer, load_tokenizer
 from minidistill.models.weights import check_weights, refuse_adapters
 from minidistill.placement.estimate import Plan
 from minidistill.placement.machine import Machine
-from minidistill.placement.placement import Placement, origins
+from minidistill.placement.placement import origins
 from minidistill.placement.planner import plan_run
 from minidistill.placement.render import refusal
 from minidistill.reporting.monitors import check_monitors
 from minidistill.reporting.run_directory import RunDirectory
-from minidistill.reporting.terminal.base import Display
-from minidistill.rollouts.async_collector import AsyncCollector
-from minidistill.rollouts.collector import Collector
-from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run import preflight
-from minidistill.run.model_checks import DOING, check_model
 from minidistill.run.resume import is_extended
 from minidistill.tasks.chat_template import TemplateSettings
 from minidistill.tasks.lengths import PromptLimit
@@ -42,25 +33,10 @@ from minidistill.tasks.measuring import Measurer, no_progress, refuse_empty
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_rewards
 from minidistill.tasks.sampling import Fingerprint
-from minidistill.trainer.build import build_trainer
-from minidistill.trainer.distributed.launcher import RankLauncher
-from minidistill.trainer.forward import PrefixCache
-from minidistill.trainer.guards import explain_out_of_memory
-from minidistill.trainer.loading import load_policy
-from minidistill.trainer.policy import Policy
-from minidistill.trainer.token_budget import TokenBudget
-from minidistill.trainer.trainer import Trainer
+from minidistill.trainer.checkpoint import any_saved
 from minidistill.types import Phase, Prompt, Task
 
 logger = logging.getLogger(__name__)
-SMALLER_MODEL = {
-    "where": "model.name",
-    "fix": 'use a smaller model or model.dtype = "bfloat16", train an adapter instead of every '
-    "weight, or give engines on this GPU less (inference.gpu_memory_utilization)",
-}
-STREAMED_TOKENS = 2048
-"""Of a part that is trained while others are sampled, for each rank. Smaller passes cost more than
-they hide (docs/performance.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +60,8 @@ class Prepared:
     """The first ones, for the checks of the model."""
     fingerprint: str
     """Of the tasks and prompts: a resumed run must have the same."""
+    restores: bool
+    """The weights are those of a checkpoint, and not of an adapter that the run started from."""
     initial_adapter: str | None
     """A hash of the adapter that the run starts from. None: a new one, or every weight."""
     plan: Plan
@@ -93,48 +71,13 @@ class Prepared:
         return self.loaded.config
 
     @property
+    def all_environments(self) -> list[Environment]:
+        return _each_once(*self.environments.values(), *self.evaluation_environments.values())
+
+    @property
     def scored_environments(self) -> list[Environment]:
         """Those whose completions are scored, in training or evaluations."""
-        orchestrator = self.config.orchestrator
-        trained = () if orchestrator.buffer.skip_verification else self.environments.values()
-        evaluated = () if orchestrator.eval is None else self.evaluation_environments.values()
-        return list({id(env): env for env in (*trained, *evaluated)}.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Components:
-    """The parts of a run, loaded and started."""
-
-    placement: Placement
-    """As started: see `EngineLauncher.start`."""
-    policy: Policy
-    trainer: Trainer
-    engine: Engine
-    collector: Collector
-    async_collector: AsyncCollector | None
-    """Collects one step ahead, with `schedule = "async"`."""
-    stream_collector: StreamCollector | None
-    """Hands groups to the trainer while others are sampled, with `schedule = "sync"` and engines
-    that run beside the trainer."""
-    evaluator: Evaluator | None
-    budget: TokenBudget
-    """Of the trainer's passes outside a training step."""
-    ranks: RankLauncher
-    environments: Sequence[Environment]
-    """Those that score, with their processes."""
-
-    def abort(self) -> None:
-        """Close without waiting for the trainer's other ranks."""
-        self.ranks.group.broken = True
-        self.close()
-
-    def close(self) -> None:
-        self.ranks.close()
-        self.engine.close()
-        close_environments(self.environments)
-        for collector in (self.async_collector, self.stream_collector):
-            if collector is not None:
-                collector.close()
+        return _scored(self.config, self.environments, self.evaluation_environments)
 
 
 def prepare(
@@ -144,17 +87,35 @@ def prepare(
 
     `phase` shows the progress of checks that take long.
 
-    Raises UserError for errors the user can fix.
+    Raises UserError for errors the user can fix. The environments are closed then.
     """
+    made: list[Environment] = []
+    try:
+        return _prepare(loaded, directory, resume, phase, made)
+    except BaseException:
+        close_environments(made)
+        raise
+
+
+def _prepare(
+    loaded: LoadedConfig,
+    directory: RunDirectory,
+    resume: bool,
+    phase: Phase,
+    made: list[Environment],
+) -> Prepared:
+    """See `prepare`. Adds the environments to `made`."""
     config, orchestrator = loaded.config, loaded.config.orchestrator
     extended = resume and is_extended(loaded, directory)
-    initial_adapter = initial_adapter_digest(config)
-    if resume:
+    restores = resume and any_saved(directory.path / "checkpoints")
+    initial_adapter = None if restores else initial_adapter_digest(config)
+    if resume and not restores:
         directory.check_same_adapter(initial_adapter)
     check_monitors(config)
     refuse_adapters(config)
     tokenizer = load_tokenizer(config)
     environments = load_environments(orchestrator.env, "orchestrator.env")
+    made += environments.values()
     check_rewards(config, environments)
     began = directory.began() if resume else None
     builder = _prompt_builder(config, tokenizer, began or datetime.now())
@@ -164,6 +125,7 @@ def prepare(
     evaluated = environments
     if orchestrator.eval is not None and orchestrator.eval.env is not None:
         evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
+        made += evaluated.values()
     if orchestrator.eval is not None:
         check_rewards(config, evaluated, evaluated=True)
     limit = PromptLimit.of(config, plan.placement.max_length)
@@ -185,6 +147,8 @@ def prepare(
     if resume:
         directory.check_same_tasks(fingerprint)
     _tell_what_the_scoreboard_lacks(config, evaluated, by_env)
+    for environment in _scored(config, environments, evaluated):
+        check_ready(environment)
     check_weights(config)  # last, because it may download them
     return Prepared(
         loaded=loaded,
@@ -199,86 +163,25 @@ def prepare(
         builder=builder,
         prompts=measured.prompts,
         fingerprint=fingerprint,
+        restores=restores,
         initial_adapter=initial_adapter,
         plan=plan,
     )
 
 
-def build(prepared: Prepared, display: Display) -> Components:
-    """Start the engines and the trainer's ranks, and load the model while they start.
-
-    Raises UserError if something cannot be loaded or started. Nothing is left running then.
-    """
-    config, placement = prepared.config, prepared.plan.placement
-    devices = placement.devices
-    if devices[0].type == "cuda":
-        torch.cuda.set_device(devices[0])  # Triton launches kernels on the current device
-    launcher = EngineLauncher(config, placement, prepared.directory.path / "sync")
-    ranks = RankLauncher(devices)
-    environments = prepared.scored_environments
-    isolated = [env for env in environments if isinstance(env, IsolatedEnvironment)]
-    try:
-        for environment in isolated:
-            environment.start()
-        placement = launcher.start()
-        ranks.start(config, placement)
-        with explain_out_of_memory("loading the model", **SMALLER_MODEL):
-            policy = load_policy(
-                config,
-                prepared.tokenizer,
-                placement,
-                end_of_turn_ids=prepared.builder.end_of_turn_ids,
-            )
-        budget = TokenBudget(placement.micro_batch_tokens)
-        with explain_out_of_memory(DOING, **SMALLER_MODEL):
-            samples = placement.student.in_trainer
-            shares = check_model(policy, prepared.prompts, budget, samples=samples)
-        with explain_out_of_memory("preparing the optimizer", **SMALLER_MODEL):
-            prefixes = PrefixCache(policy, shares)
-            trainer = build_trainer(policy, config, placement, ranks.group, prefixes)
-        engine = launcher.attach(policy, prefixes)
-        collector = Collector(
-            config,
-            prepared.environments,
-            prepared.builder,
-            placement,
-            display,
-            prepared.train_tasks,
-        )
-        evaluator = None
-        if config.orchestrator.eval is not None:
-            evaluator = Evaluator(
-                config,
-                prepared.evaluation_environments,
-                prepared.evaluation_prompts,
-                prepared.builder,
-                engine,
-                display,
-            )
-        for environment in isolated:
-            environment.check()
-    except BaseException:
-        ranks.group.broken = True
-        ranks.close()
-        launcher.close()
-        close_environments(environments)
-        raise
-    is_async = config.schedule == "async"
-    streams = not is_async and engine.streams and not engine.sleeps
-    least_tokens = STREAMED_TOKENS * placement.ranks
-    return Components(
-        placement=placement,
-        policy=policy,
-        trainer=trainer,
-        engine=engine,
-        collector=collector,
-        async_collector=AsyncCollector(collector, engine) if is_async else None,
-        stream_collector=StreamCollector(collector, engine, least_tokens) if streams else None,
-        evaluator=evaluator,
-        budget=budget,
-        ranks=ranks,
-        environments=environments,
+def _scored(
+    config: Config, trained: Mapping[str, Environment], evaluated: Mapping[str, Environment]
+) -> list[Environment]:
+    """Those whose completions are scored, in training or evaluations."""
+    orchestrator = config.orchestrator
+    return _each_once(
+        *(() if orchestrator.buffer.skip_verification else trained.values()),
+        *(() if orchestrator.eval is None else evaluated.values()),
     )
+
+
+def _each_once(*environments: Environment) -> list[Environment]:
+    return list({id(environment): environment for environment in environments}.values())
 
 
 def _prompt_builder(config: Config, tokenizer: Any, began: datetime) -> PromptBuilder:
