@@ -24,7 +24,7 @@ from minidistill.errors import (
     UserErrors,
     printable,
 )
-from minidistill.files import drop_output, open_standard_streams
+from minidistill.files import drop_output, full_disk, open_standard_streams
 from minidistill.foreign import ctrl_c, is_interrupt
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def _dispatch(args: list[str]) -> int:
 
 def _print_error(error: BaseException) -> int:
     """Print what is wrong and how to fix it, and return the exit code."""
+    error = full_disk(error) or error
     package = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
     if package and not package.startswith("minidistill"):
         error = UserError(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import json
 import os
+import re
+import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,36 +85,151 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _safetensor_error() -> type[Exception]:
-    """What safetensors raises if it cannot write a file."""
-    from safetensors import SafetensorError
-
-    return SafetensorError
-
-
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write (a full disk, a lost mount) into a UserError (exit code 3)."""
+def writing(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn a failed write (a full disk, a lost mount) into a UserError (exit code 3).
+
+    It names the `path`, and the `needed` bytes if they are known. Also errors of libraries that
+    only quote the system's words count.
+    """
     try:
         yield
-    except (OSError, _safetensor_error()) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        number = _disk_errno(error)
+        if number is None:
+            raise
         raise UserError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}",
             where=str(path),
-            fix="free some space or repair the disk; --resume continues from the last checkpoint",
+            fix=f"{_repair(number, path, needed)}; --resume continues from the last checkpoint",
             exit_code=EXIT_ENVIRONMENT,
         ) from error
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_ERRORS = (*_FULL, errno.EIO, errno.EROFS)
+
+
+def _disk_errno(error: Exception) -> int | None:
+    """The system's number of a failed write, 0 if it is not known; None for another error."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    text = str(error)
+    for number in _DISK_ERRORS:
+        if os.strerror(number) in text or f"os error {number})" in text:
+            return number
+    # writers of libraries that name no other reason; torch's names its source
+    written = type(error).__name__ == "SafetensorError" or "inline_container.cc" in text
+    return 0 if written or "PytorchStreamWriter" in text else None
+
+
+def full_disk(error: Exception) -> UserError | None:
+    """The error (exit code 3) for a write that found a full disk, wherever it was; else None."""
+    if not isinstance(error, OSError) or error.errno not in _FULL:
+        return None
+    path = error.filename if isinstance(error.filename, str) else ""
+    fix = (
+        _repair(error.errno, Path(path), 0)
+        if path
+        else "free some space on the disks of the run, of the temporary folder (TMPDIR) and of "
+        "your home"
+    )
+    return UserError(
+        f"cannot write {path or 'a file'}: {error.strerror}",
+        where=path,
+        fix=f"{fix}; --resume continues from the last checkpoint",
+        exit_code=EXIT_ENVIRONMENT,
+    )
+
+
+def _repair(number: int, path: Path, needed: int) -> str:
+    """What to do about a failed write."""
+    if number == errno.EFBIG:
+        return "raise the limit on the size of files (`ulimit -f`)"
+    if number not in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space or repair the disk"
+    folder = next(p for p in path.absolute().parents if p.is_dir())
+    amount = f"at least {_readable(needed)}" if needed else "some space"
+    place = f"free {amount} on the disk of {folder}"
+    if number == errno.EDQUOT:
+        return f"{place}, of which your quota is used up"
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(folder)
+        if disk.f_files and not disk.f_favail:
+            return f"{place}: it has no room for more files (`df -i`)"
+        place += f", which has {_readable(disk.f_bavail * disk.f_frsize)}"
+    return place
+
+
+def _readable(size: int) -> str:
+    """A number of bytes, in the largest unit of which there is at least one."""
+    amount, units = float(size), ["bytes", "kB", "MB", "GB", "TB"]
+    while amount >= 1000 and len(units) > 1:
+        amount, units = amount / 1000, units[1:]
+    return f"{amount:.3g} {units[0]}"
+
+
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nothing has, for what is renamed to `path` when it is complete."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder, which must have no other writer."""
+    with contextlib.suppress(OSError):
+        for path in [p for p in folder.iterdir() if _TEMPORARY.fullmatch(p.name)]:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there and can be removed."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a temporary file, flush it to disk, rename it: readers see the old file or the new."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a temporary file, flush it to disk, rename it: readers see the old file or the new.
+
+    The temporary file has a name of its own, and is removed if it cannot be written. A link at
+    `path` is replaced, not followed: what it leads to does not change. Raises UserError (exit code
+    3) if the file cannot be written.
+    """
+    temporary = temporary_name(path)
+    content = data.encode() if isinstance(data, str) else data
     with writing(path):
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        # exclusive: never an existing file, never through a link; the umask applies
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags, 0o666)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            remove(temporary)
+            raise
+        flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Flush a file to disk, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some file systems cannot flush a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def cache_folder(name: str) -> Path:

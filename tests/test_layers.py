@@ -18,6 +18,7 @@ ORDER = (
     "types",
     "seeding",
     "files",
+    "scratch",
     "logs",
     "subprocesses",
     "estimators",
@@ -35,11 +36,11 @@ ORDER = (
     "cli",
     "__main__",
 )
-TOP_LEVEL_MODULES = 8  # in the package's folder, besides __init__ and __main__
+TOP_LEVEL_MODULES = 9  # in the package's folder, besides __init__ and __main__
 HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "wandb"}
 # These import only each other, and no torch
 LIGHT = {
-    *("errors", "foreign", "types", "seeding", "files", "logs", "subprocesses"),
+    *("errors", "foreign", "types", "seeding", "files", "scratch", "logs", "subprocesses"),
     *("estimators", "config", "envs", "reporting"),
 }
 # except for what writes tensors to disk

@@ -44,7 +44,7 @@ def adapter_folder(init: str) -> Path:
     latest = path / "checkpoints" / "latest"
     folders = [path, path / "adapter"]
     if latest.is_file():
-        folders.append(latest.parent / latest.read_text().strip() / "adapter")
+        folders.append(latest.parent / latest.read_text(errors="replace").strip() / "adapter")
     for folder in folders:
         if (folder / TENSORS).is_file() and (folder / SETTINGS).is_file():
             return folder

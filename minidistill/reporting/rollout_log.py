@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save
 from minidistill.errors import EXIT_FAILED, UserError
 from minidistill.files import write_atomic
 from minidistill.foreign import describe, foreign_code
+from minidistill.reporting.records import rollout_names
 from minidistill.reporting.run_directory import finite
 from minidistill.types import Rollout, TokenFigures
 
@@ -44,13 +46,13 @@ def _cannot_decode(id: int, error: BaseException) -> UserError:
 
 
 def write_rollouts(
-    directory: Path,
+    run_path: Path,
     step: int,
     rollouts: Sequence[Rollout],
     figures: Sequence[TokenFigures],
     texts: TokenTexts,
-) -> None:
-    """Write `step_000012.jsonl` and `step_000012.safetensors`.
+) -> dict[str, str]:
+    """Write `rollouts/step_000012.jsonl` and `.safetensors`. Returns their names and checksums.
 
     The safetensors file holds flat tensors (N,) with all completions concatenated; those of
     rollout r are at `offsets[r]:offsets[r + 1]`.
@@ -63,7 +65,6 @@ def write_rollouts(
         json.dumps(_line(step, r, f, texts), ensure_ascii=False) + "\n"
         for r, f in zip(rollouts, figures, strict=True)
     ]
-    write_atomic(directory / f"step_{step:06d}.jsonl", "".join(lines))
     lengths = torch.tensor([0, *(len(r.completion.token_ids) for r in rollouts)])
     ids = [t for r in rollouts for t in r.completion.token_ids]
     tensors = {
@@ -78,7 +79,12 @@ def write_rollouts(
         ),
         "offsets": lengths.cumsum(0),
     }
-    write_atomic(directory / f"step_{step:06d}.safetensors", save(tensors))
+    contents = "".join(lines).encode(), save(tensors)
+    sums = {}
+    for name, content in zip(rollout_names(step), contents, strict=True):
+        write_atomic(run_path / name, content)
+        sums[name] = sha256(content).hexdigest()
+    return sums
 
 
 def _joined(columns: Sequence[torch.Tensor]) -> torch.Tensor:

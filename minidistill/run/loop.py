@@ -14,7 +14,8 @@ from minidistill import logs
 from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_INTERRUPTED, EXIT_OK
 from minidistill.foreign import Interrupted
-from minidistill.reporting.run_directory import RunDirectory, claim_path
+from minidistill.reporting.run_directory import RunDirectory
+from minidistill.reporting.run_path import claim_path
 from minidistill.reporting.terminal import SafeDisplay, lasting_output, open_display
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run.baseline import evaluate_baseline
@@ -40,9 +41,10 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
         directory = RunDirectory(path)
         if resume:
             loaded = with_recorded_adapter(loaded, directory)
-        if resume and not is_extended(loaded, directory) and show_finished(directory, display):
-            return EXIT_OK
         with logs.to_file(directory.log_path):
+            same = resume and not is_extended(loaded, directory)
+            if same and show_finished(directory, display, loaded.config):
+                return EXIT_OK
             prepared = prepare(loaded, directory, resume, display.phase)
             with open_session(prepared, display) as session, _interrupts() as interrupt:
                 return _run(session, interrupt)

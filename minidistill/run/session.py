@@ -22,6 +22,7 @@ from minidistill.reporting.terminal.base import Display, Sample
 from minidistill.run.build import Components, build
 from minidistill.run.header import header
 from minidistill.run.prepare import Prepared
+from minidistill.run.resume import check_nothing_was_saved
 from minidistill.trainer import checkpoint
 from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.health import Health
@@ -102,11 +103,14 @@ class Session:
         fix="free the memory that other programs hold, or resume on a machine with more",
     )
     def _resume(self) -> None:
-        saved = checkpoint.restore(self.trainer, self.directory.path / "checkpoints")
+        records = self.directory.records
+        root = self.directory.path / "checkpoints"
+        saved = checkpoint.restore(self.trainer, root, records.disagreement)
+        if saved is None:
+            check_nothing_was_saved(self.config, self.directory)
         step = saved["step"] if saved else 0
-        self.directory.truncate(saved["metrics_lines"] if saved else 0)
-        self.directory.clear_rollouts_after(step)
-        self.health.replay(self.directory.records())
+        records.rewind(saved)
+        self.health.replay(records.all())
         self.first_step = step + 1
         self._seconds_before = saved["seconds"] if saved else 0.0
         logger.info(f"resuming after step {step}")
@@ -137,7 +141,8 @@ class Session:
         """Write and show a step's results. `tokens` has the per-token results of each rollout."""
         if (peak := self.engine.peak_memory()) is not None:
             metrics = metrics | {"perf/peak_memory_gib/engine": peak / GIB}
-        write_rollouts(self.directory.path / "rollouts", step, rollouts, tokens, self.texts)
+        sums = write_rollouts(self.directory.path, step, rollouts, tokens, self.texts)
+        self.directory.records.add(sums)
         self.log(step, metrics)
         first = rollouts[0]
         reward = None if first.reward is None else first.reward.value
@@ -237,6 +242,6 @@ class Session:
         fix="give the machine more free memory; --resume continues from the last checkpoint",
     )
     def save_checkpoint(self, step: int) -> None:
-        progress = {"metrics_lines": self.directory.lines(), "seconds": self.seconds}
+        progress = {**self.directory.records.flush(), "seconds": self.seconds}
         root = self.directory.path / "checkpoints"
         checkpoint.save(self.trainer, root, step, progress, self.config.ckpt.keep)

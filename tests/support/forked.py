@@ -16,6 +16,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver, process
@@ -144,6 +145,7 @@ def _run_module(
     _take(descriptors)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # which what was preloaded may have looked up
     _appear_as(command, environment)
     if threads := environment.get("OMP_NUM_THREADS"):  # which torch read as the server started
         torch.set_num_threads(int(threads))

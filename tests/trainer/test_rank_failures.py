@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from support.ranks import NO_EVALUATION, TWO_RANKS
 from support.runs import run, start
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_INTERRUPTED
+from minidistill.scratch import sweep
 from minidistill.trainer.distributed import launcher
 
 
@@ -41,17 +43,25 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     ],
 )
 def test_killing_a_process_ends_the_run_and_leaves_no_process(
-    tmp_path: Path, target: str, signal_number: int, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, signal_number: int, code: int
 ) -> None:
-    path = tmp_path / "run"
+    """Nor a temporary folder, once another run has started."""
+    path, temporary = tmp_path / "run", tmp_path / "temporary"
+    temporary.mkdir()
     world_size = 3 if target == "rank" else 2
     flags = ("--max_steps", "400", "--orchestrator.batch_size", "12", "--trainer.shard")
     mark = processes.new_mark()
     flags = (*NO_EVALUATION, *flags, "--trainer.world_size", str(world_size))
     interrupted = signal_number == signal.SIGINT
-    process = start(path, *flags, as_users_do=interrupted, **{processes.MARK: mark})
+    process = start(
+        path, *flags, as_users_do=interrupted, TMPDIR=str(temporary), **{processes.MARK: mark}
+    )
     metrics = path / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and b'"step": 2,' in metrics.read_bytes())
+    (folder,) = temporary.glob("minidistill-*")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    sweep()
+    assert folder.exists()
     ranks = rank_pids(mark)
     assert len(ranks) == world_size - 1
     os.kill(ranks[0] if target == "rank" else process.pid, signal_number)
@@ -61,6 +71,9 @@ def test_killing_a_process_ends_the_run_and_leaves_no_process(
     assert found == code, output
     assert ("rank 1 of the trainer ended: signal SIGKILL" in output) == (target == "rank")
     assert not processes.left_behind(mark)
+    assert folder.exists() == (code == -signal.SIGKILL)
+    sweep()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import httpx
 
 from minidistill.config import Config
 from minidistill.engines.base import Engine, Finished, Ids
-from minidistill.engines.server.adapters import Adapter, Adapters
+from minidistill.engines.server.adapters import Adapter, Adapters, remove_leftovers
 from minidistill.engines.server.http import KEY, GoneError, Post, message, request, send_all
 from minidistill.engines.server.probe import check_same_model, server_command
 from minidistill.engines.vllm.engine import NAMES, SEED_BITS
@@ -318,9 +318,13 @@ class ServerEngine(Engine):
 def start(
     engine: EnginePlacement, config: Config, sync_folder: Path, *, teacher: bool
 ) -> list[Engine]:
-    """An engine for each server. Servers are contacted once the trainer's model has loaded."""
+    """An engine for each server. Servers are contacted once the trainer's model has loaded.
+
+    Nothing has been written to `sync_folder` by this run yet.
+    """
     table = "teacher_inference" if teacher else "inference"
     command = server_command(config, engine, teacher=teacher)
+    remove_leftovers(sync_folder)
     return [
         ServerEngine(
             url,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import logging
 import multiprocessing
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
+from minidistill.scratch import ScratchFolder, use_for_multiprocessing
 from minidistill.subprocesses import Subprocess
 from minidistill.trainer.guards import first_line, says_out_of_memory
 
@@ -27,6 +30,18 @@ TOO_LITTLE = (
 )
 
 
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def _compiled() -> str:
+    """Where torch keeps compiled code: where it would without a temporary folder of its own."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.geteuid())
+    return os.environ.get(COMPILED) or f"{tempfile.gettempdir()}/torchinductor_{user}"
+
+
 class EngineDied(Exception):
     """The engine's process has ended. The message is its exit report."""
 
@@ -39,16 +54,24 @@ class EngineProcess(Subprocess):
     """The subprocess and two sockets to it: one for calls, one for commands during a call.
 
     If the driver dies without `close`, the subprocess sees a pipe close and kills its own process
-    group.
+    group. Its temporary files and shared memory are then left for the next run to remove.
     """
 
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         ours, theirs = zip(socket.socketpair(), socket.socketpair(), strict=True)
         watched, self._lifeline = os.pipe()
         descriptors = (*(end.fileno() for end in theirs), watched)
+        self._scratch = ScratchFolder()
+        use_for_multiprocessing()
+        places = {"TMPDIR": str(self._scratch.path), COMPILED: _compiled()}
+        if not self._scratch.holds_sockets:
+            places = {}
         try:
-            super().__init__(MODULE, [*map(str, descriptors)], descriptors, environment)
+            super().__init__(
+                MODULE, [*map(str, descriptors)], descriptors, {**environment, **places}
+            )
         except BaseException:
+            self._scratch.close()
             for end in ours:
                 end.close()
             os.close(self._lifeline)
@@ -66,6 +89,7 @@ class EngineProcess(Subprocess):
     def wait_until_started(self) -> None:
         """Wait for the engine to be built. Raises EngineDied or EngineFailed."""
         self._receive(self._calls, None)
+        self._scratch.remember_segments(self.popen.pid)
 
     def call(self, method: str, report: Report | None = None, **arguments: Any) -> Any:
         """Call a method of `EngineWorker` and return its result. One call at a time.
@@ -105,7 +129,9 @@ class EngineProcess(Subprocess):
                 return value
 
     def close(self, patience: float = 0.0) -> None:
+        self._scratch.remember_segments(self.popen.pid)
         super().close(patience)
+        self._scratch.close()
         self._calls.close()
         self._commands.close()
         if self._lifeline >= 0:

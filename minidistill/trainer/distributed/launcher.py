@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import select
-import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from minidistill.config import Config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.placement.placement import Placement
+from minidistill.scratch import ScratchFolder
 from minidistill.subprocesses import Subprocess
 from minidistill.trainer.distributed.rank_group import RankGroup, launched_by_torchrun
 
@@ -35,7 +34,7 @@ class RankLauncher:
         self.devices = devices
         self.group = RankGroup(*(launched_by_torchrun() or (0, len(devices))))
         self._processes: list[RankProcess] = []
-        self._folder: Path | None = None
+        self._folder: ScratchFolder | None = None
         self._closing = False
         self._rank_ended = threading.Event()
         self._first_to_end: RankProcess | None = None
@@ -49,8 +48,8 @@ class RankLauncher:
             return
         store = None
         if launched_by_torchrun() is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="minidistill-"))
-            store = self._folder / "store"
+            self._folder = ScratchFolder()
+            store = self._folder.path / "store"
             self._start_processes(store)
             self.group.failed_rank_error = self._failed_rank_error
             threading.Thread(target=self._watch, daemon=True).start()
@@ -69,7 +68,7 @@ class RankLauncher:
         self._processes = []
         self.group.leave()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.close()
 
     def _start_processes(self, store: Path) -> None:
         size = self.group.size
