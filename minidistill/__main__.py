@@ -9,7 +9,7 @@ if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] == os.getc
     if os.path.samefile(os.path.dirname(os.path.dirname(__file__)), os.getcwd()):
         sys.path.append(os.getcwd())  # a checkout that is not installed: vLLM's processes need it
 
-from minidistill.cli import main
+from minidistill.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

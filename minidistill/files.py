@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -140,7 +141,7 @@ def _disk_errno(error: Exception) -> int | None:
     return 0 if written or "PytorchStreamWriter" in text else None
 
 
-def full_disk(error: Exception) -> UserError | None:
+def full_disk(error: BaseException) -> UserError | None:
     """The error (exit code 3) for a write that found a full disk, wherever it was; else None."""
     if not isinstance(error, OSError) or error.errno not in _FULL:
         return None
@@ -261,3 +262,15 @@ def drop_output(stream: TextIO) -> None:
             os.dup2(nothing, stream.fileno())
         finally:
             os.close(nothing)
+
+
+def open_standard_streams() -> None:
+    """Connect standard streams that are closed to nothing: files would get their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # `open` takes the lowest number that is free, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends

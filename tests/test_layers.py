@@ -14,6 +14,7 @@ PACKAGE = ROOT / "minidistill"
 # A module imports only from its own folder and from those before it.
 ORDER = (
     "errors",
+    "foreign",
     "types",
     "seeding",
     "files",
@@ -40,7 +41,7 @@ TOP_LEVEL_MODULES = 9  # in the package's folder, besides __init__ and __main__
 HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "wandb"}
 # These import only each other, and no torch
 LIGHT = {
-    *("errors", "types", "seeding", "files", "scratch", "logs", "subprocesses", "http"),
+    *("errors", "foreign", "types", "seeding", "files", "scratch", "logs", "subprocesses", "http"),
     *("estimators", "config", "envs", "reporting"),
 }
 # except for what writes tensors to disk

@@ -23,6 +23,7 @@ from minidistill.config.base import (
     Weight,
 )
 from minidistill.config.engine_kinds import ENGINE_KINDS
+from minidistill.config.health import HealthConfig
 from minidistill.config.orchestrator import OrchestratorConfig
 from minidistill.estimators import ESTIMATORS
 
@@ -302,6 +303,7 @@ class Config(Table):
     model: ModelConfig = ModelConfig()
     ckpt: CkptConfig = CkptConfig()
     silence: SilenceConfig = SILENCE
+    health: HealthConfig = HealthConfig()
     wandb: WandbConfig | None = None
     trainer: TrainerConfig = TrainerConfig()
     orchestrator: OrchestratorConfig

@@ -17,11 +17,11 @@ from minidistill.envs.outcomes import (
     CannotScoreError,
     Report,
     ScoringError,
-    describe,
     score_one,
 )
 from minidistill.envs.protocol import Environment, check_ready, has_task
 from minidistill.errors import EXIT_ENVIRONMENT
+from minidistill.foreign import describe, foreign_code
 from minidistill.subprocesses import Subprocess, limit_transfers
 from minidistill.types import Reward, Task
 
@@ -218,9 +218,8 @@ def close_environments(environments: Iterable[Environment]) -> None:
     """Call `close` of those that have it. An error there is logged: the run has ended."""
     for environment in environments:
         try:
-            if (close := getattr(environment, "close", None)) is not None:
-                close()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # third-party code, which may call sys.exit
-            logger.warning(f"an environment could not be closed: {describe(error)}")
+            with foreign_code(lambda error: RuntimeError(describe(error)), ours=()):
+                if (close := getattr(environment, "close", None)) is not None:
+                    close()
+        except RuntimeError as error:
+            logger.warning(f"an environment could not be closed: {error}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from minidistill.envs.protocol import has_rewards
 from minidistill.errors import UserError, printable
+from minidistill.foreign import describe, foreign_code
 from minidistill.types import Reward, Task
 
 RESERVED = {"mean"}
@@ -76,14 +77,15 @@ def score_one(scorer: Any, task: Task, completion: str) -> Outcome:
 
 def _outcome(score: Callable[[], Outcome]) -> Outcome:
     """What `score` returns, or the failure that it raises."""
+
+    def failure(error: BaseException) -> ScoringError:
+        return ScoringError(describe(error))
+
     try:
-        return score()
-    except (KeyboardInterrupt, CannotScoreError):
-        raise
+        with foreign_code(failure, ours=(ScoringError, CannotScoreError)):
+            return score()
     except ScoringError as error:
         return error
-    except BaseException as error:  # a reward is third-party code, and may call sys.exit
-        return ScoringError(describe(error))
 
 
 def _score_together(
@@ -121,13 +123,6 @@ def _score_together(
 
 def _reported(value: object) -> Outcome:
     return value if isinstance(value, ScoringError) else to_reward(value)
-
-
-def describe(error: BaseException) -> str:
-    """An exception's type and message."""
-    if isinstance(error, SystemExit):
-        return f"it called sys.exit({'' if error.code is None else repr(error.code)})"
-    return f"{type(error).__name__}: {error}"
 
 
 def to_reward(value: object) -> Reward:
@@ -192,6 +187,7 @@ def _number(value: object, wrong: str, name: str) -> float:
 def _short(value: object) -> str:
     """`value` in a few words: a user's `repr` may be long, or fail."""
     try:
-        return reprlib.repr(value)
-    except Exception:
+        with foreign_code(lambda error: ScoringError(describe(error))):
+            return reprlib.repr(value)
+    except ScoringError:
         return f"a {type(value).__name__}"

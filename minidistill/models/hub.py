@@ -6,10 +6,12 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from minidistill.config import Config
 from minidistill.errors import UserError
+from minidistill.foreign import describe, foreign_code
 from minidistill.models.registry import SHIPPED_CONFIGS, resolve
 
 TEACHER_KEY = "teacher_inference.model.name"
@@ -89,21 +91,34 @@ def hub_arguments(config: Config, name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def readable_errors(name: str, key: str = "model.name") -> Iterator[None]:
-    """Turn errors of loading the model `name`, set by the configuration's `key`, to UserError."""
+    """Turn errors of loading the model `name`, set by the configuration's `key`, to UserError.
+
+    So is what is no Exception: a panic of the tokenizer's parser, `sys.exit` in the model's code.
+    """
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
+    failure = partial(_cannot_load, name, key)
     try:
-        yield
+        with foreign_code(failure, ours=Exception):
+            yield
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"cannot load the model {name!r}: {str(error).strip().splitlines()[0]}",
-            where=key,
-            fix="name a built-in model (tiny-sokoban), a local folder in Hugging Face layout, "
-            "or a hub id that this machine can reach",
-        ) from error
+        raise failure(error) from error
+
+
+def _cannot_load(name: str, key: str, error: BaseException) -> UserError:
+    reason = next(iter(str(error).strip().splitlines()), "")
+    if not (reason and isinstance(error, OSError | ValueError | KeyError)):
+        reason = describe(error)
+    return UserError(
+        f"cannot load the model {name!r}: {reason}",
+        where=key,
+        fix="name a built-in model (tiny-sokoban), a local folder in Hugging Face layout, "
+        "or a hub id that this machine can reach",
+    )
 
 
 def _load_tokenizer(config: Config, name: str, key: str) -> Any:
-    with readable_errors(name, key):
+    # a damaged file ends in a bare Exception or a panic, code of the model's own in anything
+    with readable_errors(name, key), foreign_code(partial(_cannot_load, name, key)):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(resolve(name), **hub_arguments(config, name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from minidistill.errors import EXIT_FAILED, UserError
 from minidistill.files import write_atomic
+from minidistill.foreign import describe, foreign_code
 from minidistill.reporting.records import rollout_names
 from minidistill.reporting.run_directory import finite
 from minidistill.types import Rollout, TokenFigures
@@ -28,8 +31,18 @@ class TokenTexts:
 
     def __call__(self, ids: Sequence[int]) -> list[str]:
         for id in set(ids) - self._decoded.keys():
-            self._decoded[id] = self._tokenizer.decode([id])
+            with foreign_code(partial(_cannot_decode, id)):
+                self._decoded[id] = str(self._tokenizer.decode([id]))
         return [self._decoded[id] for id in ids]
+
+
+def _cannot_decode(id: int, error: BaseException) -> UserError:
+    return UserError(
+        f"the model's tokenizer cannot decode the token {id}: {describe(error)}",
+        where="model.name",
+        fix="use the tokenizer that was made for the model",
+        exit_code=EXIT_FAILED,
+    )
 
 
 def write_rollouts(

@@ -90,9 +90,9 @@ class RunDirectory:
         before = _flatten(_without_time_limits(self.resolved()))
         now = _flatten(_without_time_limits(loaded.resolved()))
         ignored = {"output_dir", "trainer_gpu_ids", "trainer.world_size", "trainer.shard"}
-        # A run that passed this limit goes on with a higher one.
+        # A run that passed this limit, or that a guard stopped, goes on with another.
         ignored.add("orchestrator.max_env_error_frac")
-        ignored |= {key for key in {*before, *now} if key.startswith("wandb")}
+        ignored |= {key for key in {*before, *now} if key.startswith(("wandb", "health."))}
         ignored |= {k for k in now if k not in before and loaded.provenance.get(k) == "default"}
         return {
             key: (before.get(key), now.get(key))

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from minidistill.errors import UserError
 from minidistill.evaluation.evaluator import Scores
 from minidistill.evaluation.kl import SampledKL, drift_kl, sample, teacher_kl
 from minidistill.evaluation.side_by_side import kept
@@ -24,6 +25,7 @@ from minidistill.run.prepare import Prepared
 from minidistill.run.resume import check_nothing_was_saved
 from minidistill.trainer import checkpoint
 from minidistill.trainer.guards import explain_out_of_memory
+from minidistill.trainer.health import Health
 from minidistill.types import Completion, Metrics, Role, Rollout, TokenFigures
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,9 @@ class Session:
         self.budget = components.budget
         self.texts = TokenTexts(prepared.tokenizer)
         self.first_step = 1
+        self.health = Health(self.config.health, self.directory.path / "rollouts")
+        self.problem: UserError | None = None
+        """Why the run must not go on after the last step, if it must not."""
         self._began, self._seconds_before = time.perf_counter(), 0.0
         if prepared.resume:
             self._resume()
@@ -105,6 +110,7 @@ class Session:
             check_nothing_was_saved(self.config, self.directory)
         step = saved["step"] if saved else 0
         records.rewind(saved)
+        self.health.replay(records.all())
         self.first_step = step + 1
         self._seconds_before = saved["seconds"] if saved else 0.0
         logger.info(f"resuming after step {step}")
@@ -143,6 +149,7 @@ class Session:
         texts = tuple(self.texts(first.completion.token_ids))
         sample = Sample(texts, tuple(tokens[0].kl.tolist()), reward, first.prompt.env)
         self.display.step(step, metrics, sample)
+        self.problem = self.health.take(step, metrics)
         if step == self.first_step:
             logger.info(planned_and_measured(self.prepared.plan, self.policy.device))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -16,6 +17,7 @@ from minidistill.evaluation.drift import judge_drift
 from minidistill.evaluation.kl import SampledKL
 from minidistill.evaluation.side_by_side import after_training
 from minidistill.evaluation.verdict import judge
+from minidistill.foreign import describe
 from minidistill.reporting.html import write_report
 from minidistill.reporting.monitors import Monitor, open_monitors
 from minidistill.reporting.records import METRICS
@@ -60,8 +62,8 @@ def finish(session: Session) -> None:
     }
     _fill_in(session, board, _last_passes(session, before))
     session.display.scoreboard(board)
-    report = write_report(directory.path)
-    logger.info(f"{saved.name}: {saved}  report: {report}")
+    report = write_run_report(directory)
+    logger.info(f"{saved.name}: {saved}" + (f"  report: {report}" if report else ""))
     _end(directory, board, session.monitor)
 
 
@@ -148,7 +150,7 @@ def show_finished(directory: RunDirectory, display: Display, config: Config) -> 
         return False
     display.scoreboard(board)
     if not (directory.path / "report.html").exists():
-        write_report(directory.path)
+        write_run_report(directory)
     if listed and FILE not in listed:  # it was killed before its monitors had the scoreboard
         _end(directory, board, open_monitors(config, directory.path))
     logger.info(
@@ -156,6 +158,19 @@ def show_finished(directory: RunDirectory, display: Display, config: Config) -> 
         "extends it"
     )
     return True
+
+
+def write_run_report(directory: RunDirectory) -> Path | None:
+    """Write the report and return its path. If that fails, warn: the report is not worth a run."""
+    try:
+        return write_report(directory.path)
+    except Exception as error:
+        reason = error.what if isinstance(error, UserError) else describe(error)
+        logger.warning(
+            f"no report: {reason}; `minidistill report {directory.path}` writes it again",
+            exc_info=error,
+        )
+        return None
 
 
 def _whole_board(directory: RunDirectory) -> dict[str, Any] | None:

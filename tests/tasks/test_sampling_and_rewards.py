@@ -19,6 +19,7 @@ from minidistill.envs.protocol import take_tasks
 from minidistill.envs.registry import load_environments
 from minidistill.envs.sokoban import SokobanEnv
 from minidistill.errors import EXIT_HEALTH, EXIT_USAGE, UserError
+from minidistill.foreign import Interrupted
 from minidistill.tasks.rewards import check_errors, score, with_advantages
 from minidistill.tasks.sampling import TaskSampler
 from minidistill.types import Advance, Completion, Prompt, Reward, Rollout, Task
@@ -228,9 +229,9 @@ def test_slow_failures_are_checked_at_once() -> None:
 
 def test_an_interrupt_is_not_a_failure() -> None:
     def interrupted(_: str) -> Reward:
-        raise KeyboardInterrupt
+        raise Interrupted
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         score({"a": Env(1, interrupted)}, [rollout(prompt())], lambda _: None)
 
 
@@ -297,3 +298,17 @@ def test_advantages_without_rewards_are_zero() -> None:
     scored = with_advantages([rollout(same), rollout(same)], std_norm=True)
     assert [r.advantage for r in scored] == [0.0, 0.0]
     assert with_advantages([], std_norm=True) == []
+
+
+@pytest.mark.parametrize("std_norm", [False, True])
+def test_rewards_whose_mean_is_not_finite_stop_the_run(std_norm: bool) -> None:
+    group = prompt()
+    rewards = [rollout(group, reward=value) for value in (1.7e308, 1.7e308, 1.0)]
+    with pytest.raises(UserError, match=r"too large for their mean: 1\.7e\+308") as caught:
+        with_advantages(rewards, std_norm)
+    assert caught.value.exit_code == EXIT_HEALTH
+
+
+def test_a_share_of_failures_that_is_no_number_is_too_large() -> None:
+    with pytest.raises(UserError):
+        check_errors(["failed"], 10, math.nan)
