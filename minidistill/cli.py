@@ -25,8 +25,8 @@ from minidistill.errors import (
     bounded,
     printable,
 )
-from minidistill.files import drop_output, full_disk, open_standard_streams
-from minidistill.foreign import ctrl_c, is_interrupt
+from minidistill.system.files import drop_output, full_disk, open_standard_streams
+from minidistill.system.foreign import ctrl_c, is_interrupt
 
 if TYPE_CHECKING:
     from minidistill.config import LoadedConfig

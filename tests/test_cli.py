@@ -9,7 +9,7 @@ import pytest
 
 from minidistill import __version__, cli
 from minidistill.errors import UserError, UserErrors
-from minidistill.foreign import Interrupted
+from minidistill.system.foreign import Interrupted
 
 
 @pytest.fixture

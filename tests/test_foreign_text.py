@@ -18,9 +18,9 @@ from minidistill import cli, logs
 from minidistill.config import load_config
 from minidistill.envs.outcomes import ScoringError, to_reward
 from minidistill.errors import EXIT_FAILED, EXIT_OK, LONGEST, UserError, UserErrors
-from minidistill.files import read_text, write_atomic
 from minidistill.reporting import formatting
 from minidistill.reporting.formatting import clean
+from minidistill.system.files import read_text, write_atomic
 
 logger = logging.getLogger("minidistill.some.module")
 RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT, TESTS
 
-from minidistill import subprocesses
 from minidistill.envs.sokoban.difficulty import Difficulty
 from minidistill.envs.sokoban.levels import Recipe
 from minidistill.envs.sokoban.workers import WorkerProcess
-from minidistill.subprocesses import Subprocess
+from minidistill.system import subprocesses
+from minidistill.system.subprocesses import Subprocess
 
 OPTIONAL = ("wandb", "flash_attn", "bitsandbytes", "sentencepiece")  # may not be installed
 # of the standard library, installed, found by the interpreter itself

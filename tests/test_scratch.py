@@ -19,7 +19,7 @@ from support.paths import ROOT, TESTS
 from minidistill.engines.vllm import client
 from minidistill.engines.vllm.client import EngineDied, EngineProcess
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.scratch import ScratchFolder, sweep
+from minidistill.system.scratch import ScratchFolder, sweep
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_an_engines_process_leaves_nothing(
     """Neither when it is closed, nor after it has died."""
     monkeypatch.setattr(client, "MODULE", "support.dying")
     monkeypatch.setattr(client, "use_for_multiprocessing", lambda: None)  # as long as this process
-    monkeypatch.setattr("minidistill.subprocesses.Popen", subprocess.Popen)
+    monkeypatch.setattr("minidistill.system.subprocesses.Popen", subprocess.Popen)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (TESTS, ROOT, ROOT / "kernels"))))
     shared = {path.name for path in Path("/dev/shm").glob("psm_*")}
     with ExitStack() as stack:
@@ -211,7 +211,7 @@ def test_an_engines_process_leaves_nothing(
 
 def test_the_sockets_of_multiprocessing_are_in_a_scratch_folder(temporary: Path) -> None:
     command = (
-        "import multiprocessing.util as util; from minidistill.scratch import *;"
+        "import multiprocessing.util as util; from minidistill.system.scratch import *;"
         "use_for_multiprocessing(); use_for_multiprocessing(); print(util.get_temp_dir())"
     )
     environment = {**os.environ, "TMPDIR": str(temporary)}

@@ -12,7 +12,7 @@ from typing import Any
 
 from minidistill.config.schema import Config, LoraConfig
 from minidistill.errors import UserError
-from minidistill.files import read_json
+from minidistill.system.files import read_json
 
 KEY = "trainer.model.lora.init"
 SETTINGS = "adapter_config.json"

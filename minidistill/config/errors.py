@@ -13,7 +13,7 @@ from minidistill.config.layers import Layers
 from minidistill.config.schema_tree import Part, Path
 from minidistill.config.toml import dotted, inline
 from minidistill.errors import UserError, UserErrors, printable
-from minidistill.http import without_secrets
+from minidistill.system.http import without_secrets
 
 LONGEST_KEY = 10_000
 """Characters of an unknown key for which a similar one is looked for."""

@@ -21,7 +21,7 @@ from minidistill.config.schema import Config
 from minidistill.config.schema_tree import Path
 from minidistill.config.toml import dotted, key_lines, to_toml
 from minidistill.errors import UserError, UserErrors
-from minidistill.files import read_text
+from minidistill.system.files import read_text
 
 PATH_FIX = "check the path; overrides are written --a.b.c VALUE"
 LARGEST_FILE = 1 << 19

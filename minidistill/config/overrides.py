@@ -17,7 +17,7 @@ from minidistill.config import schema_tree as tree
 from minidistill.config.errors import unknown_key
 from minidistill.config.schema_tree import Node, Path
 from minidistill.errors import UserError
-from minidistill.files import DuplicateKeyError, InvalidJsonError, parse_json
+from minidistill.system.files import DuplicateKeyError, InvalidJsonError, parse_json
 
 DEEPEST = 64
 """Levels of tables and lists in a configuration."""

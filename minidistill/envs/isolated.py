@@ -21,8 +21,8 @@ from minidistill.envs.outcomes import (
 )
 from minidistill.envs.protocol import Environment, check_ready, has_task
 from minidistill.errors import EXIT_ENVIRONMENT
-from minidistill.foreign import describe, foreign_code
-from minidistill.subprocesses import Subprocess, limit_transfers
+from minidistill.system.foreign import describe, foreign_code
+from minidistill.system.subprocesses import Subprocess, limit_transfers
 from minidistill.types import Reward, Task
 
 logger = logging.getLogger(__name__)

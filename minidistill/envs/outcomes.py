@@ -13,7 +13,7 @@ from typing import Any
 
 from minidistill.envs.protocol import has_rewards
 from minidistill.errors import UserError, printable
-from minidistill.foreign import describe, foreign_code
+from minidistill.system.foreign import describe, foreign_code
 from minidistill.types import Reward, Task
 
 RESERVED = {"mean"}

@@ -19,7 +19,7 @@ from minidistill.envs.guarded import GuardedEnvironment
 from minidistill.envs.isolated import IsolatedEnvironment, close_environments
 from minidistill.envs.protocol import Environment, has_rewards
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
-from minidistill.foreign import describe, foreign_code
+from minidistill.system.foreign import describe, foreign_code
 
 if TYPE_CHECKING:
     from minidistill.config.orchestrator import EnvConfig

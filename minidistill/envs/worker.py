@@ -16,7 +16,7 @@ from minidistill.envs.outcomes import (
     score_one,
 )
 from minidistill.envs.registry import load_environment
-from minidistill.subprocesses import die_with_parent
+from minidistill.system.subprocesses import die_with_parent
 from minidistill.types import Reward
 
 LONGEST_ERROR = 1000  # characters

@@ -11,8 +11,8 @@ from typing import Any
 
 from minidistill.config import Config
 from minidistill.errors import UserError
-from minidistill.foreign import describe, foreign_code
 from minidistill.models.registry import SHIPPED_CONFIGS, resolve
+from minidistill.system.foreign import describe, foreign_code
 
 TEACHER_KEY = "teacher_inference.model.name"
 """The setting that names a separate teacher's model."""

@@ -21,8 +21,8 @@ from pydantic import BaseModel, ValidationError, field_validator
 
 from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.files import read_json, write_atomic
 from minidistill.reporting.records import METRICS, SUMS, Records, first_problem
+from minidistill.system.files import read_json, write_atomic
 from minidistill.types import Metrics
 
 RECORDED_PACKAGES = ("minidistill", "torch", "triton", "transformers", "peft", "vllm", "numpy")

@@ -17,7 +17,7 @@ import jinja2.meta
 from jinja2 import TemplateError, nodes
 
 from minidistill.errors import EXIT_FAILED, UserError
-from minidistill.foreign import describe, foreign_code
+from minidistill.system.foreign import describe, foreign_code
 from minidistill.tasks.control_tokens import ControlTokens
 from minidistill.tasks.messages import plain_messages
 from minidistill.types import Message

@@ -14,10 +14,10 @@ import pytest
 from support.fake_vllm import Answer, Handler, engine_at, one_model, sample, serving, well
 from support.fuzzed_answers import takes
 
-from minidistill import http, subprocesses
 from minidistill.engines.server import connection
 from minidistill.engines.server import http as server_http
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_HEALTH, UserError
+from minidistill.system import http, subprocesses
 from minidistill.types import Completion, Request, Role, SamplingParams
 
 KEY = "sk-secret-0123"

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from support.paths import TESTS
 
-from minidistill import subprocesses
 from minidistill.config.schema import SilenceConfig
 from minidistill.engines.vllm import client
 from minidistill.engines.vllm.client import EngineProcess, RestartingProcess
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.system import subprocesses
 
 LIMITS = SilenceConfig(load=0.4, step=0.4)
 

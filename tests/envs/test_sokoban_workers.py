@@ -36,7 +36,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[WorkerProcess]]:
             processes.append(self)
 
     # these processes are light: they start as users' do
-    monkeypatch.setattr("minidistill.subprocesses.Popen", subprocess.Popen)
+    monkeypatch.setattr("minidistill.system.subprocesses.Popen", subprocess.Popen)
     monkeypatch.setattr(workers, "PATIENCE", -1.0)
     monkeypatch.setattr(workers, "WorkerProcess", Process)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
-from minidistill.scratch import ScratchFolder
+from minidistill.system.scratch import ScratchFolder
 
 KEPT: list[SharedMemory] = []
 

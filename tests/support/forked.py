@@ -26,8 +26,8 @@ from typing import IO, Any
 
 import torch
 
-from minidistill import subprocesses
-from minidistill.subprocesses import PATHS, START
+from minidistill.system import subprocesses
+from minidistill.system.subprocesses import PATHS, START
 from support.paths import TESTS
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -55,7 +55,7 @@ def popen(command: Sequence[str], **options: Any) -> Any:
 
 
 class ForkedPopen:
-    """The part of `subprocess.Popen` that `minidistill.subprocesses` and the tests use.
+    """The part of `subprocess.Popen` that `minidistill.system.subprocesses` and the tests use.
 
     It is for `python -m module`, without input, and with errors in the output.
     """

@@ -13,7 +13,7 @@ from minidistill.engines.server.answers import (
     read_sample,
     read_scores,
 )
-from minidistill.http import Answer, BadAnswerError
+from minidistill.system.http import Answer, BadAnswerError
 from support.fake_vllm import VOCABULARY, sample
 
 PROMPT, COMPLETION = (2, 3), (4, 5, 6)

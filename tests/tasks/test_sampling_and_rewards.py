@@ -19,7 +19,7 @@ from minidistill.envs.protocol import take_tasks
 from minidistill.envs.registry import load_environments
 from minidistill.envs.sokoban import SokobanEnv
 from minidistill.errors import EXIT_HEALTH, EXIT_USAGE, UserError
-from minidistill.foreign import Interrupted
+from minidistill.system.foreign import Interrupted
 from minidistill.tasks.rewards import check_errors, score, with_advantages
 from minidistill.tasks.sampling import TaskSampler
 from minidistill.types import Advance, Completion, Prompt, Reward, Rollout, Task

@@ -22,7 +22,7 @@ from support.runs import board, records, run
 
 from minidistill.config import load_config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK
-from minidistill.scratch import ScratchFolder
+from minidistill.system.scratch import ScratchFolder
 from minidistill.trainer import checkpoint
 from minidistill.trainer.trainer import Trainer
 

@@ -20,7 +20,7 @@ from support.ranks import NO_EVALUATION, SMALL, TWO_RANKS, ranked_lab
 from support.runs import run, start
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_INTERRUPTED
-from minidistill.scratch import sweep
+from minidistill.system.scratch import sweep
 from minidistill.trainer.distributed import launcher
 from minidistill.trainer.step import StepRollouts
 from minidistill.types import Rollout

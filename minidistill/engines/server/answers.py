@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from minidistill.http import Answer, BadAnswerError, one_line
+from minidistill.system.http import Answer, BadAnswerError, one_line
 
 HIGHEST = 1e-3  # of a log-prob: rounding puts it above 0
 T = TypeVar("T")

@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 from minidistill.engines.server.answers import NotFiniteError
 from minidistill.engines.server.http import KEY, Client, GoneError
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_HEALTH, UserError
-from minidistill.http import FIRST_WAIT, LONGEST_WAIT, REPEATED, Answer, BadAnswerError, hidden
+from minidistill.system.http import (
+    FIRST_WAIT,
+    LONGEST_WAIT,
+    REPEATED,
+    Answer,
+    BadAnswerError,
+    hidden,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

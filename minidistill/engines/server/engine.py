@@ -31,8 +31,8 @@ from minidistill.engines.server.http import KEY, Client, GoneError, Post
 from minidistill.engines.server.probe import check_same_model, server_command
 from minidistill.engines.vllm.engine import NAMES, SEED_BITS
 from minidistill.errors import UserError
-from minidistill.http import Answer, read_key
 from minidistill.placement.placement import EnginePlacement
+from minidistill.system.http import Answer, read_key
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 

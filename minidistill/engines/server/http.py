@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
-from minidistill.http import Answer, BrokenError, ask, headers
-from minidistill.subprocesses import Silence
+from minidistill.system.http import Answer, BrokenError, ask, headers
+from minidistill.system.subprocesses import Silence
 
 logger = logging.getLogger(__name__)
 

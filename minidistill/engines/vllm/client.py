@@ -19,8 +19,8 @@ from typing import Any, NoReturn, TypeVar
 
 from minidistill.config.schema import SILENCE, SilenceConfig
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
-from minidistill.scratch import ScratchFolder, use_for_multiprocessing
-from minidistill.subprocesses import Silence, Subprocess, limit_transfers
+from minidistill.system.scratch import ScratchFolder, use_for_multiprocessing
+from minidistill.system.subprocesses import Silence, Subprocess, limit_transfers
 from minidistill.trainer.guards import first_line, says_out_of_memory
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from minidistill.envs.outcomes import CannotScoreError, ScoringError, describe
 from minidistill.envs.rewards.arguments import check_text
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.http import (
+from minidistill.system.http import (
     FIRST_WAIT,
     LONGEST_WAIT,
     REPEATED,

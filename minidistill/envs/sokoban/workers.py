@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 
 from minidistill.envs.sokoban.levels import Level, LevelMaker, Recipe
 from minidistill.errors import UserError
-from minidistill.subprocesses import Subprocess
+from minidistill.system.subprocesses import Subprocess
 
 PATIENCE = 1.0  # seconds of work that start no processes
 BATCH = 8  # levels a process is asked for at a time

@@ -16,8 +16,8 @@ from minidistill.config import Config
 from minidistill.config.schema import SilenceConfig
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.placement.placement import Placement
-from minidistill.scratch import ScratchFolder
-from minidistill.subprocesses import TICK, Silence, Subprocess
+from minidistill.system.scratch import ScratchFolder
+from minidistill.system.subprocesses import TICK, Silence, Subprocess
 from minidistill.trainer.distributed.rank_group import (
     LOADED,
     STARTED,

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minidistill.errors import UserError
-from minidistill.files import remove, write_atomic, writing
+from minidistill.system.files import remove, write_atomic, writing
 
 SHARED_MEMORY = Path("/dev/shm")
 _SOCKETS = 107 - 37
