@@ -367,7 +367,8 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     if options.benchmark not in _BENCHMARKS:
         names = ", ".join(_BENCHMARKS)
         raise UserError(f"bench takes one of {names}", fix="minidistill bench kernels")
-    sys.path.insert(0, os.getcwd())  # benchmarks are part of a checkout, not of the package
+    # benchmarks are part of a checkout, not of the package; nothing else there replaces a module
+    sys.path.append(os.getcwd())
     module = f"bench.{options.benchmark}"
     try:
         benchmark = import_module(module)

@@ -20,6 +20,7 @@ ORDER = (
     "scratch",
     "logs",
     "subprocesses",
+    "http",
     "estimators",
     "config",
     "models",
@@ -39,7 +40,7 @@ TOP_LEVEL_MODULES = 9  # in the package's folder, besides __init__ and __main__
 HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "wandb"}
 # These import only each other, and no torch
 LIGHT = {
-    *("errors", "types", "seeding", "files", "scratch", "logs", "subprocesses"),
+    *("errors", "types", "seeding", "files", "scratch", "logs", "subprocesses", "http"),
     *("estimators", "config", "envs", "reporting"),
 }
 # except for what writes tensors to disk

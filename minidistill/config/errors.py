@@ -13,6 +13,7 @@ from minidistill.config.layers import Layers
 from minidistill.config.schema_tree import Part, Path
 from minidistill.config.toml import dotted, inline
 from minidistill.errors import UserError, UserErrors, printable
+from minidistill.http import without_secrets
 
 LONGEST_KEY = 10_000
 """Characters of an unknown key for which a similar one is looked for."""
@@ -20,7 +21,7 @@ LONGEST_KEY = 10_000
 
 def short(value: object, limit: int = 60) -> str:
     """A value as TOML on one line, cut to a readable length."""
-    text = inline(value)
+    text = without_secrets(inline(value))
     return printable(text if len(text) <= limit else text[: limit - 1] + "…")
 
 

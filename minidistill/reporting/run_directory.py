@@ -280,8 +280,9 @@ def _json(value: Any) -> str:
 
 
 def _without_time_limits(resolved: dict[str, Any]) -> dict[str, Any]:
-    """A copy without the environments' `score_timeout`, which decides only what fails."""
+    """A copy without `silence` and the environments' `score_timeout`, which decide what fails."""
     resolved = copy.deepcopy(resolved)
+    resolved.pop("silence", None)
     orchestrator = resolved["orchestrator"]
     for table in (orchestrator, orchestrator.get("eval") or {}):
         for env in table.get("env") or ():

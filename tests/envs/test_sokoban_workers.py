@@ -125,3 +125,20 @@ def test_processes_end_with_their_caller(started: list[WorkerProcess]) -> None:
     next(levels)
     levels.close()  # as an exception in the caller does
     assert len(started) == 2
+
+
+def test_the_levels_of_a_stopped_process_are_made_by_others(
+    started: list[WorkerProcess],
+    expected: dict[int, Level],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(workers, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(workers, "TICK", 0.1)
+    levels = make_levels(LevelMaker(RECIPE), NUMBERS)
+    made = dict([next(levels)])
+    os.kill(started[0].popen.pid, signal.SIGSTOP)
+    made |= dict(levels)
+    assert made == expected
+    assert "no process made a level for 0." in caplog.text
+    assert "signal SIGKILL" in caplog.text
