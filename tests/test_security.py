@@ -14,6 +14,7 @@ import stat
 from multiprocessing import AuthenticationError, resource_sharer
 from multiprocessing.connection import Client
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -25,6 +26,7 @@ from support.servers import engine_at
 from support.tokenizers import byte_level
 
 from minidistill.config import load_config
+from minidistill.config.schema import SilenceConfig
 from minidistill.engines.vllm.weights_buffer import SendBuffer
 from minidistill.errors import UserError
 from minidistill.models.hub import load_model_config, load_tokenizer
@@ -148,7 +150,7 @@ def test_a_redirect_of_a_server_is_not_followed(
         return httpx.Response(307, headers={"location": "http://elsewhere/v1/models"})
 
     monkeypatch.setenv("VLLM_API_KEY", "secret-key")
-    monkeypatch.setattr(httpx, "HTTPTransport", lambda **_: httpx.MockTransport(answer))
+    monkeypatch.setattr(httpx, "AsyncHTTPTransport", lambda **_: httpx.MockTransport(answer))
     with pytest.raises(UserError) as caught:
         engine_at("http://server:1", tmp_path).wait_until_ready()
     assert set(asked) == {"server"}
@@ -193,13 +195,13 @@ def test_ranks_meet_in_a_folder_of_their_users_own(
     class StoppedHere(Exception):
         pass
 
-    def look(self: RankLauncher, store: Path) -> None:
+    def look(rank: int, size: int, device: torch.device, store: Path, *_: object) -> None:
         modes.append(stat.S_IMODE(store.parent.stat().st_mode))
         raise StoppedHere
 
-    monkeypatch.setattr(RankLauncher, "_start_processes", look)
+    monkeypatch.setattr("minidistill.trainer.distributed.launcher.RankProcess", look)
     launcher = RankLauncher([torch.device("cpu")] * 2)
-    config: Any = None
+    config: Any = SimpleNamespace(silence=SilenceConfig())
     with pytest.raises(StoppedHere):
         launcher.start(config, config)
     launcher.close()

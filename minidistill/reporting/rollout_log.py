@@ -79,7 +79,8 @@ def write_rollouts(
         ),
         "offsets": lengths.cumsum(0),
     }
-    contents = "".join(lines).encode(), save(tensors)
+    # a lone surrogate becomes an escape, the one that JSON has for it
+    contents = "".join(lines).encode(errors="backslashreplace"), save(tensors)
     sums = {}
     for name, content in zip(rollout_names(step), contents, strict=True):
         write_atomic(run_path / name, content)

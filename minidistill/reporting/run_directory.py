@@ -276,7 +276,8 @@ def finite(value: float) -> float | None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()  # lone surrogates as JSON's escapes
 
 
 def _without_time_limits(resolved: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,11 +97,9 @@ def run(value: dict[str, Any], folder: Path) -> None:
         return httpx.Response(status, headers=headers, stream=httpx.ByteStream(data))
 
     with _answering(answer):
-        takes = inspect.signature(ServerEngine).parameters
-        limits: dict[str, Any] = {"silence": 5.0} if "silence" in takes else {}
         where, command = "inference.server_urls", "vllm serve M"
-        engine = ServerEngine("http://server:1", where, command, 64, folder, 0, **limits)
-        getattr(engine, "server", engine).patience = 0.0
+        engine = ServerEngine("http://server:1", where, command, 64, folder, 0, silence=5.0)
+        engine.server.patience = 0.0
         policy: Any = SimpleNamespace(
             lora=False,
             eos_ids=frozenset({2}),
