@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
@@ -21,9 +22,11 @@ from minidistill.errors import (
     EXIT_USAGE,
     UserError,
     UserErrors,
+    bounded,
     printable,
 )
-from minidistill.files import drop_output
+from minidistill.system.files import drop_output, full_disk, open_standard_streams
+from minidistill.system.foreign import ctrl_c, is_interrupt
 
 if TYPE_CHECKING:
     from minidistill.config import LoadedConfig
@@ -40,21 +43,38 @@ FILES…         TOML files; a later file beats an earlier one
 `minidistill config FILES…` shows all settings, docs/configuration.md explains them."""
 
 
+def entry() -> NoReturn:
+    """The command `minidistill`: `main`, and the end of the process."""
+    code = main()
+    background = sys.modules.get("minidistill.reporting.monitors.background")
+    if background is not None and background.is_busy():
+        # a monitor that hangs, or its package's exit hook, would keep the process for ever
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. Errors are printed to standard error."""
     args = list(sys.argv[1:] if argv is None else argv)
+    open_standard_streams()
     try:
-        return _dispatch(args)
-    except KeyboardInterrupt:
-        _print_to_stderr("interrupted")
-        return EXIT_INTERRUPTED
-    except Exception as error:
+        with ctrl_c():
+            return _dispatch(args)
+    except SystemExit:  # of a benchmark's parser
+        raise
+    except BaseException as error:  # also what is no Exception, raised by somebody's code
+        if is_interrupt(error):
+            _print_to_stderr("interrupted")
+            return EXIT_INTERRUPTED
         # `minidistill config … | head`. A run drops its output itself: another pipe broke there.
         if isinstance(error, BrokenPipeError) and _command(args) != "run":
             drop_output(sys.stdout)
             return EXIT_OK
         if "--traceback" in args:  # not from the parser, which may be what failed
-            _print_to_stderr(traceback.format_exc().rstrip())
+            _print_to_stderr(printable(bounded(traceback.format_exc().rstrip(), 50_000)))
         return _print_error(error)
 
 
@@ -84,8 +104,9 @@ def _dispatch(args: list[str]) -> int:
     return handler(options, rest)
 
 
-def _print_error(error: Exception) -> int:
+def _print_error(error: BaseException) -> int:
     """Print what is wrong and how to fix it, and return the exit code."""
+    error = full_disk(error) or error
     package = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
     if package and not package.startswith("minidistill"):
         error = UserError(
@@ -120,11 +141,11 @@ def _print_to_stderr(text: str) -> None:
     """Print, or drop the text if nobody reads it: the exit code is that of the error."""
     try:
         print(text, file=sys.stderr, flush=True)
-    except OSError:
+    except (OSError, ValueError):  # a ValueError if it is closed
         drop_output(sys.stderr)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from minidistill.trainer.guards import is_out_of_memory
@@ -365,7 +386,8 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     if options.benchmark not in _BENCHMARKS:
         names = ", ".join(_BENCHMARKS)
         raise UserError(f"bench takes one of {names}", fix="minidistill bench kernels")
-    sys.path.insert(0, os.getcwd())  # benchmarks are part of a checkout, not of the package
+    # benchmarks are part of a checkout, not of the package; nothing else there replaces a module
+    sys.path.append(os.getcwd())
     module = f"bench.{options.benchmark}"
     try:
         benchmark = import_module(module)

@@ -15,10 +15,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from minidistill.errors import bounded, printable
+
 ROOT = "minidistill"
 """The logger above those of all modules."""
 UNWRITTEN = 1000
 """Records kept for a log file that cannot be written yet."""
+LONGEST_RECORD = 50_000
+"""Characters of a record, a traceback among them."""
+
+logger = logging.getLogger(__name__)
 
 _DATE = "%Y-%m-%d %H:%M:%S"
 _NOTE = logging.Formatter("%(asctime)s  %(message)s", _DATE)
@@ -37,7 +43,7 @@ def to_file(path: Path) -> Iterator[None]:
     """Append every record to `path`.
 
     Records logged before the file's directory exists are written with the first one after that. A
-    failed write is ignored: the log is not worth a run.
+    write that fails is a warning, once: the log is not worth a run.
     """
     with _attached(_FileHandler(path)):
         yield
@@ -91,18 +97,36 @@ class _FileHandler(logging.Handler):
         super().__init__(logging.DEBUG)
         self._path = path
         self._unwritten: deque[str] = deque(maxlen=UNWRITTEN)
+        self._warned = False
 
     def format(self, record: logging.LogRecord) -> str:
         formatter = _WARNING if record.levelno >= logging.WARNING else _NOTE
-        return formatter.format(record)
+        return _escaped(bounded(formatter.format(record), LONGEST_RECORD))
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._unwritten.append(self.format(record) + "\n")
-        with contextlib.suppress(OSError):
+        try:
+            self._unwritten.append(self.format(record) + "\n")
             # Opened for each record: nothing is lost when the process is killed.
             with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(self._unwritten)
             self._unwritten.clear()
+        except FileNotFoundError:  # the run's directory does not exist yet
+            pass
+        except Exception as error:
+            if not self._warned:
+                self._warned = True
+                logger.warning(f"{self._path} cannot be written ({error}): the run goes on")
+
+
+def _escaped(text: str) -> str:
+    """A record's text: every line but the first is indented, and control characters are escaped.
+
+    A message may quote a model or a server. No line of it looks like the beginning of a record.
+    """
+    lines = "\n  ".join(text.splitlines())
+    return "".join(
+        char if char in "\n\t" or char == printable(char) else ascii(char)[1:-1] for char in lines
+    )
 
 
 @contextlib.contextmanager

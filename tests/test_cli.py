@@ -9,6 +9,7 @@ import pytest
 
 from minidistill import __version__, cli
 from minidistill.errors import UserError, UserErrors
+from minidistill.system.foreign import Interrupted
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_files_and_overrides_keep_their_order(
     arguments = line.split() + rest
     loads = []
 
-    def load(argv: list[str]) -> None:
+    def load(argv: list[str], *, resume: bool) -> None:
         loads.append(argv)
         raise UserError("stop")
 
@@ -161,7 +162,9 @@ def test_the_traceback_option_may_be_anywhere(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (Interrupted(), 130, "interrupted"),
+        (KeyboardInterrupt(), 1, "error: KeyboardInterrupt: \n  fix: --traceback"),
+        (GeneratorExit(), 1, "error: GeneratorExit: \n  fix: --traceback"),
         (UserError("no GPU", fix="add one", exit_code=3), 3, "error: no GPU\n  fix: add one\n"),
         (ValueError("bad\nmore"), 1, "error: ValueError: bad\n  fix: --traceback"),
         (ModuleNotFoundError("x", name="vllm"), 3, "pip install vllm"),

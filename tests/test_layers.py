@@ -16,9 +16,8 @@ ORDER = (
     "errors",
     "types",
     "seeding",
-    "files",
+    "system",
     "logs",
-    "subprocesses",
     "estimators",
     "config",
     "models",
@@ -38,7 +37,7 @@ TOP_LEVEL_MODULES = 8  # in the package's folder, besides __init__ and __main__
 HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "wandb"}
 # These import only each other, and no torch
 LIGHT = {
-    *("errors", "types", "seeding", "files", "logs", "subprocesses"),
+    *("errors", "types", "seeding", "system", "logs"),
     *("estimators", "config", "envs", "reporting"),
 }
 # except for what writes tensors to disk

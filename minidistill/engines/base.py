@@ -166,10 +166,10 @@ class Engine(ABC):
         """Free everything. Calls in progress in other threads fail."""
 
 
-def not_finite_error() -> UserError:
-    """The error of `Engine.generate` if the model's logits are not finite."""
+def not_finite_error(engine: Engine, index: int) -> UserError:
+    """The error of `Engine.generate` if the logits of a request are not finite."""
     return UserError(
-        "the model's logits are not finite",
+        f"the model's logits are not finite, at rollout {index} in the {engine.description}",
         where="sampling",
         fix="lower trainer.optim.lr and start again, or resume an earlier checkpoint",
         exit_code=EXIT_HEALTH,

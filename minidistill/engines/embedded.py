@@ -126,7 +126,7 @@ class EmbeddedEngine(Engine):
             # back in the order of the rows, so that requests of one prompt stay side by side
             rows = sorted(order[i] for i in batch)
             with progress.attempt():
-                completions = self._decode([requests[i] for i in rows], params, role, progress)
+                completions = self._decode(requests, rows, params, role, progress)
             done = dict(zip(rows, completions, strict=True))
             return [done[order[i]] for i in batch]
 
@@ -141,12 +141,14 @@ class EmbeddedEngine(Engine):
 
     def _decode(
         self,
-        requests: Sequence[Request],
+        all_requests: Sequence[Request],
+        chosen: Sequence[int],
         params: SamplingParams,
         role: Role,
         advance: Advance,
     ) -> list[Completion]:
-        """Decode one batch. Finished rows leave it at the next check."""
+        """Decode the `chosen` requests in one batch. Finished rows leave it at the next check."""
+        requests = [all_requests[i] for i in chosen]
         policy, max_tokens = self.policy, params.max_tokens
         device, total = policy.device, len(requests)
         prompts = self._prefill(requests, role, max_tokens)
@@ -170,7 +172,8 @@ class EmbeddedEngine(Engine):
                 finite = torch.isfinite(logprobs_BL[:, max(0, since) : step + 1]).all()
                 *ended, all_finite = torch.cat([ended_B, finite[None]]).tolist()
                 if not all_finite:
-                    raise not_finite_error()
+                    broken_B = ~logprobs_BL.isfinite().all(dim=1)
+                    raise not_finite_error(self, chosen[int(broken_B.nonzero()[0])])
                 unfinished = [i for i, end in enumerate(ended) if not end]
                 advance(len(ended) - (0 if last else len(unfinished)))
                 if not unfinished or last:

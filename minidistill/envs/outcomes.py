@@ -12,9 +12,16 @@ from numbers import Real
 from typing import Any
 
 from minidistill.envs.protocol import has_rewards
-from minidistill.errors import UserError
+from minidistill.errors import UserError, printable
+from minidistill.system.foreign import describe, foreign_code
 from minidistill.types import Reward, Task
 
+RESERVED = {"mean"}
+"""Metrics that the run records itself, beside those of a reward: `reward/mean`."""
+LONGEST_NAME = 100
+"""Characters of a metric's name."""
+MOST_METRICS = 100
+"""Metrics of one reward."""
 EXPECTED = 'return a number, a bool, a dict with the key "reward", or a Reward'
 
 
@@ -70,14 +77,15 @@ def score_one(scorer: Any, task: Task, completion: str) -> Outcome:
 
 def _outcome(score: Callable[[], Outcome]) -> Outcome:
     """What `score` returns, or the failure that it raises."""
+
+    def failure(error: BaseException) -> ScoringError:
+        return ScoringError(describe(error))
+
     try:
-        return score()
-    except (KeyboardInterrupt, CannotScoreError):
-        raise
+        with foreign_code(failure, ours=(ScoringError, CannotScoreError)):
+            return score()
     except ScoringError as error:
         return error
-    except BaseException as error:  # a reward is third-party code, and may call sys.exit
-        return ScoringError(describe(error))
 
 
 def _score_together(
@@ -117,13 +125,6 @@ def _reported(value: object) -> Outcome:
     return value if isinstance(value, ScoringError) else to_reward(value)
 
 
-def describe(error: BaseException) -> str:
-    """An exception's type and message."""
-    if isinstance(error, SystemExit):
-        return f"it called sys.exit({'' if error.code is None else repr(error.code)})"
-    return f"{type(error).__name__}: {error}"
-
-
 def to_reward(value: object) -> Reward:
     """What a reward returned, as a Reward of plain floats.
 
@@ -140,7 +141,24 @@ def to_reward(value: object) -> Reward:
         metrics = {name: metric for name, metric in value.items() if name != "reward"}
         value = value["reward"]
     number = _number(value, f"it returned {_short(value)}: {EXPECTED}", "the reward")
-    return Reward(number, {str(name): _metric(name, metric) for name, metric in metrics.items()})
+    if len(metrics) > MOST_METRICS:
+        raise ScoringError(
+            f"it returned {len(metrics)} metrics: at most {MOST_METRICS} are recorded"
+        )
+    return Reward(number, {_name(name): _metric(name, value) for name, value in metrics.items()})
+
+
+def _name(name: object) -> str:
+    """A metric's name, which is recorded after `reward/`."""
+    if not isinstance(name, str):
+        raise ScoringError(f"the metric {_short(name)} has no text as its name")
+    if not name.isprintable() or not 0 < len(name) <= LONGEST_NAME or name != printable(name):
+        raise ScoringError(
+            f"the metric {_short(name)} needs a name of 1 to {LONGEST_NAME} printable characters"
+        )
+    if name in RESERVED:
+        raise ScoringError(f"the metric {name!r} has the name of one that the run records itself")
+    return name
 
 
 def _metric(name: object, value: object) -> float:
@@ -169,6 +187,7 @@ def _number(value: object, wrong: str, name: str) -> float:
 def _short(value: object) -> str:
     """`value` in a few words: a user's `repr` may be long, or fail."""
     try:
-        return reprlib.repr(value)
-    except Exception:
+        with foreign_code(lambda error: ScoringError(describe(error))):
+            return reprlib.repr(value)
+    except ScoringError:
         return f"a {type(value).__name__}"

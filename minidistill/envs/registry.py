@@ -9,14 +9,17 @@ import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from minidistill.envs.guarded import GuardedEnvironment
 from minidistill.envs.isolated import IsolatedEnvironment, close_environments
-from minidistill.envs.outcomes import describe
 from minidistill.envs.protocol import Environment, has_rewards
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
+from minidistill.system.foreign import describe, foreign_code
 
 if TYPE_CHECKING:
     from minidistill.config.orchestrator import EnvConfig
@@ -46,15 +49,18 @@ def load_environments(configs: Iterable[EnvConfig], where: str) -> dict[str, Env
 
 def _load(config: EnvConfig, place: str) -> Environment:
     environment = load_environment(config.id, config.args, place)
-    missing = [name for name in ("train", "eval", "score") if not hasattr(environment, name)]
+    with foreign_code(partial(_failed, config.id, place)):
+        missing = [name for name in ("train", "eval", "score") if not hasattr(environment, name)]
     if missing:
         close_environments([environment])
         raise UserError(
-            f"the environment {config.id!r} returned {reprlib.repr(environment)}, which has no "
+            f"the environment {config.id!r} returned {_short(environment)}, which has no "
             f"{' and no '.join(missing)}",
             where=place,
             fix="return an object with train, eval and score: see docs/environments.md",
         )
+    if config.id not in BUILT_IN:
+        environment = GuardedEnvironment(environment, config.id, place)
     in_process = getattr(environment, "scores_in_process", False) or not has_rewards(environment)
     if in_process or config.score_timeout == "off":
         return environment
@@ -84,24 +90,25 @@ def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "
             f"an entry point in the group {ENTRY_POINTS!r}, or write module:function",
         )
     _check_args(id, factory, args, where)
-    try:
+    with foreign_code(partial(_failed, id, where)):
         environment: Environment = factory(**args)
-    except (KeyboardInterrupt, UserError):
-        raise
-    except BaseException as error:  # third-party code, which may call sys.exit
-        raise UserError(
-            f"the environment {id!r} failed: {describe(error)}{_raised_at(error)}",
-            where=where,
-            fix="fix its function or its args; --traceback shows where it was raised",
-            exit_code=_exit_code(error),
-        ) from error
     return environment
+
+
+def _failed(id: str, where: str, error: BaseException) -> UserError:
+    return UserError(
+        f"the environment {id!r} failed: {describe(error)}{_raised_at(error)}",
+        where=where,
+        fix="fix its function or its args; --traceback shows where it was raised",
+        exit_code=_exit_code(error),
+    )
 
 
 def _check_args(id: str, factory: Callable[..., Any], args: dict[str, Any], where: str) -> None:
     """Raise UserError if the factory does not take `args`."""
     try:
-        signature = inspect.signature(factory)
+        with foreign_code(lambda error: ValueError(describe(error))):
+            signature = inspect.signature(factory)
     except ValueError:  # written in C, without a signature
         return
     try:
@@ -122,33 +129,53 @@ def did_you_mean(name: str, names: Collection[str]) -> str:
 
 
 def import_function(path: str, where: str, kind: str = "environment") -> Callable[..., Any]:
-    """Import `module:function`. Modules in the current directory are found too.
+    """Import `module:function`. A module in the current directory is found too.
 
     Raises UserError if that fails; its message calls the function a `kind`.
     """
     module, _, name = path.partition(":")
-    # a console script has its own folder on the path instead
-    if (current := os.getcwd()) not in sys.path:
+
+    def load() -> Any:
+        _find_in_current_directory(module.partition(".")[0])
+        return getattr(import_module(module), name)
+
+    return _load_function(path, load, where, kind)
+
+
+def _find_in_current_directory(package: str) -> None:
+    """If only the current directory has this module or package, have it searched too, and last.
+
+    Otherwise it is not: no file there can stand for an optional package that is not installed.
+    """
+    current = os.getcwd()
+    if current not in sys.path and package not in sys.modules and find_spec(package) is None:
         sys.path.append(current)
-    return _load_function(path, lambda: getattr(import_module(module), name), where, kind)
 
 
 def _load_function(
     path: str, load: Callable[[], Any], where: str, kind: str = "environment"
 ) -> Callable[..., Any]:
-    try:
-        function = load()
-        if not callable(function):
-            raise TypeError(f"{function!r} is not callable")
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a module may raise anything, and may call sys.exit
-        raise UserError(
+    def failure(error: BaseException) -> UserError:
+        return UserError(
             f"cannot load the {kind} {path!r}: {describe(error)}{_raised_at(error)}",
             where=where,
             fix="name an importable module and a function in it, as module:function",
-        ) from error
+        )
+
+    with foreign_code(failure, ours=()):
+        function = load()
+        if not callable(function):
+            raise TypeError(f"{function!r} is not callable")
     return function
+
+
+def _short(value: object) -> str:
+    """`value` in a few words: its `repr` may be long, or fail."""
+    try:
+        with foreign_code(lambda error: ValueError(describe(error))):
+            return reprlib.repr(value)
+    except ValueError:
+        return f"a {type(value).__name__}"
 
 
 def _raised_at(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from minidistill.config import Config
 from minidistill.engines.base import Engine
+from minidistill.engines.checks import check_completions, named
 from minidistill.envs.protocol import Environment, has_rewards
 from minidistill.reporting.terminal.base import Display
 from minidistill.seeding import stable_seed
@@ -115,6 +116,8 @@ class Evaluator:
             else evaluation.temperature,
         )
         completions = self.engine.generate(requests, params, role, advance)
+        name = named(jobs, "evaluation rollout")
+        check_completions(self.engine, completions, len(jobs), params, name)
         return [
             Rollout(prompt, sample, c, self.builder.decode(c.token_ids))
             for (prompt, sample), c in zip(jobs, completions, strict=True)

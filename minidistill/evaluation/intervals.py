@@ -74,12 +74,13 @@ def kl_closed(before: PromptSums, after: PromptSums | None, seed: int) -> dict[s
     """
     count = len(before.sums)
     figures = {"prompts": count, "negligible": False, **dict.fromkeys(CLOSED)}
-    known = [*before.sums, *(after.sums if after is not None else ())]
+    known = [before.mean, *before.sums, *(() if after is None else (after.mean, *after.sums))]
     if count < MIN_TASKS or not np.isfinite(known).all():
         return figures
     chosen = picks(count, seed)
     means = before.resampled(chosen)
-    if np.quantile(means, 0.025) <= 0 or np.sum(before.sums) / count < NOTHING_TO_LEARN:
+    enough = np.sum(before.sums) / count >= NOTHING_TO_LEARN
+    if not (enough and np.quantile(means, 0.025) > 0):
         return figures | {"negligible": True}
     if after is None:
         return figures

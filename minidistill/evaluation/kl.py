@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from minidistill.config import Config
 from minidistill.engines.base import Engine, Ids
+from minidistill.engines.checks import check_completions, check_scores
 from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.evaluation.intervals import PromptSums
 from minidistill.evaluation.unrelated import DRIFT_TOKENS, unrelated_prompts
@@ -16,7 +17,7 @@ from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.trainer.token_kl import token_kl
-from minidistill.types import Completion, Prompt, Request, Role, SamplingParams
+from minidistill.types import Completion, Prompt, Request, Role, SamplingParams, TeacherScores
 
 Views = tuple[Sequence[Ids], Sequence[Ids]]
 """The prompts that each of two distributions reads."""
@@ -97,7 +98,9 @@ def sample(
         for index, prompt in enumerate(view)
     ]
     params = SamplingParams(max_tokens, config.orchestrator.sampling.temperature)
-    return engine.generate(requests, params, role)
+    completions = engine.generate(requests, params, role)
+    check_completions(engine, completions, len(view), params, lambda i: f"{label} prompt {i}")
+    return completions
 
 
 def _exact_kl(
@@ -123,13 +126,22 @@ def _exact_kl(
     return SampledKL(PromptSums(float(kl_N.mean()), sums, tokens), completions)
 
 
+def _score(
+    engine: Engine, view: Sequence[Ids], completions: Sequence[Ids], role: Role
+) -> list[list[float]]:
+    logprobs = engine.score(view, completions, role)
+    scores = [TeacherScores(row) for row in logprobs]
+    check_scores(engine, scores, completions, lambda i: f"prompt {i} as the {role.value}")
+    return logprobs
+
+
 def _sampled_kl(
     engine: Engine, completions: list[Completion], views: Views, roles: tuple[Role, Role]
 ) -> SampledKL:
     """The one-sample estimate, from log-probs of the sampled tokens at temperature 1."""
     ids = [c.token_ids for c in completions]
     first, second = (
-        [sum(logprobs) for logprobs in engine.score(view, ids, role)]
+        [sum(logprobs) for logprobs in _score(engine, view, ids, role)]
         for view, role in zip(views, roles, strict=True)
     )
     tokens = list(map(len, ids))

@@ -31,6 +31,7 @@ NO_BASELINE = (
 )
 NOT_FINISHED = "The run has not finished, and what the student learned is not measured yet."
 NOT_FINITE = "The KL to the teacher is not a finite number, so nothing can be said about it."
+SCORES_NOT_FINITE = "A mean score is not a finite number, so nothing can be said about the gap."
 NO_REWARD = "No environment has a reward, so the teacher is the measure."
 NO_SCORES = (
     "The scores before training are not known (eval_baseline is false), so the teacher is the "
@@ -47,6 +48,9 @@ def judge_scores(board: Board) -> dict[str, Any]:
     if tasks < MIN_TASKS:
         return _judged("too_few_tasks", too_few(tasks, "task"))
     low, high = board["baseline_diff_low"], board["baseline_diff_high"]
+    figures = (difference, board["baseline_student"], after, low, high)
+    if not all(figure is None or math.isfinite(figure) for figure in figures):
+        return _judged("not_finite", SCORES_NOT_FINITE)
     before, everywhere = number(board["baseline_student"]), f"the same on each of the {tasks} tasks"
     scores = f"{before} → {number(board['baseline_teacher'])}, " + (
         everywhere

@@ -6,12 +6,14 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minidistill.config import Config
 from minidistill.errors import UserError
 from minidistill.models.registry import SHIPPED_CONFIGS, resolve
+from minidistill.system.foreign import describe, foreign_code
 
 TEACHER_KEY = "teacher_inference.model.name"
 """The setting that names a separate teacher's model."""
@@ -59,12 +61,24 @@ def load_model_config(config: Config, name: str | None = None, *, shipped: bool 
 
         arguments = hub_arguments(config, name)
         if not shipped or name not in SHIPPED_CONFIGS:
-            return AutoConfig.from_pretrained(resolve(name), **arguments)
+            return _read_config(resolve(name), arguments)
         try:
             return AutoConfig.from_pretrained(name, local_files_only=True, **arguments)
         except OSError:
             fields = json.loads(SHIPPED_CONFIGS[name].read_text())
             return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _read_config(path: str, arguments: dict[str, Any]) -> Any:
+    """A model's configuration. What is wrong with its file is a ValueError, whatever it is."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, **arguments)
+    except (OSError, ValueError, KeyError):
+        raise
+    except Exception as error:
+        raise ValueError(f"its config.json: {type(error).__name__}: {error}") from error
 
 
 def hub_arguments(config: Config, name: str) -> dict[str, Any]:
@@ -78,25 +92,37 @@ def hub_arguments(config: Config, name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def readable_errors(name: str, key: str = "model.name") -> Iterator[None]:
-    """Turn errors of loading the model `name`, set by the configuration's `key`, to UserError."""
+    """Turn errors of loading the model `name`, set by the configuration's `key`, to UserError.
+
+    So is what is no Exception: a panic of the tokenizer's parser, `sys.exit` in the model's code.
+    """
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
+    failure = partial(_cannot_load, name, key)
     try:
-        yield
+        with foreign_code(failure, ours=Exception):
+            yield
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"cannot load the model {name!r}: "
-            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}",
-            where=key,
-            fix="name a built-in model (tiny-sokoban), a local folder in Hugging Face layout, "
-            "or a hub id that this machine can reach",
-        ) from error
+        raise failure(error) from error
+
+
+def _cannot_load(name: str, key: str, error: BaseException) -> UserError:
+    reason = next(iter(str(error).strip().splitlines()), "")
+    if not (reason and isinstance(error, OSError | ValueError | KeyError)):
+        reason = describe(error)
+    return UserError(
+        f"cannot load the model {name!r}: {reason}",
+        where=key,
+        fix="name a built-in model (tiny-sokoban), a local folder in Hugging Face layout, "
+        "or a hub id that this machine can reach",
+    )
 
 
 def _load_tokenizer(config: Config, name: str, key: str) -> Any:
     fix = "save the tokenizer with its chat template there too: tokenizer.save_pretrained"
     missing = UserError(f"the model {name!r} has no tokenizer", key, fix)
     try:
-        with readable_errors(name, key):
+        # a damaged file ends in a bare Exception or a panic, code of the model's own in anything
+        with readable_errors(name, key), foreign_code(partial(_cannot_load, name, key)):
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(resolve(name), **hub_arguments(config, name))

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
-from minidistill.files import write_atomic
+from minidistill.errors import EXIT_FAILED, UserError
+from minidistill.reporting.records import rollout_names
 from minidistill.reporting.run_directory import finite
+from minidistill.system.files import write_atomic
+from minidistill.system.foreign import describe, foreign_code
 from minidistill.types import Rollout, TokenFigures
 
 SCHEMA_VERSION = 1
@@ -26,18 +31,28 @@ class TokenTexts:
 
     def __call__(self, ids: Sequence[int]) -> list[str]:
         for id in set(ids) - self._decoded.keys():
-            self._decoded[id] = self._tokenizer.decode([id])
+            with foreign_code(partial(_cannot_decode, id)):
+                self._decoded[id] = str(self._tokenizer.decode([id]))
         return [self._decoded[id] for id in ids]
 
 
+def _cannot_decode(id: int, error: BaseException) -> UserError:
+    return UserError(
+        f"the model's tokenizer cannot decode the token {id}: {describe(error)}",
+        where="model.name",
+        fix="use the tokenizer that was made for the model",
+        exit_code=EXIT_FAILED,
+    )
+
+
 def write_rollouts(
-    directory: Path,
+    run_path: Path,
     step: int,
     rollouts: Sequence[Rollout],
     figures: Sequence[TokenFigures],
     texts: TokenTexts,
-) -> None:
-    """Write `step_000012.jsonl` and `step_000012.safetensors`.
+) -> dict[str, str]:
+    """Write `rollouts/step_000012.jsonl` and `.safetensors`. Returns their names and checksums.
 
     The safetensors file holds flat tensors (N,) with all completions concatenated; those of
     rollout r are at `offsets[r]:offsets[r + 1]`.
@@ -50,7 +65,6 @@ def write_rollouts(
         json.dumps(_line(step, r, f, texts), ensure_ascii=False) + "\n"
         for r, f in zip(rollouts, figures, strict=True)
     ]
-    write_atomic(directory / f"step_{step:06d}.jsonl", "".join(lines))
     lengths = torch.tensor([0, *(len(r.completion.token_ids) for r in rollouts)])
     ids = [t for r in rollouts for t in r.completion.token_ids]
     tensors = {
@@ -65,7 +79,13 @@ def write_rollouts(
         ),
         "offsets": lengths.cumsum(0),
     }
-    write_atomic(directory / f"step_{step:06d}.safetensors", save(tensors))
+    # a lone surrogate becomes an escape, the one that JSON has for it
+    contents = "".join(lines).encode(errors="backslashreplace"), save(tensors)
+    sums = {}
+    for name, content in zip(rollout_names(step), contents, strict=True):
+        write_atomic(run_path / name, content)
+        sums[name] = sha256(content).hexdigest()
+    return sums
 
 
 def _joined(columns: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -79,8 +79,8 @@ def scoreboard_rows(board: Board) -> list[Row]:
         rows.append(("drift KL", number(get("drift_kl"))))
     if get("drift_verdict"):
         rows.append(("drift", clean(get("drift_verdict"))))
-    if missing := get("missing"):
-        rows.append(("not computed", clean(", ".join(missing))))
+    if isinstance(missing := get("missing"), list) and missing:
+        rows.append(("not computed", clean(", ".join(map(str, missing)))))
     return rows
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from minidistill.config import Config
 from minidistill.engines.base import Engine
+from minidistill.engines.checks import check_completions, check_scores, named
 from minidistill.envs.protocol import Environment
 from minidistill.placement.placement import Placement
 from minidistill.reporting.terminal.base import Display
@@ -76,6 +77,7 @@ class Collector:
         metrics |= drawn.metrics
         with self.display.phase("sample", len(drawn.requests), "rollouts") as advance:
             completions = engine.generate(drawn.requests, drawn.params, Role.STUDENT, advance)
+        check_completions(engine, completions, len(drawn.jobs), drawn.params, named(drawn.jobs))
         metrics |= sampling_metrics(completions, time.perf_counter() - began)
         rollouts = [
             self.rollout(p, s, c, version)
@@ -178,6 +180,7 @@ class Collector:
             scores = [
                 TeacherScores(row) for row in engine.score(prompts, completions, Role.TEACHER)
             ]
+        check_scores(engine, scores, completions, named([(r.prompt, r.sample) for r in rollouts]))
         return [replace(r, teacher=s) for r, s in zip(rollouts, scores, strict=True)]
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from minidistill.engines.base import Engine, Sampled
+from minidistill.engines.checks import check_completion, check_scores, named
 from minidistill.rollouts.collector import (
     Collector,
     RepeatCounter,
@@ -235,6 +236,10 @@ class RolloutStream:
                 self._ended.append(group)
 
     def _rollout(self, row: int, completion: Completion, scores: TeacherScores | None) -> Rollout:
+        name = named(self.drawn.jobs)
+        check_completion(self.engine, completion, self.drawn.params, name(row))
+        if scores is not None:
+            check_scores(self.engine, [scores], [completion.token_ids], lambda _: name(row))
         prompt, sample = self.drawn.jobs[row]
         rollout = self.collector.rollout(prompt, sample, completion, self.version)
         return replace(rollout, teacher=scores)

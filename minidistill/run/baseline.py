@@ -4,21 +4,59 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, Self
+
+from annotated_types import MinLen
+from pydantic import BaseModel, NonNegativeInt, field_validator, model_validator
 
 from minidistill.envs import has_rewards
 from minidistill.evaluation import scoreboard
 from minidistill.evaluation.intervals import PromptSums
 from minidistill.evaluation.side_by_side import before_training
 from minidistill.evaluation.verdict import NOTHING_TO_CLOSE, judge
+from minidistill.reporting.run_directory import RunDirectory, damaged
 from minidistill.run.session import Session
 from minidistill.trainer.policy import Weights
 from minidistill.types import Metrics, Role
 
 logger = logging.getLogger(__name__)
 FILE = "baseline.json"
+FIX = "restore it from a copy; if no step has been saved, delete it and --resume computes it again"
+
+
+class _ByPrompt(BaseModel, strict=True):
+    """A `PromptSums`."""
+
+    mean: float
+    sums: list[float]
+    tokens: list[NonNegativeInt]
+
+    @model_validator(mode="after")
+    def _are_of_the_same_prompts(self) -> Self:
+        if len(self.sums) != len(self.tokens):
+            raise ValueError("sums and tokens have different lengths")
+        return self
+
+
+class _Baseline(BaseModel, strict=True):
+    """What is read of `baseline.json`. Older versions wrote less."""
+
+    rewards: dict[str, dict[str, Annotated[list[float], MinLen(1)]]]
+    heldout_kl: float
+    seconds: float
+    heldout_by_prompt: _ByPrompt | None = None
+    unrelated_by_prompt: _ByPrompt | None = None
+    length: float | None = None
+    completions: list[dict[str, Any]] = []
+
+    @field_validator("rewards")
+    @classmethod
+    def _are_of_both_roles(cls, rewards: dict[str, Any]) -> dict[str, Any]:
+        if rewards and tuple(rewards) != ("baseline_student", "baseline_teacher"):
+            raise ValueError("it has other rewards than baseline_student and baseline_teacher")
+        return rewards
 
 
 def evaluate_baseline(session: Session) -> None:
@@ -29,12 +67,12 @@ def evaluate_baseline(session: Session) -> None:
     """
     if session.evaluator is None:
         return
-    results = session.directory.read(FILE)
+    results = read(session.directory, session.evaluator.prompts)
     if results is None:
         began = time.perf_counter()
         results = _evaluate(session)
         results["seconds"] = time.perf_counter() - began
-        session.directory.write(FILE, results)
+        session.directory.add(FILE, results)
     metrics: Metrics = {"eval/heldout_kl": results["heldout_kl"], "time/eval": results["seconds"]}
     for name in session.evaluator.prompts if results["rewards"] else ():
         student_reward, teacher_reward = (
@@ -48,6 +86,18 @@ def evaluate_baseline(session: Session) -> None:
         session.display.baseline(metrics)
     for warning in _warnings(session, results):
         logger.warning(warning)
+
+
+def read(directory: RunDirectory, environments: Iterable[str] = ()) -> dict[str, Any] | None:
+    """The results that a run has kept, None without any. `environments` have been evaluated.
+
+    Raises UserError (exit code 3) for a damaged file.
+    """
+    results: dict[str, Any] | None = directory.read(FILE, _Baseline, FIX)
+    for by_env in (results or {}).get("rewards", {}).values():
+        if missing := set(environments) - by_env.keys():
+            raise damaged(directory.path / FILE, f"it lacks {', '.join(sorted(missing))}", FIX)
+    return results
 
 
 def _evaluate(session: Session) -> dict[str, Any]:

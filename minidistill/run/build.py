@@ -21,6 +21,8 @@ from minidistill.rollouts.collector import Collector
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run.model_checks import DOING, check_model
 from minidistill.run.prepare import Prepared
+from minidistill.system.files import remove_leftovers
+from minidistill.system.scratch import sweep
 from minidistill.trainer.build import build_trainer
 from minidistill.trainer.distributed.launcher import RankLauncher
 from minidistill.trainer.forward import PrefixCache
@@ -82,6 +84,9 @@ def build(prepared: Prepared, display: Display) -> Components:
 
     Raises UserError if something cannot be loaded or started. Nothing is left running then.
     """
+    sweep()
+    if prepared.resume:
+        remove_leftovers(prepared.directory.path)
     config, placement = prepared.config, prepared.plan.placement
     if prepared.restores:
         config = without_initial_adapter(config)

@@ -13,14 +13,16 @@ from types import FrameType
 from minidistill import logs
 from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_INTERRUPTED, EXIT_OK
-from minidistill.reporting.run_directory import RunDirectory, claim_path
-from minidistill.reporting.terminal import open_display
+from minidistill.reporting.run_directory import RunDirectory
+from minidistill.reporting.run_path import claim_path
+from minidistill.reporting.terminal import SafeDisplay, lasting_output, open_display
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run.baseline import evaluate_baseline
 from minidistill.run.prepare import prepare
 from minidistill.run.resume import is_extended, with_recorded_adapter
 from minidistill.run.session import Session, open_session
 from minidistill.run.summary import finish, show_finished
+from minidistill.system.foreign import Interrupted
 from minidistill.trainer.step import StepResult
 from minidistill.types import Metrics
 
@@ -29,18 +31,20 @@ logger = logging.getLogger(__name__)
 
 def run(loaded: LoadedConfig, *, resume: bool) -> int:
     """Execute a run and return its exit code. Raises UserError for errors the user can fix."""
-    display = open_display()
     with (
-        contextlib.closing(display),
+        lasting_output(),
+        contextlib.closing(SafeDisplay(open_display())) as display,
         logs.to_terminal(display.note),
+        _hangups(),
         claim_path(loaded, resume) as path,
     ):
         directory = RunDirectory(path)
         if resume:
             loaded = with_recorded_adapter(loaded, directory)
-        if resume and not is_extended(loaded, directory) and show_finished(directory, display):
-            return EXIT_OK
         with logs.to_file(directory.log_path):
+            same = resume and not is_extended(loaded, directory)
+            if same and show_finished(directory, display, loaded.config):
+                return EXIT_OK
             prepared = prepare(loaded, directory, resume, display.phase)
             with open_session(prepared, display) as session, _interrupts() as interrupt:
                 return _run(session, interrupt)
@@ -54,6 +58,9 @@ def _run(session: Session, interrupt: Interrupt) -> int:
     last = session.config.max_steps
     for step in range(session.first_step, last + 1):
         train_step(session, step)
+        if session.problem is not None:
+            session.save_checkpoint(step)
+            raise session.problem
         if step < last and session.evaluation_due(step):
             session.evaluate(step)
         if step == last or interrupt.requested or session.checkpoint_due(step):
@@ -107,7 +114,7 @@ class Interrupt:
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Stop after the current step, which is saved. A second signal stops at once."""
         if self.requested:
-            raise KeyboardInterrupt
+            raise Interrupted
         self.requested = True
         # from a thread: this one may be writing to the same stream, which is not reentrant
         message = "stopping after this step; press Ctrl-C again to stop now"
@@ -126,3 +133,25 @@ def _interrupts() -> Iterator[Interrupt]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _hangups() -> Iterator[None]:
+    """A terminal that goes away (SIGHUP) does not end the run. `nohup` has that effect already."""
+    message = "the terminal is gone (SIGHUP): the run goes on, SIGTERM ends it"
+    # from a thread, as in `Interrupt.handle`
+    tell = threading.Thread(target=logger.warning, args=(message,))
+
+    def hung_up(signum: int, frame: FrameType | None) -> None:
+        if tell.ident is None:  # once
+            tell.start()
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGHUP, hung_up)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)

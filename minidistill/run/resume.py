@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pydantic import ValidationError
+
 from minidistill.config import Config, LoadedConfig
 from minidistill.config.adapter import with_recorded_shape
-from minidistill.errors import UserError
-from minidistill.reporting.run_directory import RunDirectory
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.reporting.records import METRICS, first_problem
+from minidistill.reporting.run_directory import RESOLVED, RunDirectory, damaged
 from minidistill.trainer.optim import rate_depends_on_max_steps
 
 STEPS = "max_steps"
@@ -16,8 +19,11 @@ STEPS = "max_steps"
 
 def with_recorded_adapter(loaded: LoadedConfig, directory: RunDirectory) -> LoadedConfig:
     """The configuration of a resumed run, if the adapter that it started from has gone."""
-    recorded = directory.read("config.resolved.json")
-    return replace(loaded, config=with_recorded_shape(loaded.config, recorded))
+    try:
+        config = with_recorded_shape(loaded.config, directory.resolved())
+    except ValidationError as error:
+        raise damaged(directory.path / RESOLVED, first_problem(error)) from None
+    return replace(loaded, config=config)
 
 
 def is_extended(loaded: LoadedConfig, directory: RunDirectory) -> bool:
@@ -61,6 +67,23 @@ def is_extended(loaded: LoadedConfig, directory: RunDirectory) -> bool:
             + '. Runs with type = "constant", or with decay_steps, can be extended',
         )
     return True
+
+
+def check_nothing_was_saved(config: Config, directory: RunDirectory) -> None:
+    """Raise UserError (exit code 3) if a run without checkpoints must have had one.
+
+    It would start again from its first step, and its records would be lost.
+    """
+    first = config.ckpt.interval or config.max_steps
+    last = max((record["step"] for record in directory.records.all()), default=0)
+    if last > first or (directory.path / "scoreboard.json").exists():
+        raise UserError(
+            f"{directory.path / 'checkpoints'} has no checkpoint, but {METRICS} has {last} steps",
+            where=str(directory.path / "checkpoints"),
+            fix="restore a checkpoint from a copy, or start a new run with another --output_dir"
+            + _with_this_adapter(config, directory),
+            exit_code=EXIT_ENVIRONMENT,
+        )
 
 
 def _short(value: object) -> str:

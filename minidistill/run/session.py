@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from minidistill.errors import UserError
 from minidistill.evaluation.evaluator import Scores
 from minidistill.evaluation.kl import SampledKL, drift_kl, sample, teacher_kl
 from minidistill.evaluation.side_by_side import kept
@@ -21,8 +22,10 @@ from minidistill.reporting.terminal.base import Display, Sample
 from minidistill.run.build import Components, build
 from minidistill.run.header import header
 from minidistill.run.prepare import Prepared
+from minidistill.run.resume import check_nothing_was_saved
 from minidistill.trainer import checkpoint
 from minidistill.trainer.guards import explain_out_of_memory
+from minidistill.trainer.health import Health
 from minidistill.types import Completion, Metrics, Role, Rollout, TokenFigures
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,9 @@ class Session:
         self.budget = components.budget
         self.texts = TokenTexts(prepared.tokenizer)
         self.first_step = 1
+        self.health = Health(self.config.health, self.directory.path / "rollouts")
+        self.problem: UserError | None = None
+        """Why the run must not go on after the last step, if it must not."""
         self._began, self._seconds_before = time.perf_counter(), 0.0
         if prepared.resume:
             self._resume()
@@ -97,10 +103,14 @@ class Session:
         fix="free the memory that other programs hold, or resume on a machine with more",
     )
     def _resume(self) -> None:
-        saved = checkpoint.restore(self.trainer, self.directory.path / "checkpoints")
+        records = self.directory.records
+        root = self.directory.path / "checkpoints"
+        saved = checkpoint.restore(self.trainer, root, records.disagreement)
+        if saved is None:
+            check_nothing_was_saved(self.config, self.directory)
         step = saved["step"] if saved else 0
-        self.directory.truncate(saved["metrics_lines"] if saved else 0)
-        self.directory.clear_rollouts_after(step)
+        records.rewind(saved)
+        self.health.replay(records.all())
         self.first_step = step + 1
         self._seconds_before = saved["seconds"] if saved else 0.0
         logger.info(f"resuming after step {step}")
@@ -131,13 +141,15 @@ class Session:
         """Write and show a step's results. `tokens` has the per-token results of each rollout."""
         if (peak := self.engine.peak_memory()) is not None:
             metrics = metrics | {"perf/peak_memory_gib/engine": peak / GIB}
-        write_rollouts(self.directory.path / "rollouts", step, rollouts, tokens, self.texts)
+        sums = write_rollouts(self.directory.path, step, rollouts, tokens, self.texts)
+        self.directory.records.add(sums)
         self.log(step, metrics)
         first = rollouts[0]
         reward = None if first.reward is None else first.reward.value
         texts = tuple(self.texts(first.completion.token_ids))
         sample = Sample(texts, tuple(tokens[0].kl.tolist()), reward, first.prompt.env)
         self.display.step(step, metrics, sample)
+        self.problem = self.health.take(step, metrics)
         if step == self.first_step:
             logger.info(planned_and_measured(self.prepared.plan, self.policy.device))
 
@@ -230,6 +242,6 @@ class Session:
         fix="give the machine more free memory; --resume continues from the last checkpoint",
     )
     def save_checkpoint(self, step: int) -> None:
-        progress = {"metrics_lines": self.directory.lines(), "seconds": self.seconds}
+        progress = {**self.directory.records.flush(), "seconds": self.seconds}
         root = self.directory.path / "checkpoints"
         checkpoint.save(self.trainer, root, step, progress, self.config.ckpt.keep)

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from minidistill.config import Config
 from minidistill.envs import has_task
+from minidistill.errors import UserError
 from minidistill.evaluation import scoreboard
 from minidistill.evaluation.drift import judge_drift
 from minidistill.evaluation.kl import SampledKL
 from minidistill.evaluation.side_by_side import after_training
 from minidistill.evaluation.verdict import judge
 from minidistill.reporting.html import write_report
+from minidistill.reporting.monitors import Monitor, open_monitors
+from minidistill.reporting.records import METRICS
 from minidistill.reporting.run_directory import RunDirectory, finite
 from minidistill.reporting.terminal.base import Display
 from minidistill.run import baseline
 from minidistill.run.session import Session
+from minidistill.system.foreign import describe
 from minidistill.trainer import checkpoint
 from minidistill.types import Role
 
@@ -34,11 +42,14 @@ Pass = Callable[[], dict[str, Any]]
 def finish(session: Session) -> None:
     """Write the adapter, evaluate the student, and write the scoreboard and the report.
 
-    What is known is on disk before each pass that may fail.
+    What is known is on disk before each pass that may fail. The records list the adapter when it
+    is complete, and the scoreboard when all else is.
     """
     directory = session.directory
     saved = checkpoint.save_model(session.policy, directory.path)
-    before = directory.read(baseline.FILE) or {}
+    files = sorted(path for path in saved.rglob("*") if path.is_file())
+    directory.records.add_files(str(path.relative_to(directory.path)) for path in files)
+    before = baseline.read(directory) or {}
     board = _scores(session, before)
     board |= _training_kl(directory.column("teacher_kl"))
     for prompts in ("heldout", "unrelated"):
@@ -51,9 +62,9 @@ def finish(session: Session) -> None:
     }
     _fill_in(session, board, _last_passes(session, before))
     session.display.scoreboard(board)
-    report = write_report(directory.path)
-    logger.info(f"{saved.name}: {saved}  report: {report}")
-    session.monitor.close({key: value for key, value in board.items() if key != COMPLETIONS})
+    report = write_run_report(directory)
+    logger.info(f"{saved.name}: {saved}" + (f"  report: {report}" if report else ""))
+    _end(directory, board, session.monitor)
 
 
 def _training_kl(by_step: dict[int, float]) -> dict[str, float | None]:
@@ -124,22 +135,73 @@ def _fill_in(session: Session, board: dict[str, Any], passes: dict[str, Pass]) -
         raise
 
 
-def show_finished(directory: RunDirectory, display: Display) -> bool:
-    """Say that a run has finished and show its scoreboard. Write its report if there is none.
+def show_finished(directory: RunDirectory, display: Display, config: Config) -> bool:
+    """Say that a run has finished and show its scoreboard. Make the parts that it lacks.
 
-    Returns False, and does nothing, if the run has not finished.
+    Returns False if the run has not finished, or if its end has to be repeated: its last step is
+    restored then.
     """
-    board = directory.read(FILE)
-    if not board or board.get(MISSING):
+    if (board := _whole_board(directory)) is None:
+        return False
+    folder = "adapter" if config.trainer.model.lora else "model"
+    listed = directory.records.listed()  # nothing by older versions
+    saved = any(name.startswith(f"{folder}/") for name in listed)
+    if not saved and (listed or not (directory.path / folder).is_dir()):
         return False
     display.scoreboard(board)
+    if not (directory.path / "report.html").exists():
+        write_run_report(directory)
+    if listed and FILE not in listed:  # it was killed before its monitors had the scoreboard
+        _end(directory, board, open_monitors(config, directory.path))
     logger.info(
         f"{directory.path} is already finished: {board['steps']} steps. A larger --max_steps "
         "extends it"
     )
-    if not (directory.path / "report.html").exists():
-        write_report(directory.path)
     return True
+
+
+def write_run_report(directory: RunDirectory) -> Path | None:
+    """Write the report and return its path. If that fails, warn: the report is not worth a run."""
+    try:
+        return write_report(directory.path)
+    except Exception as error:
+        reason = error.what if isinstance(error, UserError) else describe(error)
+        logger.warning(
+            f"no report: {reason}; `minidistill report {directory.path}` writes it again",
+            exc_info=error,
+        )
+        return None
+
+
+def _whole_board(directory: RunDirectory) -> dict[str, Any] | None:
+    """The scoreboard of a run whose files are as they were written; else None, and a warning."""
+    if not (directory.path / FILE).exists():
+        return None
+    board: dict[str, Any] | None = None
+    try:
+        board = directory.read(FILE, _Board)
+        problem = directory.records.damage()
+    except UserError as error:
+        problem = error.what
+    if problem is not None:
+        logger.warning(f"{problem}: the run's end is repeated from its last checkpoint")
+        return None
+    return None if board is None or board.get(MISSING) else board
+
+
+def _end(directory: RunDirectory, board: dict[str, Any], monitor: Monitor) -> None:
+    """Send the scoreboard to the monitors, and list it: the run has all of its parts then."""
+    monitor.close({key: value for key, value in board.items() if key != COMPLETIONS})
+    directory.records.add_files((METRICS, FILE))
+    directory.records.flush()
+
+
+class _Board(BaseModel, strict=True):
+    """What is read of `scoreboard.json` again. Displays show the rest whatever it is."""
+
+    steps: int
+    seconds: float
+    missing: list[str] = []
 
 
 def _scores(session: Session, before: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -15,7 +16,8 @@ import jinja2
 import jinja2.meta
 from jinja2 import TemplateError, nodes
 
-from minidistill.errors import UserError
+from minidistill.errors import EXIT_FAILED, UserError
+from minidistill.system.foreign import describe, foreign_code
 from minidistill.tasks.control_tokens import ControlTokens
 from minidistill.tasks.messages import plain_messages
 from minidistill.types import Message
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LARGEST_SOURCE = 200_000
+"""Characters of a template."""
+LONGEST_TEXT = 20_000_000
+"""Characters of a rendered text: millions of tokens."""
 MARK = "\u2063minidistill\u2063"  # a message that no template contains, for probing
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
 # Before a template, in place of transformers' function of this name. The newline is trimmed.
@@ -93,29 +99,41 @@ class ChatTemplate:
         if self.dates:
             source = self.tokenizer.get_chat_template(tools=tools)
             arguments |= {"chat_template": _FIXED_DATES + source, "fixed_dates": self.dates}
-        try:
-            text = self.tokenizer.apply_chat_template(
-                plain_messages(messages),
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **arguments,
-            )
-        except TemplateError as error:
+
+        def failure(error: BaseException) -> UserError:
             roles = ", ".join(str(message["role"]) for message in messages)
-            raise UserError(
-                f"the model's chat template rejects messages with the roles {roles}: {error}",
-                where=self.where,
-                fix='use context_placement = "user", or an environment without these roles',
-            ) from error
-        return str(text)
+            if isinstance(error, TemplateError):
+                what = f"rejects messages with the roles {roles}: {error}"
+                fix = 'use context_placement = "user", or an environment without these roles'
+            else:
+                what = f"fails on messages with the roles {roles}: {describe(error)}"
+                fix = "set model.chat_template to a file with another"
+            return UserError(f"the model's chat template {what}", where=self.where, fix=fix)
+
+        with foreign_code(failure):
+            return str(
+                self.tokenizer.apply_chat_template(
+                    plain_messages(messages),
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **arguments,
+                )
+            )
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a rendered text, which already has the template's special tokens."""
+        if len(text) > LONGEST_TEXT:
+            raise UserError(
+                f"the chat template makes a text of {len(text)} characters",
+                where=self.where,
+                fix="set model.chat_template to a file with another",
+            )
         # a tokenizer may be set to encode all control tokens as text, the template's own too
         split = getattr(self.tokenizer, "split_special_tokens", False)
         options = {"split_special_tokens": False} if split else {}
-        return tuple(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+        with tokenizer_code("encode a prompt", self.where):
+            return tuple(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
 
     def view(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None
@@ -204,7 +222,7 @@ class ChatTemplate:
         """A conversation without a generation prompt; "" if the template rejects it."""
         try:
             return self.render(messages, add_generation_prompt=False)
-        except (UserError, TypeError, ValueError):
+        except UserError:
             return ""
 
     # -- the template --------------------------------------------------------------------------
@@ -212,11 +230,13 @@ class ChatTemplate:
     def _parse(self) -> nodes.Template:
         try:
             source = self.tokenizer.get_chat_template()
+            if len(source) > LARGEST_SOURCE:
+                raise TemplateError(f"it has {len(source)} characters")
             environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
             tree = environment.parse(_GENERATION.sub("", source))
             jinja2.meta.find_undeclared_variables(tree)  # notices unknown filters and tests
             return tree
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             line = f", line {line}" if (line := getattr(error, "lineno", None)) else ""
             raise UserError(
                 f"the chat template is not valid{line}: {error}",
@@ -250,6 +270,18 @@ def _dates(tree: nodes.Template, now: datetime) -> dict[str, str]:
         )
         return {}
     return {format: now.strftime(format) for format in formats}
+
+
+def tokenizer_code(doing: str, where: str) -> AbstractContextManager[None]:
+    """Call a tokenizer, whose code may be the model's own. `doing` is what it cannot do then."""
+    return foreign_code(
+        lambda error: UserError(
+            f"the model's tokenizer cannot {doing}: {describe(error)}",
+            where=where,
+            fix="use the tokenizer that was made for the model; --traceback shows where it failed",
+            exit_code=EXIT_FAILED,
+        )
+    )
 
 
 def check_arguments(templates: Sequence[ChatTemplate]) -> None:

@@ -19,6 +19,7 @@ from minidistill.tasks.chat_template import (
     ChatTemplate,
     TemplateSettings,
     check_arguments,
+    tokenizer_code,
 )
 from minidistill.tasks.messages import plain_messages
 from minidistill.types import Message, Prompt, Task
@@ -120,7 +121,8 @@ class PromptBuilder:
         ids = list(ids)
         if ids and ids[-1] in self.end_of_turn_ids:  # not each tokenizer calls them special
             ids.pop()
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        with tokenizer_code("decode a completion", self.student.where):
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def with_context(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """A copy of the messages with the context in its place."""

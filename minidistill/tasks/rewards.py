@@ -56,7 +56,8 @@ def score(
         if isinstance(outcome, Reward):
             rewards[row] = outcome
         else:
-            failures[row] = f"task {rollouts[row].prompt.task.id}: {outcome}"
+            prompt = rollouts[row].prompt
+            failures[row] = f"task {prompt.task.id} of {prompt.env}: {outcome}"
         advance(1)
         if isinstance(outcome, ScoringError) and outcome.slow:
             check(in_order())
@@ -83,7 +84,7 @@ def score(
 
 def check_errors(errors: Sequence[str], total: int, limit: float) -> None:
     """Raise UserError (exit code 4) if more than the share `limit` of rollouts failed, or all."""
-    if errors and (len(errors) == total or len(errors) / total > limit):
+    if errors and (len(errors) == total or not len(errors) / total <= limit):
         raise UserError(
             f"the environment failed on {len(errors)} of {total} rollouts, first: {errors[0]}",
             where="orchestrator.env",
@@ -97,15 +98,25 @@ def with_advantages(rollouts: Sequence[Rollout], std_norm: bool) -> list[Rollout
     """The rollouts with their advantages: reward minus the mean reward of the group.
 
     A group is a run of consecutive rollouts of the same prompt; a group of one has advantage 0.
-    `std_norm` also divides by the group's population standard deviation, unless that is 0.
+    `std_norm` also divides by the group's population standard deviation, unless that is 0. Raises
+    UserError (exit code 4) if the mean is not finite.
     """
     out = []
     for _, rollouts_of_prompt in groupby(rollouts, key=lambda r: id(r.prompt)):
         group = list(rollouts_of_prompt)
         rewards = np.array([r.reward.value if r.reward else 0.0 for r in group])
-        advantages = rewards - rewards.mean()
-        if std_norm and rewards.std() > 1e-8:
-            advantages = advantages / rewards.std()
+        with np.errstate(over="ignore", invalid="ignore"):
+            advantages = rewards - rewards.mean()
+            if std_norm and rewards.std() > 1e-8:
+                advantages = advantages / rewards.std()
+        if not np.isfinite(advantages).all():  # finite rewards, whose sum is not
+            raise UserError(
+                f"the rewards of task {group[0].prompt.task.id} are too large for their mean: "
+                f"{', '.join(f'{reward:g}' for reward in rewards)}",
+                where="orchestrator.env",
+                fix=f"scale the reward of {group[0].prompt.env!r}",
+                exit_code=EXIT_HEALTH,
+            )
         out += [
             dataclasses.replace(r, advantage=float(a))
             for r, a in zip(group, advantages, strict=True)

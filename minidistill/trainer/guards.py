@@ -43,24 +43,37 @@ def mismatch_limit(config: Config, dtype: torch.dtype) -> float:
 
 
 def refusal(metrics: Metrics, step: int, max_mismatch: float) -> UserError | None:
-    """The error (exit code 4) if the step must not be applied, else None."""
+    """The error (exit code 4) if the step must not be applied, else None. NaN is never fine."""
+
+    def error(what: str, where: str, fix: str) -> UserError:
+        return UserError(f"step {step}: {what}", where=where, fix=fix, exit_code=EXIT_HEALTH)
+
     total, norm = metrics["loss/total"], metrics["optim/grad_norm"]
+    lower_rate = (
+        'lower trainer.optim.lr, or use model.dtype = "float32"; '
+        "--resume continues from the last checkpoint"
+    )
     if not (math.isfinite(norm) and math.isfinite(total)):
-        return UserError(
-            f"step {step}: the loss is {total}, its gradient's norm {norm}",
-            where="training",
-            fix='lower trainer.optim.lr, or use model.dtype = "float32"; '
-            "--resume continues from the last checkpoint",
-            exit_code=EXIT_HEALTH,
-        )
-    if metrics["kl/sampler_mismatch"] > max_mismatch:
-        return UserError(
-            f"step {step}: kl/sampler_mismatch is {metrics['kl/sampler_mismatch']:.3g}, above "
+        return error(f"the loss is {total}, its gradient's norm {norm}", "training", lower_rate)
+    for name in ("teacher_kl", "entropy/student"):
+        if not math.isfinite(metrics[name]):
+            return error(f"{name} is {metrics[name]}", "training", lower_rate)
+    mismatch = metrics["kl/sampler_mismatch"]
+    if not mismatch <= max_mismatch:
+        return error(
+            f"kl/sampler_mismatch is {mismatch:.3g}, above "
             f"{max_mismatch:g}: the sampler's model is not the one that is trained",
-            where="trainer.loss.max_sampler_mismatch",
-            fix="the engine runs stale weights, or computes them differently: try "
+            "trainer.loss.max_sampler_mismatch",
+            "the engine runs stale weights, or computes them differently: try "
             'inference.engine = "embedded", or raise the limit if the numerics explain it',
-            exit_code=EXIT_HEALTH,
+        )
+    if not metrics["ratio/masked_frac"] < 1:
+        return error(
+            "every token was masked, so there is nothing to train on: each one's ratio of trainer "
+            "and sampler probability is out of bounds",
+            "trainer.loss.token_mask_low, trainer.loss.token_mask_high",
+            "the engine runs stale weights, or computes them differently: try "
+            'inference.engine = "embedded", or wider bounds if the numerics explain it',
         )
     return None
 

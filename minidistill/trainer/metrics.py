@@ -14,6 +14,7 @@ from minidistill.estimators import Estimator, LossSettings
 from minidistill.trainer.objective import concatenated
 from minidistill.types import Metrics, Rollout, TokenFigures
 
+NO_ADVANTAGE = 1e-8  # of equal rewards: their mean is rounded
 POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
@@ -51,6 +52,8 @@ def summarize(
     }
     if out.teacher_entropy is not None:
         metrics["entropy/teacher"] = float(out.teacher_entropy.mean())
+    if settings.adv_tau > 0:
+        metrics |= _advantages(rollouts)
     return metrics | _by_position(out.kl, sizes) | _lengths(rollouts) | _rewards(rollouts)
 
 
@@ -74,6 +77,14 @@ def _lengths(rollouts: Sequence[Rollout]) -> Metrics:
         "completions/length_mean": sum(len(r.completion.token_ids) for r in rollouts) / count,
         "completions/truncated_frac": sum(r.completion.truncated for r in rollouts) / count,
     }
+
+
+def _advantages(rollouts: Sequence[Rollout]) -> Metrics:
+    """The share of rollouts with nothing to learn from in their reward; empty without rewards."""
+    if all(r.reward is None for r in rollouts):
+        return {}
+    zeros = sum(abs(r.advantage) <= NO_ADVANTAGE for r in rollouts)
+    return {"advantage/zero_frac": zeros / len(rollouts)}
 
 
 def _rewards(rollouts: Sequence[Rollout]) -> Metrics:

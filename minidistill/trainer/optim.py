@@ -94,7 +94,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, state: Iterable[tuple[str, Tensor]]) -> None:
-        """Restore what `state` returned.
+        """Restore a copy of what `state` returned: a checkpoint's tensors are mapped from its file.
 
         Raises UserError (exit code 3) if it lacks fp32 copies of these parameters.
         """
@@ -106,9 +106,10 @@ class Optimizer:
                 target.copy_(sharded_like(value, target))
                 missing.discard(name)
             elif kind == "step":
-                self.adamw.state[target][kind] = value.to("cpu")
+                self.adamw.state[target][kind] = value.to("cpu", copy=True)
             else:
-                self.adamw.state[target][kind] = sharded_like(value.to(target.device), target)
+                value = value.to(target.device, copy=True)
+                self.adamw.state[target][kind] = sharded_like(value, target)
         if missing:
             raise UserError(
                 "the checkpoint's weights have another number format than this run's",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -18,6 +19,7 @@ from minidistill.envs.outcomes import (
     score_attempts,
     to_reward,
 )
+from minidistill.system.foreign import Interrupted
 from minidistill.types import Reward, Task
 
 RETURNED = {
@@ -99,6 +101,8 @@ def outcome(scorer: Any) -> Outcome:
         (SystemExit("bye"), "it called sys.exit('bye')"),
         (BaseException("odd"), "BaseException: odd"),
         (GeneratorExit(), "GeneratorExit: "),
+        (KeyboardInterrupt(), "KeyboardInterrupt: "),
+        (asyncio.CancelledError(), "CancelledError: "),
     ],
 )
 def test_every_exception_is_a_failure(error: BaseException, message: str) -> None:
@@ -107,7 +111,7 @@ def test_every_exception_is_a_failure(error: BaseException, message: str) -> Non
     assert str(failure) == message
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), CannotScoreError("over")])
+@pytest.mark.parametrize("error", [Interrupted(), CannotScoreError("over")])
 def test_what_ends_the_run_is_raised(error: BaseException) -> None:
     with pytest.raises(type(error)):
         outcome(Raising(error))

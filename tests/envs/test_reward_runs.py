@@ -197,5 +197,6 @@ def test_an_environment_that_exits_is_no_success(capsys: pytest.CaptureFixture[s
         )
     )
     assert run() == EXIT_FAILED
-    assert "something called sys.exit(0)" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "LeavingEnv' failed in its task 0 of train: it called sys.exit(0)" in err
     assert not Path("out").exists()

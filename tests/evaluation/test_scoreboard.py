@@ -1,5 +1,8 @@
 """The scoreboard against an independent computation, and its interval in simulation."""
 
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -250,3 +253,27 @@ def test_few_or_broken_kls_have_no_share(sums: list[float]) -> None:
     judged = judge({"baseline_diff": None, "heldout_kl_before": 1, "heldout_kl_after": 1,
                     "env": None, **board})  # fmt: skip
     assert judged["outcome"] == ("too_few_tasks" if len(sums) < 8 else "not_finite")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1.7e308])
+@pytest.mark.parametrize("place", ["before", "teacher", "student"])
+def test_scores_that_are_not_finite_close_no_gap(bad: float, place: str) -> None:
+    """The last one is finite, and its sum is not."""
+    scores = {"before": [0.1] * 10, "teacher": [0.9] * 10, "student": [0.9] * 10}
+    scores[place] = [bad] * 10
+    with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        board = compare(scores["before"], scores["teacher"], scores["student"], None, seed=0)
+    assert board["outcome"] == "not_finite"
+    assert "not a finite number" in board["verdict"]
+
+
+@pytest.mark.parametrize("place", ["mean", "sums"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kl_that_is_not_finite_has_no_share(place: str, when: str) -> None:
+    good = PromptSums(1.0, [1.0] * 20, [1] * 20)
+    changes = {"mean": float("nan")} if place == "mean" else {"sums": [float("inf")] * 20}
+    sums = {"before": good, "after": good, when: replace(good, **changes)}
+    figures = kl_closed(sums["before"], sums["after"], seed=0)
+    assert figures["closed"] is None
+    assert not figures["negligible"]

@@ -247,3 +247,26 @@ def test_a_folder_without_a_model_or_a_tokenizer_says_so(
     with pytest.raises(UserError, match=f"has no {missing}") as caught:
         load_tokenizer(loaded(tmp_path).config)
     assert (caught.value.where, caught.value.exit_code) == ("model.name", EXIT_USAGE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_cache": 0.5},
+        {"hidden_act": "*"},
+        {"num_attention_heads": 0},
+        {"vocab_size": -1},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
+    ],
+    ids=str,
+)
+def test_a_configuration_of_which_no_model_can_be_made(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUILT_IN["tiny-sokoban"], folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(UserError) as caught:
+        cpu_placement(load_config([SOKOBAN, "--model.name", str(folder)]))
+    assert caught.value.where == "model.name"

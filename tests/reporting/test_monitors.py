@@ -15,7 +15,7 @@ import pytest
 
 from minidistill.config import Config
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.reporting.monitors import open_monitors
+from minidistill.reporting.monitors import check_monitors, open_monitors
 from minidistill.reporting.monitors.background import BackgroundMonitor
 from minidistill.reporting.monitors.weights_and_biases import run_id
 
@@ -177,7 +177,7 @@ def test_a_missing_package_is_an_environment_error(
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
         sys.path_importer_cache.clear()
     with pytest.raises(UserError) as caught:
-        open_monitors(config(offline=True), tmp_path)
+        check_monitors(config(offline=True))
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     assert "pip install 'minidistill[wandb]'" in caught.value.fix
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +16,9 @@ from safetensors.numpy import load_file
 
 from minidistill.config import LoadedConfig, load_config
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
-from minidistill.files import write_atomic
 from minidistill.reporting.rollout_log import TokenTexts, write_rollouts
-from minidistill.reporting.run_directory import RunDirectory, choose_path
+from minidistill.reporting.run_directory import RunDirectory
+from minidistill.reporting.run_path import choose_path
 from minidistill.run.resume import is_extended
 from minidistill.types import Completion, Prompt, Reward, Rollout, Task, TokenFigures
 
@@ -186,85 +183,6 @@ def test_settings_that_are_newer_than_a_run_do_not_keep_it_from_resuming(
         is_extended(load("--orchestrator.overlong", "drop"), run)
 
 
-def test_metrics_are_appended(run: RunDirectory) -> None:
-    run.truncate(0)  # before the first record
-    assert run.lines() == 0
-    for step in range(1, 6):
-        run.log(step, {"loss": step / 4, "odd": float("nan") if step == 2 else float("inf")})
-    run.log(6, {"eval": 1.0})
-    lines = run.metrics_path.read_text().split("\n")
-    assert json.loads(lines[1]) == {"step": 2, "loss": 0.5, "odd": None}
-    assert lines[-1] == ""
-    assert run.lines() == 6
-    assert run.column("loss") == {1: 0.25, 2: 0.5, 3: 0.75, 4: 1.0, 5: 1.25}
-    assert run.column("odd") == {}
-
-
-@pytest.mark.parametrize("keep", [0, 2, 3, 9])
-def test_truncate_keeps_complete_records(run: RunDirectory, keep: int) -> None:
-    for step in (1, 2, 3):
-        run.log(step, {"loss": float(step)})
-    with open(run.metrics_path, "a") as file:
-        file.write('{"step": 4, "lo')  # killed while writing
-    assert run.lines() == 3
-    assert list(run.column("loss").values()) == [1.0, 2.0, 3.0]
-    run.truncate(keep)
-    assert run.lines() == min(keep, 3)
-    run.log(7, {"loss": 7.0})
-    assert list(run.column("loss").values()) == [*(1.0, 2.0, 3.0)[:keep], 7.0]
-
-
-def test_a_full_disk_is_an_error_that_names_the_file(run: RunDirectory) -> None:
-    run.metrics_path.symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: No space left") as caught:
-        run.log(1, {"loss": 1.0})
-    assert caught.value.exit_code == EXIT_ENVIRONMENT
-    assert caught.value.where == str(run.metrics_path)
-    run.write("scoreboard.json", {"old": 1})
-    (run.path / "scoreboard.json.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"scoreboard\.json: No space left") as caught:
-        run.write("scoreboard.json", {"new": 1})
-    assert caught.value.exit_code == EXIT_ENVIRONMENT
-    assert run.read("scoreboard.json") == {"old": 1}
-
-
-WRITER = """
-import sys
-from pathlib import Path
-from minidistill.files import write_atomic
-while True:
-    for letter in "ab":
-        write_atomic(Path(sys.argv[1]), letter * 4_000_000)
-"""
-
-
-def test_a_killed_writer_leaves_a_complete_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    for wait in (0.003, 0.011, 0.029):
-        path.unlink(missing_ok=True)
-        with subprocess.Popen([sys.executable, "-c", WRITER, str(path)]) as writer:
-            deadline = time.monotonic() + 30
-            while not path.exists() and time.monotonic() < deadline:
-                time.sleep(0.001)
-            time.sleep(wait)
-            os.kill(writer.pid, signal.SIGKILL)
-        assert path.read_bytes() in (b"a" * 4_000_000, b"b" * 4_000_000)
-    write_atomic(path, "a temporary file that was left behind does no harm")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_rollouts_of_later_steps_are_cleared(run: RunDirectory) -> None:
-    folder = run.path / "rollouts"
-    for name in ("step_000002", "step_000003", "step_1000000"):
-        for suffix in (".jsonl", ".safetensors", ".jsonl.tmp"):
-            (folder / (name + suffix)).write_text("")
-    run.clear_rollouts_after(2)
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "step_000002.jsonl",
-        "step_000002.safetensors",
-    ]
-
-
 class CodePoints:
     """A tokenizer whose ids are code points. It records the ids it decoded."""
 
@@ -309,10 +227,14 @@ def test_rollouts_on_disk(tmp_path: Path) -> None:
     pairs = [make_rollout(i, *pair) for i, pair in enumerate(zip(ids, rewards, strict=True))]
     rollouts, per_rollout = zip(*pairs, strict=True)
     tokenizer = CodePoints()
-    write_rollouts(tmp_path, 12, rollouts, per_rollout, TokenTexts(tokenizer))
+    (tmp_path / "rollouts").mkdir()
+    sums = write_rollouts(tmp_path, 12, rollouts, per_rollout, TokenTexts(tokenizer))
     assert sorted(tokenizer.decoded) == sorted({i for row in ids for i in row})
 
-    lines = (tmp_path / "step_000012.jsonl").read_text(encoding="utf-8").split("\n")
+    assert list(sums) == ["rollouts/step_000012.jsonl", "rollouts/step_000012.safetensors"]
+    for name, sum in sums.items():
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == sum
+    lines = (tmp_path / "rollouts/step_000012.jsonl").read_text(encoding="utf-8").split("\n")
     assert lines.pop() == ""
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [next(iter(row)) for row in rows] == ["schema_version"] * 3
@@ -327,7 +249,7 @@ def test_rollouts_on_disk(tmp_path: Path) -> None:
                       "messages": [{"role": "user", "content": "x"}]} == rows[1]  # fmt: skip
     assert rows[0]["worst_logprob_gap"] == -64.5
 
-    tensors = load_file(tmp_path / "step_000012.safetensors")
+    tensors = load_file(tmp_path / "rollouts/step_000012.safetensors")
     assert tensors["offsets"].tolist() == [0, 3, 4, 8]
     for r, (rollout, tokens) in enumerate(pairs):
         part = slice(*tensors["offsets"][r : r + 2])
@@ -341,8 +263,9 @@ def test_rollouts_on_disk(tmp_path: Path) -> None:
 
 
 def test_a_step_without_rollouts(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
     write_rollouts(tmp_path, 1, [], [], TokenTexts(CodePoints()))
-    assert (tmp_path / "step_000001.jsonl").read_bytes() == b""
-    tensors = load_file(tmp_path / "step_000001.safetensors")
+    assert (tmp_path / "rollouts/step_000001.jsonl").read_bytes() == b""
+    tensors = load_file(tmp_path / "rollouts/step_000001.safetensors")
     assert tensors["token_ids"].dtype == np.int64
     assert tensors["offsets"].tolist() == [0]

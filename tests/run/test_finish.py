@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 from support.runs import board, records, run
 
 from minidistill.errors import EXIT_FAILED, EXIT_OK
-from minidistill.run import session, summary
+from minidistill.run import session
 
 BRIEF = ("--max_steps", "2")
 ADAPTER = Path("adapter/adapter_model.safetensors")
@@ -69,18 +68,3 @@ def test_the_adapter_and_a_scoreboard_are_safe_and_a_resume_completes_them(
     assert "missing" not in complete
     assert records(path) == records(whole)
     assert (path / "report.html").exists()
-
-
-def test_a_report_that_fails_is_written_by_a_resume(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(summary, "write_report", failing)
-        assert run(path, *BRIEF) == EXIT_FAILED
-    assert board(path) == board(whole)
-    before = (path / "metrics.jsonl").read_bytes()
-    assert run(path, *BRIEF, "--resume") == EXIT_OK
-    assert (path / "report.html").exists()
-    assert (path / "metrics.jsonl").read_bytes() == before
-    assert json.loads((path / "scoreboard.json").read_text())["steps"] == 2

@@ -258,22 +258,22 @@ def test_a_directory_that_holds_a_run_is_not_written_over(
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_disk_that_takes_no_more_is_one_clear_error(
+def test_a_file_that_cannot_be_written_is_one_clear_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:
-    """The rollouts' folder takes no files for a while; mended, the run goes on."""
+    """A folder is in its place for a while; mended, the run goes on."""
     path = tmp_path / "full"
     shutil.copytree(finished, path)
     (path / "scoreboard.json").unlink()
     shutil.rmtree(path / "checkpoints" / "step_000006")
-    shutil.rmtree(path / "rollouts")
-    (path / "rollouts").symlink_to("/proc/self")  # no file can be made there
+    obstacle = path / "rollouts" / "step_000005.jsonl"
+    obstacle.unlink()
+    (obstacle / "folder").mkdir(parents=True)
     assert run(path, "--resume") == EXIT_ENVIRONMENT
     error = capsys.readouterr().err
-    assert "cannot write" in error
+    assert f"cannot write {obstacle}" in error
     assert "--resume" in error
-    (path / "rollouts").unlink()
-    (path / "rollouts").mkdir()
+    shutil.rmtree(obstacle)
     assert run(path, "--resume") == EXIT_OK
     assert records(path) == records(finished)
 

@@ -72,7 +72,9 @@ def test_a_baseline_of_an_older_version_invents_nothing(tmp_path: Path) -> None:
     session.log(1, {"teacher_kl": 1.0})
     session.trained = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoreboard_runs.summary.checkpoint, "save_model", lambda *args: tmp_path)
+        patch.setattr(
+            scoreboard_runs.summary.checkpoint, "save_model", lambda policy, path: path / "adapter"
+        )
         scoreboard_runs.summary.finish(session)
     board = session.directory.read("scoreboard.json")
     assert board["outcome"] == "no_baseline"

@@ -60,7 +60,7 @@ class Runner:
         flags += ["--max_steps", str(len(results.teacher_kls))]
         self.config = load_config([SOKOBAN, *flags]).config
         self.results, self.trained = results, False
-        path.mkdir()
+        (path / "rollouts").mkdir(parents=True)
         self.directory, self.stream = RunDirectory(path), io.StringIO()
         self.display = PlainDisplay(self.stream)
         self.builder = SimpleNamespace(decode=lambda ids: TEXTS[ids[0]])

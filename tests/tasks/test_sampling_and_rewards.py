@@ -19,6 +19,7 @@ from minidistill.envs.protocol import take_tasks
 from minidistill.envs.registry import load_environments
 from minidistill.envs.sokoban import SokobanEnv
 from minidistill.errors import EXIT_HEALTH, EXIT_USAGE, UserError
+from minidistill.system.foreign import Interrupted
 from minidistill.tasks.rewards import check_errors, score, with_advantages
 from minidistill.tasks.sampling import TaskSampler
 from minidistill.types import Advance, Completion, Prompt, Reward, Rollout, Task
@@ -183,9 +184,9 @@ def test_failures_are_counted_and_named() -> None:
     ]
     assert {type(v) for r in rewards if r for v in (r.value, *r.metrics.values())} == {float}
     assert ticks == [1] * 7
-    assert errors[0] == "task t1: KeyError: 'absent'"
-    assert errors[1] == "task t2: the reward is nan, which is not finite"
-    assert [e.split(":")[0] for e in errors] == [f"task t{i}" for i in (1, 2, 4, 5, 6)]
+    assert errors[0] == "task t1 of a: KeyError: 'absent'"
+    assert errors[1] == "task t2 of a: the reward is nan, which is not finite"
+    assert [e.split(":")[0] for e in errors] == [f"task t{i} of a" for i in (1, 2, 4, 5, 6)]
 
 
 def test_each_environment_scores_its_rollouts() -> None:
@@ -212,8 +213,8 @@ def test_slow_failures_are_checked_at_once() -> None:
     with pytest.raises(UserError, match="too many"):
         score({"a": Env(1, hang)}, rollouts, ticks.append, check)
     assert checked == [
-        ["task 0: it took longer"],
-        ["task 0: it took longer", "task 1: it took longer"],
+        ["task 0 of a: it took longer"],
+        ["task 0 of a: it took longer", "task 1 of a: it took longer"],
     ]
     assert len(ticks) == 2
     checked.clear()
@@ -223,14 +224,14 @@ def test_slow_failures_are_checked_at_once() -> None:
         ticks.append,
         check,
     )
-    assert checked == [["task t: KeyError: 'absent'"]]
+    assert checked == [["task t of a: KeyError: 'absent'"]]
 
 
 def test_an_interrupt_is_not_a_failure() -> None:
     def interrupted(_: str) -> Reward:
-        raise KeyboardInterrupt
+        raise Interrupted
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         score({"a": Env(1, interrupted)}, [rollout(prompt())], lambda _: None)
 
 
@@ -297,3 +298,17 @@ def test_advantages_without_rewards_are_zero() -> None:
     scored = with_advantages([rollout(same), rollout(same)], std_norm=True)
     assert [r.advantage for r in scored] == [0.0, 0.0]
     assert with_advantages([], std_norm=True) == []
+
+
+@pytest.mark.parametrize("std_norm", [False, True])
+def test_rewards_whose_mean_is_not_finite_stop_the_run(std_norm: bool) -> None:
+    group = prompt()
+    rewards = [rollout(group, reward=value) for value in (1.7e308, 1.7e308, 1.0)]
+    with pytest.raises(UserError, match=r"too large for their mean: 1\.7e\+308") as caught:
+        with_advantages(rewards, std_norm)
+    assert caught.value.exit_code == EXIT_HEALTH
+
+
+def test_a_share_of_failures_that_is_no_number_is_too_large() -> None:
+    with pytest.raises(UserError):
+        check_errors(["failed"], 10, math.nan)

@@ -8,18 +8,29 @@ at any time, so the files are deleted last.
 from __future__ import annotations
 
 import copy
-import shutil
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from minidistill.engines.vllm.engine import NAMES
+from minidistill.system.files import remove, writing
 from minidistill.trainer.policy import Policy, Weights
+
+PREFIX = "minidistill"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the adapters of a run that was killed. The folder is the run's, which has one owner.
+
+    Call it before the run writes its first adapter there.
+    """
+    for path in folder.glob(f"{PREFIX}-*"):
+        remove(path)
 
 
 @dataclass(eq=False, slots=True)
@@ -57,18 +68,26 @@ class Adapters:
         return [*self._current.values(), *self._old]
 
     def name(self, *parts: object) -> str:
-        return "-".join(map(str, ("minidistill", self._mark, *parts)))
+        return "-".join(map(str, (PREFIX, self._mark, *parts)))
 
     def write(self, policy: Policy, weights: Weights, version: int) -> Adapter:
-        """Write one of the policy's adapters to disk; `version` must be new."""
+        """Write one of the policy's adapters to disk; `version` must be new.
+
+        Raises UserError (exit code 3) if it cannot be written. Nothing of it is left then.
+        """
         path = (self.folder / self.name(NAMES[weights], f"v{version}")).resolve()
-        path.mkdir(parents=True, exist_ok=False)
         with policy.lock:
             tensors = {n: p.detach().cpu().contiguous() for n, p in policy.adapter(weights)}
-            save_file(tensors, path / "adapter_model.safetensors")
             settings = copy.copy(policy.model.peft_config[Weights.STUDENT.value])
-        settings.inference_mode = True
-        settings.save_pretrained(str(path))
+            settings.inference_mode = True
+            with writing(path, needed=sum(tensor.nbytes for tensor in tensors.values())):
+                path.mkdir(parents=True, exist_ok=False)
+                try:
+                    save_file(tensors, path / "adapter_model.safetensors")
+                    settings.save_pretrained(str(path))
+                except BaseException:
+                    remove(path)
+                    raise
         return Adapter(weights, version, path)
 
     def switch(self, adapter: Adapter) -> None:
@@ -104,6 +123,6 @@ class Adapters:
         self._current.clear()
         self._old.clear()
         for path in self.folder.glob(self.name("*")):
-            shutil.rmtree(path, ignore_errors=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            remove(path)
+        with suppress(OSError):  # another server's adapters are there
             self.folder.rmdir()

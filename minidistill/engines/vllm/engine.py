@@ -63,7 +63,7 @@ class VllmEngine(Engine):
 
         def start() -> EngineProcess:
             self._asleep = False
-            return EngineProcess(options.arguments, options.environment)
+            return EngineProcess(options.arguments, options.environment, options.silence)
 
         self.restarting = RestartingProcess(start, self._send, max_restarts)
 
@@ -120,7 +120,8 @@ class VllmEngine(Engine):
         finished: Finished | None = None,
     ) -> list[Completion]:
         completions: dict[int, Completion] = {}
-        finite, steps = True, 0
+        steps = 0
+        broken: int | None = None  # a request whose log-probs are not finite
 
         def generate() -> None:
             # a restarted process samples what had not finished
@@ -128,18 +129,19 @@ class VllmEngine(Engine):
             before = steps
 
             def take(report: tuple[int, list[Any]]) -> None:
-                nonlocal finite, steps
+                nonlocal broken, steps
                 steps = before + report[0]
                 ended: list[Sampled] = []
                 for row, fields, scores, repeated in report[1]:
                     completion = completions[rows[row]] = Completion(*fields)
                     self._scored += scores is not None
                     self._repeated += repeated
-                    finite = finite and all(map(math.isfinite, completion.logprobs))
+                    if not all(map(math.isfinite, completion.logprobs)):
+                        broken = rows[row]
                     ended.append((rows[row], completion, _teacher_scores(scores, params)))
                 if advance is not None and ended:
                     advance(len(ended))
-                if finished is not None and finite:
+                if finished is not None and broken is None:
                     finished(steps, ended)
 
             asked = [requests[i] for i in rows]
@@ -162,8 +164,8 @@ class VllmEngine(Engine):
         if any(r.teacher_ids for r in requests) and not self.scores_while_sampling:
             raise ValueError(f"{self.name} does not serve the teacher")
         self.restarting.call(generate)
-        if not finite:
-            raise not_finite_error()
+        if broken is not None:
+            raise not_finite_error(self, broken)
         return [completions[i] for i in range(len(requests))]
 
     def score(

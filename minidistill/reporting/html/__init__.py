@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from pathlib import Path
 
 from minidistill.errors import printable
-from minidistill.files import writing
 from minidistill.reporting.formatting import KL_LEVELS, clean, kl_level, number
 from minidistill.reporting.html.curves import charts
 from minidistill.reporting.html.read import read_run
@@ -18,15 +17,19 @@ from minidistill.reporting.scoreboard_rows import (
     side_by_side,
     verdict,
 )
+from minidistill.system.files import write_atomic
 
 __all__ = ["write_report"]
+
+logger = logging.getLogger(__name__)
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run's directory and return its path.
 
     The run may be in progress or have stopped at any point: the page leaves out files that are
-    missing or damaged and says so. Raises UserError (exit code 2) if `run_dir` holds no run.
+    missing or damaged and says so; a warning names damaged ones. Raises UserError (exit code 2) if
+    `run_dir` holds no run.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -55,14 +58,9 @@ def write_report(run_dir: Path) -> Path:
         kl_level=kl_level,
     )
     path = Path(run_dir) / "report.html"
-    temporary = path.with_suffix(f".html.{os.getpid()}.tmp")
-    # Renamed when complete, so that nobody reads half a page.
-    try:
-        with writing(path):
-            temporary.write_text(html, encoding="utf-8")
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, html)
+    for damage in run.damage:
+        logger.warning(f"{run_dir}: {damage}")
     return path
 
 

@@ -36,7 +36,10 @@ class ShownRollout:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The readable files. `steps` is {step: {metric: value}}; `notes` say what is missing."""
+    """The readable files. `steps` is {step: {metric: value}}.
+
+    `damage` says which files are damaged, `notes` also what is missing.
+    """
 
     name: str
     steps: dict[int, dict[str, float]]
@@ -45,6 +48,7 @@ class Run:
     env: dict[str, Any]
     rollouts: tuple[tuple[int, tuple[ShownRollout, ...]], ...]
     notes: list[str] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
 
 
 def read_run(run_dir: Path) -> Run:
@@ -55,9 +59,14 @@ def read_run(run_dir: Path) -> Run:
             where=str(run_dir),
             fix="give the output directory of a run; it contains metrics.jsonl and config.toml",
         )
-    notes: list[str] = []
-    steps = _steps(run_dir / "metrics.jsonl", notes)
-    board = _object(run_dir / "scoreboard.json", notes)
+    damage: list[str] = []
+    steps = _steps(run_dir / "metrics.jsonl", damage)
+    board = _object(run_dir / "scoreboard.json", damage)
+    env = _object(run_dir / "env.json", damage)
+    rollouts = tuple(_selected(run_dir / "rollouts", damage))
+    notes = list(damage)
+    if not steps:
+        notes.append("There are no metrics yet.")
     if not board:
         notes.append("There is no scoreboard: the run has not finished.")
     return Run(
@@ -65,15 +74,17 @@ def read_run(run_dir: Path) -> Run:
         steps=steps,
         board=board,
         config=_read(run_dir / "config.toml") or "",
-        env=_object(run_dir / "env.json", notes),
-        rollouts=tuple(_selected(run_dir / "rollouts", notes)),
+        env=env,
+        rollouts=rollouts,
         notes=notes,
+        damage=damage,
     )
 
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        # reading a pipe would never end
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     except OSError:
         return None
 
@@ -87,42 +98,40 @@ def _parse(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _object(path: Path, notes: list[str]) -> dict[str, Any]:
+def _object(path: Path, damage: list[str]) -> dict[str, Any]:
     text = _read(path)
     if text is None:
         return {}
     value = _parse(text)
     if value is None:
-        notes.append(f"{path.name} is damaged and was left out.")
+        damage.append(f"{path.name} is damaged and was left out.")
     return value or {}
 
 
-def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file. A killed run leaves half a line at its end."""
-    damaged = 0
+    count = 0
     for line in (_read(path) or "").split("\n"):
         if not line.strip():
             continue
         value = _parse(line)
         if value is None:
-            damaged += 1
+            count += 1
         else:
             yield value
-    if damaged:
-        notes.append(f"{path.name}: {damaged} damaged line{'s' * (damaged > 1)} left out.")
+    if count:
+        damage.append(f"{path.name}: {count} damaged line{'s' * (count > 1)} left out.")
 
 
-def _steps(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:
+def _steps(path: Path, damage: list[str]) -> dict[int, dict[str, float]]:
     """Metrics by step. Of two values for one step the later one counts."""
     steps: dict[int, dict[str, float]] = {}
-    for row in _lines(path, notes):
+    for row in _lines(path, damage):
         step = row.pop("step", None)
         if isinstance(step, bool) or not isinstance(step, int):
             continue
         values = {k: f for k, v in row.items() if (f := _float(v)) is not None}
         steps.setdefault(step, {}).update(values)
-    if not steps:
-        notes.append("There are no metrics yet.")
     return dict(sorted(steps.items()))
 
 
@@ -135,7 +144,7 @@ def _float(value: Any) -> float | None:
         return None
 
 
-def _selected(directory: Path, notes: list[str]) -> Iterator[tuple[int, tuple[ShownRollout, ...]]]:
+def _selected(directory: Path, damage: list[str]) -> Iterator[tuple[int, tuple[ShownRollout, ...]]]:
     """A few rollouts of the first, the middle and the last recorded step."""
     if not directory.is_dir():
         return
@@ -144,23 +153,29 @@ def _selected(directory: Path, notes: list[str]) -> Iterator[tuple[int, tuple[Sh
     selected = {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set()
     for step in sorted(selected):
         by_task: dict[str, tuple[int, dict[str, Any]]] = {}
-        for index, row in enumerate(_lines(files[step], notes)):
+        for index, row in enumerate(_lines(files[step], damage)):
             # One rollout of each task tells more than several of one.
             by_task.setdefault(f"{row.get('env')}/{row.get('task_id')}", (index, row))
         rows = list(by_task.values())[:MAX_ROLLOUTS]
-        kl = _kl(files[step].with_suffix(".safetensors"), [index for index, _ in rows])
+        tensors = files[step].with_suffix(".safetensors")
+        kl = _kl(tensors, [index for index, _ in rows])
+        if kl is None:
+            damage.append(f"{tensors.name} cannot be read: the tokens have no colors.")
+            kl = {}
         yield step, tuple(_shown(row, kl.get(index)) for index, row in rows)
 
 
-def _kl(path: Path, indices: list[int]) -> dict[int, list[float]]:
-    """Per-token KL of rollouts by their index; empty if the tensors cannot be read."""
+def _kl(path: Path, indices: list[int]) -> dict[int, list[float]] | None:
+    """Per-token KL of rollouts by their index, empty without a file; None if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():
+        return {}
     try:
         with safe_open(str(path), framework="numpy") as tensors:
             offsets, kl = tensors.get_tensor("offsets").tolist(), tensors.get_tensor("kl")
     except (OSError, SafetensorError, ValueError, TypeError, KeyError):
-        return {}
+        return None
     return {
         i: kl[offsets[i] : offsets[i + 1]].astype(float).tolist()
         for i in indices

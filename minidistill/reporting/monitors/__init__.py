@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from minidistill.types import Metrics
 
 if TYPE_CHECKING:
     from minidistill.config import Config
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Monitor", "check_monitors", "open_monitors"]
 
@@ -31,24 +34,29 @@ class _Monitors:
 
 
 def check_monitors(config: Config) -> None:
-    """Raise UserError (exit code 3) if a package that `config` needs is missing."""
-    if config.wandb is not None:
-        from minidistill.reporting.monitors.weights_and_biases import require_package
+    """Raise UserError (exit code 3) if a monitor that `config` asks for cannot work.
 
-        require_package()
+    Its package is missing or fails, or it has no credentials. No network is needed for that.
+    """
+    if config.wandb is not None:
+        from minidistill.reporting.monitors.weights_and_biases import check
+
+        check(config.wandb)
 
 
 def open_monitors(config: Config, run_dir: Path) -> Monitor:
-    """The monitors that `config` asks for.
+    """The monitors that `config` asks for, which `check_monitors` has checked.
 
-    Raises as `check_monitors` does; every other failure of a monitor is a warning. The result's
-    `log` never waits, and its `close` waits a few seconds at most.
+    Every failure of a monitor is a warning. The result's `log` never waits, and its `close` waits a
+    few seconds at most.
     """
-    check_monitors(config)
     monitors: list[Monitor] = []
     if config.wandb is not None:
         from minidistill.reporting.monitors.background import BackgroundMonitor
         from minidistill.reporting.monitors.weights_and_biases import Wandb
 
-        monitors.append(BackgroundMonitor("W&B", lambda: Wandb(config, run_dir)))
+        try:
+            monitors.append(BackgroundMonitor("W&B", lambda: Wandb(config, run_dir)))
+        except RuntimeError as error:  # no more threads
+            logger.warning(f"W&B is off: {error}; the run and metrics.jsonl are unaffected")
     return _Monitors(monitors)

@@ -11,14 +11,22 @@ from typing import Any
 
 from minidistill.errors import printable
 from minidistill.reporting.monitors.base import Monitor
+from minidistill.system.foreign import describe
 from minidistill.types import Metrics
 
 logger = logging.getLogger(__name__)
 
 CAPACITY = 1000
 """Records that may wait while the monitor is busy; more are dropped and counted."""
+THREAD = "monitor "
+"""The names of the threads begin with it."""
 CLOSE_SECONDS = 10.0
 """How long `close` waits for the monitor to process the remaining records."""
+
+
+def is_busy() -> bool:
+    """Whether the thread of a monitor still runs, as one that was abandoned does."""
+    return any(thread.name.startswith(THREAD) for thread in threading.enumerate())
 
 
 class BackgroundMonitor:
@@ -32,11 +40,11 @@ class BackgroundMonitor:
         name: str,
         connect: Callable[[], Monitor],
         capacity: int = CAPACITY,
-        close_seconds: float = CLOSE_SECONDS,
+        close_seconds: float | None = None,
     ) -> None:
         self.dropped = 0
         self._name, self._connect = name, connect
-        self._close_seconds = close_seconds
+        self._close_seconds = CLOSE_SECONDS if close_seconds is None else close_seconds
         # The queue has room for one more entry, so that the end fits in when it is full.
         self._capacity = capacity
         self._queue: queue.Queue[tuple[int, Metrics] | None] = queue.Queue(capacity + 1)
@@ -45,7 +53,7 @@ class BackgroundMonitor:
         self._closed = False
         self._failed = threading.Event()
         self._abandoned = threading.Event()
-        self._thread = threading.Thread(target=self._work, name=f"monitor {name}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"{THREAD}{name}", daemon=True)
         self._thread.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -74,29 +82,27 @@ class BackgroundMonitor:
     def _work(self) -> None:
         try:
             monitor = self._connect()
-        except Exception as error:
+        except BaseException as error:
             self._failed.set()
             self._warn_of_error("connect", "is off", error)
             return
         while (record := self._queue.get()) is not None:
             try:
                 monitor.log(*record)
-            except Exception as error:
+            except BaseException as error:
                 # The next record may get through again.
                 self.dropped += 1
                 self._warn_of_error("log", "failed", error)
         try:
             monitor.close(self._summary)
-        except Exception as error:
+        except BaseException as error:
             self._warn_of_error("end", "failed at the end", error)
 
-    def _warn_of_error(self, kind: str, what: str, error: Exception) -> None:
+    def _warn_of_error(self, kind: str, what: str, error: BaseException) -> None:
         # An abandoned monitor may fail when the run and its display are long gone.
         if self._abandoned.is_set():
             return
-        first_line = next(iter(printable(str(error)).strip().splitlines()), "")
-        reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
-        self._warn(kind, f"{what}: {reason}")
+        self._warn(kind, f"{what}: {next(iter(printable(describe(error)).splitlines()), '')}")
 
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self._warned:

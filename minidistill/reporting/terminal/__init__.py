@@ -7,10 +7,11 @@ import sys
 from typing import TextIO, cast
 
 from minidistill.reporting.terminal.base import Display, Header, Sample
-from minidistill.reporting.terminal.output import Output
+from minidistill.reporting.terminal.output import Output, lasting_output
 from minidistill.reporting.terminal.plain import PlainDisplay
+from minidistill.reporting.terminal.safe import SafeDisplay
 
-__all__ = ["Display", "Header", "Sample", "open_display"]
+__all__ = ["Display", "Header", "SafeDisplay", "Sample", "lasting_output", "open_display"]
 
 
 def open_display(stream: TextIO | None = None) -> Display:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -19,8 +20,24 @@ from minidistill.reporting.terminal.panels import render_baseline, render_header
 from minidistill.reporting.terminal.region import LiveRegion
 from minidistill.types import Advance, Metrics
 
+logger = logging.getLogger(__name__)
 REFRESH_HZ = 4
 """Often enough to look alive; each redraw takes the trainer's interpreter a few milliseconds."""
+
+
+class _Live(Live):
+    """A failure to draw ends the drawing, not the thread that draws, and the log says so."""
+
+    failed = False
+
+    def refresh(self) -> None:
+        if self.failed:
+            return
+        try:
+            super().refresh()
+        except Exception as error:
+            self.failed = True
+            logger.debug("the live region cannot be drawn, and stands still", exc_info=error)
 
 
 class LiveDisplay:
@@ -35,7 +52,7 @@ class LiveDisplay:
     def open(self, header: Header) -> None:
         self._console.print(render_header(header))
         self._region.open(header)
-        self._live = Live(self._region, console=self._console, refresh_per_second=REFRESH_HZ)
+        self._live = _Live(self._region, console=self._console, refresh_per_second=REFRESH_HZ)
         # An exception that never reaches `close` must not leave the cursor hidden.
         atexit.register(self.close)
         self._live.start()

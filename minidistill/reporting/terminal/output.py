@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import Any, TextIO
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
 
-from minidistill.files import drop_output
+from minidistill.system.files import drop_output
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +26,7 @@ class Output:
         if not self._gone:
             try:
                 self._stream.write(text)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # a ValueError for a closed stream
                 self._drop(error)
         return len(text)
 
@@ -31,14 +34,29 @@ class Output:
         if not self._gone:
             try:
                 self._stream.flush()
-            except OSError as error:
+            except (OSError, ValueError) as error:  # a ValueError for a closed stream
                 self._drop(error)
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except (OSError, ValueError):
+            return False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _drop(self, error: OSError) -> None:
+    def _drop(self, error: OSError | ValueError) -> None:
         self._gone = True
         drop_output(self._stream)
         # not for the terminal: this is called in the middle of writing to it
-        logger.debug(f"the output cannot be written ({error.strerror}): from here on it is dropped")
+        reason = getattr(error, "strerror", None) or error
+        logger.debug(f"the output cannot be written ({reason}): from here on it is dropped")
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """What anybody prints meanwhile may get lost, and fails nothing: libraries print too."""
+    output, errors = (cast(TextIO, Output(stream)) for stream in (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        yield

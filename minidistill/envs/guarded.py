@@ -1,0 +1,105 @@
+"""An environment of somebody else's, whose failures are reported as its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from minidistill.envs.protocol import Environment
+from minidistill.errors import EXIT_FAILED, UserError
+from minidistill.system.foreign import describe, foreign_code
+from minidistill.types import Advance, Reward, Task
+
+Guard = Callable[[str], AbstractContextManager[None]]
+"""For a part of an environment: what it raises there becomes a UserError."""
+
+
+class GuardedEnvironment:
+    """Passes everything on to the environment.
+
+    What it raises while its tasks are read, or while it is asked whether it is ready, is a
+    UserError that names it. Of its attributes AttributeError stays: it says which are not there.
+    Scoring and closing have guards of their own: `score_attempts`, `close_environments`.
+    """
+
+    def __init__(self, environment: Environment, id: str, where: str) -> None:
+        self.environment, self.id, self.where = environment, id, where
+        self._splits: dict[str, Sequence[Task]] = {}
+
+    @property
+    def train(self) -> Sequence[Task]:
+        return self._split("train")
+
+    @property
+    def eval(self) -> Sequence[Task]:
+        return self._split("eval")
+
+    def score(self, task: Task, completion: str) -> Reward:
+        return self.environment.score(task, completion)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked for by copy and pickle before there is an environment
+            raise AttributeError(name)
+        with self._guard(f"attribute {name}", AttributeError):
+            value = getattr(self.environment, name)
+        if name == "check_ready" and value is not None:
+            return lambda: self._checked(value)
+        return value
+
+    def _split(self, name: str) -> Sequence[Task]:
+        if name not in self._splits:
+            with self._guard(f"split {name}", AttributeError):
+                tasks = getattr(self.environment, name)
+            self._splits[name] = guarded_tasks(tasks, lambda part: self._guard(f"{part} of {name}"))
+        return self._splits[name]
+
+    def _checked(self, check_ready: Callable[[], object]) -> None:
+        with self._guard("check_ready"):
+            check_ready()
+
+    def _guard(self, part: str, *ours: type[BaseException]) -> AbstractContextManager[None]:
+        def failure(error: BaseException) -> UserError:
+            return UserError(
+                f"the environment {self.id!r} failed in its {part}: {describe(error)}",
+                where=self.where,
+                fix="fix the environment; --traceback shows where it was raised",
+                exit_code=EXIT_FAILED,
+            )
+
+        return foreign_code(failure, ours=(UserError, *ours))
+
+
+def guarded_tasks(tasks: Sequence[Task], guard: Guard) -> Sequence[Task]:
+    """The tasks, read with `guard`. Lists and tuples hold no code, once they are plain ones."""
+    if type(tasks) in (list, tuple):
+        return tasks
+    if isinstance(tasks, list | tuple):
+        with guard("tasks"):
+            return list(tasks)
+    kind = _TasksMadeTogether if hasattr(tasks, "make_tasks") else _Tasks
+    return kind(tasks, guard)
+
+
+class _Tasks(Sequence[Task]):
+    def __init__(self, tasks: Any, guard: Guard) -> None:
+        self._tasks, self._guard = tasks, guard
+
+    def __len__(self) -> int:
+        with self._guard("length"):
+            return len(self._tasks)
+
+    def __getitem__(self, index: Any) -> Any:
+        with self._guard(f"task {index}"):
+            return self._tasks[index]
+
+    def __iter__(self) -> Iterator[Task]:
+        return (self[index] for index in range(len(self)))
+
+
+class _TasksMadeTogether(_Tasks):
+    """A split that has `make_tasks`."""
+
+    def make_tasks(self, indices: Sequence[int], advance: Advance) -> Sequence[Task]:
+        with self._guard("make_tasks"):
+            return list(self._tasks.make_tasks(indices, advance))

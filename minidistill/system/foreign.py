@@ -1,0 +1,87 @@
+"""Calls of other people's code: environments, rewards, chat templates, tokenizers, monitors.
+
+Such code may raise anything: `SystemExit`, a `KeyboardInterrupt` that nobody pressed, a panic of a
+Rust extension, which is no `Exception`. It is caught where the code is called, and is a failure of
+that code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from minidistill.errors import UserError
+
+LONGEST = 1000  # characters of a described exception
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user's Ctrl-C. A plain KeyboardInterrupt is one that somebody's code raises."""
+
+
+@contextlib.contextmanager
+def ctrl_c() -> Iterator[None]:
+    """Have Ctrl-C raise `Interrupted`, where Python would raise KeyboardInterrupt."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, raise_interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def raise_interrupted(signum: int, frame: FrameType | None) -> None:
+    """A signal handler."""
+    raise Interrupted
+
+
+@contextlib.contextmanager
+def foreign_code(
+    failure: Callable[[BaseException], Exception],
+    ours: type[BaseException] | tuple[type[BaseException], ...] = UserError,
+) -> Iterator[None]:
+    """Call other people's code: whatever it raises becomes `failure(error)`.
+
+    `ours` are the exceptions that it may raise in our name; they stay as they are. So does the
+    user's Ctrl-C, also where that code has caught it and raised something else.
+    """
+    try:
+        yield
+    except ours:
+        raise
+    except BaseException as error:
+        if is_interrupt(error):
+            raise Interrupted from error
+        raise failure(error) from error
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an exception is the user's Ctrl-C, or was raised because of it."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        if isinstance(link, Interrupted):
+            return True
+        seen.add(id(link))
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def describe(error: BaseException) -> str:
+    """An exception's type and message, up to `LONGEST` characters."""
+    try:
+        if isinstance(error, SystemExit):
+            text = f"it called sys.exit({'' if error.code is None else repr(error.code)})"
+        else:
+            text = f"{type(error).__name__}: {error}"
+    except Interrupted:
+        raise
+    except BaseException:  # its own __str__ fails
+        text = f"{type(error).__name__}, whose message cannot be read"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

@@ -1,0 +1,199 @@
+"""What an environment raises is its failure, whatever and wherever. Ctrl-C is the user's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.raising import FAULTS, SAYS, TASKS
+from support.runs import records
+
+from minidistill import cli
+from minidistill.config.orchestrator import EnvConfig
+from minidistill.envs.isolated import close_environments
+from minidistill.envs.outcomes import Attempt, ScoringError, score_attempts, score_one
+from minidistill.envs.protocol import Environment, has_rewards, take_tasks
+from minidistill.envs.registry import load_environments
+from minidistill.errors import (
+    EXIT_HEALTH,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    UserError,
+)
+from minidistill.system.foreign import Interrupted, ctrl_c, describe, foreign_code
+
+TOML = """
+max_steps = 2
+seq_len = 128
+ckpt.interval = 1
+[trainer.loss]
+adv_tau = 0.5
+[orchestrator]
+batch_size = 8
+rollouts_per_example = 2
+max_env_error_frac = 0.6
+[orchestrator.sampling]
+max_tokens = 8
+[orchestrator.teacher_model]
+context = "You are a world-class puzzle solver.\\n\\n"
+[[orchestrator.env]]
+id = "support.raising:load"
+name = "raising"
+"""
+
+
+def load(place: str, fault: str) -> Environment:
+    config = EnvConfig(id="support.raising:load", args={"place": place, "fault": fault})
+    return load_environments([config], "orchestrator.env")[config.name]
+
+
+def run(place: str, fault: str, *flags: str) -> int:
+    Path("own.toml").write_text(f'{TOML}args = {{ place = "{place}", fault = "{fault}" }}\n')
+    return cli.main(["run", "own.toml", "--output_dir", "out", *flags])
+
+
+USES: dict[str, Any] = {
+    "load": lambda env: None,
+    "train": lambda env: env.train,
+    "length": lambda env: len(env.train),
+    "task": lambda env: list(env.train),
+    "make_tasks": lambda env: take_tasks(env.train, [1, 0]),
+    "has_rewards": has_rewards,
+    "check_ready": lambda env: env.check_ready(),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("place", USES)
+def test_a_failure_names_the_environment_and_what_it_raised(place: str, fault: str) -> None:
+    with pytest.raises(UserError) as caught:
+        USES[place](load(place, fault))
+    assert "support.raising:load" in caught.value.what
+    assert SAYS[fault] in caught.value.what
+    assert caught.value.where == "orchestrator.env.0"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_module_that_raises_as_it_is_imported(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = f"raising_{fault}"
+    Path(f"{name}.py").write_text(f"from support.raising import FAULTS\nFAULTS['{fault}']()\n")
+    with pytest.raises(UserError) as caught:
+        load_environments([EnvConfig(id=f"{name}:load")], "orchestrator.env")
+    assert f"cannot load the environment '{name}:load'" in caught.value.what
+    assert SAYS[fault] in caught.value.what
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_score_that_raises_is_a_failure(fault: str) -> None:
+    outcome = score_one(load("score", fault), TASKS[0], "")
+    assert isinstance(outcome, ScoringError)
+    assert SAYS[fault] in str(outcome)
+
+
+def test_what_ends_badly_at_the_end_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    close_environments([load("close", fault) for fault in FAULTS])
+    assert [SAYS[fault] in text for fault, text in zip(FAULTS, caplog.messages, strict=True)]
+    assert len(caplog.messages) == len(FAULTS)
+
+
+def test_reports_of_score_all_are_read_as_scores() -> None:
+    class Env:
+        train = eval = TASKS
+
+        def score_all(self, attempts: Any, report: Any) -> None:
+            for index, value in enumerate((1, float("nan"), {"reward": 2, "m": float("inf")})):
+                report(index, value)
+
+    outcomes: dict[int, Any] = {}
+    score_attempts(Env(), [Attempt(TASKS[0], "")] * 3, outcomes.__setitem__)
+    assert outcomes[0].value == 1.0
+    assert "the reward is nan" in str(outcomes[1])
+    assert "inf, which is not finite" in str(outcomes[2])
+
+
+# -- Ctrl-C ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["ctrl-c", "swallowed ctrl-c"])
+@pytest.mark.parametrize("place", [*USES, "score", "close"])
+def test_ctrl_c_is_the_users_in_any_place(place: str, fault: str) -> None:
+    def score(env: Environment) -> None:
+        score_one(env, TASKS[0], "")
+
+    def close(env: Environment) -> None:
+        close_environments([env])
+
+    use = {**USES, "score": score, "close": close}[place]
+    with ctrl_c(), pytest.raises(Interrupted):
+        use(load(place, fault))
+
+
+def test_ctrl_c_before_the_run_and_an_interrupt_that_nobody_pressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("task", "swallowed ctrl-c") == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
+    assert run("task", "interrupt") not in (EXIT_OK, EXIT_INTERRUPTED)
+    assert "failed in its task 0 of train: KeyboardInterrupt" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_ctrl_c_twice_in_scores_ends_the_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first press lets the step end; the next score presses again."""
+    monkeypatch.chdir(tmp_path)
+    assert run("score", "ctrl-c") == EXIT_INTERRUPTED
+    assert not Path("out/metrics.jsonl").exists()
+    assert Path("out/config.resolved.json").exists()  # it had begun
+
+
+def test_scores_that_raise_anything_are_counted_and_the_run_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("each", "exit") == EXIT_OK
+    steps = [record for record in records(Path("out")) if "env/errors" in record]
+    assert [record["env/errors"] for record in steps] == [4, 4]
+    kept = [
+        json.loads(line)
+        for file in sorted(Path("out/rollouts").glob("*.jsonl"))
+        for line in file.read_text().splitlines()
+    ]
+    assert [rollout["reward"] for rollout in kept] == [0.5] * 8
+
+
+def test_a_score_all_that_raises_fails_for_what_it_has_not_reported() -> None:
+    for fault in FAULTS:
+        outcomes: dict[int, Any] = {}
+        attempts = [Attempt(TASKS[0], "")] * 2
+        score_attempts(load("score_all", fault), attempts, outcomes.__setitem__)
+        assert [SAYS[fault] in str(outcomes[index]) for index in range(2)] == [True, True]
+
+
+# -- the helper --------------------------------------------------------------------------------
+
+
+def test_what_is_ours_passes_and_a_message_that_cannot_be_read_is_none() -> None:
+    class Silent(Exception):
+        def __str__(self) -> str:
+            raise SystemExit
+
+    with pytest.raises(UserError, match="ours"), foreign_code(lambda error: ValueError()):
+        raise UserError("ours")
+    assert describe(Silent()) == "Silent, whose message cannot be read"
+    assert len(describe(ValueError("x" * 10**6))) == 1000
+
+
+def test_too_many_failures_are_a_health_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("score", "panic") == EXIT_HEALTH
+    assert "failed on 8 of 8 rollouts, first: task train/" in capsys.readouterr().err
