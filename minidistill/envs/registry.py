@@ -106,10 +106,8 @@ def _failed(id: str, where: str, error: BaseException) -> UserError:
 
 def _check_args(id: str, factory: Callable[..., Any], args: dict[str, Any], where: str) -> None:
     """Raise UserError if the factory does not take `args`."""
-    try:
-        with foreign_code(lambda error: ValueError(describe(error))):
-            signature = inspect.signature(factory)
-    except ValueError:  # written in C, without a signature
+    signature = signature_of(factory)
+    if signature is None:
         return
     try:
         signature.bind(**args)
@@ -117,8 +115,28 @@ def _check_args(id: str, factory: Callable[..., Any], args: dict[str, Any], wher
         raise UserError(
             f"environment {id!r} does not take these args: {error}",
             where=where,
-            fix=f"its arguments are {signature}",
+            fix=arguments(id, signature),
         ) from None
+
+
+def signature_of(function: Callable[..., Any]) -> inspect.Signature | None:
+    """The signature of a user's function, None for one without, which may be written in C."""
+    try:
+        with foreign_code(lambda error: ValueError(describe(error))):
+            return inspect.signature(function)
+    except ValueError:
+        return None
+
+
+def arguments(name: str, signature: inspect.Signature) -> str:
+    """Which arguments `name` takes, as a sentence: first those that it needs."""
+    kept = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_POSITIONAL}
+    optional = [n for n, p in kept.items() if p.default is not p.empty]
+    optional += ["others" for p in kept.values() if p.kind is p.VAR_KEYWORD]
+    needed = [n for n, p in kept.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    parts = [f"takes {', '.join(needed)}"] if needed else []
+    parts += [f"may take {', '.join(optional)}"] if optional else []
+    return f"{name} {' and '.join(parts) or 'takes no arguments'}"
 
 
 def did_you_mean(name: str, names: Collection[str]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from minidistill.envs.outcomes import to_reward
-from minidistill.envs.registry import did_you_mean, import_function
+from minidistill.envs.registry import arguments, did_you_mean, import_function, signature_of
 from minidistill.envs.rewards.arguments import refusal
 from minidistill.envs.rewards.json_text import Json
 from minidistill.envs.rewards.judge import Judge
@@ -65,17 +65,8 @@ def build(reward: object) -> RewardFunction:
     try:
         signature.bind(**table)
     except TypeError as error:
-        raise refusal("", reward, _arguments(type, signature), str(error)) from None
+        raise refusal("", reward, arguments(type, signature), str(error)) from None
     return factory(**table)
-
-
-def _arguments(type: str, signature: inspect.Signature) -> str:
-    """Which arguments a built-in reward takes, those that it needs first."""
-    needed = [name for name, p in signature.parameters.items() if p.default is p.empty]
-    others = [name for name in signature.parameters if name not in needed]
-    parts = [f"takes {', '.join(needed)}"] if needed else []
-    parts += [f"may take {', '.join(others)}"] if others else []
-    return f"{type} {' and '.join(parts) or 'takes no arguments'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +88,10 @@ def _function(path: str, table: dict[str, Any]) -> _Function:
     if table:
         raise refusal("", path, "a function takes no arguments; use those of the line: task.data")
     function = import_function(path, "args.reward", "reward")
+    signature = signature_of(function)
     try:
-        inspect.signature(function).bind(None, "")
+        if signature is not None:
+            signature.bind(None, "")
     except TypeError as error:
         raise refusal("", path, "write it as `def reward(task, completion)`", str(error)) from None
-    except ValueError:  # a function of C that does not show its arguments
-        pass
     return _Function(function)
