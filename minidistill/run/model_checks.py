@@ -63,7 +63,8 @@ def check_model(
     sequences or samples are not what each is alone, or if one prompt does not fit in memory.
     """
     rows = policy.head_VH.shape[0]
-    if beyond := [token for token, id in policy.tokenizer.get_vocab().items() if id >= rows]:
+    by_id = sorted((id, token) for token, id in policy.tokenizer.get_vocab().items())
+    if beyond := [token for id, token in by_id if id >= rows]:
         raise UserError(
             f"the tokenizer and the model do not match: the model has {rows} tokens, and "
             f"{len(beyond)} of the tokenizer's are not among them ({', '.join(beyond[:3])})",
