@@ -125,7 +125,7 @@ def _disk_errno(error: Exception) -> int | None:
     return 0 if written or "PytorchStreamWriter" in text else None
 
 
-def full_disk(error: Exception) -> UserError | None:
+def full_disk(error: BaseException) -> UserError | None:
     """The error (exit code 3) for a write that found a full disk, wherever it was; else None."""
     if not isinstance(error, OSError) or error.errno not in _FULL:
         return None
