@@ -13,7 +13,7 @@ NO_DEPS := $(if $(findstring vllm,$(LOCK)),--no-deps)
 # Environments at the ends of the ranges in pyproject.toml
 ENDS := oldest newest
 
-.PHONY: run test check bench setup lock docs $(ENDS:%=test-%)
+.PHONY: run test check bench soak setup lock docs $(ENDS:%=test-%)
 
 run: setup
 	$(BIN)/minidistill run $(CONFIG) $(ARGS)
@@ -40,6 +40,10 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m bench.kernels $(ARGS)
+
+# What no test of seconds shows: kills, hostile inputs, starts that are stopped. It takes an hour.
+soak: setup
+	$(BIN)/python -m tools.soak $(ARGS)
 
 docs: setup
 	$(BIN)/python -m minidistill.config.docs

@@ -22,10 +22,11 @@ from minidistill.errors import (
     EXIT_USAGE,
     UserError,
     UserErrors,
+    bounded,
     printable,
 )
-from minidistill.files import drop_output, full_disk, open_standard_streams
-from minidistill.foreign import ctrl_c, is_interrupt
+from minidistill.system.files import drop_output, full_disk, open_standard_streams
+from minidistill.system.foreign import ctrl_c, is_interrupt
 
 if TYPE_CHECKING:
     from minidistill.config import LoadedConfig
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             drop_output(sys.stdout)
             return EXIT_OK
         if "--traceback" in args:  # not from the parser, which may be what failed
-            _print_to_stderr(traceback.format_exc().rstrip())
+            _print_to_stderr(printable(bounded(traceback.format_exc().rstrip(), 50_000)))
         return _print_error(error)
 
 
@@ -385,7 +386,8 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     if options.benchmark not in _BENCHMARKS:
         names = ", ".join(_BENCHMARKS)
         raise UserError(f"bench takes one of {names}", fix="minidistill bench kernels")
-    sys.path.insert(0, os.getcwd())  # benchmarks are part of a checkout, not of the package
+    # benchmarks are part of a checkout, not of the package; nothing else there replaces a module
+    sys.path.append(os.getcwd())
     module = f"bench.{options.benchmark}"
     try:
         benchmark = import_module(module)

@@ -24,6 +24,10 @@ _BIDIRECTIONAL = frozenset(
 )
 
 
+LONGEST = 2000
+"""Characters of one part of an error, which may quote a file, a model or a server."""
+
+
 def printable(text: str) -> str:
     """`text` without control characters and direction marks; newlines and tabs stay."""
     return "".join(
@@ -32,6 +36,12 @@ def printable(text: str) -> str:
         if char in "\n\t"
         or (unicodedata.category(char) not in ("Cc", "Cs") and char not in _BIDIRECTIONAL)
     )
+
+
+def bounded(text: str, limit: int = LONGEST) -> str:
+    """`text`, or its beginning and how much of it is left out."""
+    left_out = len(text) - limit
+    return f"{text[:limit]}… ({left_out} more characters)" if left_out > 0 else text
 
 
 class UserError(Exception):
@@ -54,11 +64,11 @@ class UserError(Exception):
         return (self,)
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [bounded(self.what)]
         if self.where:
-            lines.append(f"  where: {self.where}")
+            lines.append(f"  where: {bounded(self.where)}")
         if self.fix:
-            lines.append(f"  fix: {self.fix}")
+            lines.append(f"  fix: {bounded(self.fix)}")
         return printable("\n".join(lines))
 
 
@@ -77,11 +87,14 @@ def blamed_on(key: str) -> Iterator[None]:
 class UserErrors(UserError):
     """Several errors reported together. The first `limit` are printed, the rest are counted."""
 
-    def __init__(self, problems: Sequence[UserError], limit: int = 4) -> None:
+    SHOWN = 4
+
+    def __init__(self, problems: Sequence[UserError], limit: int = SHOWN, hidden: int = 0) -> None:
+        """`hidden` counts problems beside `problems`."""
         first = problems[0]
         super().__init__(first.what, first.where, first.fix, first.exit_code)
         self._problems = tuple(problems[:limit])
-        self.hidden = max(0, len(problems) - limit)
+        self.hidden = hidden + len(problems) - len(self._problems)
 
     @property
     def problems(self) -> Sequence[UserError]:

@@ -15,10 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from minidistill.errors import bounded, printable
+
 ROOT = "minidistill"
 """The logger above those of all modules."""
 UNWRITTEN = 1000
 """Records kept for a log file that cannot be written yet."""
+LONGEST_RECORD = 50_000
+"""Characters of a record, a traceback among them."""
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +101,7 @@ class _FileHandler(logging.Handler):
 
     def format(self, record: logging.LogRecord) -> str:
         formatter = _WARNING if record.levelno >= logging.WARNING else _NOTE
-        return formatter.format(record)
+        return _escaped(bounded(formatter.format(record), LONGEST_RECORD))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -112,6 +116,17 @@ class _FileHandler(logging.Handler):
             if not self._warned:
                 self._warned = True
                 logger.warning(f"{self._path} cannot be written ({error}): the run goes on")
+
+
+def _escaped(text: str) -> str:
+    """A record's text: every line but the first is indented, and control characters are escaped.
+
+    A message may quote a model or a server. No line of it looks like the beginning of a record.
+    """
+    lines = "\n  ".join(text.splitlines())
+    return "".join(
+        char if char in "\n\t" or char == printable(char) else ascii(char)[1:-1] for char in lines
+    )
 
 
 @contextlib.contextmanager

@@ -121,7 +121,7 @@ def _forked_subprocesses() -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         if REHEARSED:
-            patch.setattr("minidistill.subprocesses.Popen", forked.popen)
+            patch.setattr("minidistill.system.subprocesses.Popen", forked.popen)
         yield
 
 

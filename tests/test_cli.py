@@ -9,7 +9,7 @@ import pytest
 
 from minidistill import __version__, cli
 from minidistill.errors import UserError, UserErrors
-from minidistill.foreign import Interrupted
+from minidistill.system.foreign import Interrupted
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_files_and_overrides_keep_their_order(
     arguments = line.split() + rest
     loads = []
 
-    def load(argv: list[str]) -> None:
+    def load(argv: list[str], *, resume: bool) -> None:
         loads.append(argv)
         raise UserError("stop")
 

@@ -22,13 +22,13 @@ from support.paths import ROOT
 
 from minidistill import cli
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.files import remove_leftovers, write_atomic, writing
 from minidistill.models.registry import resolve
+from minidistill.system.files import remove_leftovers, write_atomic, writing
 
 WRITER = """
 import sys
 from pathlib import Path
-from minidistill.files import write_atomic
+from minidistill.system.files import write_atomic
 while True:
     for letter in "ab":
         write_atomic(Path(sys.argv[1]), letter * 4_000_000)

@@ -14,13 +14,10 @@ PACKAGE = ROOT / "minidistill"
 # A module imports only from its own folder and from those before it.
 ORDER = (
     "errors",
-    "foreign",
     "types",
     "seeding",
-    "files",
-    "scratch",
+    "system",
     "logs",
-    "subprocesses",
     "estimators",
     "config",
     "models",
@@ -36,11 +33,11 @@ ORDER = (
     "cli",
     "__main__",
 )
-TOP_LEVEL_MODULES = 9  # in the package's folder, besides __init__ and __main__
+TOP_LEVEL_MODULES = 8  # in the package's folder, besides __init__ and __main__
 HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "wandb"}
 # These import only each other, and no torch
 LIGHT = {
-    *("errors", "foreign", "types", "seeding", "files", "scratch", "logs", "subprocesses"),
+    *("errors", "types", "seeding", "system", "logs"),
     *("estimators", "config", "envs", "reporting"),
 }
 # except for what writes tensors to disk

@@ -78,8 +78,8 @@ def test_tracebacks_go_only_to_the_file(tmp_path: Path) -> None:
     assert notes == []
     first, *rest = path.read_text().splitlines()
     assert first.endswith("  the run failed")
-    assert rest[0] == "Traceback (most recent call last):"
-    assert rest[-1] == "RuntimeError: boom"
+    assert rest[0] == "  Traceback (most recent call last):"
+    assert rest[-1] == "  RuntimeError: boom"
 
 
 def test_a_list_collects_warnings_until_drained() -> None:

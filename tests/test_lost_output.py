@@ -14,8 +14,8 @@ from support.runs import board, command
 
 from minidistill import logs
 from minidistill.errors import EXIT_HEALTH, EXIT_OK, EXIT_USAGE
-from minidistill.files import drop_output
 from minidistill.reporting.terminal import open_display
+from minidistill.system.files import drop_output
 
 BRIEF = (
     "--max_steps", "2", "--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline",

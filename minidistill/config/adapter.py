@@ -6,12 +6,13 @@ Its shape becomes part of the configuration, so that the plan, the engines and t
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 from minidistill.config.schema import Config, LoraConfig
 from minidistill.errors import UserError
-from minidistill.files import read_json
+from minidistill.system.files import read_json
 
 KEY = "trainer.model.lora.init"
 SETTINGS = "adapter_config.json"
@@ -41,6 +42,8 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 def adapter_folder(init: str) -> Path:
     """The PEFT folder that `init` names. Raises UserError if there is none."""
     path = Path(init).expanduser()
+    if not os.path.exists(path):  # which is false too for names that no file can have
+        raise UserError(f"there is no adapter in {path}", KEY, "check the path")
     latest = path / "checkpoints" / "latest"
     folders = [path, path / "adapter"]
     if latest.is_file():
@@ -178,6 +181,12 @@ def _check_base(config: Config, settings: dict[str, Any], path: Path) -> None:
     """Refuse an adapter of another model. Folders of the same name count as the same model: the
     shapes of the tensors are compared when they are loaded."""
     base, name = settings.get("base_model_name_or_path"), config.model.name
+    if not isinstance(base, str | None):
+        raise UserError(
+            f"base_model_name_or_path is {base!r}, which is no model's name",
+            where=str(path),
+            fix="use an adapter that peft has saved",
+        )
     if base and _last_part(base) != _last_part(name):
         raise UserError(
             f"the adapter was trained on the model {base}, and this run trains {name}",

@@ -14,9 +14,10 @@ Weight = Annotated[float, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 Fraction = Annotated[float, Gt(0), Lt(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]
-# without user and password: URLs are printed and recorded
+# without user, password and query: URLs are printed and recorded
 Urls = Annotated[
-    list[Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@]+(/[^\s@]*)?$")]], MinLen(1)
+    list[Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@?#]+(/[^\s@?#]*)?$")]],
+    MinLen(1),
 ]
 GpuIds = Annotated[list[Count], MinLen(1)]
 

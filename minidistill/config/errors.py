@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from functools import partial
 
 from pydantic import ValidationError
 
@@ -12,11 +13,15 @@ from minidistill.config.layers import Layers
 from minidistill.config.schema_tree import Part, Path
 from minidistill.config.toml import dotted, inline
 from minidistill.errors import UserError, UserErrors, printable
+from minidistill.system.http import without_secrets
+
+LONGEST_KEY = 10_000
+"""Characters of an unknown key for which a similar one is looked for."""
 
 
 def short(value: object, limit: int = 60) -> str:
     """A value as TOML on one line, cut to a readable length."""
-    text = inline(value)
+    text = without_secrets(inline(value))
     return printable(text if len(text) <= limit else text[: limit - 1] + "…")
 
 
@@ -44,31 +49,37 @@ def unknown_key(path: Path, origin: str, assignment: str = "") -> UserError:
 
 def from_validation(error: ValidationError, layers: Layers, files: str) -> UserError:
     """All errors that pydantic reports, one for each key."""
-    problems: dict[Path, UserError] = {}
+    problems: dict[Path, partial[UserError]] = {}  # made below, where they are shown
     for detail in error.errors(include_url=False, include_context=False):
         path = _schema_path(detail["loc"])
         if detail["type"] == "extra_forbidden":
             path = (*path, detail["loc"][-1])
             value = detail["input"]
-            is_table = isinstance(value, dict | list) or value is None
-            assignment = "" if is_table else f" = {short(value)}"
-            problems.setdefault(path, unknown_key(path, layers.origin(path), assignment))
+            problems.setdefault(path, partial(_unknown_setting, path, layers, value))
         elif detail["type"] == "missing":
-            problems.setdefault(path, _missing(path, layers.origin(path) or files))
+            problems.setdefault(path, partial(_missing, path, layers.origin(path) or files))
         elif detail["type"] != "default_factory_not_called":
-            problems.setdefault(path, _bad_value(path, layers))
+            problems.setdefault(path, partial(_bad_value, path, layers))
     # A table that may also be `false` fails in both ways: what is wrong inside it says enough.
-    innermost = [
-        problem
-        for path, problem in problems.items()
-        if not any(path != other and path == other[: len(path)] for other in problems)
-    ]
-    return UserErrors(innermost) if len(innermost) > 1 else innermost[0]
+    outer = {path[:length] for path in problems for length in range(len(path))}
+    innermost = [problem for path, problem in problems.items() if path not in outer]
+    if len(innermost) == 1:
+        return innermost[0]()
+    shown = [problem() for problem in innermost[: UserErrors.SHOWN]]
+    return UserErrors(shown, hidden=len(innermost) - len(shown))
+
+
+def _unknown_setting(path: Path, layers: Layers, value: object) -> UserError:
+    is_table = isinstance(value, dict | list) or value is None
+    assignment = "" if is_table else f" = {short(value)}"
+    return unknown_key(path, layers.origin(path), assignment)
 
 
 def nearest_key(path: Path) -> str:
     """The valid key closest to an unknown one, or ""."""
     words = [str(part) for part in path]
+    if sum(map(len, words)) > LONGEST_KEY:
+        return ""
     pattern = tuple("*" if word.isdecimal() else word for word in words)
     keys = {".".join(map(str, key)): key for key, _ in tree.walk()}
     # The right words with a table left out: `loss.adv_tau`, `trainer.lora.rank`, `lr`.

@@ -48,8 +48,9 @@ class Layers:
             for key, child in value.items():
                 self.put((*path, key), child, origin)
             return
-        for replaced in [other for other in self.origins if other[: len(path)] == path]:
-            del self.origins[replaced]
+        if isinstance(current, dict | list):
+            for replaced in [other for other in self.origins if other[: len(path)] == path]:
+                del self.origins[replaced]
         self._set(path, copy.deepcopy(value), origin)
         for written, _ in nodes(value, path):
             self.origins[written] = origin(written)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -20,9 +21,11 @@ from minidistill.config.schema import Config
 from minidistill.config.schema_tree import Path
 from minidistill.config.toml import dotted, key_lines, to_toml
 from minidistill.errors import UserError, UserErrors
-from minidistill.files import read_text
+from minidistill.system.files import read_text
 
 PATH_FIX = "check the path; overrides are written --a.b.c VALUE"
+LARGEST_FILE = 1 << 19
+"""Bytes of a configuration file."""
 _WRITTEN_TWICE = ("Cannot overwrite", "Cannot declare", "Duplicate")  # tomli's words
 _TEACHER = ("orchestrator", "teacher_model")
 _CONTEXT = (*_TEACHER, "context")
@@ -70,7 +73,7 @@ def load_config(argv: Sequence[str], *, resume: bool = False) -> LoadedConfig:
 
 def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
     """A TOML file's data, and a function that gives the `file:line` where a path was written."""
-    text = read_text(FilePath(name), fix=PATH_FIX)
+    text = _read_configuration(name)
     try:
         data = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
@@ -81,6 +84,7 @@ def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
         raise UserError(f"not valid TOML: {message}", where, fix) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid TOML: {error}", name, "correct the syntax") from None
+    _check_depth(data, name)
     lines = key_lines(text)
     teacher = data.get("orchestrator")
     teacher = teacher.get("teacher_model") if isinstance(teacher, dict) else None
@@ -99,9 +103,34 @@ def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
     return data, origin
 
 
+def _read_configuration(name: str) -> str:
+    fix = f"{PATH_FIX}; a configuration has at most {LARGEST_FILE} bytes, long texts have files of "
+    fix += "their own (context_file, chat_template, a file of prompts)"
+    too_large = os.path.isfile(name) and os.path.getsize(name) > LARGEST_FILE
+    return read_text(FilePath(name), fix=fix if too_large else PATH_FIX, limit=LARGEST_FILE)
+
+
+def _check_depth(data: Any, where: str) -> None:
+    """Raise UserError for data that is nested so deeply that nothing can walk through it."""
+    level = [data]
+    for _ in range(overrides.DEEPEST):
+        children = (_children(node) for node in level)
+        level = [child for of_node in children for child in of_node]
+        if not level:
+            return
+    raise UserError(
+        f"tables and lists are nested more than {overrides.DEEPEST} deep", where, "make them flat"
+    )
+
+
+def _children(node: Any) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+
+
 def _put_flags(layers: Layers, flags: Sequence[overrides.Override]) -> None:
     """Lay the command line over the files."""
     for override in flags:
+        _check_depth(override.value, override.flag)
         layers.put(override.path, override.value, lambda _, flag=override.flag: flag)  # type: ignore[misc]
     _use_template_file(layers.get(_TEMPLATE[:1]), FilePath(), layers.origins.get(_TEMPLATE, ""))
     teacher = layers.get(_TEACHER)

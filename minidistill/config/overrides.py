@@ -17,7 +17,10 @@ from minidistill.config import schema_tree as tree
 from minidistill.config.errors import unknown_key
 from minidistill.config.schema_tree import Node, Path
 from minidistill.errors import UserError
-from minidistill.files import DuplicateKeyError, InvalidJsonError, parse_json
+from minidistill.system.files import DuplicateKeyError, InvalidJsonError, parse_json
+
+DEEPEST = 64
+"""Levels of tables and lists in a configuration."""
 
 _INTEGERS = re.compile(r"[\[\]\s,\d+-]+")
 
@@ -67,6 +70,8 @@ def _override(token: str, following: list[str]) -> Override:
     name, equals, text = token[2:].partition("=")
     flag = f"--{name}"
     parts = [part.replace("-", "_") for part in name.split(".")]
+    if len(parts) > DEEPEST:
+        raise UserError(f"no setting has {len(parts)} parts", flag, "see `minidistill config`")
     located = tree.locate(parts)
     if located is None:
         return _negated(parts, flag, bool(equals))

@@ -86,7 +86,7 @@ _KEYS = {
     "trainer.model.fsdp_cpu_offload": (
         "drop it: with LoRA the optimizer is small; lower `trainer.micro_batch_tokens` instead"
     ),
-    "trainer.dist_timeout_seconds": "drop it: the time limits between ranks are fixed",
+    "trainer.dist_timeout_seconds": "use `silence.step`",
     "trainer.memory_profiler_path": "drop it: every step logs `perf/peak_memory_gib/trainer`",
     "slurm": _LAUNCH,
     "deployment": _LAUNCH,

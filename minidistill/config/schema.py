@@ -264,6 +264,21 @@ class InferenceConfig(EngineConfig):
     answer is waited for."""
 
 
+class SilenceConfig(Table):
+    """How long a process or a server that the run waits for may show no progress. That is said
+    after a minute. At the limit the run ends with exit code 3."""
+
+    load: PositiveFloat = 3600.0
+    """Seconds that vLLM, or a rank of the trainer, may take to start and to load its model."""
+    step: PositiveFloat = 1800.0
+    """Seconds after that without a sign: a step of vLLM, an answer of a server, a micro-batch or a
+    collective of the trainer's ranks, weights that were taken over."""
+
+
+SILENCE = SilenceConfig()
+"""The default limits."""
+
+
 class Config(Table):
     """A run of minidistill."""
 
@@ -287,6 +302,7 @@ class Config(Table):
     """GPUs of the trainer."""
     model: ModelConfig = ModelConfig()
     ckpt: CkptConfig = CkptConfig()
+    silence: SilenceConfig = SILENCE
     health: HealthConfig = HealthConfig()
     wandb: WandbConfig | None = None
     trainer: TrainerConfig = TrainerConfig()

@@ -17,7 +17,7 @@ Node = dict[str, Any]
 Part = str | int
 Path = tuple[Part, ...]
 
-_SINGULAR = re.compile(r"\ban? (non-empty string|string|integer|number)\b")
+_SINGULAR = re.compile(r"\ban? (non-empty string|string|integer|number|URL)\b")
 
 ANY: Node = {}
 """A free value, such as those of an environment's `args`."""
@@ -137,6 +137,8 @@ def _describe(option: Node) -> str:
         items = _SINGULAR.sub(r"\1s", describe(option["items"]))
         return f"a {filled}list of {items}"
     if kind == "string":
+        if "pattern" in option:  # only URLs have one
+            return "a URL (http or https) without user, password and query"
         return "a non-empty string" if option.get("minLength") else "a string"
     return {"boolean": "true or false", "object": "a table"}.get(kind or "", "")
 

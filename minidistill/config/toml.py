@@ -54,8 +54,9 @@ def key_lines(text: str) -> dict[Path, int]:
     lengths: dict[Path, int] = {}  # of the arrays of tables, so far
     table: Path = ()
     position = _skip_space(text, 0)
+    line, counted = 1, 0
     while position < len(text):
-        line = text.count("\n", 0, position) + 1
+        line, counted = line + text.count("\n", counted, position), position
         brackets = 2 if text.startswith("[[", position) else int(text[position] == "[")
         key, position = _read_key(text, position + brackets)
         if brackets == 2:
@@ -98,7 +99,8 @@ def _read_key(text: str, position: int) -> tuple[tuple[str, ...], int]:
     parts: list[str] = []
     while (match := _KEY.match(text, position)) is not None:
         position = match.end()
-        parts.append(next(iter(tomli.loads(f"{match['part']} = 0"))))  # unquotes it
+        part = match["part"]
+        parts.append(next(iter(tomli.loads(f"{part} = 0"))) if part[0] in "\"'" else part)
         if not match["dot"]:
             break
     return tuple(parts), position

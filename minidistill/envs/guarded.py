@@ -8,7 +8,7 @@ from typing import Any
 
 from minidistill.envs.protocol import Environment
 from minidistill.errors import EXIT_FAILED, UserError
-from minidistill.foreign import describe, foreign_code
+from minidistill.system.foreign import describe, foreign_code
 from minidistill.types import Advance, Reward, Task
 
 Guard = Callable[[str], AbstractContextManager[None]]

@@ -7,7 +7,6 @@ import logging
 import os
 import pickle
 import socket
-import sys
 import threading
 from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
@@ -22,8 +21,8 @@ from minidistill.envs.outcomes import (
 )
 from minidistill.envs.protocol import Environment, check_ready, has_task
 from minidistill.errors import EXIT_ENVIRONMENT
-from minidistill.foreign import describe, foreign_code
-from minidistill.subprocesses import Subprocess
+from minidistill.system.foreign import describe, foreign_code
+from minidistill.system.subprocesses import Subprocess, limit_transfers
 from minidistill.types import Reward, Task
 
 logger = logging.getLogger(__name__)
@@ -39,10 +38,7 @@ class ScoringProcess(Subprocess):
         watched, self._lifeline = os.pipe()
         try:
             descriptors = (theirs.fileno(), watched)
-            # it imports from where this process does, which may have changed its directory since
-            paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-            imports = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
-            super().__init__(MODULE, [*map(str, descriptors)], descriptors, imports)
+            super().__init__(MODULE, [*map(str, descriptors)], descriptors)
         except BaseException:
             ours.close()
             os.close(self._lifeline)
@@ -50,9 +46,10 @@ class ScoringProcess(Subprocess):
         finally:
             theirs.close()
             os.close(watched)
+        limit_transfers(ours, LOAD_SECONDS)
         self.connection = Connection(ours.detach())
         with contextlib.suppress(OSError):  # if it has died, the first `receive` reports it
-            self.connection.send((sys.path, dict(os.environ), id, args))
+            self.connection.send((dict(os.environ), id, args))
 
     def receive(self, seconds: float) -> tuple[str, Any] | None:
         """What it sends within `seconds`, else None. Raises EOFError or OSError if it has died."""

@@ -12,10 +12,16 @@ from numbers import Real
 from typing import Any
 
 from minidistill.envs.protocol import has_rewards
-from minidistill.errors import UserError
-from minidistill.foreign import describe, foreign_code
+from minidistill.errors import UserError, printable
+from minidistill.system.foreign import describe, foreign_code
 from minidistill.types import Reward, Task
 
+RESERVED = {"mean"}
+"""Metrics that the run records itself, beside those of a reward: `reward/mean`."""
+LONGEST_NAME = 100
+"""Characters of a metric's name."""
+MOST_METRICS = 100
+"""Metrics of one reward."""
 EXPECTED = 'return a number, a bool, a dict with the key "reward", or a Reward'
 
 
@@ -135,7 +141,24 @@ def to_reward(value: object) -> Reward:
         metrics = {name: metric for name, metric in value.items() if name != "reward"}
         value = value["reward"]
     number = _number(value, f"it returned {_short(value)}: {EXPECTED}", "the reward")
-    return Reward(number, {str(name): _metric(name, metric) for name, metric in metrics.items()})
+    if len(metrics) > MOST_METRICS:
+        raise ScoringError(
+            f"it returned {len(metrics)} metrics: at most {MOST_METRICS} are recorded"
+        )
+    return Reward(number, {_name(name): _metric(name, value) for name, value in metrics.items()})
+
+
+def _name(name: object) -> str:
+    """A metric's name, which is recorded after `reward/`."""
+    if not isinstance(name, str):
+        raise ScoringError(f"the metric {_short(name)} has no text as its name")
+    if not name.isprintable() or not 0 < len(name) <= LONGEST_NAME or name != printable(name):
+        raise ScoringError(
+            f"the metric {_short(name)} needs a name of 1 to {LONGEST_NAME} printable characters"
+        )
+    if name in RESERVED:
+        raise ScoringError(f"the metric {name!r} has the name of one that the run records itself")
+    return name
 
 
 def _metric(name: object, value: object) -> float:

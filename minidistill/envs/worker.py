@@ -16,7 +16,7 @@ from minidistill.envs.outcomes import (
     score_one,
 )
 from minidistill.envs.registry import load_environment
-from minidistill.subprocesses import die_with_parent
+from minidistill.system.subprocesses import die_with_parent
 from minidistill.types import Reward
 
 LONGEST_ERROR = 1000  # characters
@@ -25,8 +25,8 @@ LONGEST_ERROR = 1000  # characters
 def main(connection: Connection, lifeline: int) -> None:
     """Load the environment that the driver names, then score its completions until it hangs up."""
     die_with_parent(lifeline)
-    sys.path[:], environment, id, args = connection.recv()
-    os.environ.clear()  # of what was set to find this module, which programs it starts do not need
+    environment, id, args = connection.recv()
+    os.environ.clear()  # of what was set for this process, and not for programs that it starts
     os.environ.update(environment)
     try:
         scorer = load_environment(id, args)

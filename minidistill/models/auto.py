@@ -37,12 +37,22 @@ def model_class(model_config: Any) -> Any:
 def skeleton(model_config: Any) -> Any:
     """The model without weights, on torch's meta device.
 
+    Raises UserError for a configuration that transformers makes no model of.
     Code that comes with a model runs only if its configuration was made by such code, and so with
     the user's permission.
     """
     trusted = type(model_config).__module__.startswith("transformers_modules.")
-    with torch.device("meta"):
-        return model_class(model_config).from_config(model_config, trust_remote_code=trusted)
+    kind = model_class(model_config)
+    try:
+        with torch.device("meta"):
+            return kind.from_config(model_config, trust_remote_code=trusted)
+    except Exception as error:  # a value of any kind in config.json ends in any exception
+        raise UserError(
+            f"no {model_config.model_type} model can be made of this config.json: "
+            f"{type(error).__name__}: {error}",
+            where="model.name",
+            fix="use the config.json that belongs to the model",
+        ) from error
 
 
 def is_multimodal(model_config: Any) -> bool:

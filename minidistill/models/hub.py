@@ -11,8 +11,8 @@ from typing import Any
 
 from minidistill.config import Config
 from minidistill.errors import UserError
-from minidistill.foreign import describe, foreign_code
 from minidistill.models.registry import SHIPPED_CONFIGS, resolve
+from minidistill.system.foreign import describe, foreign_code
 
 TEACHER_KEY = "teacher_inference.model.name"
 """The setting that names a separate teacher's model."""
@@ -60,12 +60,24 @@ def load_model_config(config: Config, name: str | None = None, *, shipped: bool 
 
         arguments = hub_arguments(config, name)
         if not shipped or name not in SHIPPED_CONFIGS:
-            return AutoConfig.from_pretrained(resolve(name), **arguments)
+            return _read_config(resolve(name), arguments)
         try:
             return AutoConfig.from_pretrained(name, local_files_only=True, **arguments)
         except OSError:
             fields = json.loads(SHIPPED_CONFIGS[name].read_text())
             return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _read_config(path: str, arguments: dict[str, Any]) -> Any:
+    """A model's configuration. What is wrong with its file is a ValueError, whatever it is."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, **arguments)
+    except (OSError, ValueError, KeyError):
+        raise
+    except Exception as error:
+        raise ValueError(f"its config.json: {type(error).__name__}: {error}") from error
 
 
 def hub_arguments(config: Config, name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minidistill.errors import printable
+from minidistill.errors import bounded, printable
 from minidistill.types import Metrics
 
 FIGURES = (
@@ -28,9 +28,13 @@ _EVAL = re.compile(r"eval/(.+)/(?:([^/]+)/avg|(baseline_diff))")
 _BREAKS = re.compile("[\n\u2028\u2029]")
 
 
+LONGEST = 10_000
+"""Characters of a line in the terminal."""
+
+
 def clean(text: object) -> str:
-    """One line of safe text: without control characters, line breaks shown as ⏎."""
-    return _BREAKS.sub("⏎", printable(str(text))).replace("\t", "  ")
+    """One line of safe text: bounded, without control characters, line breaks shown as ⏎."""
+    return _BREAKS.sub("⏎", printable(bounded(str(text), LONGEST))).replace("\t", "  ")
 
 
 def number(value: Any) -> str:

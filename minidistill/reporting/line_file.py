@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, NonNegativeInt
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.files import parse_json, write_atomic, writing
+from minidistill.system.files import parse_json, write_atomic, writing
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
-from minidistill.files import flush, remove_leftovers, writing
 from minidistill.reporting.line_file import Extent, LineFile, complete_lines, json_objects
+from minidistill.system.files import flush, remove_leftovers, writing
 
 METRICS = "metrics.jsonl"
 SUMS = "SHA256SUMS"

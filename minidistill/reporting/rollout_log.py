@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save
 
 from minidistill.errors import EXIT_FAILED, UserError
-from minidistill.files import write_atomic
-from minidistill.foreign import describe, foreign_code
 from minidistill.reporting.records import rollout_names
 from minidistill.reporting.run_directory import finite
+from minidistill.system.files import write_atomic
+from minidistill.system.foreign import describe, foreign_code
 from minidistill.types import Rollout, TokenFigures
 
 SCHEMA_VERSION = 1
@@ -79,7 +79,8 @@ def write_rollouts(
         ),
         "offsets": lengths.cumsum(0),
     }
-    contents = "".join(lines).encode(), save(tensors)
+    # a lone surrogate becomes an escape, the one that JSON has for it
+    contents = "".join(lines).encode(errors="backslashreplace"), save(tensors)
     sums = {}
     for name, content in zip(rollout_names(step), contents, strict=True):
         write_atomic(run_path / name, content)

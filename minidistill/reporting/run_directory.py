@@ -21,8 +21,8 @@ from pydantic import BaseModel, ValidationError, field_validator
 
 from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.files import read_json, write_atomic
 from minidistill.reporting.records import METRICS, SUMS, Records, first_problem
+from minidistill.system.files import read_json, write_atomic
 from minidistill.types import Metrics
 
 RECORDED_PACKAGES = ("minidistill", "torch", "triton", "transformers", "peft", "vllm", "numpy")
@@ -276,12 +276,14 @@ def finite(value: float) -> float | None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()  # lone surrogates as JSON's escapes
 
 
 def _without_time_limits(resolved: dict[str, Any]) -> dict[str, Any]:
-    """A copy without the environments' `score_timeout`, which decides only what fails."""
+    """A copy without `silence` and the environments' `score_timeout`, which decide what fails."""
     resolved = copy.deepcopy(resolved)
+    resolved.pop("silence", None)
     orchestrator = resolved["orchestrator"]
     for table in (orchestrator, orchestrator.get("eval") or {}):
         for env in table.get("env") or ():

@@ -14,7 +14,6 @@ from minidistill.engines.launch import EngineLauncher
 from minidistill.envs.isolated import IsolatedEnvironment, close_environments
 from minidistill.envs.protocol import Environment
 from minidistill.evaluation.evaluator import Evaluator
-from minidistill.files import remove_leftovers
 from minidistill.placement.placement import Placement
 from minidistill.reporting.terminal.base import Display
 from minidistill.rollouts.async_collector import AsyncCollector
@@ -22,7 +21,8 @@ from minidistill.rollouts.collector import Collector
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.run.model_checks import DOING, check_model
 from minidistill.run.prepare import Prepared
-from minidistill.scratch import sweep
+from minidistill.system.files import remove_leftovers
+from minidistill.system.scratch import sweep
 from minidistill.trainer.build import build_trainer
 from minidistill.trainer.distributed.launcher import RankLauncher
 from minidistill.trainer.forward import PrefixCache

@@ -13,7 +13,6 @@ from types import FrameType
 from minidistill import logs
 from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_INTERRUPTED, EXIT_OK
-from minidistill.foreign import Interrupted
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.run_path import claim_path
 from minidistill.reporting.terminal import SafeDisplay, lasting_output, open_display
@@ -23,6 +22,7 @@ from minidistill.run.prepare import prepare
 from minidistill.run.resume import is_extended, with_recorded_adapter
 from minidistill.run.session import Session, open_session
 from minidistill.run.summary import finish, show_finished
+from minidistill.system.foreign import Interrupted
 from minidistill.trainer.step import StepResult
 from minidistill.types import Metrics
 

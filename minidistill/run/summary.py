@@ -17,7 +17,6 @@ from minidistill.evaluation.drift import judge_drift
 from minidistill.evaluation.kl import SampledKL
 from minidistill.evaluation.side_by_side import after_training
 from minidistill.evaluation.verdict import judge
-from minidistill.foreign import describe
 from minidistill.reporting.html import write_report
 from minidistill.reporting.monitors import Monitor, open_monitors
 from minidistill.reporting.records import METRICS
@@ -25,6 +24,7 @@ from minidistill.reporting.run_directory import RunDirectory, finite
 from minidistill.reporting.terminal.base import Display
 from minidistill.run import baseline
 from minidistill.run.session import Session
+from minidistill.system.foreign import describe
 from minidistill.trainer import checkpoint
 from minidistill.types import Role
 

@@ -17,7 +17,7 @@ import jinja2.meta
 from jinja2 import TemplateError, nodes
 
 from minidistill.errors import EXIT_FAILED, UserError
-from minidistill.foreign import describe, foreign_code
+from minidistill.system.foreign import describe, foreign_code
 from minidistill.tasks.control_tokens import ControlTokens
 from minidistill.tasks.messages import plain_messages
 from minidistill.types import Message
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LARGEST_SOURCE = 200_000
+"""Characters of a template."""
+LONGEST_TEXT = 20_000_000
+"""Characters of a rendered text: millions of tokens."""
 MARK = "\u2063minidistill\u2063"  # a message that no template contains, for probing
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
 # Before a template, in place of transformers' function of this name. The newline is trimmed.
@@ -119,6 +123,12 @@ class ChatTemplate:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a rendered text, which already has the template's special tokens."""
+        if len(text) > LONGEST_TEXT:
+            raise UserError(
+                f"the chat template makes a text of {len(text)} characters",
+                where=self.where,
+                fix="set model.chat_template to a file with another",
+            )
         # a tokenizer may be set to encode all control tokens as text, the template's own too
         split = getattr(self.tokenizer, "split_special_tokens", False)
         options = {"split_special_tokens": False} if split else {}
@@ -220,11 +230,13 @@ class ChatTemplate:
     def _parse(self) -> nodes.Template:
         try:
             source = self.tokenizer.get_chat_template()
+            if len(source) > LARGEST_SOURCE:
+                raise TemplateError(f"it has {len(source)} characters")
             environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
             tree = environment.parse(_GENERATION.sub("", source))
             jinja2.meta.find_undeclared_variables(tree)  # notices unknown filters and tests
             return tree
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             line = f", line {line}" if (line := getattr(error, "lineno", None)) else ""
             raise UserError(
                 f"the chat template is not valid{line}: {error}",

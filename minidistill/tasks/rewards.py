@@ -56,7 +56,8 @@ def score(
         if isinstance(outcome, Reward):
             rewards[row] = outcome
         else:
-            failures[row] = f"task {rollouts[row].prompt.task.id}: {outcome}"
+            prompt = rollouts[row].prompt
+            failures[row] = f"task {prompt.task.id} of {prompt.env}: {outcome}"
         advance(1)
         if isinstance(outcome, ScoringError) and outcome.slow:
             check(in_order())

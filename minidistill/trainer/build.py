@@ -26,8 +26,9 @@ def build_trainer(
     policy.rank_group = rank_group
     if placement.sharded:
         models = [policy.student, *policy.reference_models.values()]
-        policy.sharded = ShardedModels(
-            models, policy.adapter_parameters, policy.device, rank_group.size
-        )
+        with rank_group.explained():
+            policy.sharded = ShardedModels(
+                models, policy.adapter_parameters, policy.device, rank_group.size
+            )
         prefixes = None  # every rank must run the same passes, whatever the driver has sampled
     return Trainer(policy, config, placement, prefixes or PrefixCache(policy, shares))

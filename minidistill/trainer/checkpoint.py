@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_HEALTH, UserError
-from minidistill.files import (
+from minidistill.system.files import (
     flush,
     remove,
     remove_leftovers,

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minidistill.files import flush, parse_json
+from minidistill.system.files import flush, parse_json
 
 MANIFEST, STATE, TENSORS = "MANIFEST.json", "state.json", "state.safetensors"
 LARGEST_TEXT = 1 << 28

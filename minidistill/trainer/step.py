@@ -66,7 +66,8 @@ class ReceivedParts:
         for index in count():
             if index == len(self.parts) and not self._complete:
                 began = time.perf_counter()
-                part = next(self._next, None)
+                with self._rank_group.paused():
+                    part = next(self._next, None)
                 self.waited += time.perf_counter() - began
                 part = self._rank_group.broadcast_object(part)
                 if part is None:

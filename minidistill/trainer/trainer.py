@@ -245,6 +245,7 @@ class Trainer:
             if message is None:
                 batch = [rollouts[i] for i in rows] or shortest
                 batch_figures, message = self._try_pass(batch, context, weight if rows else 0.0)
+                self.rank_group.progress()
                 figures.update(zip(rows, batch_figures, strict=False))
                 progress(batch_figures if rows else [])
                 if message is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,3 +54,19 @@ def test_servers_for_both_roles_and_the_async_schedule_are_allowed(
     config = configure(*STUDENT, *TEACHER, "--schedule", "async").config
     assert config.inference.server_urls == ["http://localhost:8000"]
     assert config.teacher_inference.server_urls == ["http://localhost:8001"]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:hidden@gpu:8000", "http://gpu:8000/v1?key=hidden", "https://hidden@gpu"]
+)
+def test_a_url_with_a_secret_is_refused_and_not_shown(
+    configure: Callable[..., Any], tmp_path: Path, url: str
+) -> None:
+    file = tmp_path / "urls.toml"
+    file.write_text(f'[inference]\nserver_urls = ["http://gpu:8000", "{url}"]\n')
+    for flags in (("--inference.server_urls", f'["{url}"]'), ("@", str(file))):
+        with pytest.raises(UserError, match="server_urls") as caught:
+            configure(*flags)
+        assert caught.value.exit_code == EXIT_USAGE
+        assert "hidden" not in str(caught.value)
+        assert "without user, password and query" in caught.value.fix

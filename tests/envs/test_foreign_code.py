@@ -22,7 +22,7 @@ from minidistill.errors import (
     EXIT_OK,
     UserError,
 )
-from minidistill.foreign import Interrupted, ctrl_c, describe, foreign_code
+from minidistill.system.foreign import Interrupted, ctrl_c, describe, foreign_code
 
 TOML = """
 max_steps = 2

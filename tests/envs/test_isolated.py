@@ -101,6 +101,16 @@ def test_a_process_that_ends_or_hangs_is_replaced(
     assert gone(first)
 
 
+def test_a_process_that_is_stopped_is_replaced(env: IsolatedEnvironment) -> None:
+    first = pid(env)
+    os.kill(first, signal.SIGSTOP)
+    with pytest.raises(ScoringError, match="and was stopped") as caught:
+        env.score(env.train[0], "fine")
+    assert caught.value.slow
+    assert pid(env) != first
+    assert gone(first)
+
+
 @pytest.mark.parametrize("fault", ["exit now", "sleep"])
 def test_scoring_stops_as_soon_as_too_many_took_long(env: IsolatedEnvironment, fault: str) -> None:
     prompt = Prompt("e", env.train[0], "", "", (), ())

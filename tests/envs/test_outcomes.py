@@ -19,7 +19,7 @@ from minidistill.envs.outcomes import (
     score_attempts,
     to_reward,
 )
-from minidistill.foreign import Interrupted
+from minidistill.system.foreign import Interrupted
 from minidistill.types import Reward, Task
 
 RETURNED = {

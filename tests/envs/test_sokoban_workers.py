@@ -36,7 +36,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[WorkerProcess]]:
             processes.append(self)
 
     # these processes are light: they start as users' do
-    monkeypatch.setattr("minidistill.subprocesses.Popen", subprocess.Popen)
+    monkeypatch.setattr("minidistill.system.subprocesses.Popen", subprocess.Popen)
     monkeypatch.setattr(workers, "PATIENCE", -1.0)
     monkeypatch.setattr(workers, "WorkerProcess", Process)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
@@ -125,3 +125,20 @@ def test_processes_end_with_their_caller(started: list[WorkerProcess]) -> None:
     next(levels)
     levels.close()  # as an exception in the caller does
     assert len(started) == 2
+
+
+def test_the_levels_of_a_stopped_process_are_made_by_others(
+    started: list[WorkerProcess],
+    expected: dict[int, Level],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(workers, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(workers, "TICK", 0.1)
+    levels = make_levels(LevelMaker(RECIPE), NUMBERS)
+    made = dict([next(levels)])
+    os.kill(started[0].popen.pid, signal.SIGSTOP)
+    made |= dict(levels)
+    assert made == expected
+    assert "no process made a level for 0." in caplog.text
+    assert "signal SIGKILL" in caplog.text

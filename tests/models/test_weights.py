@@ -234,3 +234,26 @@ def test_a_teacher_that_generates_no_text_is_named_as_the_teacher(tmp_path: Path
     with pytest.raises(UserError, match="cannot load the model") as caught:
         load_models(config)
     assert caught.value.where == "teacher_inference.model.name"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_cache": 0.5},
+        {"hidden_act": "*"},
+        {"num_attention_heads": 0},
+        {"vocab_size": -1},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
+    ],
+    ids=str,
+)
+def test_a_configuration_of_which_no_model_can_be_made(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUILT_IN["tiny-sokoban"], folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(UserError) as caught:
+        cpu_placement(load_config([SOKOBAN, "--model.name", str(folder)]))
+    assert caught.value.where == "model.name"

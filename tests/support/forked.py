@@ -26,7 +26,8 @@ from typing import IO, Any
 
 import torch
 
-from minidistill import subprocesses
+from minidistill.system import subprocesses
+from minidistill.system.subprocesses import PATHS, START
 from support.paths import TESTS
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -47,12 +48,14 @@ def start_server() -> None:
 
 def popen(command: Sequence[str], **options: Any) -> Any:
     """Start a subprocess, forked if its imports take long."""
-    kind: Any = subprocess.Popen if command[2] in LIGHT else ForkedPopen
-    return kind(command, **options)
+    ours = command[1:3] == ["-c", START]  # a `Subprocess`, which is `python -m` in other words
+    if ours and command[3] in LIGHT:
+        return subprocess.Popen(command, **options)
+    return ForkedPopen([command[0], "-m", *command[3:]] if ours else command, **options)
 
 
 class ForkedPopen:
-    """The part of `subprocess.Popen` that `minidistill.subprocesses` and the tests use.
+    """The part of `subprocess.Popen` that `minidistill.system.subprocesses` and the tests use.
 
     It is for `python -m module`, without input, and with errors in the output.
     """
@@ -72,8 +75,7 @@ class ForkedPopen:
     ) -> None:
         assert (stdin, stderr) == (subprocess.DEVNULL, subprocess.STDOUT)
         assert text or stdout != subprocess.PIPE
-        python, flag, _, *_ = command
-        assert (python, flag) == (sys.executable, "-m")
+        assert list(command[:2]) == [sys.executable, "-m"]
         start_server()
         self.stdout: IO[str] | None = None
         with contextlib.ExitStack() as stack:
@@ -146,14 +148,18 @@ def _run_module(
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # which what was preloaded may have looked up
-    _appear_as(command, environment)
+    paths = os.environ.pop(PATHS, "")
+    _appear_as(command, dict(os.environ))
     if threads := environment.get("OMP_NUM_THREADS"):  # which torch read as the server started
         torch.set_num_threads(int(threads))
     if cwd:
         os.chdir(cwd)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    if paths:
+        sys.path[:] = paths.split(os.pathsep)[1:]
+    else:
+        sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     _, _, module, *arguments = command
     sys.argv = [module, *arguments]
     # what it starts itself is forked from the same server

@@ -73,7 +73,7 @@ def serving(log: Path, *flags: str, port: int | None = None) -> Iterator[tuple[s
 
 def engine_at(url: str, folder: Path, min_length: int = 257, max_restarts: int = 0) -> ServerEngine:
     where, command = "inference.server_urls", "vllm serve M"
-    return ServerEngine(url, where, command, min_length, folder, max_restarts)
+    return ServerEngine(url, where, command, min_length, folder, max_restarts, 1800.0)
 
 
 def adapters_at(url: str) -> list[str]:

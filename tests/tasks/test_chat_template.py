@@ -131,6 +131,22 @@ def test_the_end_of_a_turn(template: str, end: str | None, warnings: Any) -> Non
         assert "ends an answer with no token" in warning
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (
+            "{{ '%21000000d' % 1 }}",
+            "makes a text of 210[0-9]* characters",
+        ),
+        ("x" * 300_000, "it has 300[0-9]* characters"),
+        ("{{ " + "(" * 10_000, "not valid"),
+    ],
+)
+def test_a_template_that_is_too_large_is_refused(template: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        builder(template + CHATML).build("env", TASK)
+
+
 def test_the_end_of_a_turn_is_not_part_of_a_completions_text() -> None:
     tokenizer = byte_level(eos="</s>", special=False)
     prompts = PromptBuilder(tokenizer, "Think.\n", "user")

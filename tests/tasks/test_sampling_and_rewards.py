@@ -19,7 +19,7 @@ from minidistill.envs.protocol import take_tasks
 from minidistill.envs.registry import load_environments
 from minidistill.envs.sokoban import SokobanEnv
 from minidistill.errors import EXIT_HEALTH, EXIT_USAGE, UserError
-from minidistill.foreign import Interrupted
+from minidistill.system.foreign import Interrupted
 from minidistill.tasks.rewards import check_errors, score, with_advantages
 from minidistill.tasks.sampling import TaskSampler
 from minidistill.types import Advance, Completion, Prompt, Reward, Rollout, Task
@@ -184,9 +184,9 @@ def test_failures_are_counted_and_named() -> None:
     ]
     assert {type(v) for r in rewards if r for v in (r.value, *r.metrics.values())} == {float}
     assert ticks == [1] * 7
-    assert errors[0] == "task t1: KeyError: 'absent'"
-    assert errors[1] == "task t2: the reward is nan, which is not finite"
-    assert [e.split(":")[0] for e in errors] == [f"task t{i}" for i in (1, 2, 4, 5, 6)]
+    assert errors[0] == "task t1 of a: KeyError: 'absent'"
+    assert errors[1] == "task t2 of a: the reward is nan, which is not finite"
+    assert [e.split(":")[0] for e in errors] == [f"task t{i} of a" for i in (1, 2, 4, 5, 6)]
 
 
 def test_each_environment_scores_its_rollouts() -> None:
@@ -213,8 +213,8 @@ def test_slow_failures_are_checked_at_once() -> None:
     with pytest.raises(UserError, match="too many"):
         score({"a": Env(1, hang)}, rollouts, ticks.append, check)
     assert checked == [
-        ["task 0: it took longer"],
-        ["task 0: it took longer", "task 1: it took longer"],
+        ["task 0 of a: it took longer"],
+        ["task 0 of a: it took longer", "task 1 of a: it took longer"],
     ]
     assert len(ticks) == 2
     checked.clear()
@@ -224,7 +224,7 @@ def test_slow_failures_are_checked_at_once() -> None:
         ticks.append,
         check,
     )
-    assert checked == [["task t: KeyError: 'absent'"]]
+    assert checked == [["task t of a: KeyError: 'absent'"]]
 
 
 def test_an_interrupt_is_not_a_failure() -> None:

@@ -17,7 +17,7 @@ from minidistill.engines.vllm.client import EngineFailed, RestartingProcess
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.evaluation.evaluator import Evaluator
 from minidistill.rollouts.collector import Collector
-from minidistill.run import model_checks, session, setup
+from minidistill.run import build, model_checks, session
 from minidistill.trainer import checkpoint, token_kl
 from minidistill.trainer.guards import is_out_of_memory
 from minidistill.trainer.token_budget import TokenBudget
@@ -163,9 +163,9 @@ def out_of_memory(*args: Any, **kwargs: Any) -> Any:
 
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "loading the model": (setup, "load_policy"),
+    "loading the model": (build, "load_policy"),
     "checking the model before training": (model_checks, "collate"),
-    "preparing the optimizer": (setup, "build_trainer"),
+    "preparing the optimizer": (build, "build_trainer"),
     "sampling": (Collector, "collect"),
     "updating the weights": (torch.optim.AdamW, "step"),
     "evaluating": (Evaluator, "_sample"),

@@ -7,19 +7,23 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support import processes
 from support.paths import TESTS
-from support.ranks import NO_EVALUATION, TWO_RANKS
+from support.ranks import NO_EVALUATION, SMALL, TWO_RANKS, ranked_lab
 from support.runs import run, start
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_INTERRUPTED
-from minidistill.scratch import sweep
+from minidistill.system.scratch import sweep
 from minidistill.trainer.distributed import launcher
+from minidistill.trainer.step import StepRollouts
+from minidistill.types import Rollout
 
 
 def rank_pids(mark: str) -> list[int]:
@@ -102,3 +106,51 @@ def test_an_error_in_a_rank_is_reported(
     assert "rank 1 of the trainer ended" in error
     assert message in error
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("point", "phase", "key"),
+    [
+        ("start", "starting", "load"),
+        ("load", "loading the model", "load"),
+        ("step", "in a command of rank 0", "step"),
+    ],
+)
+def test_a_rank_that_stops_ends_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    point: str,
+    phase: str,
+    key: str,
+) -> None:
+    monkeypatch.setattr(launcher, "MODULE", "support.stopped_rank")
+    monkeypatch.syspath_prepend(str(TESTS))
+    monkeypatch.setenv("STOP", point)
+    limits = {"load": 60.0, "step": 60.0, key: 1.0}
+    flags = [text for name, value in limits.items() for text in (f"--silence.{name}", str(value))]
+    flags += ["--trainer.shard"] if point == "step" else []
+    path = tmp_path / "run"
+    assert run(path, *TWO_RANKS, *NO_EVALUATION, *flags) == EXIT_ENVIRONMENT
+    error = capfd.readouterr().err
+    assert f"rank 1 of the trainer was silent for 1 s ({phase}), and was given up" in error
+    assert f"stopped by a signal; last output: stopping at {point}" in error
+    assert f"where: silence.{key}" in error
+    if point == "step":
+        assert f"  | stopping at {point}" in (path / "logs" / "run.log").read_text()
+    assert not torch.distributed.is_initialized()
+
+
+def test_ranks_that_wait_for_rollouts_are_not_silent(configure: Callable[..., Any]) -> None:
+    """The driver waits for an engine, which may take longer than a step of the trainer may."""
+    with ranked_lab(configure(*SMALL, *TWO_RANKS, "--silence.step", "1.0")) as lab:
+        rollouts = StepRollouts.of(lab.rollouts)
+
+        def parts() -> Iterator[Sequence[Rollout]]:
+            yield lab.rollouts[:4]
+            time.sleep(1.5)
+            yield lab.rollouts[4:]
+
+        streamed = replace(rollouts, parts=parts())
+        result = lab.trainer.stream_step(streamed, 1, lambda count: None)
+        assert len(result.rollouts) == len(lab.rollouts)

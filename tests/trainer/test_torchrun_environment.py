@@ -81,7 +81,7 @@ def test_a_rank_says_what_it_waits_for_and_gives_up(
         monkeypatch.setattr(rank_group, limit, timedelta(seconds=1.5))
     group = RankGroup(rank, 2)
     with pytest.raises(UserError, match=f"rank {rank} of 2 waits for {others}") as caught:
-        group.join(torch.device("cpu"), None)
+        group.join(torch.device("cpu"), None, 60.0)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     assert "-u WORLD_SIZE" in caught.value.fix
     (message,) = caplog.messages
@@ -97,7 +97,7 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         set_environment(monkeypatch, "0", "2", "127.0.0.1", str(taken.getsockname()[1]))
         monkeypatch.setattr(rank_group, "JOIN_TIMEOUT", timedelta(seconds=1))
         with pytest.raises(UserError, match="did not meet") as caught:
-            RankGroup(0, 2).join(torch.device("cpu"), None)
+            RankGroup(0, 2).join(torch.device("cpu"), None, 60.0)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
 
 

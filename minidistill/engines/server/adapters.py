@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from minidistill.engines.vllm.engine import NAMES
-from minidistill.files import remove, writing
+from minidistill.system.files import remove, writing
 from minidistill.trainer.policy import Policy, Weights
 
 PREFIX = "minidistill"

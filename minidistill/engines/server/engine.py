@@ -7,45 +7,49 @@ that they named, and the version that sampled a completion is known.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import logging
 import shutil
-import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
+from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
-
-import httpx
+from typing import Any
 
 from minidistill.config import Config
 from minidistill.engines.base import Engine, Finished, Ids
 from minidistill.engines.server.adapters import Adapter, Adapters, remove_leftovers
-from minidistill.engines.server.http import KEY, GoneError, Post, message, request, send_all
+from minidistill.engines.server.answers import (
+    AbortedError,
+    read_model,
+    read_sample,
+    read_scores,
+)
+from minidistill.engines.server.connection import BusyError, Server
+from minidistill.engines.server.http import KEY, Client, GoneError, Post
 from minidistill.engines.server.probe import check_same_model, server_command
 from minidistill.engines.vllm.engine import NAMES, SEED_BITS
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
+from minidistill.errors import UserError
 from minidistill.placement.placement import EnginePlacement
+from minidistill.system.http import Answer, read_key
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
-Take = Callable[[int, dict[str, Any], int | None], None]
-"""Takes a request's index, the answer's choice, and the version of the adapter that it used."""
+Take = Callable[[int, Answer, int | None], None]
+"""Takes a request's index, the answer, and the version of the adapter that it used."""
+CLOSE_SECONDS = 10.0  # for each adapter that is removed at the end
+BYTES_PER_TOKEN = 1 << 10  # of an answer, at most: a few numbers and names
 
 
 class ServerEngine(Engine):
     """One running vLLM server. Two threads may call: one that samples, one that syncs.
 
-    If the server goes away, the engine waits for it, up to `patience` seconds and `max_restarts`
-    times a run. It then sends the current adapters and repeats the unanswered requests.
+    If the server goes away, the engine waits for it. It then sends the current adapters and repeats
+    the unanswered requests.
     """
 
     name = "vLLM server"
-    patience = 120.0
     streams = True
 
     def __init__(
@@ -56,29 +60,31 @@ class ServerEngine(Engine):
         min_length: int,
         folder: Path,
         max_restarts: int,
+        silence: float,
     ) -> None:
         """`where` is the setting that has the `url`, and `command` starts a suitable server.
 
         The server must allow sequences of `min_length` tokens. Adapters are written to `folder`.
+        `silence` is how many seconds it may answer none of the completions that it was asked for.
+        Raises UserError for an API key that cannot be sent.
         """
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.where, self.command, self.min_length = where, command, min_length
-        self.max_restarts = max_restarts
-        self.restarts = self._returns = 0
+        largest = (1 << 20) + BYTES_PER_TOKEN * min_length
+        url = url.rstrip("/").removesuffix("/v1")
+        client = Client(url, read_key(KEY, where), silence, largest)
+        self.server = Server(client, self.name, where, command, max_restarts)
+        self.min_length = min_length
         self._model = ""
         self._policy: Policy | None = None
         self._adapter_weights: tuple[Weights, ...] = ()
         self._adapters = Adapters(folder)
-        self._lock = threading.RLock()  # loading adapters, waiting for the server, closing
-        self._closed = threading.Event()
 
     @property
     def location(self) -> str:
-        return self.url
+        return self.server.client.url
 
     @property
     def description(self) -> str:
-        return f"{self.name} at {self.url}"
+        return self.server.description
 
     def attach(self, policy: Policy, roles: Sequence[Role]) -> None:
         self._policy = policy
@@ -87,16 +93,18 @@ class ServerEngine(Engine):
 
     def wait_until_ready(self) -> None:
         try:
-            self._check_server()
+            self.server.repeating(self._check_server)
             if self._adapter_weights:
-                self._check_takes_adapters()
+                self.server.repeating(self._check_takes_adapters)
         except GoneError as error:
-            fix = f"correct the URL, or start it:\n{self.command}"
-            raise self._refusal(f"cannot be reached: {error}", fix) from error
+            fix = f"correct the URL, or start it:\n{self.server.command}"
+            raise self.server.refusal(f"cannot be reached: {error}", fix) from error
 
     def verify(self, trainer: Engine, temperature: float | None) -> None:
         assert self._policy is not None
-        check_same_model(self, self._policy, trainer, temperature, self.where, self.command)
+        check_same_model(
+            self, self._policy, trainer, temperature, self.server.where, self.server.command
+        )
 
     # -- the engine ----------------------------------------------------------------------------
 
@@ -126,14 +134,12 @@ class ServerEngine(Engine):
         }
         bodies = [common | {"prompt": r.prompt_ids, "seed": r.seed & SEED_BITS} for r in requests]
         completions: dict[int, Completion] = {}
+        vocabulary = len(self._policy.head_VH)
 
-        def take(index: int, choice: dict[str, Any], version: int | None) -> None:
-            completions[index] = Completion(
-                tuple(choice["token_ids"]),
-                tuple(choice["logprobs"]["token_logprobs"]),
-                "length" if choice["finish_reason"] == "length" else "eos",
-                versions=() if version is None else ((0, version),),
-            )
+        def take(index: int, answer: Answer, version: int | None) -> None:
+            ids, logprobs, stop = read_sample(answer, params.max_tokens, vocabulary)
+            versions = () if version is None else ((0, version),)
+            completions[index] = Completion(ids, logprobs, stop, versions=versions)
             if advance is not None:
                 advance(1)
             if finished is not None:
@@ -156,10 +162,8 @@ class ServerEngine(Engine):
         bodies = [common | {"prompt": [*p, *c]} for p, c in zip(prompts, completions, strict=True)]
         scores: dict[int, list[float]] = {}
 
-        def take(index: int, choice: dict[str, Any], version: int | None) -> None:
-            ids = completions[index]
-            rows = zip(choice["prompt_logprobs"][-len(ids) :], ids, strict=True)
-            scores[index] = [row[str(token)]["logprob"] for row, token in rows]
+        def take(index: int, answer: Answer, version: int | None) -> None:
+            scores[index] = read_scores(answer, prompts[index], completions[index])
 
         self._complete(bodies, role, take)
         return [scores[i] for i in range(len(prompts))]
@@ -168,67 +172,71 @@ class ServerEngine(Engine):
         """Send the adapters through the folder."""
         assert self._policy is not None
         for weights in self._adapter_weights:
-            with self._lock:
-                if self._closed.is_set():  # closed by another thread: leave nothing behind
+            with self.server.lock:
+                if self.server.closed.is_set():  # closed by another thread: leave nothing behind
                     return
                 adapter = self._adapters.write(self._policy, weights, version)
-                self._retrying(partial(self._load, adapter))
+                self.server.retrying(partial(self._load, adapter), self._restore)
                 self._adapters.switch(adapter)
         self._unload_idle()
 
     def close(self) -> None:
         """Cancel requests in flight. Remove this run's adapters from the server and the disk."""
-        self._closed.set()
-        with self._lock:
-            for adapter in self._adapters.all:
-                self._unload(adapter)
+        self.server.closed.set()
+        with self.server.lock:
+            with contextlib.suppress(GoneError, UserError):
+                for adapter in self._adapters.all:
+                    self._unload(adapter, CLOSE_SECONDS)
             self._adapters.delete()
 
     # -- adapters ------------------------------------------------------------------------------
 
     def _load(self, adapter: Adapter) -> None:
         body = {"lora_name": adapter.name, "lora_path": str(adapter.path)}
-        answer = self._request("POST", "/v1/load_lora_adapter", body)
+        answer = self.server.request("POST", "/v1/load_lora_adapter", body)
         # an earlier attempt may have arrived although its answer was lost
-        if answer.status_code != HTTPStatus.OK and "already been loaded" not in message(answer):
-            raise self._refusal(
-                f"did not load the adapter in {adapter.path}: {message(answer)}",
+        if answer.status != HTTPStatus.OK and "already been loaded" not in answer.message():
+            self.server.raise_if_busy(answer)
+            raise self.server.refusal(
+                f"did not load the adapter in {adapter.path}: {answer.message()}",
                 "let it read that folder (the same machine, or a shared file system), and start it "
-                f"with\n{self.command}",
+                f"with\n{self.server.command}",
             )
 
-    def _unload(self, adapter: Adapter) -> None:
-        with contextlib.suppress(GoneError):  # the server is gone, and its adapters with it
-            self._request("POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
+    def _unload(self, adapter: Adapter, *seconds: float) -> None:
+        body = {"lora_name": adapter.name}
+        self.server.request("POST", "/v1/unload_lora_adapter", body, *seconds)
 
     def _unload_idle(self) -> None:
         for adapter in self._adapters.take_idle():
-            self._unload(adapter)
+            with contextlib.suppress(GoneError):  # the server is gone, and its adapters with it
+                self._unload(adapter)
             shutil.rmtree(adapter.path, ignore_errors=True)
 
     def _check_takes_adapters(self) -> None:
         """Check that it tries to load an adapter, with one that does not exist."""
         name = self._adapters.name("probe")
         body = {"lora_name": name, "lora_path": f"/nowhere/{name}"}
-        answer = self._request("POST", "/v1/load_lora_adapter", body)
-        if answer.status_code == HTTPStatus.NOT_FOUND and name in message(answer):
+        answer = self.server.request("POST", "/v1/load_lora_adapter", body)
+        if answer.status == HTTPStatus.NOT_FOUND and name in answer.message():
             return
-        why = f"does not load adapters at run time: {message(answer)}"
-        raise self._refusal(why, f"start it with\n{self.command}")
+        self.server.raise_if_busy(answer)
+        why = f"does not load adapters at run time: {answer.message()}"
+        raise self.server.refusal(why, f"start it with\n{self.server.command}")
 
     # -- the server ----------------------------------------------------------------------------
 
     def _check_server(self) -> None:
         """Read the name of its model, and check its sequence length."""
-        cards = self._checked(self._request("GET", "/v1/models")).json()["data"]
-        card = next((c for c in cards if not c.get("parent")), None)
-        if card is None:
-            raise self._refusal("serves no model", f"start it with\n{self.command}")
-        self._model = card["id"]
-        length = card.get("max_model_len") or self.min_length
-        if length < self.min_length:
+        answer = self.server.accepted(self.server.request("GET", "/v1/models"))
+        with self.server.checked_answers():
+            model = read_model(answer)
+        if model is None:
+            raise self.server.refusal("serves no model", f"start it with\n{self.server.command}")
+        self._model, length = model
+        if length is not None and length < self.min_length:
             why = f"allows {length} tokens, the run needs {self.min_length}"
-            raise self._refusal(why, f"start it with\n{self.command}")
+            raise self.server.refusal(why, f"start it with\n{self.server.command}")
 
     def _complete(self, bodies: Sequence[dict[str, Any]], role: Role, take: Take) -> None:
         """Send the requests concurrently, and `take` each answer."""
@@ -238,81 +246,41 @@ class ServerEngine(Engine):
         fixed = {"add_special_tokens": False, "skip_special_tokens": False}
 
         async def complete(post: Post, index: int) -> None:
+            for tries in count(1):
+                try:
+                    await once(post, index)
+                    return
+                except BusyError as error:
+                    pause = self.server.pause(error, tries)
+                await asyncio.sleep(pause * (1 + index % 8 / 8))  # not all at the same time
+
+        async def once(post: Post, index: int) -> None:
             with self._adapters.using(weights) as adapter:  # the latest when it is sent
                 name = adapter.name if adapter else self._model
-                answer = await post("/v1/completions", fixed | bodies[index] | {"model": name})
-                if adapter and answer.status_code == HTTPStatus.NOT_FOUND:
-                    raise GoneError(f"it was restarted: {message(answer)}")
-                choice = self._checked(answer).json()["choices"][0]
-                take(index, choice, adapter.version if adapter else None)
+                with self.server.checked_answers():
+                    answer = await post("/v1/completions", fixed | bodies[index] | {"model": name})
+                    if adapter and answer.status == HTTPStatus.NOT_FOUND:
+                        raise GoneError(f"it was restarted: {answer.message()}")
+                    version = adapter.version if adapter else None
+                    try:
+                        take(index, self.server.accepted(answer), version)
+                    except AbortedError as error:
+                        raise BusyError(str(error)) from None
+            self.server.answered()
             answered.add(index)
 
         def send() -> None:
             unanswered = [i for i in range(len(bodies)) if i not in answered]
-            send_all(self.url, complete, unanswered, self._closed.is_set)
+            self.server.client.send_all(complete, unanswered, self.server.closed.is_set)
 
-        self._retrying(send)
+        self.server.retrying(send, self._restore)
         self._unload_idle()
 
-    def _retrying(self, call: Callable[[], T]) -> T:
-        """The result of `call`, retried when an unreachable server is back."""
-        while True:
-            seen = self._returns
-            try:
-                return call()
-            except GoneError as error:
-                with self._lock:
-                    if seen == self._returns:  # else another thread has waited for it
-                        self._wait_for_server(error)
-
-    def _wait_for_server(self, error: GoneError) -> None:
-        if self._closed.is_set():  # whatever the error: closing removes the adapters
-            raise self._lost("this run has ended") from error
-        if self.restarts >= self.max_restarts:
-            times = f" (waited for it {self.restarts} times)" if self.restarts else ""
-            raise self._lost(f"{error}{times}") from error
-        self.restarts += 1
-        logger.warning(f"the {self.description} is away ({error}): waiting for it")
-        end, pause = time.monotonic() + self.patience, 0.5
-        while True:
-            closed = self._closed.wait(pause)
-            pause = min(2 * pause, 10.0)
-            try:
-                self._check_server()
-                for adapter in self._adapters.current:
-                    self._load(adapter)
-                self._returns += 1
-                return
-            except GoneError as still:
-                if closed or time.monotonic() >= end:
-                    raise self._lost(str(still)) from still
-
-    def _lost(self, why: str) -> UserError:
-        fix = "see the server's log and restart it; --resume continues from the last checkpoint"
-        return self._refusal(f"has gone away: {why}", fix)
-
-    def _refusal(self, what: str, fix: str) -> UserError:
-        return UserError(
-            f"the {self.description} {what}", where=self.where, fix=fix, exit_code=EXIT_ENVIRONMENT
-        )
-
-    def _request(self, method: str, path: str, body: Any = None) -> httpx.Response:
-        return request(self.url, method, path, body)
-
-    def _checked(self, answer: httpx.Response) -> httpx.Response:
-        if answer.is_success:
-            return answer
-        if answer.is_server_error:
-            raise GoneError(message(answer))
-        if answer.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-            fix = f"put its API key into the environment variable {KEY}"
-            raise self._refusal(f"refuses access: {message(answer)}", fix)
-        raise UserError(
-            f"the {self.description}: {message(answer)}",
-            where=self.where,
-            fix=f"start the server with\n{self.command}",
-            exit_code=EXIT_FAILED,
-        )
+    def _restore(self) -> None:
+        """Check a server that is back, and send it the current adapters."""
+        self._check_server()
+        for adapter in self._adapters.current:
+            self._load(adapter)
 
 
 def start(
@@ -333,6 +301,7 @@ def start(
             engine.max_length,
             sync_folder,
             config.inference.max_restarts,
+            config.silence.step,
         )
         for url in engine.urls
     ]

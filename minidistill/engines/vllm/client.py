@@ -1,4 +1,7 @@
-"""The driver's side of vLLM's process: starting it, calling it, restarting it when it dies."""
+"""The driver's side of vLLM's process: starting it, calling it, restarting it when it dies.
+
+A process that is alive and does nothing is not restarted: it ends the run (`silence`).
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from minidistill.config.schema import SILENCE, SilenceConfig
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
-from minidistill.scratch import ScratchFolder, use_for_multiprocessing
-from minidistill.subprocesses import Subprocess
+from minidistill.system.scratch import ScratchFolder, use_for_multiprocessing
+from minidistill.system.subprocesses import Silence, Subprocess, limit_transfers
 from minidistill.trainer.guards import first_line, says_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -57,12 +61,19 @@ class EngineProcess(Subprocess):
     group. Its temporary files and shared memory are then left for the next run to remove.
     """
 
-    def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        environment: Mapping[str, str],
+        silence: SilenceConfig = SILENCE,
+    ) -> None:
+        self._silence = silence
+        self._silent: UserError | None = None  # why it was killed
+        use_for_multiprocessing()
+        self._scratch = ScratchFolder()
         ours, theirs = zip(socket.socketpair(), socket.socketpair(), strict=True)
         watched, self._lifeline = os.pipe()
         descriptors = (*(end.fileno() for end in theirs), watched)
-        self._scratch = ScratchFolder()
-        use_for_multiprocessing()
         places = {"TMPDIR": str(self._scratch.path), COMPILED: _compiled()}
         if not self._scratch.holds_sockets:
             places = {}
@@ -80,6 +91,8 @@ class EngineProcess(Subprocess):
             for end in theirs:
                 end.close()
             os.close(watched)
+        for end in ours:
+            limit_transfers(end, silence.step)
         self._calls, self._commands = (Connection(end.detach()) for end in ours)
         # shared memory handles are exchanged under this key
         key = bytes(multiprocessing.current_process().authkey)
@@ -87,17 +100,19 @@ class EngineProcess(Subprocess):
             self._calls.send((key, dict(options)))
 
     def wait_until_started(self) -> None:
-        """Wait for the engine to be built. Raises EngineDied or EngineFailed."""
-        self._receive(self._calls, None)
+        """Wait for the engine to be built. Raises EngineDied, EngineFailed, or UserError."""
+        waited = Silence(self._name, self._silence.load, "silence.load")
+        self._receive(self._calls, None, "starting", waited)
         self._scratch.remember_segments(self.popen.pid)
 
     def call(self, method: str, report: Report | None = None, **arguments: Any) -> Any:
         """Call a method of `EngineWorker` and return its result. One call at a time.
 
-        `report` is called with what the method reports before it returns.
+        `report` is called with what the method reports before it returns. Raises UserError (exit
+        code 3) if the process is silent for too long; it is then killed.
         """
         self._send(self._calls, method, arguments)
-        return self._receive(self._calls, report)
+        return self._receive(self._calls, report, *self._running(method))
 
     def command(self, method: str, **arguments: Any) -> Any:
         """Like `call`, but handled between two steps of a call that is in progress."""
@@ -106,27 +121,51 @@ class EngineProcess(Subprocess):
     def start_command(self, method: str, **arguments: Any) -> Callable[[], Any]:
         """Start a command. Returns the function that waits for its result."""
         self._send(self._commands, method, arguments)
-        return lambda: self._receive(self._commands, None)
+        return lambda: self._receive(self._commands, None, *self._running(method))
+
+    @property
+    def _name(self) -> str:
+        return f"vLLM's process ({self.popen.pid})"
+
+    def _running(self, method: str) -> tuple[str, Silence]:
+        return f"running `{method}`", Silence(self._name, self._silence.step, "silence.step")
 
     def _send(self, connection: Connection, method: str, arguments: dict[str, Any]) -> None:
         try:
             connection.send((method, arguments))
+        except BlockingIOError:
+            self._give_up(*self._running(method))
         except OSError as error:
-            raise EngineDied(self.exit_report()[1]) from error
+            raise self._silent or EngineDied(self.exit_report()[1]) from error
 
-    def _receive(self, connection: Connection, report: Report | None) -> Any:
+    def _receive(
+        self, connection: Connection, report: Report | None, doing: str, silence: Silence
+    ) -> Any:
         while True:
             try:
+                if not connection.poll(silence.tick):
+                    if silence.lasts(silence.tick, doing):
+                        self._give_up(doing, silence)
+                    continue
                 kind, value = connection.recv()
+            except BlockingIOError:
+                self._give_up(doing, silence)
             except (EOFError, OSError) as error:
-                raise EngineDied(self.exit_report()[1]) from error
+                raise self._silent or EngineDied(self.exit_report()[1]) from error
+            silence.broken()
             if kind == "report":
-                if report is not None:
+                if report is not None and value is not None:  # None: it goes on
                     report(value)
             elif kind == "failed":
                 raise EngineFailed(value)
             else:
                 return value
+
+    def _give_up(self, doing: str, silence: Silence) -> NoReturn:
+        stopped = ", stopped by a signal" if self.is_stopped() else ""
+        self._silent = silence.error(doing, stopped + self.last_words())
+        self.kill()
+        raise self._silent
 
     def close(self, patience: float = 0.0) -> None:
         self._scratch.remember_segments(self.popen.pid)

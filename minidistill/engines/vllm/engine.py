@@ -63,7 +63,7 @@ class VllmEngine(Engine):
 
         def start() -> EngineProcess:
             self._asleep = False
-            return EngineProcess(options.arguments, options.environment)
+            return EngineProcess(options.arguments, options.environment, options.silence)
 
         self.restarting = RestartingProcess(start, self._send, max_restarts)
 

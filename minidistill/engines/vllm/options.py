@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minidistill.config import Config
-from minidistill.config.schema import LoraConfig
+from minidistill.config.schema import SILENCE, LoraConfig, SilenceConfig
 from minidistill.models.auto import (
     is_multimodal,
     is_recurrent,
@@ -42,6 +42,8 @@ class Options:
     vllm_version: str
     sleeps: bool = False
     """Whether it shares GPUs with the trainer and sleeps between its calls."""
+    silence: SilenceConfig = SILENCE
+    """How long it may show no progress."""
 
     @property
     def workers(self) -> int:
@@ -123,7 +125,9 @@ def build_options(
         if engine.tp > 1:
             # workers bound to cores need one NUMA node each
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    return Options(arguments, environment, adapter, tuple(gpus), version, engine.sleeps)
+    return Options(
+        arguments, environment, adapter, tuple(gpus), version, engine.sleeps, config.silence
+    )
 
 
 def adapter_options(config: Config, model: Any, *, teacher: bool) -> dict[str, Any]:

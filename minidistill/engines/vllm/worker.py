@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from minidistill.types import SamplingParams
 
 REPORTED_STEPS = 8
 """Every so many steps are reported if nothing ends too: replicas wait for each other's steps."""
+SIGN_SECONDS = 1.0
+"""Between two signs that a call goes on: the driver gives up a process without any."""
 Adapter = tuple[str, int] | None
 """An adapter's name and slot; None for the base."""
 
@@ -34,8 +37,8 @@ Adapter = tuple[str, int] | None
 class EngineWorker:
     """A vLLM engine and the methods that the driver calls.
 
-    `report` sends the driver a result before the call returns. `serve_commands` is called between
-    two engine steps.
+    `report` sends the driver a result before the call returns, or None as a sign that it goes on.
+    `serve_commands` is called between two engine steps.
     """
 
     def __init__(
@@ -240,6 +243,7 @@ class EngineWorker:
 
         `stepped` is called with the number of each step.
         """
+        signed = time.monotonic()
         try:
             submit()
             for step in count(1):
@@ -255,6 +259,9 @@ class EngineWorker:
                     if output.finished:
                         self._done.pop(output.request_id)(output)
                 stepped(step)
+                if time.monotonic() >= signed + SIGN_SECONDS:
+                    self.report(None)
+                    signed = time.monotonic()
         except Exception:
             if not self.broken:
                 self.engine.abort_request([*self._done])

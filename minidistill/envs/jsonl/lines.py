@@ -9,7 +9,7 @@ from typing import Any
 
 from minidistill.envs.content import text_content
 from minidistill.errors import UserError
-from minidistill.files import InvalidJsonError, parse_json, read_text
+from minidistill.system.files import InvalidJsonError, parse_json, read_text
 from minidistill.types import Task
 
 ROLES = ("system", "user", "assistant")

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from minidistill.envs.rewards.arguments import refusal
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.files import read_json
+from minidistill.system.files import read_json
 from minidistill.types import Reward, Task
 
 

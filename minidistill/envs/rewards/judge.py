@@ -20,7 +20,7 @@ from minidistill.envs.rewards.arguments import (
     refusal,
 )
 from minidistill.envs.rewards.judge_cache import ScoreCache
-from minidistill.envs.rewards.judge_http import JudgeServer, read_key
+from minidistill.envs.rewards.judge_http import JudgeServer, read_judge_key
 from minidistill.types import Message, Reward, Task
 
 _PLACEHOLDER = re.compile(r"\{(prompt|completion|answer)\}")
@@ -78,7 +78,7 @@ class Judge:
         server = JudgeServer(
             self.url.rstrip("/"),
             {**self.body, "model": self.model},
-            read_key(self.key_env),
+            read_judge_key(self.key_env),
             self.timeout,
             self.budget,
             self.concurrency,

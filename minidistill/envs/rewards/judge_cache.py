@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 
-from minidistill.files import cache_folder
+from minidistill.system.files import cache_folder
 
 
 class ScoreCache:

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from minidistill.envs.outcomes import CannotScoreError, ScoringError, describe
 from minidistill.envs.rewards.arguments import check_text
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.system.http import (
+    FIRST_WAIT,
+    LONGEST_WAIT,
+    REPEATED,
+    BadAnswerError,
+    BrokenError,
+    ask,
+    headers,
+    hidden,
+    read_key,
+)
 
 if TYPE_CHECKING:
     import httpx
 
 PATH, MODELS = "/chat/completions", "/models"
 LARGEST_ANSWER = 4 << 20  # bytes
-FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between repetitions
 REACH_SECONDS = 10.0  # that a server gets to answer before the run
 CLOSED_SECONDS = 0.2  # how often to check whether the run has ended
-REPEATED = {408, 409, 425, 429, 500, 502, 503, 504}  # what a server may answer better later
 
 Answered = Callable[[int, str | ScoringError], None]
 
@@ -67,14 +75,14 @@ class JudgeServer:
         key = "key_env, and the key in that environment variable"
         try:
             with (
-                httpx.Client(headers=self._headers, timeout=seconds) as client,
+                httpx.Client(headers=headers(self._key), timeout=seconds) as client,
                 client.stream("GET", self.url + MODELS) as response,
             ):
                 status = response.status_code
         except httpx.TimeoutException:
             problem, fix = f"no answer within {seconds:g} s", "start the server, or correct url"
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            problem = self._hidden(str(error) or type(error).__name__)
+            problem = hidden(str(error), self._key) or type(error).__name__
             fix = "start the server, or correct url"
         else:
             if status not in (401, 403):
@@ -91,20 +99,13 @@ class JudgeServer:
     def close(self) -> None:
         self._closed = True
 
-    @property
-    def _headers(self) -> dict[str, str]:
-        headers = {"Accept-Encoding": "identity"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        return headers
-
     async def _ask_all(self, questions: Sequence[str], answered: Answered) -> None:
         import httpx
 
         free = asyncio.Semaphore(self.concurrency)
         limits = httpx.Limits(max_connections=self.concurrency)
         async with httpx.AsyncClient(
-            headers=self._headers, timeout=None, limits=limits, follow_redirects=False
+            headers=headers(self._key), timeout=None, limits=limits, follow_redirects=False
         ) as client:
 
             async def ask(number: int) -> tuple[int, str | ScoringError]:
@@ -144,7 +145,7 @@ class JudgeServer:
             except _RepeatError as error:
                 reason, at_least = str(error), error.wait
             except Exception as error:
-                return self._error(describe(error))
+                return self._error(hidden(describe(error), self._key))
             pause = max(wait, at_least)
             if now() + pause >= end:
                 times = f" ({requests} times in {self.budget:g} s)" if requests > 1 else ""
@@ -154,52 +155,37 @@ class JudgeServer:
 
     async def _request(self, client: httpx.AsyncClient, question: str) -> str:
         """The answer to one request. Raises ScoringError or _RepeatError."""
-        import httpx
-
         question = question.encode("utf-8", "replace").decode()  # no unpaired surrogates
         body = {**self.body, "messages": [{"role": "user", "content": question}]}
-        data = bytearray()
         try:
-            async with client.stream("POST", self.url + PATH, json=body) as response:
-                if response.is_redirect:
-                    raise self._error(
-                        f"it redirects (HTTP {response.status_code}), which is not "
-                        "followed: give its own address as url"
-                    )
-                async for chunk in response.aiter_raw():
-                    data += chunk
-                    if len(data) > LARGEST_ANSWER:
-                        raise self._error(f"its answer is larger than {LARGEST_ANSWER >> 20} MiB")
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise _RepeatError(self._hidden(str(error) or type(error).__name__)) from None
-        if response.status_code != 200:
-            status = f"{_message(bytes(data))} (HTTP {response.status_code})"
-            if response.status_code in REPEATED:
-                raise _RepeatError(self._hidden(status), _seconds(response.headers))
-            raise self._error(status)
+            answer = await ask(client, "POST", self.url + PATH, body, self._key, LARGEST_ANSWER)
+        except BrokenError as error:
+            raise _RepeatError(str(error)) from None
+        except BadAnswerError as error:
+            raise self._error(str(error)) from None
+        if answer.status in REPEATED:
+            raise _RepeatError(answer.message(), answer.wait)
+        if answer.status != 200:
+            raise self._error(answer.message())
         try:
-            content = json.loads(data)["choices"][0]["message"]["content"]
+            content = json.loads(answer.data)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError):
             content = None
         if not isinstance(content, str):
-            raise self._error(f"its answer is no chat completion: {_message(bytes(data))}")
+            raise self._error(f"its answer is no chat completion: {answer.beginning}")
         return content
 
     def _error(self, reason: str) -> ScoringError:
-        return ScoringError(f"the judge at {self.url} failed: {self._hidden(reason)}")
-
-    def _hidden(self, text: str) -> str:
-        """`text` without the key, which servers may repeat."""
-        return text.replace(self._key, "***") if self._key else text
+        return ScoringError(f"the judge at {self.url} failed: {reason}")
 
 
-def read_key(name: str | None) -> str:
+def read_judge_key(name: str | None) -> str:
     """The API key in the environment variable `name`, "" without one. Raises UserError."""
     if name is None:
         return ""
     check_text("key_env", name)
     where = "args.reward.key_env"
-    key = os.environ.get(name, "").strip()
+    key = read_key(name, where)
     if not key:
         raise UserError(
             f"jsonl: the environment variable {name}, which holds the judge's API key, is not set",
@@ -207,32 +193,4 @@ def read_key(name: str | None) -> str:
             fix=f"export {name}=…, or leave out key_env for a server without keys",
             exit_code=EXIT_ENVIRONMENT,
         )
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(
-            f"jsonl: the environment variable {name} holds no API key: it has white space, or "
-            "letters that are not ASCII",
-            where=where,
-            fix="set it to the key alone",
-            exit_code=EXIT_ENVIRONMENT,
-        )
     return key
-
-
-def _message(data: bytes) -> str:
-    """A server's error message, or the beginning of what it sent, on one line."""
-    text = data[:2000].decode(errors="replace")
-    try:
-        value = json.loads(data)["error"]
-        text = value["message"] if isinstance(value, dict) else value
-    except (ValueError, LookupError, TypeError, RecursionError):
-        pass
-    return " ".join(str(text).split())[:200] or "nothing"
-
-
-def _seconds(headers: httpx.Headers) -> float:
-    """How long the server asks to wait, 0 if it does not say."""
-    try:
-        seconds = float(headers.get("Retry-After", 0))
-    except ValueError:  # a date
-        return 0.0
-    return seconds if 0 <= seconds < 1e6 else 0.0

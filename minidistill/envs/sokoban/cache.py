@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from minidistill.envs.sokoban.levels import Level, Recipe
-from minidistill.files import cache_folder
+from minidistill.system.files import cache_folder
 
 
 class LevelCache:

@@ -15,10 +15,12 @@ from multiprocessing.connection import Connection, wait
 
 from minidistill.envs.sokoban.levels import Level, LevelMaker, Recipe
 from minidistill.errors import UserError
-from minidistill.subprocesses import Subprocess
+from minidistill.system.subprocesses import Subprocess
 
 PATIENCE = 1.0  # seconds of work that start no processes
 BATCH = 8  # levels a process is asked for at a time
+SILENT_SECONDS = 120.0  # without a level, after which the processes are ended
+TICK = 1.0  # seconds between two looks at silent processes
 NOTED = 100  # as many levels are worth a note in the terminal
 MODULE = "minidistill.envs.sokoban.worker"
 
@@ -47,11 +49,14 @@ def make_levels(maker: LevelMaker, numbers: Sequence[int]) -> Iterator[tuple[int
 def _make_in_processes(
     recipe: Recipe, unmade: deque[int], processes: int
 ) -> Iterator[tuple[int, Level]]:
-    """Take numbers from `unmade` and yield their levels, until none is left or no process lives."""
+    """Take numbers from `unmade` and yield their levels, until none is left or no process lives.
+
+    Processes that all hang are ended, so that others make their levels.
+    """
     level = logging.INFO if len(unmade) >= NOTED else logging.DEBUG
     logger.log(level, f"sokoban-env: making {len(unmade)} levels in {processes} processes")
     with ExitStack() as stack:
-        workers = {}
+        workers, silent = {}, 0.0
         for _ in range(processes):
             worker = WorkerProcess(recipe)
             stack.callback(worker.close)
@@ -60,7 +65,13 @@ def _make_in_processes(
             for worker in workers.values():
                 if unmade and not worker.asked:
                     worker.ask([unmade.popleft() for _ in range(min(BATCH, len(unmade)))])
-            for connection in wait(list(workers)):
+            ready = wait(list(workers), TICK)
+            silent = 0.0 if ready else silent + TICK
+            if silent >= SILENT_SECONDS:
+                logger.warning(f"sokoban-env: no process made a level for {silent:g} s")
+                for worker in workers.values():
+                    worker.kill()
+            for connection in ready:
                 assert isinstance(connection, Connection)
                 worker = workers[connection]
                 try:

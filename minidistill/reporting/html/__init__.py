@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 from minidistill.errors import printable
-from minidistill.files import write_atomic
 from minidistill.reporting.formatting import KL_LEVELS, clean, kl_level, number
 from minidistill.reporting.html.curves import charts
 from minidistill.reporting.html.read import read_run
@@ -18,6 +17,7 @@ from minidistill.reporting.scoreboard_rows import (
     side_by_side,
     verdict,
 )
+from minidistill.system.files import write_atomic
 
 __all__ = ["write_report"]
 

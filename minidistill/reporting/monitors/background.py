@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from minidistill.errors import printable
-from minidistill.foreign import describe
 from minidistill.reporting.monitors.base import Monitor
+from minidistill.system.foreign import describe
 from minidistill.types import Metrics
 
 logger = logging.getLogger(__name__)

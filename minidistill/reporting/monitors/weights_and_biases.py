@@ -17,7 +17,7 @@ from typing import Any
 from minidistill.config import Config
 from minidistill.config.schema import WandbConfig
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.foreign import describe, foreign_code
+from minidistill.system.foreign import describe, foreign_code
 from minidistill.types import Metrics
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
-from minidistill.files import drop_output
+from minidistill.system.files import drop_output
 
 logger = logging.getLogger(__name__)
 

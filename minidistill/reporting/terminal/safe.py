@@ -7,8 +7,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from minidistill.foreign import describe
 from minidistill.reporting.terminal.base import Display, Header, Sample
+from minidistill.system.foreign import describe
 from minidistill.types import Advance, Metrics
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,6 @@ from minidistill.trainer.guards import first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-STEP_TIMEOUT = timedelta(minutes=30)  # that one rank may wait for another within a step
 IDLE_TIMEOUT = timedelta(days=30)  # ranks wait while the driver samples and evaluates
 JOIN_TIMEOUT = timedelta(minutes=5)
 # torchrun's other ranks wait while the driver checks the configuration and loads environments
@@ -33,6 +32,9 @@ DRIVER_TIMEOUT = timedelta(minutes=30)
 SILENT_SECONDS = 10.0  # of waiting for torchrun's ranks, before it is said
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets
 BUCKET_BYTES = 256 << 20  # of gradients summed in one collective
+STARTED, LOADED, PROGRESS = b"s", b"l", b"p"
+"""What a rank sends the driver that started it: its imports worked, its model is loaded, it has
+finished a collective or a micro-batch."""
 EXIT_SECONDS = 5.0  # between the loss of a rank's connection and the end of its process
 
 
@@ -87,16 +89,23 @@ class RankGroup:
         """On the driver: the error to raise if a rank has ended, or ends within some seconds."""
         self.drain_warnings: Callable[[], list[str]] = list
         """On the other ranks: the warnings since the last call, for the driver to log."""
+        self.progress: Callable[[], None] = lambda: None
+        """Called when this rank has finished a collective or a micro-batch, for who watches it."""
         self.broken = False
         """An error left the ranks at different points, so no further command can be sent."""
+        self.in_command = False
+        """On the driver: whether the other ranks run a command, so that they must show progress."""
         self._lock, self._depth, self._threads = threading.RLock(), 0, 0
         self._object_group: Any = None
+        self._result_group: Any = None
 
-    def join(self, device: torch.device, store: Path | None) -> None:
+    def join(self, device: torch.device, store: Path | None, seconds: float) -> None:
         """Join the other ranks: through a file on one machine, or as torchrun configured it.
 
-        On a GPU tensors go over nccl; objects always go over gloo.
+        On a GPU tensors go over nccl; objects always go over gloo. A collective of a step fails
+        after `seconds`.
         """
+        limit = timedelta(seconds=seconds)
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         with contextlib.ExitStack() as stack:
             if store is not None:
@@ -104,23 +113,24 @@ class RankGroup:
                 meeting: Any = dist.FileStore(str(store), self.size)
                 meeting.set_timeout(JOIN_TIMEOUT)
             else:
-                meeting = stack.enter_context(self._torchrun_store())
+                meeting = stack.enter_context(self._torchrun_store(limit))
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             dist.init_process_group(
                 backend,
                 rank=self.rank,
                 world_size=self.size,
-                timeout=STEP_TIMEOUT,
+                timeout=limit,
                 store=meeting,
             )
             self._object_group = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+            self._result_group = dist.new_group(backend="gloo", timeout=limit)
         if device.type == "cpu" and store is not None:  # the ranks share the machine's cores
             self._threads = torch.get_num_threads()
             torch.set_num_threads(max(1, self._threads // self.size))
 
     @contextlib.contextmanager
-    def _torchrun_store(self) -> Iterator[Any]:
+    def _torchrun_store(self, step: timedelta) -> Iterator[Any]:
         """The store over which torchrun's ranks find each other, while they do.
 
         Raises UserError (exit code 3) if the others do not come, or cannot be reached.
@@ -138,7 +148,7 @@ class RankGroup:
                 found = rendezvous("env://", self.rank, self.size, timeout=limit)
                 store, _, _ = next(iter(found))
                 yield dist.PrefixStore("minidistill", store)  # torchrun's agent uses it too
-                store.set_timeout(STEP_TIMEOUT)
+                store.set_timeout(step)
             except (dist.DistError, RuntimeError, OSError) as error:
                 if is_out_of_memory(error):
                     raise
@@ -163,7 +173,7 @@ class RankGroup:
             self.abort()
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
-        self._object_group = None
+        self._object_group = self._result_group = None
         if self._threads:
             torch.set_num_threads(self._threads)
 
@@ -189,16 +199,28 @@ class RankGroup:
             try:
                 if self._depth == 1:
                     self._raise_failed_rank_error(0)
+                    self.progress()
+                    self.in_command = True
                     self.broadcast_object(command)
                 yield
             except BaseException as error:
                 self.broken = True
-                if isinstance(error, Exception) and not isinstance(error, UserError):
-                    seconds = EXIT_SECONDS if isinstance(error, RuntimeError) else 0
-                    self._raise_failed_rank_error(seconds, error)
+                self._raise_if_a_rank_failed(error)
                 raise
             finally:
                 self._depth -= 1
+                if self._depth == 0:
+                    self.in_command = False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """On the driver: in the body the other ranks wait for it, and show no progress."""
+        before, self.in_command = self.in_command, False
+        try:
+            yield
+        finally:
+            self.progress()
+            self.in_command = before
 
     def next_command(self) -> Command | None:
         """On the other ranks: the driver's next command; None at the end."""
@@ -209,6 +231,22 @@ class RankGroup:
         """On the driver: let the other ranks end."""
         if not self.broken:
             self.broadcast_object(None)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """In a collective outside of a command: raise the UserError of a rank that has ended."""
+        try:
+            yield
+        except Exception as error:
+            if self._depth == 0:
+                self._raise_if_a_rank_failed(error)
+            raise
+
+    def _raise_if_a_rank_failed(self, error: BaseException) -> None:
+        """Raise the error of a rank that has ended, if that explains this one."""
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            seconds = EXIT_SECONDS if isinstance(error, RuntimeError) else 0
+            self._raise_failed_rank_error(seconds, error)
 
     def _raise_failed_rank_error(self, seconds: float, cause: Exception | None = None) -> None:
         error = self.failed_rank_error(seconds)
@@ -223,7 +261,9 @@ class RankGroup:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._object_group)
+        with self.explained():
+            dist.broadcast_object_list(box, src=0, group=self._object_group)
+        self.progress()
         return box[0]
 
     def gather_object(self, value: Any) -> list[Any]:
@@ -231,14 +271,16 @@ class RankGroup:
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, dst=0, group=self._object_group)
+        dist.gather_object(value, values, dst=0, group=self._result_group)
+        self.progress()
         return values or []
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value, group=self._object_group)
+            dist.all_gather_object(values, value, group=self._result_group)
+            self.progress()
         return values
 
     def broadcast(self, value: Tensor, device: torch.device) -> Tensor:
@@ -250,6 +292,7 @@ class RankGroup:
         else:
             tensor = torch.empty_like(value, device=device)
         dist.broadcast(tensor, src=0)
+        self.progress()
         return tensor
 
     @torch.no_grad()
@@ -266,6 +309,7 @@ class RankGroup:
             size += 4 * parameter.numel()
             if size >= BUCKET_BYTES:
                 _all_reduce(bucket)
+                self.progress()
                 bucket, size = [], 0
         if bucket:
             _all_reduce(bucket)

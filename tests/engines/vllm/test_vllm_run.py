@@ -13,7 +13,7 @@ from support.vllm import NEEDS_CPU_VLLM, SHORT, SOKOBAN, start, steps
 from minidistill import cli
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.errors import EXIT_HEALTH, EXIT_INTERRUPTED, EXIT_OK
-from minidistill.run import setup
+from minidistill.run import build
 
 pytestmark = NEEDS_CPU_VLLM
 
@@ -40,7 +40,7 @@ def test_steps_in_parts_have_the_results_of_whole_ones(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to float error, which AdamW amplifies."""
-    monkeypatch.setattr(setup, "STREAMED_TOKENS", 100)  # four parts instead of one
+    monkeypatch.setattr(build, "STREAMED_TOKENS", 100)  # four parts instead of one
     path = tmp_path / "parts"
     assert cli.main(["run", SOKOBAN, *SHORT, "--output_dir", str(path)]) == EXIT_OK
     for parts, whole in zip(steps(path), steps(finished), strict=True):

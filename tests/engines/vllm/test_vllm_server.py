@@ -26,10 +26,9 @@ from support.vllm import (
 from minidistill import cli
 from minidistill.config import Config, load_config
 from minidistill.engines.embedded import EmbeddedEngine
-from minidistill.engines.server import engine as server
-from minidistill.engines.server.http import GoneError
+from minidistill.engines.server.http import Client, GoneError
 from minidistill.engines.server.probe import server_command
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_OK, EXIT_USAGE, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_USAGE, UserError
 from minidistill.trainer.forward import PrefixCache
 from minidistill.types import Request, Role, SamplingParams
 
@@ -162,7 +161,7 @@ def test_another_model_is_refused(bench: Bench) -> None:
 def test_what_a_server_refuses_is_one_clear_error(bench: Bench) -> None:
     with pytest.raises(UserError, match="257") as caught:
         bench.engine.score([(5,) * 300], [(6,)], Role.TEACHER)
-    assert caught.value.exit_code == EXIT_FAILED
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
     with pytest.raises(ValueError, match="temperature 1"):
         bench.engine.score([(1,)], [(2,)], Role.TEACHER, 0.5)
 
@@ -202,20 +201,20 @@ def test_a_server_without_adapters_or_processed_logprobs_and_one_that_dies(tmp_p
 def test_a_server_that_comes_back_gets_the_adapter_and_what_it_had_not_answered(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, engine, really = [], bench.engine, server.send_all
+    asked, engine, really = [], bench.engine, Client.send_all
     truth = worst(bench, Role.STUDENT)
-    monkeypatch.setattr(engine, "max_restarts", 1)
+    monkeypatch.setattr(engine.server, "max_restarts", 1)
 
-    def drop(url: str, act: Any, indices: list[int], *rest: Any) -> None:
+    def drop(client: Client, act: Any, indices: list[int], *rest: Any) -> None:
         asked.append(indices)
         if len(asked) > 1:
-            return really(url, act, indices, *rest)
-        really(url, act, [0, 3], *rest)
-        for name in adapters_at(url):
-            engine._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+            return really(client, act, indices, *rest)
+        really(client, act, [0, 3], *rest)
+        for name in adapters_at(client.url):
+            engine.server.request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
         raise GoneError("reset")
 
-    monkeypatch.setattr(server, "send_all", drop)
+    monkeypatch.setattr(Client, "send_all", drop)
     assert worst(bench, Role.STUDENT) == pytest.approx(truth, abs=1e-5)
     assert asked == [[0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 4, 5, 6, 7]]
     asked.clear()
@@ -230,9 +229,9 @@ def test_a_server_that_was_started_again_between_two_calls(
     engine = bench.engine
     engine.sync(next(VERSIONS))
     truth = worst(bench, Role.STUDENT)
-    monkeypatch.setattr(engine, "max_restarts", engine.restarts + 1)
+    monkeypatch.setattr(engine.server, "max_restarts", engine.server.restarts + 1)
     (name,) = adapters_at(engine.location)
-    engine._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+    engine.server.request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
     assert worst(bench, Role.STUDENT) == pytest.approx(truth, abs=1e-5)
     assert "was restarted" in caplog.messages[0]
     assert adapters_at(engine.location) == [name]

@@ -20,14 +20,20 @@ from minidistill.errors import EXIT_ENVIRONMENT, UserError
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def read_text(path: Path, *, where: str = "", fix: str = "check the path") -> str:
+_DEVICE_BYTES = 1 << 20
+"""Bytes that are read of a device, which may have no end."""
+
+
+def read_text(
+    path: Path, *, where: str = "", fix: str = "check the path", limit: int | None = None
+) -> str:
     """The text of a file in UTF-8, without a byte order mark, and with "\n" for "\r\n".
 
-    Raises UserError: with `where` and `fix` for a file that cannot be read, and with line and
-    column for bytes that are not UTF-8.
+    Raises UserError: with `where` and `fix` for a file that cannot be read or has more than `limit`
+    bytes, and with line and column for bytes that are not UTF-8.
     """
     try:
-        data = path.read_bytes()
+        data = _read_bytes(path, limit)
     except (OSError, ValueError) as error:  # a ValueError for a null character
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot read {path}: {reason}", where or str(path), fix) from None
@@ -41,6 +47,16 @@ def read_text(path: Path, *, where: str = "", fix: str = "check the path") -> st
         what = f"{path} is not UTF-8 text: {encoding or f'the byte 0x{data[error.start]:02x}'}"
         place = f"{path}:{line}, column {len(before.decode('utf-8')) + 1}"
         raise UserError(what, place, "save the file as UTF-8") from None
+
+
+def _read_bytes(path: Path, limit: int | None) -> bytes:
+    if path.is_char_device() or path.is_block_device():
+        limit = min(limit or _DEVICE_BYTES, _DEVICE_BYTES)
+    with open(path, "rb") as file:
+        data = file.read(-1 if limit is None else limit + 1)
+    if limit is not None and len(data) > limit:
+        raise ValueError(f"it has more than {limit} bytes")
+    return data
 
 
 class InvalidJsonError(ValueError):
@@ -203,7 +219,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     3) if the file cannot be written.
     """
     temporary = temporary_name(path)
-    content = data.encode() if isinstance(data, str) else data
+    content = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     with writing(path):
         # exclusive: never an existing file, never through a link; the umask applies
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
