@@ -33,8 +33,8 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @contextmanager
-def owner(temporary: Path) -> Iterator[tuple[subprocess.Popen[str], Path, Path]]:
-    """A process with a scratch folder and a segment of shared memory."""
+def owner(temporary: Path) -> Iterator[tuple[subprocess.Popen[str], Path, list[Path]]]:
+    """A process with a scratch folder, and its segments: shared memory and a semaphore."""
     paths = os.pathsep.join(map(str, (TESTS, ROOT, ROOT / "kernels")))
     environment = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(temporary)}
     command = [sys.executable, "-m", "support.dying"]
@@ -43,8 +43,8 @@ def owner(temporary: Path) -> Iterator[tuple[subprocess.Popen[str], Path, Path]]
     ) as process:
         try:
             assert process.stdout is not None
-            folder, segment = process.stdout.readline().split()
-            yield process, Path(folder), Path("/dev/shm", segment)
+            folder, *names = process.stdout.readline().split()
+            yield process, Path(folder), [Path("/dev/shm", name) for name in names]
         finally:
             process.kill()
 
@@ -53,18 +53,18 @@ def test_what_a_killed_process_left_is_removed_and_a_live_one_keeps_its_own(
     temporary: Path,
 ) -> None:
     mine = ScratchFolder()
-    with owner(temporary) as (process, folder, segment):
+    with owner(temporary) as (process, folder, segments):
         sweep()
         assert {mine.path, folder} <= set(temporary.iterdir())
-        assert segment.exists()
+        assert all(segment.exists() for segment in segments)
         process.kill()
         process.wait()
         assert folder.exists()
-        assert segment.exists()
+        assert all(segment.exists() for segment in segments)
         sweep()
         assert not folder.exists()
-        assert not segment.exists()
-        other = segment.with_name(f"other_{process.pid}")
+        assert not [segment for segment in segments if segment.exists()]
+        other = segments[0].with_name(f"other_{process.pid}")
         assert other.exists(), "a program that is not ours may share it"
         other.unlink()
     assert mine.path.exists()
@@ -212,12 +212,14 @@ def test_an_engines_process_leaves_nothing(
 def test_the_sockets_of_multiprocessing_are_in_a_scratch_folder(temporary: Path) -> None:
     command = (
         "import multiprocessing.util as util; from minidistill.system.scratch import *;"
-        "use_for_multiprocessing(); use_for_multiprocessing(); print(util.get_temp_dir())"
+        "use_for_multiprocessing(); use_for_multiprocessing(); print(util.get_temp_dir());"
+        "from multiprocessing.connection import Listener; kept = Listener(family='AF_UNIX')"
     )
     environment = {**os.environ, "TMPDIR": str(temporary)}
     ended = subprocess.run(
         [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
     )
+    assert ended.stderr == ""
     assert Path(ended.stdout.strip()).parent == temporary
     assert Path(ended.stdout.strip()).name.startswith("minidistill-")
     assert list(temporary.iterdir()) == []

@@ -7,11 +7,11 @@ another host that shares the file system.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import fcntl
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import re
 import secrets
@@ -19,7 +19,6 @@ import socket
 import stat
 import tempfile
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 
 from minidistill.errors import UserError
@@ -92,7 +91,8 @@ def use_for_multiprocessing() -> None:
         folder = ScratchFolder()
         if folder.holds_sockets:
             settings["tempdir"] = str(folder.path)
-            atexit.register(folder.close)
+            # after multiprocessing has removed its sockets
+            multiprocessing.util.Finalize(None, folder.close, exitpriority=-100)
         else:
             folder.close()
 
@@ -151,14 +151,20 @@ def _listed(folder: Path) -> list[str]:
     return [name for name in names if isinstance(name, str) and _SEGMENT.fullmatch(name)]
 
 
-def _segments_of(group: int) -> Iterable[str]:
-    """The names of the shared memory that the processes of a group have mapped."""
-    names = set()
+def _segments_of(group: int) -> set[str]:
+    """The names of the shared memory that the processes of a group have mapped.
+
+    Found by their numbers: a semaphore is mapped under the name that it had first.
+    """
+    mapped = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):
             if os.getpgid(int(process.name)) == group:
-                for line in (process / "maps").read_text(errors="replace").splitlines():
-                    folder, _, name = line.partition(f" {SHARED_MEMORY}/")[2].rpartition("/")
-                    if not folder and _SEGMENT.fullmatch(name) and not name.endswith("(deleted)"):
-                        names.add(name)
+                lines = (process / "maps").read_text(errors="replace").splitlines()
+                mapped |= {int(x.split()[4]) for x in lines if f" {SHARED_MEMORY}/" in x}
+    names = set()
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(SHARED_MEMORY):
+            if entry.inode() in mapped and _SEGMENT.fullmatch(entry.name):
+                names.add(entry.name)
     return names

@@ -6,6 +6,7 @@ has started.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -32,8 +33,11 @@ if __name__ == "__main__" and len(sys.argv) == 1:
     folder = ScratchFolder()
     name = leave()
     leave(f"other_{os.getpid()}")
+    semaphore = multiprocessing.get_context("spawn").Semaphore()
+    semaphore_name = semaphore._semlock.name  # type: ignore[attr-defined]
+    resource_tracker.unregister(semaphore_name, "semaphore")
     folder.remember_segments(os.getpgrp())
-    print(folder.path, name, flush=True)
+    print(folder.path, name, f"sem.{semaphore_name[1:]}", flush=True)
     time.sleep(600)
 elif __name__ == "__main__":
     calls = Connection(int(sys.argv[1]))
