@@ -11,7 +11,7 @@ from typing import Any
 from minidistill.config import Config, LoadedConfig
 from minidistill.config.adapter import initial_adapter_digest
 from minidistill.envs.isolated import close_environments
-from minidistill.envs.protocol import Environment, check_ready
+from minidistill.envs.protocol import Environment, check_ready, has_rewards
 from minidistill.envs.registry import load_environments
 from minidistill.evaluation.evaluator import held_out
 from minidistill.evaluation.intervals import MIN_TASKS
@@ -218,6 +218,12 @@ def _tell_what_the_scoreboard_lacks(
     """Warn before the run if its scoreboard will have no verdict, or a vague one."""
     settings = config.orchestrator.eval
     if settings is None:
+        unused = [name for name, env in environments.items() if has_rewards(env)]
+        if unused and config.orchestrator.buffer.skip_verification:
+            logger.info(
+                f"no reward of {', '.join(unused)} is computed: skip_verification leaves rewards "
+                "out of training, and there is no [orchestrator.eval]"
+            )
         logger.info(NO_BASELINE)
         return
     scored = config.orchestrator.teacher_model.eval_baseline

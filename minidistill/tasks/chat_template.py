@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_SOURCE = 200_000
 """Characters of a template."""
-LONGEST_TEXT = 20_000_000
+LONGEST_TEXT = 4_000_000
 """Characters of a rendered text: millions of tokens."""
 MARK = "\u2063minidistill\u2063"  # a message that no template contains, for probing
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own

@@ -168,6 +168,9 @@ def test_kept_prompts_are_spread_evenly() -> None:
          "±24 points, 100 give ±10: give the environments more tasks"),
         (("--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline"), 16,
          logging.INFO, "There is no baseline, so nothing can be said"),
+        (("--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline",
+          "--orchestrator.buffer.skip_verification", "--trainer.loss.adv_tau", "0"), 16,
+         logging.INFO, "no reward of sokoban-env is computed"),
     ],
 )  # fmt: skip
 def test_what_the_scoreboard_will_lack_is_said_in_preflight(
