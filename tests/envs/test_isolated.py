@@ -123,7 +123,7 @@ def test_scoring_stops_as_soon_as_too_many_took_long(env: IsolatedEnvironment, f
         if errors:
             raise UserError(errors[0])
 
-    with pytest.raises(UserError, match=r"train/0: it (ended its process|took longer)"):
+    with pytest.raises(UserError, match=r"train/0 of e: it (ended its process|took longer)"):
         score({"e": env}, rollouts, scored.append, check)
     assert len(scored) == 2
 

@@ -273,6 +273,6 @@ JINJA: Sequence[bytes] = (
     b"{{ lipsum(9) }}", b"{{ cycler.__init__.__globals__ }}", b"{{ x | nothing }}", b"{% endfor %}",
     b"{{ tools | tojson }}", b"{{ messages | tojson }}", b"{% break %}",
     b"{% generation %}", b"{{ '\\ud800' }}", b"{{ strftime_now(1) }}", b"{{ -x }}", b"{{ self }}",
-    b"{{ messages.append(1) }}", b"{% block a %}{% endblock %}", b"{{ '%999999d' % 1 }}",
-    b"{{ '{:>999999}'.format(1) }}",
+    b"{{ messages.append(1) }}", b"{% block a %}{% endblock %}", b"{{ '%9999d' % 1 }}",
+    b"{{ '{:>9999}'.format(1) }}",
 )  # fmt: skip
