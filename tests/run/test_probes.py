@@ -103,12 +103,12 @@ def test_a_small_leak_between_packed_sequences_is_noticed(
 ) -> None:
     flags = ("--model.attn", "varlen", "--model.dtype", dtype)
     lab = make_lab(configure(*SMALL, *flags), trained=False)
-    right = attention.one_by_one
+    right = attention.attend_in_blocks
 
     def leaks(query: Any, key: Any, value: Any, *more: Any) -> torch.Tensor:
         return right(query, key, value, *more) + 0.003 * value.mean()
 
-    monkeypatch.setattr(attention, "one_by_one", leaks)
+    monkeypatch.setattr(attention, "attend_in_blocks", leaks)
     with pytest.raises(UserError, match="packed sequences read each other"):
         check(lab)
 

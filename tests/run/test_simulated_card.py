@@ -30,7 +30,7 @@ adv_tau = 0.0
 
 [orchestrator]
 batch_size = 8
-rollouts_per_example = 4
+rollouts_per_example = 1
 sampling = { max_tokens = 4 }
 buffer = { skip_verification = true }
 [orchestrator.teacher_model]
