@@ -97,7 +97,7 @@ def test_a_packed_run_is_the_padded_one(
 ) -> None:
     """Up to rounding, and the header says which of them it is."""
     assert run(tmp_path / "packed", "--model.attn", "varlen") == EXIT_OK
-    assert "varlen, sequences are packed, no mask" in capsys.readouterr().out
+    assert "varlen, sequences are packed, prompts computed once" in capsys.readouterr().out
     packed, padded = records(tmp_path / "packed"), records(finished)
     assert len(packed) == len(padded)
     for ours, theirs in zip(packed, padded, strict=True):

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from minidistill import cli
 from minidistill.reporting import run_lock
 
 _NAMES = {"os.mkdir": 0, "os.rename": 1, "os.remove": 0, "os.rmdir": 0, "shutil.rmtree": 0}
@@ -69,8 +72,17 @@ def write_fails(root: Path, at: int, *, kills: bool) -> Iterator[_Fault]:
         sys.addaudithook(_fault.hook)
         _hooked.append(True)
     _fault.root, _fault.at, _fault.log, _fault.kills = os.path.abspath(root), at, [], kills
+    print_error = cli._print_error
+
+    def unless_killed(error: BaseException) -> int:
+        if isinstance(error, Killed):
+            raise error
+        return print_error(error)
+
     try:
-        yield _fault
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cli, "_print_error", unless_killed)
+            yield _fault
     except Killed:
         run_lock.release_all()
     finally:

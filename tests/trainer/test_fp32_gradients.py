@@ -34,6 +34,10 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.base_model = Layer()
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=0))
+
+    def get_decoder(self) -> nn.Module:
+        return nn.Sequential(nn.ModuleList(), self.base_model)
 
     @property
     def parameters_by_name(self) -> Any:
