@@ -135,10 +135,15 @@ def test_the_levels_of_a_stopped_process_are_made_by_others(
 ) -> None:
     monkeypatch.setattr(workers, "SILENT_SECONDS", 0.3)
     monkeypatch.setattr(workers, "TICK", 0.1)
-    levels = make_levels(LevelMaker(RECIPE), NUMBERS)
-    made = dict([next(levels)])
-    os.kill(started[0].popen.pid, signal.SIGSTOP)
-    made |= dict(levels)
+
+    class Process(workers.WorkerProcess):
+        def __init__(self, recipe: Recipe) -> None:
+            super().__init__(recipe)
+            if self is started[0]:
+                os.kill(self.popen.pid, signal.SIGSTOP)
+
+    monkeypatch.setattr(workers, "WorkerProcess", Process)
+    made = dict(make_levels(LevelMaker(RECIPE), NUMBERS))
     assert made == expected
     assert "no process made a level for 0." in caplog.text
     assert "signal SIGKILL" in caplog.text

