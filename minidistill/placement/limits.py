@@ -30,14 +30,19 @@ def fp32_copy_bytes(itemsize: int) -> int:
     return 4 if itemsize < 4 else 0
 
 
+def head_size(text_config: Any) -> int:
+    """The width of one attention head, from the configuration of a model's text part."""
+    size = getattr(text_config, "head_dim", None)
+    return int(size or text_config.hidden_size // text_config.num_attention_heads)
+
+
 def kv_bytes_per_token(model_config: Any, itemsize: int, tp: int = 1) -> int:
     """Bytes of one token's keys and values on one of `tp` GPUs. Heads are not split."""
     text = model_config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     per_gpu = max(Fraction(1), Fraction(kv_heads, tp))
-    return int(2 * text.num_hidden_layers * per_gpu * head_dim * itemsize)
+    return int(2 * text.num_hidden_layers * per_gpu * head_size(text) * itemsize)
 
 
 def cpu_cache_bytes(kv_bytes: int, max_length: int) -> int:

@@ -10,6 +10,7 @@ from minidistill.config.schema import LoraConfig
 from minidistill.errors import UserError, blamed_on
 from minidistill.models.auto import matches, skeleton, text_linears, text_parameters
 from minidistill.models.hub import TEACHER_KEY
+from minidistill.placement.limits import head_size
 from minidistill.placement.placement import Models
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -160,7 +161,7 @@ def read_shape(model_config: Any) -> ModelShape:
         intermediate=getattr(text, "intermediate_size", None) or 4 * hidden,
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or hidden // heads,
+        head_dim=head_size(text),
         vocab=embedding.weight.shape[0],
         qk_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         linears=linears,

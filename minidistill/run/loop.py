@@ -22,7 +22,7 @@ from minidistill.run.prepare import prepare
 from minidistill.run.resume import is_extended, with_recorded_adapter
 from minidistill.run.session import Session, open_session
 from minidistill.run.summary import finish, show_finished
-from minidistill.system.foreign import Interrupted
+from minidistill.system.foreign import Interrupted, handling
 from minidistill.trainer.step import StepResult
 from minidistill.types import Metrics
 
@@ -146,12 +146,5 @@ def _hangups() -> Iterator[None]:
         if tell.ident is None:  # once
             tell.start()
 
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+    with handling(signal.SIGHUP, signal.SIG_DFL, hung_up):
         yield
-        return
-    signal.signal(signal.SIGHUP, hung_up)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)

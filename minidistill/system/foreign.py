@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from minidistill.errors import UserError
 
@@ -25,15 +26,25 @@ class Interrupted(KeyboardInterrupt):
 @contextlib.contextmanager
 def ctrl_c() -> Iterator[None]:
     """Have Ctrl-C raise `Interrupted`, where Python would raise KeyboardInterrupt."""
+    with handling(signal.SIGINT, signal.default_int_handler, raise_interrupted):
+        yield
+
+
+@contextlib.contextmanager
+def handling(signum: int, default: Any, handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle a signal where it would have its `default` effect.
+
+    A handler that somebody else has set stays. Only the main thread can set one.
+    """
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if not main or signal.getsignal(signum) is not default:
         yield
         return
-    signal.signal(signal.SIGINT, raise_interrupted)
+    signal.signal(signum, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signum, default)
 
 
 def raise_interrupted(signum: int, frame: FrameType | None) -> None:

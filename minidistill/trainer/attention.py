@@ -47,7 +47,7 @@ def gathered_arguments(
     int32.
     """
     queries = [len(segment) for segment in segments]
-    keys = [prefix + sum(stop - start for start, stop in _keys(segment)) for segment in segments]
+    keys = [prefix + _length(_keys(segment)) for segment in segments]
     cumulative = torch.tensor([[0, *queries], [0, *keys]]).cumsum(1, dtype=torch.int32).to(device)
     return {
         "cu_seq_lens_q": cumulative[0],
@@ -69,6 +69,10 @@ def key_index(segments: Sequence[Segment], prefix: int, device: torch.device) ->
 def _keys(segment: Segment) -> tuple[Span, ...]:
     """What the last token of a segment attends to."""
     return *segment.before, segment.span
+
+
+def _length(spans: Sequence[Span]) -> int:
+    return sum(stop - start for start, stop in spans)
 
 
 class GatheredKeys(DynamicLayer):
@@ -113,13 +117,12 @@ def blocks(segments: Sequence[Segment], prefix: int, device: torch.device) -> li
     """
     groups: list[list[Segment]] = []
     for segment in segments:
-        last = groups[-1][-1] if groups else None
-        if last is not None and segment.before and segment.before == last.before:
-            shared = prefix + sum(stop - start for start, stop in segment.before)
-            if segment.stop - groups[-1][0].start <= shared:
-                groups[-1].append(segment)
-                continue
-        groups.append([segment])
+        group = groups[-1] if groups else []
+        same = group and segment.before and segment.before == group[-1].before
+        if same and segment.stop - group[0].start <= prefix + _length(segment.before):
+            group.append(segment)
+        else:
+            groups.append([segment])
     return [_block(group, prefix, device) for group in groups]
 
 
@@ -129,7 +132,7 @@ def _block(group: Sequence[Segment], prefix: int, device: torch.device) -> Block
         [(0, prefix), *((prefix + a, prefix + b) for a, b in (*group[0].before, queries))]
     )
     rows = queries[1] - queries[0]
-    shared = sum(stop - start for start, stop in keys) - rows
+    shared = _length(keys) - rows
     if not shared and len(group) == 1:
         return Block(queries, keys, None)
     own = torch.block_diag(*(torch.ones(len(s), len(s)).tril() for s in group)).bool()

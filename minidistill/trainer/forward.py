@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minidistill.models.auto import keeps_tokens
 from minidistill.placement.attention import FLASH
+from minidistill.placement.limits import head_size
 from minidistill.trainer.attention import (
     GatheredKeys,
     blocks,
@@ -135,8 +136,7 @@ def _gathers_keys(policy: Policy) -> bool:
     """Whether a kernel attends to the segments of a row, each to keys of its own."""
     if policy.attention.implementation == FLASH:
         return True
-    text = policy.config.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = head_size(policy.config.get_text_config())
     return kernel_runs(policy.device, policy.dtype, size)
 
 
