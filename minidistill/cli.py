@@ -27,6 +27,7 @@ from minidistill.errors import (
 )
 from minidistill.system.files import drop_output, full_disk, open_standard_streams
 from minidistill.system.foreign import ctrl_c, is_interrupt
+from minidistill.system.threads import settle_threads
 
 if TYPE_CHECKING:
     from minidistill.config import LoadedConfig
@@ -216,10 +217,7 @@ examples:
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     loaded = _load("run", rest, resume=options.resume)
-    # Read once, when torch loads OpenMP: idle threads that spin make a busy machine many times
-    # slower (docs/decisions/0005).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    settle_threads()  # before torch loads OpenMP
     # Interpreted kernels have to be asked for before transformers imports triton.
     import minidistill_kernels  # noqa: F401
     from minidistill.trainer.distributed.rank_group import launched_by_torchrun

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from typing import Any
 
@@ -36,7 +35,6 @@ def load_policy(
     Under LoRA the base is frozen and gets an adapter: see `add_adapter`. Otherwise
     every weight is trained, and a frozen teacher is a second copy.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = config.trainer.model
     device = placement.devices[0] if device is None else device
     dtype = getattr(torch, placement.dtype)
