@@ -182,14 +182,15 @@ def layer_activations(
                  base's dtype w · inputs once for layers that read the same, and w · rank;
                  with DoRA twice the outputs
 
-    A CPU computes norms' outputs in fp32 and the inner products of gated MLPs again. There an MLP
-    saves w · 2I, and adapters after a norm or in an MLP save w · rank.
+    A CPU computes norms' outputs and the inner products of gated MLPs again in fp32. There an MLP
+    saves w · 2I, and adapters after a norm or in an MLP save w · rank. With a mask this is not
+    counted: attention then keeps about as much more.
     """
     w, lora, attention = itemsize, config.trainer.model.lora, placement.attention
     h, i, q, k = shape.hidden, shape.intermediate, shape.attention, shape.keys
     unmasked = attention.shares_prompts or attention.implementation == FLASH
     kept = k * _gathered_keys(config, placement) if unmasked else q
-    lean = _is_lean(config, placement)
+    lean = unmasked and _is_lean(config, placement)
     mlp = (2 if lean and shape.gated else 3) * w * i
     total = 2 * 4 * h + mlp + w * int(2 * q + 2 * kept) + 4 * shape.heads + 8
     width = size.tokens if attention.packed else size.longest
@@ -212,7 +213,7 @@ def layer_activations(
         return total + 4 * sum(x.inputs for x in adapted) // shape.layers
     # adapters in the base's dtype save no copies: each input counts once
     if lean:
-        adapted = tuple(x for x in adapted if not _computed_again(x.name, shape, w))
+        adapted = tuple(x for x in adapted if not _computed_again(x.name, shape))
     blocks = {(x.name.rpartition(".")[0], x.inputs) for x in adapted}
     attended = {name for name, _ in blocks if name.endswith("attn")}
     distinct = sum(inputs for name, inputs in blocks if name not in attended)
@@ -224,16 +225,16 @@ def _is_lean(config: Config, placement: Placement) -> bool:
     lora = config.trainer.model.lora
     if lora is False or placement.trainer_gpus or placement.sharded:
         return False
-    same = _adapter_itemsize(placement) == int(getattr(torch, placement.dtype).itemsize)
-    return same and not lora.use_dora and not lora.dropout
+    fp32 = placement.dtype == "float32" and _adapter_itemsize(placement) == 4
+    return fp32 and not lora.use_dora and not lora.dropout
 
 
-def _computed_again(name: str, shape: ModelShape, itemsize: int) -> bool:
+def _computed_again(name: str, shape: ModelShape) -> bool:
     """Whether a lean layer's input is not kept."""
     layer = name.rpartition(".")[2]
     if layer == "down_proj":
         return shape.gated
-    return itemsize == 4 and layer in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    return layer in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def _gathered_keys(config: Config, placement: Placement) -> float:
