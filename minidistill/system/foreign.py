@@ -20,13 +20,19 @@ LONGEST = 1000  # characters of a described exception
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user's Ctrl-C. A plain KeyboardInterrupt is one that somebody's code raises."""
+    """Ctrl-C, or SIGTERM. A plain KeyboardInterrupt is one that somebody's code raises."""
 
 
 @contextlib.contextmanager
 def ctrl_c() -> Iterator[None]:
-    """Have Ctrl-C raise `Interrupted`, where Python would raise KeyboardInterrupt."""
-    with handling(signal.SIGINT, signal.default_int_handler, raise_interrupted):
+    """Have Ctrl-C and SIGTERM raise `Interrupted`, so that what was begun is cleared away.
+
+    Python would raise KeyboardInterrupt, and end at once.
+    """
+    with (
+        handling(signal.SIGINT, signal.default_int_handler, raise_interrupted),
+        handling(signal.SIGTERM, signal.SIG_DFL, raise_interrupted),
+    ):
         yield
 
 
