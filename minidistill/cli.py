@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ FILES…         TOML files; a later file beats an earlier one
 def entry() -> NoReturn:
     """The command `minidistill`: `main`, and the end of the process."""
     code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the interpreter's end
     background = sys.modules.get("minidistill.reporting.monitors.background")
     if background is not None and background.is_busy():
         # a monitor that hangs, or its package's exit hook, would keep the process for ever

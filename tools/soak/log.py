@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -69,7 +70,8 @@ def versions() -> list[str]:
     return [
         f"commit {_git('rev-parse', 'HEAD') or 'unknown'}"
         + (", with changes" if _git("status", "--porcelain", "--untracked-files=no") else ""),
-        f"Python {platform.python_version()}, {platform.platform()}",
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, "
+        f"{len(os.sched_getaffinity(0))} cores",
         packages,
     ]
 
