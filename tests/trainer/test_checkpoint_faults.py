@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.disk_faults import failing, file_limit, killed, refusal, small_disk
+from support.disk_faults import at_call, failing, file_limit, killed, refusal, small_disk
 from support.faults import write_fails
 from support.lab import SMALL_STEP, Lab, make_lab
 from support.paths import SOKOBAN
@@ -136,24 +136,26 @@ def test_a_kill_at_any_call(lab: Lab, saved: Path, memory: Path, stride: int) ->
 
 def test_a_kill_before_old_checkpoints_are_removed(lab: Lab, saved: Path, memory: Path) -> None:
     """A resume points `latest` at the new one and removes the others, also if it is killed too."""
+    root = memory / "whole"
+    shutil.copytree(saved, root)
+    with at_call(0, lambda: None) as calls:
+        save(lab, root, 3, keep=1)
+    there = len(calls) - calls[::-1].index("replace")  # the call that writes `latest`
     states = set()
-    for number in range(1, 200):
+    for number in range(there - 2, len(calls) + 2):
         root = memory / str(number)
         shutil.copytree(saved, root)
         ended = not killed(number, partial(save, lab, root, 3, keep=1))
-        left = (root / "latest").read_text().strip()
-        if restored(lab, root) == 3:
-            states.add((left, len(names(root))))
-            for again in range(1, 99):
-                if not killed(again, partial(resumed, lab, root, keep=1)):
-                    break
-            assert names(root) == ["latest", SAVE]
-            assert (root / "latest").read_text() == f"{SAVE}\n"
-        shutil.rmtree(root)
-        if ended:
-            break
-    # beside `latest`: three, three, two, and at last one checkpoint
-    assert states >= {("step_000002", 4), (SAVE, 4), (SAVE, 3), (SAVE, 2)}
+        states.add(((root / "latest").read_text().strip(), len(names(root))))
+        for again in range(1, 99, 2) if number == there else ():
+            if not killed(again, partial(resumed, lab, root, keep=1)):
+                break
+        assert resumed(lab, root, keep=1) == 3
+        assert names(root) == ["latest", SAVE]
+        assert (root / "latest").read_text() == f"{SAVE}\n"
+        assert ended == (number > len(calls))
+    # with `latest`, and with what is being removed
+    assert states == {("step_000002", 5), ("step_000002", 4), (SAVE, 4), (SAVE, 3), (SAVE, 2)}
 
 
 def test_a_damaged_newest_checkpoint_costs_no_older_one(
@@ -176,7 +178,7 @@ def test_a_run_that_is_killed_there_has_no_checkpoint_too_many_after_a_resume(
     whole, path = tmp_path / "whole", tmp_path / "run"
     with write_fails(whole, 0, kills=True) as fault:
         assert run(whole, *flags) == EXIT_OK
-    there = fault.log.index("os.rename checkpoints/step_000001") + 1
+    there = fault.log.index("os.rename checkpoints/.step_000001.removed") + 1
     with write_fails(path, there, kills=True):
         run(path, *flags)
     assert names(path / "checkpoints") == ["latest", "step_000001", "step_000002"]
