@@ -329,7 +329,7 @@ def test_a_soak_that_is_stopped_says_what_it_has_done(
     assert lines[1].startswith("commit ")
     assert lines[2].startswith("Python ")
     assert lines[4].startswith("shared memory: a segment is a run's if ")
-    assert [lines[5], lines[7]] == ["stopped by a signal", "plain 1"]
+    assert [lines[5], lines[7]] == ["stopped by a signal", "1 × plain"]
     assert re.fullmatch(r"starts: 1 of 200 in \d+ s, 0 findings", lines[6])
     assert re.fullmatch(r"0 findings in \d+ s", lines[8])
     assert str(tmp_path) not in text

@@ -61,7 +61,7 @@ class Log:
     def counted(self, part: str) -> str:
         """How often each kind was done, by name."""
         kinds = sorted(self.kinds.get(part, Counter()).items())
-        return ", ".join(f"{kind} {times}" for kind, times in kinds)
+        return "; ".join(f"{times} × {kind}" for kind, times in kinds)
 
 
 def versions() -> list[str]:

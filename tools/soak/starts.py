@@ -43,6 +43,7 @@ EXIT_CODES = {
     signal.SIGINT: {0, 130, -signal.SIGINT},
     signal.SIGKILL: {0, -signal.SIGKILL},
 }
+INTERRUPTED = b"KeyboardInterrupt\n"
 LONGEST = 9.0  # seconds until a run is stopped
 GRACE = 10.0  # seconds in which what a run leaves may go away
 """The kernel ends a run's subprocesses with their driver, but for one that has just been started:
@@ -88,17 +89,20 @@ def start_and_stop(
         process.kill()
         code = process.wait()
         log.finding("starts", f"{what}: still running after {STOP:.0f} s: {tail(output)}")
-    if code not in EXIT_CODES[number]:
-        log.finding("starts", f"{what}: exit code {code}: {tail(output)}")
-    elif _traceback(output.read_bytes(), code):
-        log.finding("starts", f"{what}: a traceback: {tail(output)}")
+    said = output.read_bytes()
+    # SIGINT while the interpreter starts: Python ends by itself, with a traceback of its own
+    if not (number == signal.SIGINT and said.endswith(INTERRUPTED) and b", in main" not in said):
+        if code not in EXIT_CODES[number]:
+            log.finding("starts", f"{what}: exit code {code}: {tail(output)}")
+        elif b"Traceback" in said:
+            log.finding("starts", f"{what}: a traceback: {tail(output)}")
     took = _wait_for_processes(log, commands, what)
     for name in segments.left():
         log.finding("starts", f"{what}: the shared memory {name} is left")
     if number != signal.SIGKILL:  # a killed run cannot remove its files: see `_after_kills`
         for name in _names(commands.temporary) - temporary:
             log.finding("starts", f"{what}: the temporary folder has {name}")
-    log.count("starts", f"{kind}, {number.name if stopped else 'ended before'}: exit code {code};")
+    log.count("starts", f"{kind}, {number.name if stopped else 'ended before'}, exit code {code}")
     done = log.done["starts"]
     log.say(f"starts: {done}: {what}: exit code {code}, its processes ended {took:.1f} s later")
     shutil.rmtree(path, ignore_errors=True)
@@ -116,12 +120,6 @@ def _wait(process: Any, segments: Segments, seconds: float) -> int | None:
                 return None
         else:
             return code
-
-
-def _traceback(output: bytes, code: int) -> bool:
-    """Whether a run showed one. SIGINT before the command begins has Python show its own."""
-    before = code == -signal.SIGINT and b", in main" not in output
-    return b"Traceback" in output and not before
 
 
 def _wait_for_processes(log: Log, commands: Commands, what: str) -> float:
