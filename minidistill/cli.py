@@ -27,7 +27,7 @@ from minidistill.errors import (
     printable,
 )
 from minidistill.system.files import drop_output, full_disk, open_standard_streams
-from minidistill.system.foreign import ctrl_c, is_interrupt
+from minidistill.system.foreign import check_interrupted, ctrl_c, is_interrupt, was_interrupted
 
 if TYPE_CHECKING:
     from minidistill.config import LoadedConfig
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit:  # of a benchmark's parser
         raise
     except BaseException as error:  # also what is no Exception, raised by somebody's code
-        if is_interrupt(error):
+        if is_interrupt(error) or was_interrupted():
             _print_to_stderr("interrupted")
             return EXIT_INTERRUPTED
         # `minidistill config … | head`. A run drops its output itself: another pipe broke there.
@@ -233,6 +233,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         return follow(loaded)  # torchrun: rank 0 is the driver, the other ranks only train
     from minidistill.run.loop import run
 
+    check_interrupted()  # while packages were imported
     try:
         return run(loaded, resume=options.resume)
     except SystemExit as error:  # of an environment's code: never a success

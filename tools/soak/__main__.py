@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary += [
                 f"{name}: {log.done[name]} of {counts[name]} in "
                 f"{time.monotonic() - part_began:.0f} s, {len(log.findings) - before} findings",
-                f"  {log.counted(name)}",
+                *(f"  {line}" for line in log.counted(name)),
             ]
     log.say("stopped by a signal" if code else "ended")
     for line in summary:

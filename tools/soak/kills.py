@@ -135,7 +135,9 @@ class Killing:
             code = process.wait()
             if seconds is None:
                 self._find(f"{path.name}: no end after {HANG:.0f} s")
-        self.duration = self.duration or time.monotonic() - began
+        if code == 0 and not resume:  # the least, for the machine may have been busy
+            took = time.monotonic() - began
+            self.duration = min(self.duration or took, took)
         return code, tail(output)
 
     def _find(self, what: str) -> None:

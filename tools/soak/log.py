@@ -58,10 +58,10 @@ class Log:
         self.done[part] += 1
         self.kinds.setdefault(part, Counter()).update(kinds)
 
-    def counted(self, part: str) -> str:
+    def counted(self, part: str) -> list[str]:
         """How often each kind was done, by name."""
         kinds = sorted(self.kinds.get(part, Counter()).items())
-        return "; ".join(f"{times} × {kind}" for kind, times in kinds)
+        return [f"{times} × {kind}" for kind, times in kinds]
 
 
 def versions() -> list[str]:
