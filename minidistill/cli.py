@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from minidistill.errors import (
     printable,
 )
 from minidistill.system.files import drop_output, full_disk, open_standard_streams
-from minidistill.system.foreign import ctrl_c, is_interrupt
+from minidistill.system.foreign import check_interrupted, ctrl_c, is_interrupt, was_interrupted
 
 if TYPE_CHECKING:
     from minidistill.config import LoadedConfig
@@ -46,6 +47,7 @@ FILES…         TOML files; a later file beats an earlier one
 def entry() -> NoReturn:
     """The command `minidistill`: `main`, and the end of the process."""
     code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the interpreter's end
     background = sys.modules.get("minidistill.reporting.monitors.background")
     if background is not None and background.is_busy():
         # a monitor that hangs, or its package's exit hook, would keep the process for ever
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit:  # of a benchmark's parser
         raise
     except BaseException as error:  # also what is no Exception, raised by somebody's code
-        if is_interrupt(error):
+        if is_interrupt(error) or was_interrupted():
             _print_to_stderr("interrupted")
             return EXIT_INTERRUPTED
         # `minidistill config … | head`. A run drops its output itself: another pipe broke there.
@@ -231,6 +233,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         return follow(loaded)  # torchrun: rank 0 is the driver, the other ranks only train
     from minidistill.run.loop import run
 
+    check_interrupted()  # while packages were imported
     try:
         return run(loaded, resume=options.resume)
     except SystemExit as error:  # of an environment's code: never a success
