@@ -46,7 +46,7 @@ class Round:
     answers: tuple[Answer, ...]
     blocks: int | None
     """Blocks in use while all completions were being sampled; None if that was not looked at, or
-    if the first completion ended before the last began."""
+    if the first completion was half done before the last began."""
 
     @property
     def rate(self) -> float:
@@ -106,15 +106,13 @@ async def _ask(
     # no limit on connections: they would queue here, not at the server
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(trust_env=False, timeout=SECONDS, limits=limits) as client:
-        begun = [asyncio.Event() for _ in prompts]
+        streams = [_Stream(prompt) for prompt in prompts]
+        watch = asyncio.create_task(_watch(client, url, streams, tokens)) if look else None
         began = time.perf_counter()
-        streams = [
-            asyncio.create_task(_stream(client, url, model, prompt, tokens, event))
-            for prompt, event in zip(prompts, begun, strict=True)
-        ]
-        watch = asyncio.create_task(_watch(client, url, streams, begun)) if look else None
         try:
-            answers = await asyncio.gather(*streams)
+            answers = await asyncio.gather(
+                *(stream.read(client, url, model, tokens) for stream in streams)
+            )
             seconds = time.perf_counter() - began
             return Round(seconds, tuple(answers), await watch if watch else None)
         except httpx.HTTPError as error:
@@ -129,57 +127,55 @@ async def _ask(
                 watch.cancel()
 
 
+class _Stream:
+    """A completion that is being streamed."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.prompt = list(prompt)
+        self.times: list[float] = []
+        self.begun = asyncio.Event()
+
+    async def read(self, client: httpx.AsyncClient, url: str, model: str, tokens: int) -> Answer:
+        body = {
+            "model": model,
+            "prompt": self.prompt,
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            # each chunk says how many tokens there are so far, the last how many were cached
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        usage: dict[str, Any] = {}
+        began = time.perf_counter()
+        async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+            if answer.status_code != 200:
+                text = (await answer.aread()).decode(errors="replace")
+                raise _wrong(url, f"HTTP {answer.status_code}: {text[:300]}")
+            async for line in answer.aiter_lines():
+                now = time.perf_counter() - began
+                data = line.removeprefix("data: ")
+                if data == line or data == "[DONE]":
+                    continue
+                usage = json.loads(data).get("usage") or {}
+                self.times += [now] * (usage.get("completion_tokens", 0) - len(self.times))
+                if self.times:
+                    self.begun.set()
+        if len(self.times) != tokens or usage.get("prompt_tokens") != len(self.prompt):
+            raise _wrong(url, f"{len(self.times)} of {tokens} tokens, {usage}")
+        details = usage.get("prompt_tokens_details") or {}
+        return Answer(tuple(self.times), details.get("cached_tokens") or 0)
+
+
 async def _watch(
-    client: httpx.AsyncClient,
-    url: str,
-    streams: Sequence[asyncio.Task[Answer]],
-    begun: Sequence[asyncio.Event],
+    client: httpx.AsyncClient, url: str, streams: Sequence[_Stream], tokens: int
 ) -> int | None:
-    """The blocks in use once all have begun, if none has ended by then."""
-    for event in begun:
-        await event.wait()
+    """The blocks in use once all have begun, if none was near its end by then."""
+    for stream in streams:
+        await stream.begun.wait()
     metrics = (await client.get(f"{url}/metrics")).text
-    return None if any(stream.done() for stream in streams) else read_blocks(metrics).used
-
-
-async def _stream(
-    client: httpx.AsyncClient,
-    url: str,
-    model: str,
-    prompt: Sequence[int],
-    tokens: int,
-    begun: asyncio.Event,
-) -> Answer:
-    body = {
-        "model": model,
-        "prompt": list(prompt),
-        "max_tokens": tokens,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": True,
-        # each chunk says how many tokens there are so far, and the last how many were cached
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-    }
-    times: list[float] = []
-    usage: dict[str, Any] = {}
-    began = time.perf_counter()
-    async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
-        if answer.status_code != 200:
-            text = (await answer.aread()).decode(errors="replace")
-            raise _wrong(url, f"HTTP {answer.status_code}: {text[:300]}")
-        async for line in answer.aiter_lines():
-            now = time.perf_counter() - began
-            data = line.removeprefix("data: ")
-            if data == line or data == "[DONE]":
-                continue
-            usage = json.loads(data).get("usage") or {}
-            times += [now] * (usage.get("completion_tokens", 0) - len(times))
-            if times:
-                begun.set()
-    if len(times) != tokens or usage.get("prompt_tokens") != len(prompt):
-        raise _wrong(url, f"{len(times)} of {tokens} tokens, {usage}")
-    details = usage.get("prompt_tokens_details") or {}
-    return Answer(tuple(times), details.get("cached_tokens") or 0)
+    late = any(2 * len(stream.times) > tokens for stream in streams)
+    return None if late else read_blocks(metrics).used
 
 
 def _wrong(url: str, what: str) -> UserError:
