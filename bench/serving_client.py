@@ -67,8 +67,8 @@ class Blocks:
 
 def read_blocks(metrics: str) -> Blocks:
     """The blocks, from the text of a server's /metrics. Raises UserError if it does not say."""
-    usage = re.search(r"^vllm:kv_cache_usage_perc\{[^}]*\} (\S+)", metrics, re.MULTILINE)
-    config = re.search(r"^vllm:cache_config_info\{([^}]*)\}", metrics, re.MULTILINE)
+    usage = re.search(r"^vllm:kv_cache_usage_perc\{.*\} (\S+)", metrics, re.MULTILINE)
+    config = re.search(r"^vllm:cache_config_info\{(.*)\} ", metrics, re.MULTILINE)
     labels = dict(re.findall(r'(\w+)="([^"]*)"', config[1])) if config else {}
     try:
         tokens, total = int(labels["block_size"]), int(labels["num_gpu_blocks"])

@@ -44,7 +44,7 @@ class Setting:
     """What is measured."""
 
     contexts: tuple[int, ...]
-    at_once: tuple[int, ...]
+    at_once: int
     question: int
     completion: int
     rounds: int
@@ -56,7 +56,7 @@ class Setting:
 
     def cache_tokens(self, server: str) -> int:
         """Tokens that fit into a server's cache."""
-        most, own = max(self.at_once), self.question + self.completion
+        most, own = self.at_once, self.question + self.completion
         if server == PLAIN:
             return most * self.longest
         # contexts stay cached, beside what requests that have ended leave there
@@ -133,32 +133,42 @@ class Measurement:
                 way: Memory.of(way, length, self.setting, self.block, self.token_bytes)
                 for way in WAYS
             }
-            # the first request reads the context; it also warms up, and tells how long a round is
-            first = {}
+            # the first request reads the context, and warms up
+            first = {way: self.ask(way, context, 1, look=True) for way in WAYS}
             for way in WAYS:
-                first[way] = self.ask(way, context, 1, look=True)
                 check_round(way, first[way], memory[way], cached=0)
-            expected = {way: first[way].seconds for way in WAYS}
-            for count in self.setting.at_once:
-                ways = [w for w in WAYS if count * expected[w] <= self.setting.limit]
-                held = {way: first[way].blocks for way in ways}
-                if count > 1:
-                    for way in ways:
-                        warm_up = self.ask(way, context, count, look=True)
-                        check_round(way, warm_up, memory[way], memory[way].shared * self.block)
-                        held[way] = warm_up.blocks
-                results = self.rounds(ways, context, count, memory)
-                for way in WAYS:
-                    row = {"context": length, "at_once": count, "way": way.name}
-                    row |= {"bytes": memory[way].bytes(1), "more_bytes": memory[way].more}
-                    if way not in ways:
-                        yield row | {"seconds": count * expected[way]}
-                        continue
-                    if count == 1:
-                        expected[way] = statistics.median(r.seconds for r in results[way])
-                    row |= {"blocks": memory[way].blocks(count, self.setting.completion)}
-                    row |= {"blocks_seen": held[way], "cold": first[way].answers[0].first}
-                    yield row | figures(results[way])
+            one = self.rounds(WAYS, context, 1, memory)
+            for way in WAYS:
+                row = {"context": length, "at_once": 1, "way": way.name}
+                row |= {"cold": first[way].answers[0].first}
+                yield row | held(memory[way], 1, first[way].blocks) | figures(one[way])
+            yield from self.rows_at_once(length, context, memory, one)
+
+    def rows_at_once(
+        self,
+        length: int,
+        context: Tokens,
+        memory: Mapping[Way, Memory],
+        one: Mapping[Way, Sequence[Round]],
+    ) -> Iterator[dict[str, Any]]:
+        """The rows with several requests at once. Ways that would take too long are left out."""
+        count = self.setting.at_once
+        if count == 1:
+            return
+        # at worst they are served one after another
+        seconds = {way: count * statistics.median(r.seconds for r in one[way]) for way in WAYS}
+        ways = [way for way in WAYS if seconds[way] <= self.setting.limit]
+        warm_up = {way: self.ask(way, context, count, look=True) for way in ways}
+        for way in ways:
+            check_round(way, warm_up[way], memory[way], memory[way].shared * self.block)
+        results = self.rounds(ways, context, count, memory)
+        for way in WAYS:
+            row = {"context": length, "at_once": count, "way": way.name}
+            if way in ways:
+                row |= held(memory[way], count, warm_up[way].blocks) | figures(results[way])
+            else:
+                row |= held(memory[way], count) | {"seconds": seconds[way]}
+            yield row
 
     def rounds(
         self, ways: Sequence[Way], context: Tokens, count: int, memory: Mapping[Way, Memory]
@@ -179,6 +189,16 @@ class Measurement:
         questions = self.draws.rows(count, self.setting.question)
         prompts = [(*context, *q) if way.context else q for q in questions]
         return ask(self.urls[way.server], way.model, prompts, self.setting.completion, look=look)
+
+
+def held(memory: Memory, count: int, counted: int | None = None) -> dict[str, Any]:
+    """What so many requests hold: bytes and blocks by formula, and the blocks that vLLM counted."""
+    return {
+        "bytes": memory.bytes(1),
+        "more_bytes": memory.more,
+        "blocks": memory.blocks(count, memory.completion),
+        "blocks_counted": counted,
+    }
 
 
 def figures(rounds: Sequence[Round]) -> dict[str, Any]:

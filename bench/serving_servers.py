@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
@@ -14,13 +15,14 @@ from typing import Any
 import httpx
 import torch
 
-from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.models.auto import skeleton
 from minidistill.placement.limits import CPU_BLOCK, LORA_RANKS
 from minidistill.system.subprocesses import Subprocess, die_with_parent
 
 START_SECONDS = 900.0  # a large model may be loaded from a slow disk
 BASE, ADAPTER = "base", "adapter"  # the names of the models that requests ask for
+LEAST_CHANGE = 1e-3  # nats; rounding explains less
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than small models run
@@ -133,20 +135,26 @@ def random_adapter(model_config: Any, rank: int, folder: Path) -> None:
     lora.save_pretrained(str(folder))
 
 
-def adapter_changes(url: str, prompt: Sequence[int]) -> float:
-    """By how much (nats) the adapter changes the log-probs of the likeliest next tokens."""
+def check_adapter(url: str, prompt: Sequence[int]) -> None:
+    """Raise UserError (exit code 1) unless the adapter changes the likeliest next tokens."""
 
     def logprobs(model: str) -> dict[str, float]:
         body = {"model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 0}
         body |= {"logprobs": 5, "return_tokens_as_token_ids": True}
         answer = httpx.post(f"{url}/v1/completions", json=body, trust_env=False, timeout=600)
         answer.raise_for_status()
-        found: dict[str, float] = answer.json()["choices"][0]["logprobs"]["top_logprobs"][0]
-        return found
+        top: dict[str, float] = answer.json()["choices"][0]["logprobs"]["top_logprobs"][0]
+        return top
 
     base, adapted = logprobs(BASE), logprobs(ADAPTER)
-    common = base.keys() & adapted.keys()
-    return max((abs(base[id] - adapted[id]) for id in common), default=float("inf"))
+    change = max((abs(base[id] - adapted[id]) for id in base.keys() & adapted), default=math.inf)
+    if not change >= LEAST_CHANGE:
+        raise UserError(
+            f"the adapter changes nothing: log-probs differ by {change:.2g} nats",
+            where="--adapter",
+            fix="give one that was trained",
+            exit_code=EXIT_FAILED,
+        )
 
 
 if __name__ == "__main__":  # a server's process, which ends with the process that started it

@@ -22,7 +22,7 @@ from minidistill.models.registry import resolve
 
 TINY_BYTES = 2 * 4 * 4 * 32 * 2  # keys and values, layers, heads, their size, bytes
 PLAIN, CACHING, ADAPTER, MERGED = WAYS
-SETTING = Setting((500, 8000), (1, 8), question=64, completion=64, rounds=2, limit=60.0)
+SETTING = Setting((500, 8000), 8, question=64, completion=64, rounds=2, limit=60.0)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_keys_and_values_by_formula(way: Any, context: int, one: int, eight: int
 def test_blocks_are_read_from_metrics() -> None:
     text = (
         "# HELP vllm:kv_cache_usage_perc KV-cache usage. 1 means 100 percent usage.\n"
-        'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="101"} 1.0\n'
+        'vllm:cache_config_info{block_size="16",a="{}",num_gpu_blocks="101"} 1.0\n'
         'vllm:kv_cache_usage_perc{engine="0",model_name="base"} 0.07000000000000006\n'
     )
     blocks = read_blocks(text)
@@ -190,7 +190,7 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
 
 
 QUICK = (
-    "--model", "tiny-sokoban", "--contexts", "70,200", "--at-once", "1,4", "--question", "20",
+    "--model", "tiny-sokoban", "--contexts", "70,200", "--at-once", "4", "--question", "20",
     "--completion", "16", "--rounds", "3",
 )  # fmt: skip
 
