@@ -184,14 +184,14 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
             (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(UserError, match="no LoRA adapter") as caught:
             adapter_flags(tmp_path, gpu=True)
-        assert caught.value.exit_code == EXIT_ENVIRONMENT
+        assert caught.value.exit_code == EXIT_USAGE
     (tmp_path / "adapter_config.json").write_text('{"r": 8, "rank_pattern": {"q_proj": 20}}')
     assert "32" in adapter_flags(tmp_path, gpu=True)
 
 
 QUICK = (
     "--model", "tiny-sokoban", "--contexts", "70,200", "--at-once", "4", "--question", "20",
-    "--completion", "16", "--rounds", "3",
+    "--completion", "16", "--rounds", "1",
 )  # fmt: skip
 
 
@@ -205,7 +205,7 @@ class Servers:
         self, model: str, flags: Sequence[str], size: int, longest: int, gpu: bool
     ) -> FakeServing:
         assert model == resolve("tiny-sokoban")
-        assert longest == 236
+        assert longest in (106, 236)
         fake = FakeServing(TINY_BYTES, flags, size)
         self.change(fake)
         self.started.append(fake)
@@ -230,7 +230,7 @@ def test_all_rows_are_measured_and_saved(
     rows = {(row["context"], row["at_once"], row["way"]): row for row in report["rows"]}
     assert len(rows) == 2 * 2 * 4
     for row in rows.values():
-        assert len(row["rounds"]) == 3
+        assert len(row["rounds"]) == 1
         assert min(row["first"], row["between"], row["rate"]) > 0
     block = BLOCK * TINY_BYTES
     # 70 + 20 + 16 tokens: 4 blocks, 2 of them shared
@@ -293,10 +293,10 @@ def test_a_way_of_which_a_round_takes_too_long_is_left_out(
             fake.token_seconds = 0.02  # 0.3 s for a request, 1.3 s for four
 
     monkeypatch.setattr(serving, "Server", Servers(slow))
-    assert serving.main([*QUICK, "--limit", "0.8", "--rounds", "1"]) == 0
+    assert serving.main([*QUICK, "--contexts", "70", "--limit", "0.8"]) == 0
     rows = json.loads(results.read_text())["tiny-sokoban"]["rows"]
     left_out = [(row["at_once"], row["way"]) for row in rows if "first" not in row]
-    assert left_out == [(4, "context, no prefix cache")] * 2
+    assert left_out == [(4, "context, no prefix cache")]
     assert all(row["seconds"] > 1.2 for row in rows if "first" not in row)
     assert "left out" in capsys.readouterr().out
 
