@@ -2,7 +2,7 @@
 
     python -m bench.serving [--model smollm2|NAME|FOLDER] [--adapter FOLDER] [--contexts 500,2000]
 
-Starts three servers (`vllm serve`) on the first GPU or on a CPU: the base model without a prefix
+Starts three servers, as `vllm serve` does, on the first GPU or on a CPU: the base model without a prefix
 cache, the base model with one, and the base with a LoRA adapter, by default a random one (which
 says nothing about quality). Requests are streamed as clients do. Every request has a question of
 its own; only the context is shared. The ways take turns in every round. Prompts are sent as token

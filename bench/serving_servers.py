@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import socket
 import sys
 import time
@@ -20,6 +21,8 @@ from minidistill.models.auto import skeleton
 from minidistill.placement.limits import CPU_BLOCK, LORA_RANKS
 from minidistill.system.subprocesses import Subprocess, die_with_parent
 
+# What `vllm serve` runs. That command itself does not start with vLLM's CPU build.
+SERVER = "vllm.entrypoints.openai.api_server"
 START_SECONDS = 900.0  # a large model may be loaded from a slow disk
 BASE, ADAPTER = "base", "adapter"  # the names of the models that requests ask for
 LEAST_CHANGE = 1e-3  # nats; rounding explains less
@@ -42,7 +45,7 @@ GPU_FLAGS = ("--gpu-memory-utilization", "0.1")
 
 
 class Server:
-    """`vllm serve` on a free port of this machine."""
+    """A server on a free port of this machine."""
 
     def __init__(
         self, model: str, flags: Sequence[str], cache_bytes: int, longest: int, gpu: bool
@@ -53,7 +56,7 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.command = [
-            *("serve", model, "--served-model-name", BASE),
+            *("--model", model, "--served-model-name", BASE),
             *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(longest)),
             *("--kv-cache-memory-bytes", str(cache_bytes), "--generation-config", "vllm"),
             "--enable-prompt-tokens-details",
@@ -85,7 +88,7 @@ class Server:
     def _fail(self, why: str) -> None:
         raise UserError(
             f"vLLM's server did not start: {why}",
-            where="vllm " + " ".join(self.command),
+            where=f"python -m {SERVER} {' '.join(self.command)}",
             fix="run that command to see all of its output",
             exit_code=EXIT_ENVIRONMENT,
         )
@@ -159,6 +162,4 @@ def check_adapter(url: str, prompt: Sequence[int]) -> None:
 
 if __name__ == "__main__":  # a server's process, which ends with the process that started it
     die_with_parent(int(sys.argv.pop(1)))
-    from vllm.entrypoints.cli.main import main
-
-    main()
+    runpy.run_module(SERVER, run_name="__main__", alter_sys=True)
