@@ -2,12 +2,13 @@
 
     python -m bench.serving [--model smollm2|NAME|FOLDER] [--adapter FOLDER] [--contexts 500,2000]
 
-Starts three servers, as `vllm serve` does, on the first GPU or on a CPU: the base model without a prefix
-cache, the base model with one, and the base with a LoRA adapter, by default a random one (which
-says nothing about quality). Requests are streamed as clients do. Every request has a question of
-its own; only the context is shared. The ways take turns in every round. Prompts are sent as token
-ids, so the time to tokenize a context is in no figure. Writes bench/results/serving.json. Exit code
-1 and no results if the prefix cache, the adapter or the blocks in use are not what a row says.
+Starts three servers, as `vllm serve` does, on the first GPU or on a CPU: the base model without a
+prefix cache, the base model with one, and the base with a LoRA adapter, by default a random one
+(which says nothing about quality). Requests are streamed as clients do. Every request has a
+question of its own; only the context is shared. The ways take turns in every round. Prompts are
+sent as token ids, so the time to tokenize a context is in no figure. Writes
+bench/results/serving.json. Exit code 1 and no results if the prefix cache, the adapter or the
+blocks in use are not what a row says.
 """
 
 from __future__ import annotations
