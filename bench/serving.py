@@ -7,7 +7,7 @@ prefix cache, the base model with one, and the base with a LoRA adapter, by defa
 (which says nothing about quality). Requests are streamed as clients do. Every request has a
 question of its own; only the context is shared. The ways take turns in every round. Prompts are
 sent as token ids, so the time to tokenize a context is in no figure. Writes
-bench/results/serving.json. Exit code 1 and no results if the prefix cache, the adapter or the
+bench/results/serving.json. Exit code 1 and no further rows if the prefix cache, the adapter or the
 blocks in use are not what a row says.
 """
 
@@ -135,13 +135,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             draws = Draws(text.vocab_size)
             block = blocks_of(urls[LORA]).tokens
             check_adapter(urls[LORA], draws.rows(1, args.question)[0])
+            about = machine("cuda" if gpu else "cpu") | {"vllm": version, "threads": args.threads}
+            settings = vars(args) | {"adapter": str(args.adapter or "random")}
+            settings |= {"block": block, "token_bytes": token_bytes}
             for row in Measurement(setting, urls, draws, block, token_bytes).rows():
                 print(describe(row), flush=True)
                 rows.append(row)
-    about = machine("cuda" if gpu else "cpu") | {"vllm": version, "threads": args.threads}
-    settings = {k: v if not isinstance(v, Path) else str(v) for k, v in vars(args).items()}
-    settings |= {"block": block, "token_bytes": token_bytes}
-    save("serving", args.model, {"machine": about, "settings": settings, "rows": rows})
+                # saved at once, in case a long run is interrupted
+                save("serving", args.model, {"machine": about, "settings": settings, "rows": rows})
     show(rows, f"{args.model}, {args.dtype}, {about['device']}")
     return 0
 
