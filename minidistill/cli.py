@@ -378,8 +378,8 @@ examples:
         nargs="?",
         metavar="NAME",
         help="kernels (and other implementations of them), sync (weights in memory and through a "
-        "file), engines (vLLM and embedded), schedule (async and sync), serving (an adapter and the "
-        "context that it replaces) or sokoban (making levels)",
+        "file), engines (vLLM and embedded), schedule (async and sync), serving (an adapter and "
+        "the context that it replaces) or sokoban (making levels)",
     )
 
 
