@@ -36,7 +36,7 @@ _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 _Handler = Callable[[argparse.Namespace, list[str]], int]
 """A command: takes its options and all other arguments in their order, returns the exit code."""
 
-_BENCHMARKS = ("kernels", "sync", "engines", "schedule", "sokoban")
+_BENCHMARKS = ("kernels", "sync", "engines", "schedule", "serving", "sokoban")
 
 _CONFIGURATION = """\
 FILES…         TOML files; a later file beats an earlier one
@@ -365,7 +365,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
 def _add_bench(commands: _Commands) -> None:
     parser = commands.add_parser(
         "bench",
-        help="measure kernels, sync, engines, schedule, sokoban",
+        help="measure kernels, sync, engines, schedule, serving, sokoban",
         usage="minidistill bench NAME [options]",
         description="""\
 Measure on this machine. The same as `python -m bench.NAME` in a checkout, whose --help has the
@@ -381,7 +381,8 @@ examples:
         nargs="?",
         metavar="NAME",
         help="kernels (and other implementations of them), sync (weights in memory and through a "
-        "file), engines (vLLM and embedded), schedule (async and sync) or sokoban (making levels)",
+        "file), engines (vLLM and embedded), schedule (async and sync), serving (an adapter and "
+        "the context that it replaces) or sokoban (making levels)",
     )
 
 
