@@ -12,7 +12,8 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 FOR_UV = {
     "cert": "SSL_CERT_FILE",
@@ -27,18 +28,17 @@ FOR_UV = {
 }
 """Variables that tell uv what a setting tells pip."""
 FOR_PIP_ALONE = {
-    *("disable-pip-version-check", "no-color", "no-input", "progress-bar", "quiet", "retries"),
-    *("require-virtualenv", "root-user-action", "verbose"),
+    *("config-file", "disable-pip-version-check", "no-color", "no-input", "progress-bar"),
+    *("quiet", "require-virtualenv", "retries", "root-user-action", "verbose"),
 }
-"""Settings of pip that change nothing about what is installed."""
+"""Settings that change nothing about what is installed."""
 SCOPES = ("global", "install", ":env:")
 """Where pip has its settings from. A later one beats an earlier one."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Install, and return the exit code."""
-    listed = _pip(["config", "list"], capture_output=True, text=True, check=True).stdout
-    settings = uv_settings(listed.splitlines())
+    settings = uv_settings()
     if settings is not None and _has_uv():
         command = [sys.executable, "-m", "uv", "pip", "install", "--quiet"]
         command += ["--python", sys.executable]
@@ -50,13 +50,15 @@ def main(arguments: Sequence[str]) -> int:
     return _pip(["install", "--quiet", "--no-compile", *arguments]).returncode
 
 
-def uv_settings(listed: Iterable[str]) -> Mapping[str, str] | None:
-    """The environment in which uv installs as pip does with the settings that it has `listed`.
+def uv_settings() -> dict[str, str] | None:
+    """Variables with which uv installs as pip does with its settings.
 
-    `listed` are the lines of `pip config list`. None if uv has no equivalent of one of them.
+    None if uv has no equivalent of one of them.
     """
+    loud = {**os.environ, "PIP_QUIET": "0"}  # a quiet pip lists nothing
+    listed = _pip(["config", "list"], env=loud, capture_output=True, text=True, check=True).stdout
     by_scope: dict[str, dict[str, str]] = {scope: {} for scope in SCOPES}
-    for line in listed:
+    for line in listed.splitlines():
         name, _, value = line.partition("=")
         scope, _, key = name.rpartition(".")
         if scope in by_scope:  # the others are those of other commands
@@ -78,8 +80,8 @@ def _has_uv() -> bool:
     return _pip(["install", "--quiet", "uv"], capture_output=True).returncode == 0
 
 
-def _pip(arguments: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "pip", *arguments], **options)  # type: ignore[call-overload, no-any-return]
+def _pip(arguments: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "pip", *arguments], **options)
 
 
 if __name__ == "__main__":

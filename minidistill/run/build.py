@@ -112,10 +112,11 @@ def build(prepared: Prepared, display: Display) -> Components:
             )
         budget = TokenBudget(placement.micro_batch_tokens)
         with explain_out_of_memory(DOING, **SMALLER_MODEL):
+            prefixes = PrefixCache(policy, shares=True)
             samples = launcher.sampled_by(policy)
-            shares = check_model(policy, prepared.prompts, budget, samples)
+            if not check_model(policy, prepared.prompts, budget, samples, prefixes):
+                prefixes = PrefixCache(policy, shares=False)
         with explain_out_of_memory("preparing the optimizer", **SMALLER_MODEL):
-            prefixes = PrefixCache(policy, shares)
             trainer = build_trainer(policy, config, placement, ranks.group, prefixes)
         engine = launcher.attach(policy, prefixes)
         collector = Collector(
