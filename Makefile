@@ -55,7 +55,7 @@ setup: $(READY)
 # another build of it, then the pinned rest, vLLM's CPU build among it where it runs.
 $(READY): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("minidistill needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
-	@echo "setting up .venv (a few minutes, once)"
+	@echo "setting up .venv (a minute or two, once)"
 	@$(PYTHON) -m venv .venv
 	@if nvidia-smi -L > /dev/null 2>&1; then \
 	  $(INSTALL) --editable '.[vllm,wandb,dev]'; \
