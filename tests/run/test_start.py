@@ -14,6 +14,7 @@ from support.runs import run
 from minidistill.envs.sokoban.env import SokobanEnv
 from minidistill.envs.sokoban.levels import LevelMaker
 from minidistill.errors import EXIT_INTERRUPTED
+from minidistill.system.foreign import Interrupted
 from minidistill.trainer import forward
 from minidistill.trainer.trainer import Trainer
 
@@ -44,7 +45,7 @@ def test_a_start_does_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def first_step(*args: Any, **kwargs: Any) -> None:
         step(*args, **kwargs)
-        raise KeyboardInterrupt
+        raise Interrupted
 
     step = Trainer.step
     monkeypatch.setattr(Trainer, "step", first_step)
