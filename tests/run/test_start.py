@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from support.runs import run
 from minidistill.envs.sokoban.env import SokobanEnv
 from minidistill.envs.sokoban.levels import LevelMaker
 from minidistill.errors import EXIT_INTERRUPTED
+from minidistill.run import loop  # noqa: F401, which imports all that a run uses
 from minidistill.system.foreign import Interrupted
 from minidistill.trainer import forward
 from minidistill.trainer.trainer import Trainer
@@ -41,7 +43,9 @@ def test_a_start_does_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     new_environment = counted(lambda *args, **kwargs: ("environment",), SokobanEnv.__init__)
     monkeypatch.setattr(SokobanEnv, "__init__", new_environment)
     states = counted(lambda policy, prefix: ("prefix", len(prefix)), forward.prefix_states)
-    monkeypatch.setattr(forward, "prefix_states", states)
+    for module in (m for name, m in list(sys.modules.items()) if name.startswith("minidistill")):
+        if hasattr(module, "prefix_states"):
+            monkeypatch.setattr(module, "prefix_states", states)
 
     def first_step(*args: Any, **kwargs: Any) -> None:
         step(*args, **kwargs)
