@@ -46,10 +46,29 @@ def test_runs_that_start_at_once_have_a_directory_each(load: Callable[..., Loade
 
     with ThreadPoolExecutor(starts) as pool:
         paths = list(pool.map(start, range(starts)))
-    assert {str(p) for p in paths} == {"runs/a", *(f"runs/a-{n}" for n in range(2, starts + 1))}
+    assert {p.parent for p in paths} == {Path("runs").absolute()}
+    assert {p.name for p in paths} == {"a", *(f"a-{n}" for n in range(2, starts + 1))}
     for number, path in enumerate(paths):
         assert RunDirectory(path).read("env.json")["number"] == number
         assert not (path / LOCK).exists()
+
+
+def test_neither_a_link_that_changes_nor_another_current_directory_leads_elsewhere(
+    load: Callable[..., LoadedConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An environment may change the current directory, and a user the link to the latest run."""
+    loaded = load("--output_dir", "latest")
+    for name in ("real", "other"):
+        Path(name).mkdir()
+    Path("latest").symlink_to("real")
+    with claim_path(loaded, resume=False) as path:
+        Path("latest").unlink()
+        Path("latest").symlink_to("other")
+        monkeypatch.chdir("/")
+        RunDirectory(path).create(loaded, {})
+    assert (tmp_path / "real/config.resolved.json").exists()
+    assert not (tmp_path / "real" / LOCK).exists()
+    assert not list((tmp_path / "other").iterdir())
 
 
 @pytest.mark.parametrize("resume", [False, True], ids=["start", "resume"])

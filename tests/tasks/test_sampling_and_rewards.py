@@ -309,6 +309,16 @@ def test_rewards_whose_mean_is_not_finite_stop_the_run(std_norm: bool) -> None:
     assert caught.value.exit_code == EXIT_HEALTH
 
 
+def test_rewards_whose_deviation_is_not_finite_stop_the_run() -> None:
+    """Divided by infinity they would all be 0, and the step would teach nothing."""
+    group = prompt()
+    rewards = [rollout(group, reward=value) for value in (1e200, -1e200)]
+    assert [r.advantage for r in with_advantages(rewards, std_norm=False)] == [1e200, -1e200]
+    with pytest.raises(UserError, match=r"too large for their mean: 1e\+200") as caught:
+        with_advantages(rewards, std_norm=True)
+    assert caught.value.exit_code == EXIT_HEALTH
+
+
 def test_a_share_of_failures_that_is_no_number_is_too_large() -> None:
     with pytest.raises(UserError):
         check_errors(["failed"], 10, math.nan)
