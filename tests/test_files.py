@@ -151,9 +151,13 @@ def test_what_to_do_about_what_is_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Is a directory") as caught:
         write_atomic(tmp_path / "folder", "x")
     assert f"remove what is in the place of {tmp_path}/folder" in caught.value.fix
-    with pytest.raises(UserError, match="Permission denied") as caught, writing(tmp_path / "x"):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    assert f"give this user the right to write in {tmp_path};" in caught.value.fix
+    for number, advice in (
+        (errno.EACCES, f"give this user the right to write in {tmp_path};"),
+        (errno.EMFILE, "raise the limit on open files (`ulimit -n`);"),
+    ):
+        with pytest.raises(UserError, match="cannot write") as caught, writing(tmp_path / "x"):
+            raise OSError(number, os.strerror(number))
+        assert advice in caught.value.fix
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def _repair(number: int, path: Path, needed: int) -> str:
     """What to do about a failed write."""
     if number == errno.EFBIG:
         return "raise the limit on the size of files (`ulimit -f`)"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit on open files (`ulimit -n`)"
     if number in (errno.EACCES, errno.EPERM):
         return f"give this user the right to write in {path.parent}"
     if number in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENXIO, errno.ELOOP):
