@@ -109,10 +109,10 @@ with locked(Path("runs/a")):
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
         with claim_path(load(), resume=False) as path:
-            assert path == Path("runs/a-2")
+            assert path == tmp_path / "runs/a-2"
         holder.send_signal(signal.SIGKILL)
     with claim_path(load(), resume=False) as path:
-        assert path == Path("runs/a")
+        assert path == tmp_path / "runs/a"
 
 
 def test_a_run_that_does_not_begin_leaves_nothing(load: Callable[..., LoadedConfig]) -> None:
@@ -146,7 +146,7 @@ def test_a_number_at_which_a_run_has_just_ended_is_passed_over(
 
     monkeypatch.setattr(run_path, "locked", locked_late)
     with claim_path(load(), resume=False) as path:
-        assert (begun, path) == ([Path("runs/a")], Path("runs/a-2"))
+        assert (begun, path) == ([Path("runs/a").absolute()], Path("runs/a-2").absolute())
     assert RunDirectory(Path("runs/a")).read("env.json")["number"] == 1
     begun.clear()
     with pytest.raises(UserError, match="already holds a run"), ExitStack() as stack:
