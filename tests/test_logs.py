@@ -65,10 +65,10 @@ def test_a_failed_write_raises_no_error(tmp_path: Path) -> None:
 def test_a_pipe_in_place_of_the_log_is_not_waited_for(tmp_path: Path) -> None:
     notes: list[str] = []
     os.mkfifo(tmp_path / "run.log")
-    with logs.to_terminal(lambda text, warning: notes.append(text)):
-        with logs.to_file(tmp_path / "run.log"):
-            logger.warning("first")
-            logger.warning("second")
+    path = tmp_path / "run.log"
+    with logs.to_terminal(lambda text, warning: notes.append(text)), logs.to_file(path):
+        logger.warning("first")
+        logger.warning("second")
     assert (notes[0], notes[2]) == ("first", "second")
     assert "run.log cannot be written" in notes[1]
 
