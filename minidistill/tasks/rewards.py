@@ -110,7 +110,8 @@ def with_advantages(rollouts: Sequence[Rollout], std_norm: bool) -> list[Rollout
             if std_norm and (deviation := rewards.std()) > 1e-8:
                 # an infinite one would make each advantage 0
                 advantages = advantages / (deviation if np.isfinite(deviation) else np.nan)
-        if not np.isfinite(advantages).all():  # finite rewards, whose sum or square is not
+            fits = np.isfinite(advantages.astype(np.float32)).all()  # as the loss has them
+        if not fits:  # finite rewards, whose sum or square may not be
             raise UserError(
                 f"the rewards of task {group[0].prompt.task.id} are too large for their mean: "
                 f"{', '.join(f'{reward:g}' for reward in rewards)}",
