@@ -104,8 +104,11 @@ def check_task(task: Any, index: object) -> None:
     for message in task.messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise TypeError(f"a message of {task.id} has no role")
+        if not isinstance(message.get("content"), str | list | tuple | None):
+            raise TypeError(f"a message of {task.id} has a content that is no text")
+    messages = [dict(message) for message in task.messages]
     try:
-        json.dumps([dict(message) for message in task.messages], allow_nan=False)
+        json.dumps(messages, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:
         raise TypeError(f"the messages of {task.id} cannot be written as JSON: {error}") from None
 

@@ -117,6 +117,14 @@ NO_TASKS: dict[str, tuple[Any, str]] = {
     "a text as messages": (Task("x", "Hello"), "the messages of x are no tuple, but str"),  # type: ignore[arg-type]
     "no role": (Task("x", ({"content": "Hello"},)), "a message of x has no role"),
     "a text as a message": (Task("x", ("Hello",)), "a message of x has no role"),  # type: ignore[arg-type]
+    "a number as content": (
+        Task("x", ({"role": "user", "content": 5},)),
+        "has a content that is no text",
+    ),
+    "a lone surrogate": (
+        Task("x", ({"role": "user", "content": "a\udc80"},)),
+        "cannot be written as JSON",
+    ),
     "an object": (Task("x", ({**MESSAGE, "at": object()},)), "cannot be written as JSON"),
     "NaN": (Task("x", ({**MESSAGE, "at": float("nan")},)), "cannot be written as JSON"),
 }
