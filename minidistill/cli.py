@@ -15,18 +15,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from minidistill import __version__
+from minidistill.error_output import print_error, print_to_stderr
 from minidistill.errors import (
-    EXIT_ENVIRONMENT,
-    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_USAGE,
     UserError,
-    UserErrors,
     bounded,
     printable,
 )
-from minidistill.system.files import drop_output, full_disk, open_standard_streams
+from minidistill.system.files import drop_output, open_standard_streams
 from minidistill.system.foreign import check_interrupted, ctrl_c, is_interrupt, was_interrupted
 
 if TYPE_CHECKING:
@@ -69,15 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except BaseException as error:  # also what is no Exception, raised by somebody's code
         if is_interrupt(error) or was_interrupted():
-            _print_to_stderr("interrupted")
+            print_to_stderr("interrupted")
             return EXIT_INTERRUPTED
         # `minidistill config … | head`. A run drops its output itself: another pipe broke there.
         if isinstance(error, BrokenPipeError) and _command(args) != "run":
             drop_output(sys.stdout)
             return EXIT_OK
         if "--traceback" in args:  # not from the parser, which may be what failed
-            _print_to_stderr(printable(bounded(traceback.format_exc().rstrip(), 50_000)))
-        return _print_error(error)
+            print_to_stderr(printable(bounded(traceback.format_exc().rstrip(), 50_000)))
+        return print_error(error)
 
 
 def _command(args: list[str]) -> str:
@@ -104,55 +102,6 @@ def _dispatch(args: list[str]) -> int:
         return EXIT_OK
     handler: _Handler = options.handler
     return handler(options, rest)
-
-
-def _print_error(error: BaseException) -> int:
-    """Print what is wrong and how to fix it, and return the exit code."""
-    error = full_disk(error) or error
-    package = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
-    if package and not package.startswith("minidistill"):
-        error = UserError(
-            f"the package {package} is missing", "", f"pip install {package}", EXIT_ENVIRONMENT
-        )
-    if isinstance(error, UserError):
-        for problem in error.problems:
-            _print_to_stderr(f"error: {problem}")
-        if isinstance(error, UserErrors) and error.hidden:
-            _print_to_stderr(f"(and {error.hidden} more)")
-        return error.exit_code
-    first_line, *_ = str(error).strip().splitlines() or [""]
-    if _is_out_of_memory(error):
-        problem = UserError(
-            f"out of memory: {first_line or type(error).__name__}",
-            fix="lower trainer.micro_batch_tokens or orchestrator.sampling.max_tokens, set "
-            "trainer.model.ac.freq = 1, or give engines on the trainer's GPU less "
-            "(inference.gpu_memory_utilization). `minidistill plan` shows what needs memory",
-            exit_code=EXIT_ENVIRONMENT,
-        )
-    else:
-        problem = UserError(
-            f"{type(error).__name__}: {first_line}",
-            fix="--traceback shows where it was raised",
-            exit_code=EXIT_FAILED,
-        )
-    _print_to_stderr(f"error: {problem}")
-    return problem.exit_code
-
-
-def _print_to_stderr(text: str) -> None:
-    """Print, or drop the text if nobody reads it: the exit code is that of the error."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # a ValueError if it is closed
-        drop_output(sys.stderr)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from minidistill.trainer.guards import is_out_of_memory
-
-    return is_out_of_memory(error)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -222,6 +171,8 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     # slower (docs/decisions/0005).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    if sys.stderr.isatty():  # the first thing to see, seconds before the next
+        _print_to_stderr("loading torch and transformers")
     # Interpreted kernels have to be asked for before transformers imports triton.
     import minidistill_kernels  # noqa: F401
     from minidistill.trainer.distributed.rank_group import launched_by_torchrun

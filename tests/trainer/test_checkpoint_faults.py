@@ -28,8 +28,6 @@ from minidistill.trainer import checkpoint
 from minidistill.trainer.trainer import Trainer
 
 SAVE = "step_000003"
-# every call, and a sample of them
-STRIDES = pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +79,11 @@ def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-@STRIDES
-def test_a_disk_that_fails_at_any_call(lab: Lab, saved: Path, memory: Path, stride: int) -> None:
+@pytest.mark.slow
+def test_a_disk_that_fails_at_any_call(lab: Lab, saved: Path, memory: Path) -> None:
     """Exit code 3, nothing half-written, and the older checkpoints as they were."""
     refused_at = 0
-    for number in range(1, 200, stride):
+    for number in range(1, 200):
         error = (errno.ENOSPC, errno.EDQUOT, errno.EIO)[number % 3]
         root = memory / str(number)
         shutil.copytree(saved, root)
@@ -112,11 +110,11 @@ def test_a_disk_that_fails_at_any_call(lab: Lab, saved: Path, memory: Path, stri
     assert len(calls) < number
 
 
-@STRIDES
-def test_a_kill_at_any_call(lab: Lab, saved: Path, memory: Path, stride: int) -> None:
+@pytest.mark.slow
+def test_a_kill_at_any_call(lab: Lab, saved: Path, memory: Path) -> None:
     """Also while a checkpoint of the same step, which was refused, is replaced."""
     for replaced in (False, True):
-        for number in range(1 + replaced, 200, stride):
+        for number in range(1 + replaced, 200):
             root = memory / f"{replaced}-{number}"
             shutil.copytree(saved, root)
             if replaced:
