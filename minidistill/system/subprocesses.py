@@ -18,6 +18,7 @@ from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError, printable
+from minidistill.system import local_modules
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +30,13 @@ OWN_OUTPUT = "see why it hangs (once the run has begun, logs/run.log gets the en
 LINE = 300  # characters of its last line in a message
 PATHS = "MINIDISTILL_PATHS"
 # `python -m` puts the current directory on the path before it runs anything. A subprocess gets
-# this process's path instead, which has it only if the configuration names something in there,
-# and this very package.
+# this process's path instead, the modules that the configuration names in there, and this very
+# package.
 START = (
     "import os, runpy, sys; del sys.argv[0]; "
     f"root, *paths = os.environ.pop('{PATHS}').split(os.pathsep); "
     "sys.path[:] = [root]; import minidistill; sys.path[:] = paths; "
+    "from minidistill.system import local_modules; local_modules.take_over(); "
     "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 )
 
@@ -133,6 +135,7 @@ class Subprocess:
         root = str(Path(__file__).resolve().parent.parent)
         paths = [path or os.getcwd() for path in sys.path]
         imports = {PATHS: os.pathsep.join([root, *paths]), "PYTHONSAFEPATH": "1"}
+        imports |= local_modules.variables()
         with contextlib.ExitStack() as stack:  # closed here only if the process does not start
             self._output = stack.enter_context(tempfile.TemporaryFile())
             self.popen = Popen(
