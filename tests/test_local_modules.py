@@ -53,7 +53,7 @@ def folder(
 
 
 def test_a_library_finds_nothing_there(folder: Path) -> None:
-    """Also one within the directory: what lies in its `.venv` is a library."""
+    """Also one that lies in the directory itself, like what is in its `.venv`."""
     assert import_function("my_module:load", "")() == (False, "late", "late")
     with pytest.raises(ImportError):
         __import__("planted")

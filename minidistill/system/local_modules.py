@@ -6,7 +6,6 @@ not installed.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from types import FrameType, ModuleType
 
 NAMES = "MINIDISTILL_MODULES"
 """The environment variable with a subprocess's folder, and the modules that it finds there."""
-_IMPORTING = ("<frozen importlib", os.path.dirname(importlib.__file__))
-"""How the files begin of code that imports for others."""
+_IMPORTING = ("importlib", "_frozen_importlib", "_frozen_importlib_external")
+"""Packages that import for others."""
 
 
 class _Finder:
@@ -33,18 +32,12 @@ class _Finder:
     ) -> ModuleSpec | None:
         if path is not None:  # within a package, which knows where it lies
             return None
-        if name not in self.names and not self._holds(_importer(sys._getframe(1))):
+        if name not in self.names and _importer(sys._getframe(1)) not in self.names:
             return None
         spec = PathFinder.find_spec(name, [self.folder])
         if spec is not None:
             self.names.add(name)
         return spec
-
-    def _holds(self, file: str) -> bool:
-        """Whether a file lies in the folder, and in no other that is searched, like a `.venv`."""
-        return _is_within(file, self.folder) and not any(
-            _is_within(path, self.folder) and _is_within(file, path) for path in sys.path
-        )
 
 
 def find_in_current_directory(name: str) -> None:
@@ -86,14 +79,10 @@ def _finders() -> list[_Finder]:
 
 
 def _importer(frame: FrameType | None) -> str:
-    """The file of the code that imports something, in a call from `frame`."""
+    """The module or package whose code imports something, in a call from `frame`."""
     while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith(_IMPORTING):
-            return file
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in _IMPORTING:
+            return package
         frame = frame.f_back
     return ""
-
-
-def _is_within(file: str, folder: str) -> bool:
-    return file.startswith(os.path.join(folder, ""))

@@ -26,6 +26,7 @@ EXIT_TIMEOUT = 5.0  # seconds that a process gets to exit after it closed its co
 NOTE_SECONDS = 60.0  # of silence, before it is said
 TICK = 1.0  # seconds between two looks at something that is silent
 OUTPUT_BYTES = 1 << 16  # of a process's output, the end, that is read
+LONGEST_OUTPUT = 1 << 26  # bytes of it on disk, before all but that end is dropped
 OWN_OUTPUT = "see why it hangs (once the run has begun, logs/run.log gets the end of its output)"
 LINE = 300  # characters of its last line in a message
 PATHS = "MINIDISTILL_PATHS"
@@ -138,6 +139,8 @@ class Subprocess:
         imports |= local_modules.variables()
         with contextlib.ExitStack() as stack:  # closed here only if the process does not start
             self._output = stack.enter_context(tempfile.TemporaryFile())
+            # shared with the process, which then goes on at the end of what `trim_output` leaves
+            fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)
             self.popen = Popen(
                 [sys.executable, "-c", START, module, *arguments],
                 pass_fds=descriptors,
@@ -166,16 +169,24 @@ class Subprocess:
         """The last line of output, as "; last output: …", or "". The log gets the end of it."""
         if self._output.closed:
             return ""
-        file = self._output.fileno()  # not by `seek`: the process writes where this is in the file
-        size = os.fstat(file).st_size
-        data = os.pread(file, OUTPUT_BYTES, max(0, size - OUTPUT_BYTES))
-        text = printable(data.decode(errors="replace")).strip()
+        text = printable(self._end_of_output().decode(errors="replace")).strip()
         if not text:
             return ""
         lines = text.splitlines()
         quoted = "\n".join(f"  | {line}" for line in lines)
         logger.debug(f"the end of the output of process {self.popen.pid}:\n{quoted}")
         return f"; last output: {lines[-1].strip()[:LINE]}"
+
+    def trim_output(self) -> None:
+        """Drop all but the end of a long output, which would fill the disk in a long run."""
+        if not self._output.closed and os.fstat(self._output.fileno()).st_size > LONGEST_OUTPUT:
+            end = self._end_of_output()
+            self._output.truncate(0)
+            os.write(self._output.fileno(), end)
+
+    def _end_of_output(self) -> bytes:
+        file = self._output.fileno()
+        return os.pread(file, OUTPUT_BYTES, max(0, os.fstat(file).st_size - OUTPUT_BYTES))
 
     def is_stopped(self) -> bool:
         """Whether a signal has stopped it, as Ctrl-Z does."""
