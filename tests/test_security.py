@@ -12,6 +12,7 @@ import re
 import shutil
 import socket
 import stat
+import tempfile
 from multiprocessing import AuthenticationError, resource_sharer
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -248,7 +249,7 @@ def test_pickles_are_read_from_processes_of_the_run_alone() -> None:
 
 @pytest.mark.parametrize("mode", [0o755, 0o777])
 def test_compiled_code_is_not_kept_where_others_can_write(
-    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[dict[str, str]] = []
 
@@ -257,18 +258,18 @@ def test_compiled_code_is_not_kept_where_others_can_write(
         raise FileNotFoundError
 
     monkeypatch.setattr("minidistill.system.subprocesses.Popen", look)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    folder = tmp_path / f"torchinductor_{getpass.getuser()}"
-    folder.mkdir()
-    folder.chmod(mode)
-    with pytest.raises(FileNotFoundError):
-        EngineProcess({}, {})
+    with tempfile.TemporaryDirectory() as temporary:  # a short path, which holds sockets
+        monkeypatch.setattr("tempfile.tempdir", temporary)
+        folder = Path(temporary) / f"torchinductor_{getpass.getuser()}"
+        folder.mkdir()
+        folder.chmod(mode)
+        with pytest.raises(FileNotFoundError):
+            EngineProcess({}, {})
+        folder.rmdir()
+        folder.symlink_to("/tmp")
+        with pytest.raises(FileNotFoundError):
+            EngineProcess({}, {})
     expected = None if mode == 0o777 else str(folder)
-    assert started[0].get("TORCHINDUCTOR_CACHE_DIR") == expected
-    assert Path(started[0]["TMPDIR"]).parent == tmp_path
-    folder.rmdir()
-    folder.symlink_to(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        EngineProcess({}, {})
-    assert "TORCHINDUCTOR_CACHE_DIR" not in started[1]
+    assert [env.get("TORCHINDUCTOR_CACHE_DIR") for env in started] == [expected, None]
+    assert all(Path(env["TMPDIR"]).parent == Path(temporary) for env in started)

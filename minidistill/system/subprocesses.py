@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 
+import minidistill
 from minidistill.errors import EXIT_ENVIRONMENT, UserError, printable
 from minidistill.system import local_modules
 
@@ -133,7 +134,7 @@ class Subprocess:
         It inherits the file `descriptors` under the same numbers, and this process's environment
         variables, updated with `environment`.
         """
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(Path(minidistill.__file__).resolve().parent.parent)
         paths = [path or os.getcwd() for path in sys.path]
         imports = {PATHS: os.pathsep.join([root, *paths]), "PYTHONSAFEPATH": "1"}
         imports |= local_modules.variables()
