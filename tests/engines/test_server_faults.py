@@ -163,7 +163,9 @@ def test_a_wrong_answer_stops_the_run_at_once(
     assert KEY not in str(error)
 
 
-@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "-1" + "0" * 400])
+@pytest.mark.parametrize(
+    "number", ["NaN", "-Infinity", "1e999", "-1" + "0" * 400, "-9999.0", "-1e308"]
+)
 def test_log_probs_that_are_not_finite_are_a_broken_model(number: str, tmp_path: Path) -> None:
     error = failure(saying(NAN.replace("NaN", number)), tmp_path)
     assert error.exit_code == EXIT_HEALTH

@@ -206,6 +206,13 @@ def test_a_refused_key_is_not_tried_again_and_not_shown(monkeypatch: pytest.Monk
     assert not error.slow
 
 
+def test_a_key_in_what_the_judge_says_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with serving(say(f"Your key is {KEY}")) as server:
+        error = failure(judge(server.url, key_env="JUDGE_KEY"))
+    assert str(error) == "the judge's answer has no score: 'Your key is ***'"
+
+
 def hang(handler: Handler, body: dict[str, Any]) -> None:
     handler.judge.hang_up.wait(30)
 

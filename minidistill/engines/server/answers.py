@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from minidistill.system.http import Answer, BadAnswerError, one_line
 
 HIGHEST = 1e-3  # of a log-prob: rounding puts it above 0
+LOWEST = -9999.0  # what vLLM sends for minus infinity
 LONGEST_NAME = 1000  # characters of a model's name, which may be a path
 T = TypeVar("T")
 
@@ -140,6 +141,8 @@ def _logprob(value: object) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise NotFiniteError(f"a log-prob is {number}")
+    if number <= LOWEST:
+        raise NotFiniteError(f"a log-prob is {number:g}, as vLLM writes minus infinity")
     if number > HIGHEST:
         raise BadAnswerError(f"a log-prob is {number:g}, above 0")
     return number

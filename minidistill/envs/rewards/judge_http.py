@@ -186,7 +186,8 @@ class JudgeServer:
             content = None
         if not isinstance(content, str):
             raise self._error(f"its answer is no chat completion: {answer.beginning}")
-        return content
+        # of one without a score the end is shown
+        return content.replace(self._key, "***") if self._key else content
 
     def _error(self, reason: str) -> ScoringError:
         return ScoringError(f"the judge at {self.url} failed: {reason}")
