@@ -136,6 +136,14 @@ def test_an_error_is_bounded_and_says_how_much_is_left_out() -> None:
     assert f"… ({5_000_000 - LONGEST} more characters)" in text
 
 
+def test_no_line_of_an_error_is_forged() -> None:
+    forged = "x\nerror: y\n  fix: rm\r\nerror: z"
+    lines = str(UserError(forged, forged, forged)).splitlines()
+    assert [line for line in lines if not line.startswith("    ")] == [
+        "x", "  where: x", "  fix: x",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("flags", [[], ["--traceback"]])
 def test_the_error_of_somebodys_code_is_bounded_and_escaped(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
