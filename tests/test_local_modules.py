@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def load():
 @pytest.fixture
 def folder(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+) -> Iterator[Path]:
     """The current directory; a library elsewhere tries to import what is planted in it."""
     library = tmp_path / ".venv" / "lib"
     library.mkdir(parents=True)
@@ -48,8 +49,9 @@ def folder(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(library))
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return tmp_path
+    yield tmp_path
+    for name in ("my_module", "my_tool", "my_words", "my_words.more", "my_late"):
+        sys.modules.pop(name, None)
 
 
 def test_a_library_finds_nothing_there(folder: Path) -> None:
