@@ -180,10 +180,11 @@ class Subprocess:
 
     def trim_output(self) -> None:
         """Drop all but the end of a long output, which would fill the disk in a long run."""
-        if not self._output.closed and os.fstat(self._output.fileno()).st_size > LONGEST_OUTPUT:
-            end = self._end_of_output()
-            self._output.truncate(0)
-            os.write(self._output.fileno(), end)
+        with contextlib.suppress(OSError, ValueError):  # another thread has closed it
+            if os.fstat(self._output.fileno()).st_size > LONGEST_OUTPUT:
+                end = self._end_of_output()
+                self._output.truncate(0)
+                os.write(self._output.fileno(), end)
 
     def _end_of_output(self) -> bytes:
         file = self._output.fileno()
