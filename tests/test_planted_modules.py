@@ -128,25 +128,3 @@ def test_what_a_subprocess_starts(folder: Path, monkeypatch: pytest.MonkeyPatch)
     finally:
         child.close()
     assert imported(folder) == ""
-
-
-def test_a_subprocess_of_an_installed_package_imports_that_very_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in an environment where nothing but the folder of the package leads to it."""
-    started: list[dict[str, str]] = []
-
-    def look(command: list[str], *, env: dict[str, str], **_: object) -> None:
-        started.append(env)
-        raise FileNotFoundError
-
-    monkeypatch.setattr(subprocesses, "Popen", look)
-    with pytest.raises(FileNotFoundError):
-        Subprocess("json.tool", [], [])
-    environment = {**started[0], "PYTHONPATH": ""}
-    # without the site's folders, and with what an editable installation adds to the path
-    code = f"import sys; sys.argv = ['-c', 'json.tool', '--help']; {subprocesses.START}"
-    command = [sys.executable, "-S", "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout
