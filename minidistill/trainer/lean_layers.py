@@ -7,7 +7,7 @@ Layers are told by what they compute: one random input is tried on one of each c
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -96,13 +96,13 @@ def adapted(module: Any) -> Adapted | None:
     names = [name for name in module.active_adapters if name in module.lora_A]
     if base is None or module.disable_adapters or not names:
         return base
-    name = names[0]
-    down, up, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-    special = module.merged or name in module.lora_variant or up.bias is not None
+    name, layer = names[0], cast("Any", module)
+    down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    special = layer.merged or name in layer.lora_variant or up.bias is not None
     drops = dropout.training and not isinstance(dropout, nn.Identity)
     if len(names) > 1 or special or drops or down.weight.dtype != base.weight_OI.dtype:
         return None
-    return Adapted(base.weight_OI, base.bias_O, down.weight, up.weight, float(module.scaling[name]))
+    return Adapted(base.weight_OI, base.bias_O, down.weight, up.weight, float(layer.scaling[name]))
 
 
 def gated_layers(module: Any) -> list[Adapted] | None:

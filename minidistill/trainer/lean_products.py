@@ -9,6 +9,7 @@ Shapes: `_T` tokens, `_I` inputs, `_O` outputs, `_R` rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,7 @@ class AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, *tensors: Tensor | None) -> Tensor:
-        layer, normed = Adapted(*tensors[:4], scale), tensors[4:]  # type: ignore[arg-type]
+        layer, normed = _layer(tensors[:4], scale), tensors[4:]
         x_TI = x.reshape(-1, x.shape[-1])
         y_TO, reduced_TR = layer.product(x_TI)
         kept = None if normed[0] is not None else x_TI
@@ -121,7 +122,7 @@ class AdaptedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         kept, reduced_TR, *tensors = ctx.saved_tensors
-        layer = Adapted(*tensors[:4], ctx.scale)
+        layer = _layer(tensors[:4], ctx.scale)
         x_TI = _input(kept, tensors[4:])
         dy_TO = dy.reshape(-1, dy.shape[-1])
         dx_TI, (d_down, d_up) = layer.pull_back(
@@ -169,8 +170,14 @@ class GatedProduct(torch.autograd.Function):
         return dx, None, *parts, None, None, None
 
 
-def _layers(tensors: Any, scales: tuple[float, ...]) -> list[Adapted]:
-    return [Adapted(*tensors[4 * i : 4 * i + 4], scale) for i, scale in enumerate(scales)]
+def _layer(tensors: Sequence[Tensor | None], scale: float) -> Adapted:
+    weight_OI, bias_O, down_RI, up_OR = tensors
+    assert weight_OI is not None
+    return Adapted(weight_OI, bias_O, down_RI, up_OR, scale)
+
+
+def _layers(tensors: Sequence[Tensor | None], scales: tuple[float, ...]) -> list[Adapted]:
+    return [_layer(tensors[4 * i : 4 * i + 4], scale) for i, scale in enumerate(scales)]
 
 
 def _input(kept: Tensor | None, normed: Any) -> Tensor:
