@@ -22,7 +22,7 @@ from minidistill.trainer.lean_products import (
 )
 
 NORMED = "_normed"
-"""The attribute of a norm's output that says how it is computed again."""
+"""The attribute of a norm's output: its version, and how it is computed again."""
 NOTHING = (None, None, None)
 TOKENS = 4
 TOLERANCE = 1e-5  # of the largest output
@@ -58,7 +58,7 @@ class LeanNorm:
         if not x.requires_grad or x.dtype != torch.float32 or weight.requires_grad or eps is None:
             return super().forward(x)  # type: ignore[misc,no-any-return]
         output, inverse = RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-        setattr(output, NORMED, (x.detach(), inverse, weight))
+        setattr(output, NORMED, (output._version, (x.detach(), inverse, weight)))
         return output  # type: ignore[no-any-return]
 
 
@@ -114,7 +114,9 @@ def gated_layers(module: Any) -> list[Adapted] | None:
 
 
 def _normed(x: Tensor) -> tuple[Tensor | None, ...]:
-    return getattr(x, NORMED, NOTHING)
+    """How x is computed again, if it is a norm's output that nobody has changed in place."""
+    version, normed = getattr(x, NORMED, (0, NOTHING))
+    return normed if x._version == version else NOTHING
 
 
 def _eps(module: Any) -> float | None:

@@ -155,3 +155,20 @@ def test_an_mlp_with_another_formula_stays_as_it_is(monkeypatch: pytest.MonkeyPa
     assert kinds(made)[LeanMlp] == 0
     assert_same(losses_and_gradients(made), losses_and_gradients(model), 2e-5)
     assert lean_layers.gated_layers(decoder_layers(made.get_base_model())[0].mlp) is not None
+
+
+def test_a_norms_output_that_is_changed_in_place_is_kept() -> None:
+    model = adapted_model("llama")
+    layer = decoder_layers(model)[0]
+    x = torch.randn(2, 5, layer.input_layernorm.weight.shape[0], requires_grad=True)
+
+    def gradient(layer: Any) -> torch.Tensor:
+        product = layer.self_attn.q_proj(layer.input_layernorm(x).mul_(3.0))
+        down = layer.self_attn.q_proj.lora_A["default"].weight  # its gradient needs the input
+        return torch.autograd.grad(product.square().sum(), down)[0]
+
+    want = gradient(layer)
+    assert want.norm() > 0
+    make_lean(model)
+    assert isinstance(layer.self_attn.q_proj, LeanLinear)
+    torch.testing.assert_close(gradient(layer), want, rtol=1e-4, atol=1e-3)
