@@ -19,10 +19,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids, not_finite_error
+from minidistill.engines.sampler import Sampler
 from minidistill.placement.attention import VARLEN, Layout
 from minidistill.placement.limits import EMBEDDED_CACHE_BYTES, kv_bytes_per_token
 from minidistill.trainer.batching import collate
+from minidistill.trainer.decoding import Decoding, decodes_in_place
 from minidistill.trainer.forward import PrefixCache, hidden_states, seeded_cache, select_rows
+from minidistill.trainer.packed import Product, can_pack, packed_weights
 from minidistill.trainer.policy import Policy
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
@@ -41,6 +44,8 @@ class Prefilled:
     """Requests whose prompts have been read."""
 
     cache: Any
+    decoding: Decoding | None
+    """The cache's rows, if they are written in place."""
     hidden_BH: Tensor
     """The last hidden state of each prompt."""
     mask_BL: Tensor
@@ -149,11 +154,27 @@ class EmbeddedEngine(Engine):
     ) -> list[Completion]:
         """Decode the `chosen` requests in one batch. Finished rows leave it at the next check."""
         requests = [all_requests[i] for i in chosen]
+        prompts = self._prefill(requests, role, params.max_tokens)
+        if not can_pack(self.policy, params.max_tokens - 1):
+            return self._decode_after(prompts, requests, chosen, params, self.policy.logits, advance)
+        with packed_weights(self.policy, len(requests)) as logits:
+            return self._decode_after(prompts, requests, chosen, params, logits, advance)
+
+    def _decode_after(
+        self,
+        prompts: Prefilled,
+        requests: Sequence[Request],
+        chosen: Sequence[int],
+        params: SamplingParams,
+        logits: Product,
+        advance: Advance,
+    ) -> list[Completion]:
         policy, max_tokens = self.policy, params.max_tokens
         device, total = policy.device, len(requests)
-        prompts = self._prefill(requests, role, max_tokens)
-        cache, hidden_BH, mask_BL = prompts.cache, prompts.hidden_BH, prompts.mask_BL
+        cache, decoding = prompts.cache, prompts.decoding
+        hidden_BH, mask_BL = prompts.hidden_BH, prompts.mask_BL
         lengths, masks_queries = prompts.lengths, self._masks_queries(prompts.cache)
+        sample = Sampler(params.temperature)
         draws = [np.random.default_rng(r.seed).random(max_tokens) for r in requests]
         draws_BL = torch.from_numpy(np.stack(draws)).to(device)
         eos_ids = torch.tensor(sorted(policy.eos_ids), dtype=torch.int64, device=device)
@@ -162,8 +183,7 @@ class EmbeddedEngine(Engine):
         rows_B, positions_B = torch.arange(total, device=device), torch.tensor(lengths).to(device)
         ended_B = torch.zeros(total, dtype=torch.bool, device=device)
         for step in range(max_tokens):
-            logits_BV = policy.logits(hidden_BH)
-            chosen_B, logp_B = sample(logits_BV, params.temperature, draws_BL[:, step])
+            chosen_B, logp_B = sample(logits(hidden_BH), draws_BL[:, step])
             ids_BL[rows_B, step], logprobs_BL[rows_B, step] = chosen_B, logp_B
             ended_B = ended_B | (chosen_B[:, None] == eos_ids).any(dim=1)
             last = step + 1 == max_tokens
@@ -179,18 +199,21 @@ class EmbeddedEngine(Engine):
                 if not unfinished or last:
                     break
                 if len(unfinished) < len(ended):
-                    keep = torch.tensor(unfinished).to(device)
-                    lengths = [lengths[i] for i in unfinished]
-                    select_rows(cache, keep)
+                    order = decoding.keep(unfinished) if decoding else unfinished
+                    keep = torch.tensor(order).to(device)
+                    lengths = [lengths[i] for i in order]
+                    if decoding is None:
+                        select_rows(cache, keep)
                     mask_BL, draws_BL, chosen_B = mask_BL[keep], draws_BL[keep], chosen_B[keep]
                     rows_B, positions_B, ended_B = rows_B[keep], positions_B[keep], ended_B[keep]
             mask = None
-            if min(lengths) < prompts.width:
+            if decoding is None and min(lengths) < prompts.width:
                 mask = mask_BL[:, : prompts.width + step + 1]
                 # of two dimensions, transformers would ask the device whether there is padding
                 mask = mask[:, None, None] if masks_queries else mask
             positions = (positions_B + step)[:, None]
-            hidden_BH = self._forward(chosen_B[:, None], mask, positions, cache)
+            more = {"decoding": decoding} if decoding else {}
+            hidden_BH = self._forward(chosen_B[:, None], mask, positions, cache, **more)
         return self._completions(ids_BL.cpu().numpy(), logprobs_BL.cpu().numpy())
 
     def _completions(self, ids_BL: Array, logprobs_BL: Array) -> list[Completion]:
@@ -220,16 +243,24 @@ class EmbeddedEngine(Engine):
         ids_BL[real_BL] = np.fromiter(new, dtype=np.int64, count=int(lengths.sum()))
         mask = np.pad(real_BL, ((0, 0), (len(prefix), max_tokens)), constant_values=True)
         mask_BL = torch.from_numpy(mask).to(device)
-        cache = seeded_cache(self.policy, self.prefixes.states(prefix, role), len(prompts))
+        states = self.prefixes.states(prefix, role)
+        cache = seeded_cache(self.policy, states, len(prompts))
+        in_place = decodes_in_place(self.policy, cache)
         seen_BL = mask_BL[:, : len(prefix) + width]
         positions_BL = (seen_BL.cumsum(1) - 1).clamp(min=0)[:, len(prefix) :]
         ids = torch.from_numpy(ids_BL).to(device)
         hidden_BH = self._forward(ids, seen_BL, positions_BL, cache)
         copies = [count for _, count in distinct]
         index = torch.from_numpy(np.arange(len(prompts)).repeat(copies)).to(device)
-        select_rows(cache, index)
+        decoding = None
+        if in_place:
+            real_GL = None if lengths.min() == width else seen_BL
+            decoding = Decoding(cache, copies, real_GL, states, max_tokens)
+        else:
+            select_rows(cache, index)
         return Prefilled(
             cache=cache,
+            decoding=decoding,
             hidden_BH=hidden_BH[index],
             mask_BL=mask_BL[index],
             lengths=(lengths + len(prefix)).repeat(copies).tolist(),
@@ -237,7 +268,7 @@ class EmbeddedEngine(Engine):
         )
 
     def _forward(
-        self, ids_BL: Tensor, mask: Tensor | None, positions_BL: Tensor, cache: Any
+        self, ids_BL: Tensor, mask: Tensor | None, positions_BL: Tensor, cache: Any, **more: Any
     ) -> Tensor:
         """The last column's hidden states, (B, H)."""
         return self.policy.body(
@@ -246,6 +277,7 @@ class EmbeddedEngine(Engine):
             position_ids=positions_BL,
             past_key_values=cache,
             use_cache=True,
+            **more,
         ).last_hidden_state[:, -1]
 
     def _masks_queries(self, cache: Any) -> bool:
@@ -325,23 +357,3 @@ def cache_bytes(device: torch.device) -> int:
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(CACHE_SHARE * (free + unused))
 
-
-def sample(logits_BV: Tensor, temperature: float, draws_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids by inverse transform of uniform draws in [0, 1), and their log-probs, fp32.
-
-    Ids are valid for any logits. If these are not finite, neither are the log-probs.
-    """
-    logits_BV = logits_BV.float()
-    if temperature == 0:
-        logp_BV = torch.log_softmax(logits_BV, dim=-1)
-        chosen_B = logits_BV.argmax(dim=-1)
-    else:
-        logp_BV = torch.log_softmax(logits_BV / temperature, dim=-1)
-        mass_BV = logp_BV.exp().double().cumsum(dim=-1)
-        # `right` skips tokens of zero mass; clamping keeps a rounded-up point inside the range
-        total_B1 = mass_BV[:, -1:]
-        below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
-        points_B1 = torch.minimum(draws_B[:, None] * total_B1, below_B1).contiguous()
-        chosen_B = torch.searchsorted(mass_BV, points_B1, right=True)[:, 0]
-        chosen_B = chosen_B.clamp(max=logits_BV.shape[1] - 1)  # NaN is above every mass
-    return chosen_B, logp_BV.gather(1, chosen_B[:, None])[:, 0]
