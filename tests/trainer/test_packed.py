@@ -1,0 +1,86 @@
+"""Packed copies of the weights: the same products, whatever the role and the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.lab import Lab, make_lab
+from support.packed_attention import PACKED, tiny_config, tiny_model, tiny_policy
+
+from minidistill.placement.machine import Machine
+from minidistill.trainer import packed
+from minidistill.trainer.packed import can_pack, packed_weights
+from minidistill.trainer.policy import Policy
+from minidistill.types import Role
+
+SMALL = ("--orchestrator.batch_size", "4", "--orchestrator.env.0.args.num_train_examples", "4")
+ADAPTER = "--trainer.model.lora"
+CASES: dict[str, tuple[str, ...]] = {
+    "an average": ("--orchestrator.teacher_model.update", "ema"),
+    "DoRA": (f"{ADAPTER}.use_dora",),
+    "rsLoRA of some layers": (f"{ADAPTER}.use_rslora", f"{ADAPTER}.target_modules", '["v_proj"]'),
+    "dropout": (f"{ADAPTER}.dropout", "0.5"),
+    "all weights": ("--no-trainer.model.lora",),
+}
+
+
+def logits(policy: Policy, head: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    ids = torch.arange(3, 11)[:, None]
+    return head(policy.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
+
+
+def own_forwards(policy: Policy) -> list[Any]:
+    return [m for m in policy.causal.modules() if "forward" in vars(m)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
+def test_the_products_are_the_same(
+    configure: Any, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "MIN_PACKED", 0)  # the shipped model is small
+    lab = make_lab(configure(*SMALL, *flags))
+    policy, outputs = lab.policy, []
+    for role in (Role.STUDENT, Role.TEACHER):
+        with policy.inference(), policy.running_as(role):
+            expected = logits(policy, policy.logits)
+            with packed_weights(policy, 8) as head:
+                assert bool(own_forwards(policy)) == (flags[-1] != f"{ADAPTER}.use_dora")
+                torch.testing.assert_close(logits(policy, head), expected, rtol=0, atol=2e-5)
+            assert not own_forwards(policy)
+            outputs.append(expected)
+    assert float((outputs[0] - outputs[1]).abs().max()) > 1e-3, "the roles are equal"
+
+
+@torch.no_grad()
+def test_copies_are_of_the_current_weights(configure: Any) -> None:
+    lab: Lab = make_lab(configure(*SMALL))
+    policy = lab.policy
+    with packed_weights(policy, 8) as head:
+        before = logits(policy, head)
+    for _, parameter in policy.parameters:
+        parameter.add_(0.05)
+    with pytest.raises(RuntimeError, match="lost"), packed_weights(policy, 8) as head:
+        torch.testing.assert_close(
+            logits(policy, head), now := logits(policy, policy.logits), rtol=0, atol=2e-5
+        )
+        raise RuntimeError("lost")
+    assert float((now - before).abs().max()) > 1e-2
+    assert not own_forwards(policy)
+
+
+def test_what_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = tiny_policy(tiny_model(tiny_config("llama"), "varlen", torch.bfloat16), PACKED)
+    single = tiny_policy(tiny_model(tiny_config("llama"), "varlen", torch.float32), PACKED)
+    assert can_pack(single, 20)
+    assert not can_pack(single, 2), "a copy for few passes"
+    assert not can_pack(half, 20), "16 bit would lose the adapter"
+    assert not can_pack(replace(single, device=torch.device("cuda", 0)), 20)
+    weights = sum(p.nbytes for p in single.model.parameters())
+    small = Machine(gpus=0, bytes=4 * weights, vllm=False, bf16=False)
+    monkeypatch.setattr(Machine, "local", lambda: small)
+    assert not can_pack(single, 20), "a large part of the memory"
