@@ -156,7 +156,9 @@ class EmbeddedEngine(Engine):
         requests = [all_requests[i] for i in chosen]
         prompts = self._prefill(requests, role, params.max_tokens)
         if not can_pack(self.policy, params.max_tokens - 1):
-            return self._decode_after(prompts, requests, chosen, params, self.policy.logits, advance)
+            return self._decode_after(
+                prompts, requests, chosen, params, self.policy.logits, advance
+            )
         with packed_weights(self.policy, len(requests)) as logits:
             return self._decode_after(prompts, requests, chosen, params, logits, advance)
 
@@ -356,4 +358,3 @@ def cache_bytes(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(CACHE_SHARE * (free + unused))
-

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidistill.models.auto import decoder_layers
 from minidistill.placement.limits import PACKED_SHARE
 from minidistill.placement.machine import Machine
 from minidistill.trainer.policy import Policy
@@ -40,13 +39,12 @@ def packed_weights(policy: Policy, rows: int) -> Iterator[Product]:
     head = policy.head
     changed: list[Any] = []
     try:
-        for layer in decoder_layers(policy.causal):
-            for module in list(_linears(layer)):
-                weight = _folded(module)
-                if weight is not None:
-                    module.forward = _product(weight, _bias(module), rows)
-                    changed.append(module)
-                del weight
+        for module in dict.fromkeys(_linears(policy.causal.get_decoder())):
+            weight = _folded(module)
+            if weight is not None:
+                module.forward = _product(weight, _bias(module), rows)
+                changed.append(module)
+            del weight
         run = _product(head.weight_VH.detach(), head.bias_V, rows)
         yield lambda hidden: head.mapped(run(hidden))
     finally:
@@ -63,18 +61,19 @@ def can_pack(policy: Policy, passes: int) -> bool:
         return False
     if policy.dtype not in (torch.float32, torch.float64):
         return False
-    body = sum(p.nbytes for layer in decoder_layers(policy.causal) for p in layer.parameters())
-    return body + policy.head_VH.nbytes <= PACKED_SHARE * Machine.local().bytes
+    linears = _linears(policy.causal.get_decoder())
+    size = sum(getattr(m, "base_layer", m).weight.nbytes for m in linears)
+    return size + policy.head_VH.nbytes <= PACKED_SHARE * Machine.local().bytes
 
 
-def _linears(module: nn.Module) -> Iterator[nn.Module]:
+def _linears(module: nn.Module) -> Iterator[Any]:
     """The linear layers below a module: plain ones, and those with an adapter as a whole."""
     from peft.tuners.lora import LoraLayer
 
     for child in module.children():
-        if isinstance(child, LoraLayer) or type(child) is nn.Linear:
+        if type(getattr(child, "base_layer", child)) is nn.Linear:
             yield child
-        else:
+        elif not isinstance(child, LoraLayer):
             yield from _linears(child)
 
 
@@ -84,7 +83,7 @@ def _folded(module: Any) -> Tensor | None:
 
     if type(module) is nn.Linear:
         return module.weight.detach()
-    if type(module) is not lora.Linear or type(module.base_layer) is not nn.Linear:
+    if type(module) is not lora.Linear:
         return None
     weight = module.base_layer.weight.detach()
     active = [name for name in module.active_adapters if name in module.lora_A]
@@ -120,4 +119,3 @@ def _product(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
 def _packed_product(packed: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(states, packed, bias, "none", [], "")
     return product
-

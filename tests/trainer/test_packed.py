@@ -65,12 +65,22 @@ def test_copies_are_of_the_current_weights(configure: Any) -> None:
         before = logits(policy, head)
     for _, parameter in policy.parameters:
         parameter.add_(0.05)
-    with pytest.raises(RuntimeError, match="lost"), packed_weights(policy, 8) as head:
-        torch.testing.assert_close(
-            logits(policy, head), now := logits(policy, policy.logits), rtol=0, atol=2e-5
-        )
-        raise RuntimeError("lost")
+    now = logits(policy, policy.logits)
+    with packed_weights(policy, 8) as head:
+        torch.testing.assert_close(logits(policy, head), now, rtol=0, atol=2e-5)
     assert float((now - before).abs().max()) > 1e-2
+
+
+def test_an_error_leaves_the_model_as_it_was(configure: Any) -> None:
+    policy = make_lab(configure(*SMALL)).policy
+
+    def fail() -> None:
+        with packed_weights(policy, 8):
+            assert own_forwards(policy)
+            raise RuntimeError("lost")
+
+    with pytest.raises(RuntimeError, match="lost"):
+        fail()
     assert not own_forwards(policy)
 
 
