@@ -8,7 +8,7 @@ Shapes: `_B` sequences, `_V` vocabulary, `_L` length, `_N` completion tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any
@@ -19,13 +19,20 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids, not_finite_error
+from minidistill.engines.progress import Progress
 from minidistill.engines.sampler import Sampler
 from minidistill.placement.attention import VARLEN, Layout
 from minidistill.placement.limits import EMBEDDED_CACHE_BYTES, kv_bytes_per_token
 from minidistill.trainer.batching import collate
 from minidistill.trainer.decoding import Decoding, decodes_in_place
-from minidistill.trainer.forward import PrefixCache, hidden_states, seeded_cache, select_rows
-from minidistill.trainer.packed import Product, can_pack, packed_weights
+from minidistill.trainer.forward import (
+    KeysValues,
+    PrefixCache,
+    hidden_states,
+    seeded_cache,
+    select_rows,
+)
+from minidistill.trainer.packed import can_pack, packed_weights
 from minidistill.trainer.policy import Policy
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
@@ -97,7 +104,7 @@ class EmbeddedEngine(Engine):
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.policy.device)
         with self.policy.unsharded(role), self.policy.running_as(role), self.policy.inference():
-            progress = _Progress(advance or (lambda count: None))
+            progress = Progress(advance or (lambda count: None))
             done: dict[int, Completion] = {}
             for rows in self._rows_together(requests):
                 done |= self._sample(requests, rows, params, role, progress)
@@ -123,7 +130,7 @@ class EmbeddedEngine(Engine):
         order: list[int],
         params: SamplingParams,
         role: Role,
-        progress: _Progress,
+        progress: Progress,
     ) -> dict[int, Completion]:
         """The completions of these rows, in batches that fit in memory."""
 
@@ -154,13 +161,20 @@ class EmbeddedEngine(Engine):
     ) -> list[Completion]:
         """Decode the `chosen` requests in one batch. Finished rows leave it at the next check."""
         requests = [all_requests[i] for i in chosen]
-        prompts = self._prefill(requests, role, params.max_tokens)
-        if not can_pack(self.policy, params.max_tokens - 1):
-            return self._decode_after(
-                prompts, requests, chosen, params, self.policy.logits, advance
-            )
-        with packed_weights(self.policy, len(requests)) as logits:
+        prefix = self.prefixes.common(list(dict.fromkeys(r.prompt_ids for r in requests)))
+        # with the weights as they are, so that what is kept does not depend on who computed it
+        states = self.prefixes.states(prefix, role)
+        with self._weights(len(requests), params.max_tokens) as logits:
+            prompts = self._prefill(requests, prefix, states, params.max_tokens)
             return self._decode_after(prompts, requests, chosen, params, logits, advance)
+
+    def _weights(
+        self, rows: int, max_tokens: int
+    ) -> contextlib.AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Run packed copies of the weights if that pays off. Yields what gives logits."""
+        if can_pack(self.policy, max_tokens - 1):
+            return packed_weights(self.policy, rows)
+        return contextlib.nullcontext(self.policy.logits)
 
     def _decode_after(
         self,
@@ -168,7 +182,7 @@ class EmbeddedEngine(Engine):
         requests: Sequence[Request],
         chosen: Sequence[int],
         params: SamplingParams,
-        logits: Product,
+        logits: Callable[[Tensor], Tensor],
         advance: Advance,
     ) -> list[Completion]:
         policy, max_tokens = self.policy, params.max_tokens
@@ -229,13 +243,18 @@ class EmbeddedEngine(Engine):
             for ids, p, n, end in rows
         ]
 
-    def _prefill(self, requests: Sequence[Request], role: Role, max_tokens: int) -> Prefilled:
-        """Read the prompts; equal ones once."""
+    def _prefill(
+        self,
+        requests: Sequence[Request],
+        prefix: tuple[int, ...],
+        states: KeysValues | None,
+        max_tokens: int,
+    ) -> Prefilled:
+        """Read the prompts after the prefix that all begin with; equal ones once."""
         device = self.policy.device
         by_prompt = groupby(request.prompt_ids for request in requests)
         distinct = [(prompt, len(list(copies))) for prompt, copies in by_prompt]
         prompts = [prompt for prompt, _ in distinct]
-        prefix = self.prefixes.common(prompts)
         lengths = np.array([len(prompt) - len(prefix) for prompt in prompts])
         width = int(lengths.max())
         # padded on the left: all end in the same column
@@ -243,21 +262,22 @@ class EmbeddedEngine(Engine):
         ids_BL = np.full(real_BL.shape, self.policy.pad_id, dtype=np.int64)
         new = chain.from_iterable(prompt[len(prefix) :] for prompt in prompts)
         ids_BL[real_BL] = np.fromiter(new, dtype=np.int64, count=int(lengths.sum()))
-        mask = np.pad(real_BL, ((0, 0), (len(prefix), max_tokens)), constant_values=True)
-        mask_BL = torch.from_numpy(mask).to(device)
-        states = self.prefixes.states(prefix, role)
+        real = np.pad(real_BL, ((0, 0), (len(prefix), max_tokens)), constant_values=True)
+        mask_BL = torch.from_numpy(real).to(device)
         cache = seeded_cache(self.policy, states, len(prompts))
         in_place = decodes_in_place(self.policy, cache)
         seen_BL = mask_BL[:, : len(prefix) + width]
         positions_BL = (seen_BL.cumsum(1) - 1).clamp(min=0)[:, len(prefix) :]
         ids = torch.from_numpy(ids_BL).to(device)
-        hidden_BH = self._forward(ids, seen_BL, positions_BL, cache)
+        padded = int(lengths.min()) < width
+        # without padding and a prefix, transformers' own causal attention needs no mask
+        mask = seen_BL if padded or prefix or not in_place else None
+        hidden_BH = self._forward(ids, mask, positions_BL, cache)
         copies = [count for _, count in distinct]
         index = torch.from_numpy(np.arange(len(prompts)).repeat(copies)).to(device)
         decoding = None
         if in_place:
-            real_GL = None if lengths.min() == width else seen_BL
-            decoding = Decoding(cache, copies, real_GL, states, max_tokens)
+            decoding = Decoding(cache, copies, seen_BL if padded else None, states, max_tokens)
         else:
             select_rows(cache, index)
         return Prefilled(
@@ -325,30 +345,6 @@ class EmbeddedEngine(Engine):
     def peak_memory(self) -> int | None:
         """On a GPU the peak while sampling. None on a CPU: the trainer reports this process."""
         return self._peak_memory
-
-
-class _Progress:
-    """Counts finished completions. A batch that is repeated after OOM is counted once."""
-
-    def __init__(self, advance: Advance) -> None:
-        self._advance, self._repeated = advance, 0
-        self._attempt = 0
-
-    def __call__(self, count: int) -> None:
-        self._attempt += count
-        before = min(self._repeated, count)
-        self._repeated -= before
-        self._advance(count - before)
-
-    @contextlib.contextmanager
-    def attempt(self) -> Iterator[None]:
-        """Decoding a batch. After an error its completions are expected again."""
-        self._attempt = 0
-        try:
-            yield
-        except BaseException:
-            self._repeated += self._attempt
-            raise
 
 
 def cache_bytes(device: torch.device) -> int:
