@@ -43,20 +43,21 @@ class RowsLayer(DynamicLayer):
     def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
+        self.keys, self.values = self.buffers = keys, values
         self.rows, self.used = keys.shape[0], used
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append one token to each row. Returns views of all of their tokens."""
-        self.keys[: self.rows, :, self.used] = key_states[:, :, 0]
-        self.values[: self.rows, :, self.used] = value_states[:, :, 0]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[: self.rows, :, self.used] = new[:, :, 0]
         self.used += 1
         return self.states()
 
     def states(self) -> tuple[Tensor, Tensor]:
-        return tuple(x[: self.rows, :, : self.used] for x in (self.keys, self.values))  # type: ignore[return-value]
+        keys, values = self.buffers
+        return keys[: self.rows, :, : self.used], values[: self.rows, :, : self.used]
 
     def get_seq_length(self) -> int:
         return self.used
@@ -176,9 +177,8 @@ class Decoding:
                 # a view would keep the prefix, which is stored once already
                 taken.append((pair[0].contiguous(), pair[1].contiguous()))
             before = 0 if once else width - start
-            prompts.layers[index] = RowsLayer(
-                *(_buffer(x, copies, before, room) for x in pair), before
-            )
+            keys, values = (_buffer(x, copies, before, room) for x in pair)
+            prompts.layers[index] = RowsLayer(keys, values, before)
         if once:
             self.shared.append(Shared(taken, mask, groups))
         elif mask is not None:

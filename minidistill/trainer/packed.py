@@ -62,7 +62,7 @@ def can_pack(policy: Policy, passes: int) -> bool:
     if policy.dtype not in (torch.float32, torch.float64):
         return False
     linears = _linears(policy.causal.get_decoder())
-    size = sum(getattr(m, "base_layer", m).weight.nbytes for m in linears)
+    size: int = sum(getattr(m, "base_layer", m).weight.nbytes for m in linears)
     return size + policy.head_VH.nbytes <= PACKED_SHARE * Machine.local().bytes
 
 
