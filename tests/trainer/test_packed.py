@@ -11,7 +11,9 @@ import torch
 from support.lab import Lab, make_lab
 from support.packed_attention import PACKED, tiny_config, tiny_model, tiny_policy
 
+from minidistill.placement.engine_memory import packed_copy
 from minidistill.placement.machine import Machine
+from minidistill.placement.model_shape import read_shape
 from minidistill.trainer import packed
 from minidistill.trainer.packed import can_pack, packed_weights
 from minidistill.trainer.policy import Policy
@@ -84,14 +86,27 @@ def test_an_error_leaves_the_model_as_it_was(configure: Any) -> None:
     assert not own_forwards(policy)
 
 
-def test_what_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_packed() -> None:
     half = tiny_policy(tiny_model(tiny_config("llama"), "varlen", torch.bfloat16), PACKED)
     single = tiny_policy(tiny_model(tiny_config("llama"), "varlen", torch.float32), PACKED)
     assert can_pack(single, 20)
     assert not can_pack(single, 2), "a copy for few passes"
     assert not can_pack(half, 20), "16 bit would lose the adapter"
     assert not can_pack(replace(single, device=torch.device("cuda", 0)), 20)
-    weights = sum(p.nbytes for p in single.model.parameters())
-    small = Machine(gpus=0, bytes=4 * weights, vllm=False, bf16=False)
-    monkeypatch.setattr(Machine, "local", lambda: small)
-    assert not can_pack(single, 20), "a large part of the memory"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_copy_takes_an_eighth_of_the_memory_at_most(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan counts what the engine makes."""
+    config = tiny_config("llama", tie_word_embeddings=tied)
+    policy = tiny_policy(tiny_model(config, "varlen", torch.float32), PACKED)
+    layers, head = policy.model.model.layers.parameters(), policy.model.lm_head.weight
+    size = sum(p.nbytes for p in layers if p.dim() == 2) + head.nbytes
+    for memory, makes in ((8 * size, True), (8 * size - 8, False)):
+        machine = Machine(gpus=0, bytes=memory, vllm=False, bf16=False)
+        monkeypatch.setattr(Machine, "local", lambda machine=machine: machine)
+        assert can_pack(policy, 20) == makes
+        assert packed_copy(read_shape(config), 4, memory) == (size if makes else 0)
+    assert packed_copy(read_shape(config), 2, 8 * size) == 0
