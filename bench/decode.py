@@ -57,9 +57,8 @@ def step_floor(shape: ModelShape, batch: int, group: int, prompt: int, new: int)
     cached = batch // group * prompt + own
     return {
         "bytes": ITEMSIZE * (weights + 2 * shape.keys * shape.layers * cached),
-        "flops": 2 * weights * batch
-        + 4 * shape.attention * shape.layers * (batch * prompt + own),
-    }  # fmt: skip
+        "flops": 2 * weights * batch + 4 * shape.attention * shape.layers * (batch * prompt + own),
+    }
 
 
 def measure(engine: EmbeddedEngine, args: argparse.Namespace, batch: int) -> dict[str, Any]:
