@@ -85,7 +85,8 @@ def _folded(module: Any) -> Tensor | None:
         return module.weight.detach()
     if type(module) is not lora.Linear:
         return None
-    weight = module.base_layer.weight.detach()
+    base: Any = module.base_layer
+    weight = base.weight.detach()
     active = [name for name in module.active_adapters if name in module.lora_A]
     if module.merged or weight.dtype not in (torch.float32, torch.float64):
         return None
