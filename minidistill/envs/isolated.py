@@ -31,21 +31,17 @@ LOAD_SECONDS = 600.0  # that the process gets to load the environment
 
 
 class ScoringProcess(Subprocess):
-    """The subprocess and the connection to it. It dies with this process, whatever it is doing."""
+    """The subprocess and the connection to it."""
 
     def __init__(self, id: str, args: dict[str, Any]) -> None:
         ours, theirs = socket.socketpair()
-        watched, self._lifeline = os.pipe()
         try:
-            descriptors = (theirs.fileno(), watched)
-            super().__init__(MODULE, [*map(str, descriptors)], descriptors)
+            super().__init__(MODULE, [str(theirs.fileno())], [theirs.fileno()])
         except BaseException:
             ours.close()
-            os.close(self._lifeline)
             raise
         finally:
             theirs.close()
-            os.close(watched)
         limit_transfers(ours, LOAD_SECONDS)
         self.connection = Connection(ours.detach())
         with contextlib.suppress(OSError):  # if it has died, the first `receive` reports it
@@ -58,9 +54,6 @@ class ScoringProcess(Subprocess):
     def close(self, patience: float = 0.0) -> None:
         super().close(patience)
         self.connection.close()
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
 
 
 class IsolatedEnvironment:

@@ -22,7 +22,7 @@ from minidistill.run.prepare import prepare
 from minidistill.run.resume import is_extended, with_recorded_adapter
 from minidistill.run.session import Session, open_session
 from minidistill.run.summary import finish, show_finished
-from minidistill.system.foreign import Interrupted, handling
+from minidistill.system.foreign import Interrupted, check_interrupted, handling
 from minidistill.trainer.step import StepResult
 from minidistill.types import Metrics
 
@@ -47,6 +47,7 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
                 return EXIT_OK
             prepared = prepare(loaded, directory, resume, display.phase)
             with open_session(prepared, display) as session, _interrupts() as interrupt:
+                check_interrupted()
                 return _run(session, interrupt)
 
 

@@ -107,9 +107,24 @@ def save(trainer: Trainer, root: Path, step: int, facts: dict[str, Any], keep: i
             state = {"format": FORMAT, "step": step, **facts}
             (aside / STATE).write_text(json.dumps(state, indent=2) + "\n")
             seal(aside, len(plain))
-        write_atomic(root / "latest", final.name + "\n")
-    _remove_old(root, step, keep)
+    _make_latest(root, step, keep)
     return final
+
+
+def complete(root: Path, step: int, keep: int) -> None:
+    """Finish a `save` that was killed when its checkpoint was there: `latest`, and the old ones.
+
+    The checkpoint of `step` was restored. If there is a newer one, which is damaged, nothing is
+    removed. Raises UserError (exit code 3) if `latest` cannot be written.
+    """
+    paths = _steps(root)
+    if paths and number(paths[-1]) == step:
+        _make_latest(root, step, keep)
+
+
+def _make_latest(root: Path, step: int, keep: int) -> None:
+    write_atomic(root / "latest", f"step_{step:06d}\n")
+    _remove_old(root, step, keep)
 
 
 def _check_finite(tensors: dict[str, Tensor], step: int) -> None:

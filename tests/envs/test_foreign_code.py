@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from minidistill.errors import (
     EXIT_OK,
     UserError,
 )
+from minidistill.run import loop
 from minidistill.system.foreign import Interrupted, ctrl_c, describe, foreign_code
 
 TOML = """
@@ -197,3 +201,36 @@ def test_too_many_failures_are_a_health_stop(
     monkeypatch.chdir(tmp_path)
     assert run("score", "panic") == EXIT_HEALTH
     assert "failed on 8 of 8 rollouts, first: task train/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_package_swallows_is_the_users(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that imports another in a `try`, and later misses it."""
+
+    def swallow(arguments: list[str]) -> int:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), number)
+        raise AttributeError("module 'numpy' has no attribute 'ndarray'")
+
+    monkeypatch.setattr(cli, "_dispatch", swallow)
+    assert cli.main(["run"]) == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("place", ["claim_path", "open_session"])
+def test_a_run_does_not_begin_after_a_signal_that_was_swallowed(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    original = getattr(loop, place)
+
+    def swallow(*arguments: Any) -> Any:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, place, swallow)
+    assert run("none", "exit") == EXIT_INTERRUPTED
+    assert not Path("out/metrics.jsonl").exists()

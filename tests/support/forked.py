@@ -27,7 +27,7 @@ from typing import IO, Any
 import torch
 
 from minidistill.system import subprocesses
-from minidistill.system.subprocesses import PATHS, START
+from minidistill.system.subprocesses import LIFELINE, PATHS, START, die_with_parent
 from support.paths import TESTS
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -166,6 +166,8 @@ def _run_module(
     forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None  # type: ignore
     subprocesses.Popen = popen  # type: ignore
     os.setsid()
+    if LIFELINE in os.environ:
+        die_with_parent()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

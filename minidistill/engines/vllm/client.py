@@ -57,8 +57,8 @@ class EngineFailed(Exception):
 class EngineProcess(Subprocess):
     """The subprocess and two sockets to it: one for calls, one for commands during a call.
 
-    If the driver dies without `close`, the subprocess sees a pipe close and kills its own process
-    group. Its temporary files and shared memory are then left for the next run to remove.
+    If the driver dies without `close`, the subprocess is killed. Its temporary files and shared
+    memory are then left for the next run to remove.
     """
 
     def __init__(
@@ -72,8 +72,7 @@ class EngineProcess(Subprocess):
         use_for_multiprocessing()
         self._scratch = ScratchFolder()
         ours, theirs = zip(socket.socketpair(), socket.socketpair(), strict=True)
-        watched, self._lifeline = os.pipe()
-        descriptors = (*(end.fileno() for end in theirs), watched)
+        descriptors = [end.fileno() for end in theirs]
         places = {"TMPDIR": str(self._scratch.path), COMPILED: _compiled()}
         if not self._scratch.holds_sockets:
             places = {}
@@ -85,12 +84,10 @@ class EngineProcess(Subprocess):
             self._scratch.close()
             for end in ours:
                 end.close()
-            os.close(self._lifeline)
             raise
         finally:
             for end in theirs:
                 end.close()
-            os.close(watched)
         for end in ours:
             limit_transfers(end, silence.step)
         self._calls, self._commands = (Connection(end.detach()) for end in ours)
@@ -173,9 +170,6 @@ class EngineProcess(Subprocess):
         self._scratch.close()
         self._calls.close()
         self._commands.close()
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
 
 
 class RestartingProcess:
