@@ -172,7 +172,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if sys.stderr.isatty():  # the first thing to see, seconds before the next
-        _print_to_stderr("loading torch and transformers")
+        print_to_stderr("loading torch and transformers")
     # Interpreted kernels have to be asked for before transformers imports triton.
     import minidistill_kernels  # noqa: F401
     from minidistill.trainer.distributed.rank_group import launched_by_torchrun

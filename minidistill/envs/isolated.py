@@ -195,16 +195,17 @@ class IsolatedEnvironment:
             self._process = None
 
     def _pickled(self, value: object) -> bytes:
-        try:
-            return pickle.dumps(value)
-        except Exception as error:  # also whatever a task's own methods raise
-            raise CannotScoreError(
+        def failure(error: BaseException) -> CannotScoreError:
+            return CannotScoreError(
                 f"a task of the environment {self.id!r} cannot be sent to the process that scores: "
                 f"{describe(error)}",
                 where=self.where,
                 fix='make its tasks of plain data, or set score_timeout = "off" to score in the '
                 "process of the run, without a limit",
-            ) from error
+            )
+
+        with foreign_code(failure, ours=()):  # a task's own methods may raise anything
+            return pickle.dumps(value)
 
 
 def close_environments(environments: Iterable[Environment]) -> None:

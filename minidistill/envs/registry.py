@@ -165,7 +165,10 @@ def _find_in_current_directory(package: str) -> None:
 
     Otherwise it is not: no file there can stand for an optional package that is not installed.
     """
-    current = os.getcwd()
+    try:
+        current = os.getcwd()
+    except FileNotFoundError:  # it has gone
+        return
     if current not in sys.path and package not in sys.modules and find_spec(package) is None:
         sys.path.append(current)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import raising
 from support.raising import FAULTS, SAYS, TASKS
 from support.runs import records
 
@@ -27,6 +28,7 @@ from minidistill.errors import (
 )
 from minidistill.run import loop
 from minidistill.system.foreign import Interrupted, ctrl_c, describe, foreign_code
+from minidistill.types import Task
 
 TOML = """
 max_steps = 2
@@ -77,6 +79,83 @@ def test_a_failure_names_the_environment_and_what_it_raised(place: str, fault: s
     assert "support.raising:load" in caught.value.what
     assert SAYS[fault] in caught.value.what
     assert caught.value.where == "orchestrator.env.0"
+
+
+class Flag:
+    def __bool__(self) -> bool:
+        raise SystemExit(0)
+
+
+class Names:
+    """A split that raises as it is asked for a method that it may have."""
+
+    def __len__(self) -> int:
+        return len(TASKS)
+
+    def __getattr__(self, name: str) -> Any:
+        raise SystemExit(0)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("train", Names), ("has_rewards", Flag), ("scores_in_process", Flag)],
+)
+def test_an_attribute_that_exits_when_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, attribute: str, value: Any
+) -> None:
+    monkeypatch.setattr(raising.Env, attribute, value())
+
+    def use() -> None:
+        env = load("", "exit")
+        assert len(env.train) == 0 or has_rewards(env)
+
+    with pytest.raises(UserError, match=r"support\.raising:load.*it called sys\.exit\(0\)"):
+        use()
+
+
+MESSAGE = {"role": "user", "content": "Hello"}
+NO_TASKS: dict[str, tuple[Any, str]] = {
+    "a dict": ({"prompt": "Hello"}, "number 0 is no Task, but dict"),
+    "nothing": (None, "number 0 is no Task, but NoneType"),
+    "bytes as an id": (Task(b"x", (MESSAGE,)), "has an id that is no text, but bytes"),  # type: ignore[arg-type]
+    "a text as messages": (Task("x", "Hello"), "the messages of x are no tuple, but str"),  # type: ignore[arg-type]
+    "no role": (Task("x", ({"content": "Hello"},)), "a message of x has no role"),
+    "a text as a message": (Task("x", ("Hello",)), "a message of x has no role"),  # type: ignore[arg-type]
+    "a number as content": (
+        Task("x", ({"role": "user", "content": 5},)),
+        "has a content that is no text",
+    ),
+    "a lone surrogate": (
+        Task("x", ({"role": "user", "content": "a\udc80"},)),
+        "cannot be written as JSON",
+    ),
+    "an object": (Task("x", ({**MESSAGE, "at": object()},)), "cannot be written as JSON"),
+    "NaN": (Task("x", ({**MESSAGE, "at": float("nan")},)), "cannot be written as JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TASKS)
+def test_what_is_no_task_is_named_before_the_first_step(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the tasks are a list, are read one at a time, or are made together."""
+    task, words = NO_TASKS[kind]
+    monkeypatch.setattr(raising, "TASKS", [task])
+    monkeypatch.setitem(raising.FAULTS, "none", lambda: None)
+    for place, use in (("", USES["task"]), ("make_tasks", lambda env: take_tasks(env.train, [0]))):
+        with pytest.raises(UserError, match=r"support\.raising:load") as caught:
+            use(load(place, "none"))
+        assert words in caught.value.what
+    monkeypatch.setattr(raising.Env, "train", [task])
+    with pytest.raises(UserError) as caught:
+        load("", "exit").train  # noqa: B018
+    assert words in caught.value.what
+
+
+def test_too_few_tasks_made_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raising.MadeTogether, "make_tasks", lambda self, indices, advance: [])
+    with pytest.raises(UserError, match="it made 0 of 2 tasks"):
+        take_tasks(load("make_tasks", "none").train, [1, 0])
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -304,8 +304,9 @@ def test_an_environment_that_does_not_load_there_ends_the_run() -> None:
     env.close()
 
 
-def test_a_task_that_cannot_be_sent_is_refused_before_the_run() -> None:
-    env = load("unpicklable")
+@pytest.mark.parametrize("function", ["unpicklable", "exits_when_pickled"])
+def test_a_task_that_cannot_be_sent_is_refused_before_the_run(function: str) -> None:
+    env = load(function)
     env.start()
     with pytest.raises(UserError, match="cannot be sent") as caught:
         env.check()

@@ -82,6 +82,15 @@ def unpicklable() -> Env:
     return Env(lambda: None)
 
 
+class Exits:
+    def __reduce__(self) -> Any:
+        sys.exit(0)
+
+
+def exits_when_pickled() -> Env:
+    return Env(Exits())
+
+
 def only_in_the_driver() -> Env:
     """An environment that does not load in the process that scores."""
     if "minidistill.envs.worker" in sys.orig_argv:
