@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.kernels_report import machine
 from bench.pair import ROOT, change_adapter, named_model, save, use_threads
-from bench.peaks import matrix_peak, memory_peak
+from bench.peaks import Clock, matrix_peak, memory_peak
 from minidistill.config import load_config
 from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.placement.machine import Machine
@@ -61,8 +61,13 @@ def step_floor(shape: ModelShape, batch: int, group: int, prompt: int, new: int)
     }
 
 
+def clock_of(args: argparse.Namespace) -> Clock:
+    """Of the steps and of the peaks that they are compared with."""
+    return time.process_time if args.threads == 1 else time.perf_counter
+
+
 def measure(engine: EmbeddedEngine, args: argparse.Namespace, batch: int) -> dict[str, Any]:
-    clock = time.process_time if args.threads == 1 else time.perf_counter
+    clock = clock_of(args)
     draw = random.Random(batch)
     vocabulary = engine.policy.config.vocab_size
 
@@ -125,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = read_shape(policy.config)
     engine = EmbeddedEngine(policy, PrefixCache(policy, shares=True))
     for batch in args.batch:
-        peaks = {"memory": memory_peak(), "matrix": matrix_peak()}
+        peaks = {"memory": memory_peak(clock_of(args)), "matrix": matrix_peak(clock_of(args))}
         measured = measure(engine, args, batch)
         floor = step_floor(shape, batch, args.group, args.prompt, args.new)
         row = report(measured, floor, peaks)

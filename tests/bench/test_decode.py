@@ -33,8 +33,8 @@ def test_a_run_reports_the_share_of_the_floor(
 ) -> None:
     saved: dict[str, Any] = {}
     monkeypatch.setattr(decode, "save", lambda name, key, result: saved.update({key: result}))
-    monkeypatch.setattr(decode, "memory_peak", lambda: 1e9)
-    monkeypatch.setattr(decode, "matrix_peak", lambda: 1e12)
+    monkeypatch.setattr(decode, "memory_peak", lambda clock: 1e9)
+    monkeypatch.setattr(decode, "matrix_peak", lambda clock: 1e12)
     monkeypatch.setattr(decode, "use_threads", lambda threads: None)
     flags = ["--model", "tiny-sokoban", "--batch", "4", "--group", "2", "--new", "8"]
     assert decode.main([*flags, "--repeats", "1"]) == 0
