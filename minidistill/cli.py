@@ -341,8 +341,10 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     if options.benchmark not in _BENCHMARKS:
         names = ", ".join(_BENCHMARKS)
         raise UserError(f"bench takes one of {names}", fix="minidistill bench kernels")
-    # benchmarks are part of a checkout, not of the package; nothing else there replaces a module
-    sys.path.append(os.getcwd())
+    from minidistill.system.local_modules import find_in_current_directory
+
+    # benchmarks are part of a checkout, not of the package
+    find_in_current_directory("bench")
     module = f"bench.{options.benchmark}"
     try:
         benchmark = import_module(module)

@@ -49,7 +49,9 @@ class ScoringProcess(Subprocess):
 
     def receive(self, seconds: float) -> tuple[str, Any] | None:
         """What it sends within `seconds`, else None. Raises EOFError or OSError if it has died."""
-        return self.connection.recv() if self.connection.poll(seconds) else None
+        answer = self.connection.recv() if self.connection.poll(seconds) else None
+        self.trim_output()
+        return answer
 
     def close(self, patience: float = 0.0) -> None:
         super().close(patience)

@@ -21,6 +21,7 @@ from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError, printable
+from minidistill.system import local_modules
 
 logger = logging.getLogger(__name__)
 
@@ -28,17 +29,19 @@ EXIT_TIMEOUT = 5.0  # seconds that a process gets to exit after it closed its co
 NOTE_SECONDS = 60.0  # of silence, before it is said
 TICK = 1.0  # seconds between two looks at something that is silent
 OUTPUT_BYTES = 1 << 16  # of a process's output, the end, that is read
+LONGEST_OUTPUT = 1 << 26  # bytes of it on disk, before all but that end is dropped
 OWN_OUTPUT = "see why it hangs (once the run has begun, logs/run.log gets the end of its output)"
 LINE = 300  # characters of its last line in a message
 PATHS, LIFELINE = "MINIDISTILL_PATHS", "MINIDISTILL_LIFELINE"
 # `python -m` puts the current directory on the path before it runs anything. A subprocess gets
-# this process's path instead, which has it only if the configuration names something in there,
-# and this very package. Before its imports, which take seconds, it is bound to this process's life.
+# this process's path instead, the modules that the configuration names in there, and this very
+# package. Before its imports, which take seconds, it is bound to this process's life.
 START = (
     "import os, runpy, sys; del sys.argv[0]; "
     f"root, *paths = os.environ.pop('{PATHS}').split(os.pathsep); "
     "sys.path[:] = [root]; import minidistill; sys.path[:] = paths; "
     "from minidistill.system.subprocesses import die_with_parent; die_with_parent(); "
+    "from minidistill.system import local_modules; local_modules.take_over(); "
     "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 )
 
@@ -144,11 +147,14 @@ class Subprocess:
             PATHS: os.pathsep.join([root, *paths]),
             LIFELINE: str(watched),
             "PYTHONSAFEPATH": "1",
+            **local_modules.variables(),
         }
         # what is on the stack is closed here only if the process does not start
         with open(watched, "rb"), contextlib.ExitStack() as stack:
             self._lifeline = stack.enter_context(open(lifeline, "wb"))
             self._output = stack.enter_context(tempfile.TemporaryFile())
+            # shared with the process, which then goes on at the end of what `trim_output` leaves
+            fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)
             self.popen = Popen(
                 [sys.executable, "-c", START, module, *arguments],
                 pass_fds=[*descriptors, watched],
@@ -177,16 +183,25 @@ class Subprocess:
         """The last line of output, as "; last output: …", or "". The log gets the end of it."""
         if self._output.closed:
             return ""
-        file = self._output.fileno()  # not by `seek`: the process writes where this is in the file
-        size = os.fstat(file).st_size
-        data = os.pread(file, OUTPUT_BYTES, max(0, size - OUTPUT_BYTES))
-        text = printable(data.decode(errors="replace")).strip()
+        text = printable(self._end_of_output().decode(errors="replace")).strip()
         if not text:
             return ""
         lines = text.splitlines()
         quoted = "\n".join(f"  | {line}" for line in lines)
         logger.debug(f"the end of the output of process {self.popen.pid}:\n{quoted}")
         return f"; last output: {lines[-1].strip()[:LINE]}"
+
+    def trim_output(self) -> None:
+        """Drop all but the end of a long output, which would fill the disk in a long run."""
+        with contextlib.suppress(OSError, ValueError):  # another thread has closed it
+            if os.fstat(self._output.fileno()).st_size > LONGEST_OUTPUT:
+                end = self._end_of_output()
+                self._output.truncate(0)
+                os.write(self._output.fileno(), end)
+
+    def _end_of_output(self) -> bytes:
+        file = self._output.fileno()
+        return os.pread(file, OUTPUT_BYTES, max(0, os.fstat(file).st_size - OUTPUT_BYTES))
 
     def is_stopped(self) -> bool:
         """Whether a signal has stopped it, as Ctrl-Z does."""

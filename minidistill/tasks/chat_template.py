@@ -237,7 +237,7 @@ class ChatTemplate:
             tree = environment.parse(_GENERATION.sub("", source))
             jinja2.meta.find_undeclared_variables(tree)  # notices unknown filters and tests
             return tree
-        except (TemplateError, RecursionError) as error:
+        except (TemplateError, RecursionError, TypeError) as error:  # a number in its place
             line = f", line {line}" if (line := getattr(error, "lineno", None)) else ""
             raise UserError(
                 f"the chat template is not valid{line}: {error}",

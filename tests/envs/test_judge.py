@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,44 @@ def test_a_server_that_is_not_reached() -> None:
         assert "no answer within 0.2 s" in refused(judge(url, timeout=0.2))
 
 
+def test_a_server_that_never_finishes_its_header() -> None:
+    """Byte after byte comes in time."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+
+        def drip_header() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\n")
+                while True:
+                    connection.sendall(b"x")
+                    time.sleep(0.05)
+
+        pool.submit(drip_header)
+        began = time.monotonic()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        assert "no answer within 0.3 s" in refused(judge(url, timeout=0.3))
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "ftp://me:hidden@proxy"),
+        ("ALL_PROXY", "http://me:hidden@[::1"),
+        ("NO_PROXY", "[::1"),
+        ("SSL_CERT_FILE", "/no/such/file"),
+    ],
+)
+def test_an_environment_that_forbids_requests(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    why = refused(judge("http://a/v1"))
+    assert "no HTTP request can be made: " in why
+    assert name in why
+    assert "hidden" not in why
+
+
 # -- many at once ------------------------------------------------------------------------------
 
 
@@ -226,6 +266,7 @@ def test_closing_ends_what_is_asked() -> None:
     ("name", "value"),
     [
         ("url", "ftp://a/b"), ("url", "http://me:hidden@a/v1"), ("url", 3), ("url", "local:8000"),
+        ("url", "http://a:99999"), ("url", "http://a..b"), ("url", "http://[::1"),
         ("model", ""), ("prompt", "Rate this."), ("scale", [1, 0]), ("scale", [1]),
         ("scale", "01"), ("scale", [0, float("inf")]), ("scale", [0, True]), ("body", {"n": 2}),
         ("body", 3),

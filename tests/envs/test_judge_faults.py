@@ -140,3 +140,10 @@ def test_no_server() -> None:
     error = failure(judge(server.url, budget=0.2))
     assert error.slow
     assert f"the judge at {server.url} failed" in str(error)
+
+
+def test_a_key_in_what_the_judge_says_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with serving(say(f"Your key is {KEY}")) as server:
+        error = failure(judge(server.url, key_env="JUDGE_KEY"))
+    assert str(error) == "the judge's answer has no score: 'Your key is ***'"

@@ -21,6 +21,8 @@ def faulty(task: Task, completion: str) -> Any:
     if completion == "exit now":
         print("last words", flush=True)
         os._exit(5)
+    if completion == "print":
+        print("x" * 100_000, flush=True)
     if completion == "crash":
         os.kill(os.getpid(), 11)
     if completion == "interrupt":

@@ -11,10 +11,12 @@ import logging
 import multiprocessing
 import os
 import socket
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from minidistill.config.schema import SILENCE, SilenceConfig
@@ -37,13 +39,26 @@ TOO_LITTLE = (
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def _compiled() -> str:
-    """Where torch keeps compiled code: where it would without a temporary folder of its own."""
+def _compiled() -> dict[str, str]:
+    """Where torch keeps compiled code: where it would without a temporary folder of its own.
+
+    Not if somebody else can write there: torch runs what it finds.
+    """
+    if COMPILED in os.environ:
+        return {}
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = str(os.geteuid())
-    return os.environ.get(COMPILED) or f"{tempfile.gettempdir()}/torchinductor_{user}"
+    path = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+    with contextlib.suppress(OSError):
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = path.lstat()
+        ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+        if ours and not status.st_mode & stat.S_IWOTH:
+            return {COMPILED: str(path)}
+    logger.warning(f"{path} is not this user's alone: compiled code is not kept there")
+    return {}
 
 
 class EngineDied(Exception):
@@ -73,9 +88,9 @@ class EngineProcess(Subprocess):
         self._scratch = ScratchFolder()
         ours, theirs = zip(socket.socketpair(), socket.socketpair(), strict=True)
         descriptors = [end.fileno() for end in theirs]
-        places = {"TMPDIR": str(self._scratch.path), COMPILED: _compiled()}
-        if not self._scratch.holds_sockets:
-            places = {}
+        places = {}
+        if self._scratch.holds_sockets:
+            places = {"TMPDIR": str(self._scratch.path), **_compiled()}
         try:
             super().__init__(
                 MODULE, [*map(str, descriptors)], descriptors, {**environment, **places}
@@ -150,6 +165,7 @@ class EngineProcess(Subprocess):
             except (EOFError, OSError) as error:
                 raise self._silent or EngineDied(self.exit_report()[1]) from error
             silence.broken()
+            self.trim_output()
             if kind == "report":
                 if report is not None and value is not None:  # None: it goes on
                     report(value)

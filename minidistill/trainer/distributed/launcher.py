@@ -119,6 +119,7 @@ class RankLauncher:
                     self._fail(process, process.error)
                     return
                 process.last_sign = next(order)
+                process.trim_output()
                 if STARTED in signs:
                     started.add(process)
                     if len(started) == len(by_link):
