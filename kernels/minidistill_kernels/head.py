@@ -39,7 +39,10 @@ class Head(NamedTuple):
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """(N, V), in the dtype of the head, or fp32 if they are scaled or capped."""
-        logits_NV = torch.nn.functional.linear(hidden_NH, self.weight_VH, self.bias_V)
+        return self.mapped(torch.nn.functional.linear(hidden_NH, self.weight_VH, self.bias_V))
+
+    def mapped(self, logits_NV: Tensor) -> Tensor:
+        """The logits of h Wᵀ + bias."""
         if self.scale != 1.0 or self.cap is not None:
             logits_NV = logits_NV.float() * self.scale
         if self.cap is not None:

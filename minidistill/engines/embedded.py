@@ -8,7 +8,7 @@ Shapes: `_B` sequences, `_V` vocabulary, `_L` length, `_N` completion tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any
@@ -19,10 +19,20 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from minidistill.engines.base import Engine, EngineCapabilities, Finished, Ids, not_finite_error
+from minidistill.engines.progress import Progress
+from minidistill.engines.sampler import Sampler
 from minidistill.placement.attention import VARLEN, Layout
 from minidistill.placement.limits import EMBEDDED_CACHE_BYTES, kv_bytes_per_token
 from minidistill.trainer.batching import collate
-from minidistill.trainer.forward import PrefixCache, hidden_states, seeded_cache, select_rows
+from minidistill.trainer.decoding import Decoding, decodes_in_place
+from minidistill.trainer.forward import (
+    KeysValues,
+    PrefixCache,
+    hidden_states,
+    seeded_cache,
+    select_rows,
+)
+from minidistill.trainer.packed import can_pack, packed_weights
 from minidistill.trainer.policy import Policy
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
@@ -41,6 +51,8 @@ class Prefilled:
     """Requests whose prompts have been read."""
 
     cache: Any
+    decoding: Decoding | None
+    """The cache's rows, if they are written in place."""
     hidden_BH: Tensor
     """The last hidden state of each prompt."""
     mask_BL: Tensor
@@ -92,7 +104,7 @@ class EmbeddedEngine(Engine):
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.policy.device)
         with self.policy.unsharded(role), self.policy.running_as(role), self.policy.inference():
-            progress = _Progress(advance or (lambda count: None))
+            progress = Progress(advance or (lambda count: None))
             done: dict[int, Completion] = {}
             for rows in self._rows_together(requests):
                 done |= self._sample(requests, rows, params, role, progress)
@@ -118,7 +130,7 @@ class EmbeddedEngine(Engine):
         order: list[int],
         params: SamplingParams,
         role: Role,
-        progress: _Progress,
+        progress: Progress,
     ) -> dict[int, Completion]:
         """The completions of these rows, in batches that fit in memory."""
 
@@ -149,11 +161,36 @@ class EmbeddedEngine(Engine):
     ) -> list[Completion]:
         """Decode the `chosen` requests in one batch. Finished rows leave it at the next check."""
         requests = [all_requests[i] for i in chosen]
+        prefix = self.prefixes.common(list(dict.fromkeys(r.prompt_ids for r in requests)))
+        # with the weights as they are, so that what is kept does not depend on who computed it
+        states = self.prefixes.states(prefix, role)
+        with self._weights(len(requests), params.max_tokens) as logits:
+            prompts = self._prefill(requests, prefix, states, params.max_tokens)
+            return self._decode_after(prompts, requests, chosen, params, logits, advance)
+
+    def _weights(
+        self, rows: int, max_tokens: int
+    ) -> contextlib.AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Run packed copies of the weights if that pays off. Yields what gives logits."""
+        if can_pack(self.policy, max_tokens - 1):
+            return packed_weights(self.policy, rows)
+        return contextlib.nullcontext(self.policy.logits)
+
+    def _decode_after(
+        self,
+        prompts: Prefilled,
+        requests: Sequence[Request],
+        chosen: Sequence[int],
+        params: SamplingParams,
+        logits: Callable[[Tensor], Tensor],
+        advance: Advance,
+    ) -> list[Completion]:
         policy, max_tokens = self.policy, params.max_tokens
         device, total = policy.device, len(requests)
-        prompts = self._prefill(requests, role, max_tokens)
-        cache, hidden_BH, mask_BL = prompts.cache, prompts.hidden_BH, prompts.mask_BL
+        cache, decoding = prompts.cache, prompts.decoding
+        hidden_BH, mask_BL = prompts.hidden_BH, prompts.mask_BL
         lengths, masks_queries = prompts.lengths, self._masks_queries(prompts.cache)
+        sample = Sampler(params.temperature)
         draws = [np.random.default_rng(r.seed).random(max_tokens) for r in requests]
         draws_BL = torch.from_numpy(np.stack(draws)).to(device)
         eos_ids = torch.tensor(sorted(policy.eos_ids), dtype=torch.int64, device=device)
@@ -162,8 +199,7 @@ class EmbeddedEngine(Engine):
         rows_B, positions_B = torch.arange(total, device=device), torch.tensor(lengths).to(device)
         ended_B = torch.zeros(total, dtype=torch.bool, device=device)
         for step in range(max_tokens):
-            logits_BV = policy.logits(hidden_BH)
-            chosen_B, logp_B = sample(logits_BV, params.temperature, draws_BL[:, step])
+            chosen_B, logp_B = sample(logits(hidden_BH), draws_BL[:, step])
             ids_BL[rows_B, step], logprobs_BL[rows_B, step] = chosen_B, logp_B
             ended_B = ended_B | (chosen_B[:, None] == eos_ids).any(dim=1)
             last = step + 1 == max_tokens
@@ -179,18 +215,21 @@ class EmbeddedEngine(Engine):
                 if not unfinished or last:
                     break
                 if len(unfinished) < len(ended):
-                    keep = torch.tensor(unfinished).to(device)
-                    lengths = [lengths[i] for i in unfinished]
-                    select_rows(cache, keep)
+                    order = decoding.keep(unfinished) if decoding else unfinished
+                    keep = torch.tensor(order).to(device)
+                    lengths = [lengths[i] for i in order]
+                    if decoding is None:
+                        select_rows(cache, keep)
                     mask_BL, draws_BL, chosen_B = mask_BL[keep], draws_BL[keep], chosen_B[keep]
                     rows_B, positions_B, ended_B = rows_B[keep], positions_B[keep], ended_B[keep]
             mask = None
-            if min(lengths) < prompts.width:
+            if decoding is None and min(lengths) < prompts.width:
                 mask = mask_BL[:, : prompts.width + step + 1]
                 # of two dimensions, transformers would ask the device whether there is padding
                 mask = mask[:, None, None] if masks_queries else mask
             positions = (positions_B + step)[:, None]
-            hidden_BH = self._forward(chosen_B[:, None], mask, positions, cache)
+            more = {"decoding": decoding} if decoding else {}
+            hidden_BH = self._forward(chosen_B[:, None], mask, positions, cache, **more)
         return self._completions(ids_BL.cpu().numpy(), logprobs_BL.cpu().numpy())
 
     def _completions(self, ids_BL: Array, logprobs_BL: Array) -> list[Completion]:
@@ -204,13 +243,18 @@ class EmbeddedEngine(Engine):
             for ids, p, n, end in rows
         ]
 
-    def _prefill(self, requests: Sequence[Request], role: Role, max_tokens: int) -> Prefilled:
-        """Read the prompts; equal ones once."""
+    def _prefill(
+        self,
+        requests: Sequence[Request],
+        prefix: tuple[int, ...],
+        states: KeysValues | None,
+        max_tokens: int,
+    ) -> Prefilled:
+        """Read the prompts after the prefix that all begin with; equal ones once."""
         device = self.policy.device
         by_prompt = groupby(request.prompt_ids for request in requests)
         distinct = [(prompt, len(list(copies))) for prompt, copies in by_prompt]
         prompts = [prompt for prompt, _ in distinct]
-        prefix = self.prefixes.common(prompts)
         lengths = np.array([len(prompt) - len(prefix) for prompt in prompts])
         width = int(lengths.max())
         # padded on the left: all end in the same column
@@ -218,18 +262,27 @@ class EmbeddedEngine(Engine):
         ids_BL = np.full(real_BL.shape, self.policy.pad_id, dtype=np.int64)
         new = chain.from_iterable(prompt[len(prefix) :] for prompt in prompts)
         ids_BL[real_BL] = np.fromiter(new, dtype=np.int64, count=int(lengths.sum()))
-        mask = np.pad(real_BL, ((0, 0), (len(prefix), max_tokens)), constant_values=True)
-        mask_BL = torch.from_numpy(mask).to(device)
-        cache = seeded_cache(self.policy, self.prefixes.states(prefix, role), len(prompts))
+        real = np.pad(real_BL, ((0, 0), (len(prefix), max_tokens)), constant_values=True)
+        mask_BL = torch.from_numpy(real).to(device)
+        cache = seeded_cache(self.policy, states, len(prompts))
+        in_place = decodes_in_place(self.policy, cache)
         seen_BL = mask_BL[:, : len(prefix) + width]
         positions_BL = (seen_BL.cumsum(1) - 1).clamp(min=0)[:, len(prefix) :]
         ids = torch.from_numpy(ids_BL).to(device)
-        hidden_BH = self._forward(ids, seen_BL, positions_BL, cache)
+        padded = int(lengths.min()) < width
+        # without padding and a prefix, transformers' own causal attention needs no mask
+        mask = seen_BL if padded or prefix or not in_place else None
+        hidden_BH = self._forward(ids, mask, positions_BL, cache)
         copies = [count for _, count in distinct]
         index = torch.from_numpy(np.arange(len(prompts)).repeat(copies)).to(device)
-        select_rows(cache, index)
+        decoding = None
+        if in_place:
+            decoding = Decoding(cache, copies, seen_BL if padded else None, states, max_tokens)
+        else:
+            select_rows(cache, index)
         return Prefilled(
             cache=cache,
+            decoding=decoding,
             hidden_BH=hidden_BH[index],
             mask_BL=mask_BL[index],
             lengths=(lengths + len(prefix)).repeat(copies).tolist(),
@@ -237,7 +290,7 @@ class EmbeddedEngine(Engine):
         )
 
     def _forward(
-        self, ids_BL: Tensor, mask: Tensor | None, positions_BL: Tensor, cache: Any
+        self, ids_BL: Tensor, mask: Tensor | None, positions_BL: Tensor, cache: Any, **more: Any
     ) -> Tensor:
         """The last column's hidden states, (B, H)."""
         return self.policy.body(
@@ -246,6 +299,7 @@ class EmbeddedEngine(Engine):
             position_ids=positions_BL,
             past_key_values=cache,
             use_cache=True,
+            **more,
         ).last_hidden_state[:, -1]
 
     def _masks_queries(self, cache: Any) -> bool:
@@ -293,30 +347,6 @@ class EmbeddedEngine(Engine):
         return self._peak_memory
 
 
-class _Progress:
-    """Counts finished completions. A batch that is repeated after OOM is counted once."""
-
-    def __init__(self, advance: Advance) -> None:
-        self._advance, self._repeated = advance, 0
-        self._attempt = 0
-
-    def __call__(self, count: int) -> None:
-        self._attempt += count
-        before = min(self._repeated, count)
-        self._repeated -= before
-        self._advance(count - before)
-
-    @contextlib.contextmanager
-    def attempt(self) -> Iterator[None]:
-        """Decoding a batch. After an error its completions are expected again."""
-        self._attempt = 0
-        try:
-            yield
-        except BaseException:
-            self._repeated += self._attempt
-            raise
-
-
 def cache_bytes(device: torch.device) -> int:
     """Bytes that the keys and values of the sequences decoded at a time may take."""
     if device.type != "cuda":
@@ -324,24 +354,3 @@ def cache_bytes(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(CACHE_SHARE * (free + unused))
-
-
-def sample(logits_BV: Tensor, temperature: float, draws_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids by inverse transform of uniform draws in [0, 1), and their log-probs, fp32.
-
-    Ids are valid for any logits. If these are not finite, neither are the log-probs.
-    """
-    logits_BV = logits_BV.float()
-    if temperature == 0:
-        logp_BV = torch.log_softmax(logits_BV, dim=-1)
-        chosen_B = logits_BV.argmax(dim=-1)
-    else:
-        logp_BV = torch.log_softmax(logits_BV / temperature, dim=-1)
-        mass_BV = logp_BV.exp().double().cumsum(dim=-1)
-        # `right` skips tokens of zero mass; clamping keeps a rounded-up point inside the range
-        total_B1 = mass_BV[:, -1:]
-        below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
-        points_B1 = torch.minimum(draws_B[:, None] * total_B1, below_B1).contiguous()
-        chosen_B = torch.searchsorted(mass_BV, points_B1, right=True)[:, 0]
-        chosen_B = chosen_B.clamp(max=logits_BV.shape[1] - 1)  # NaN is above every mass
-    return chosen_B, logp_BV.gather(1, chosen_B[:, None])[:, 0]

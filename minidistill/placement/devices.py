@@ -14,6 +14,7 @@ from minidistill.placement.engine_memory import (
     cpu_engines,
     embedded_cache,
     engine_memory,
+    packed_copy,
     received_memory,
     sync_buffer,
 )
@@ -259,7 +260,8 @@ class Memory:
         cache: MemoryBreakdown = {}
         if placement.student.in_trainer:
             size = embedded_cache(placement, self.config, self.itemsize)
-            cache = {"engine: keys and values": size}
+            packed = packed_copy(self.shapes.student, self.itemsize, self.bytes)
+            cache = _owned("engine", {"keys and values": size, "packed weights": packed})
         return {
             "sampling": _all_ranks(self._resident, others) | engines | cache,
             "training": _all_ranks(self._training, others) | engines,

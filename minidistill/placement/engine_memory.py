@@ -7,6 +7,7 @@ from minidistill.placement.limits import (
     EMBEDDED_CACHE_BYTES,
     LORA_RANKS,
     MAX_SEQUENCES,
+    PACKED_SHARE,
     SYNC_CHUNK_BYTES,
     cpu_cache_bytes,
     kv_bytes_per_token,
@@ -99,3 +100,13 @@ def embedded_cache(
     one_sequence = kv_bytes * placement.max_length
     limit = EMBEDDED_CACHE_BYTES if room is None else room
     return max(one_sequence, min(limit, one_sequence * config.orchestrator.batch_size))
+
+
+def packed_copy(shape: ModelShape, itemsize: int, memory: int) -> int:
+    """Bytes of the packed weights that the trainer's model samples with on a CPU.
+
+    0 if they are not in fp32, or would take too much of the `memory`.
+    """
+    linears = sum(linear.inputs * linear.outputs for linear in shape.linears)
+    size = itemsize * (linears + shape.vocab * shape.hidden)
+    return size if itemsize == 4 and size <= PACKED_SHARE * memory else 0

@@ -16,6 +16,8 @@ CPU_CACHE_BYTES = 2 << 30
 EMBEDDED_CACHE_BYTES = 2 << 30
 """The largest KV cache of the sequences that the embedded engine decodes at a time on a CPU. On a
 GPU it takes half of what is free."""
+PACKED_SHARE = 0.125
+"""Of a CPU's memory: the largest copy of the weights that the embedded engine samples with."""
 MICRO_BATCH_TOKENS = 16384
 """Tokens of the largest micro-batch that is chosen. More make no pass faster."""
 CPU_MICRO_BATCH_TOKENS = 1024

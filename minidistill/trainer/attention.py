@@ -171,10 +171,14 @@ def attend(
     """An attention function of transformers.
 
     `query` is (1, heads, T, D) if `kwargs` has `row_blocks`, or the arguments of
-    `gathered_arguments`. Returns (1, T, heads, D). Raises ValueError for attention that is not
-    exactly causal: windows, caps, sinks, biases, dropout.
+    `gathered_arguments`. Returns (1, T, heads, D). With `decoding` the queries are one token of
+    each row, whose keys it holds (`trainer/decoding.py`). Raises ValueError for attention that is
+    not exactly causal: windows, caps, sinks, biases, dropout.
     """
-    row = kwargs.get("row_blocks")
+    row, decoding = kwargs.get("row_blocks"), kwargs.get("decoding")
+    if decoding is not None:
+        _check(module, attention_mask, dropout, decoding.longest, kwargs)
+        return decoding.attend(module.layer_idx, query, scaling), None
     if row is None and kwargs.get("cu_seq_lens_q") is None:
         if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
             raise ValueError("a pass after cached tokens needs a mask or sequence lengths")

@@ -14,7 +14,8 @@ from support.paths import SOKOBAN
 from support.plain_forward import completion_logprobs
 
 from minidistill.config import load_config
-from minidistill.engines.embedded import EmbeddedEngine, cache_bytes, sample
+from minidistill.engines.embedded import EmbeddedEngine, cache_bytes
+from minidistill.engines.sampler import sample
 from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.types import Request, Role, SamplingParams
 

@@ -18,6 +18,7 @@ from minidistill.evaluation.kl import drift_kl
 from minidistill.run import model_checks, preflight
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer import attention, forward
+from minidistill.trainer.decoding import Decoding, in_place
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.types import Role
@@ -93,7 +94,7 @@ def test_a_model_that_cannot_be_sampled_from(
     def fail(*args: Any) -> None:
         raise AttributeError("no such state\nand more")
 
-    monkeypatch.setattr("minidistill.engines.embedded.select_rows", fail)
+    monkeypatch.setattr("minidistill.engines.embedded.Decoding", fail)
     with pytest.raises(UserError, match="AttributeError: no such state\n") as caught:
         check_model(lab)
     assert caught.value.exit_code == EXIT_ENVIRONMENT
@@ -151,7 +152,7 @@ def test_there_is_no_drift_if_nothing_can_sample_the_base(configure: Configure) 
 
 @pytest.mark.parametrize("rows", ["kept", "mixed up"])
 def test_rows_of_a_cache_that_do_not_leave_are_noticed(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, rows: str
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, rows: str
 ) -> None:
     """Prompts share a cache row with their copies, and later rows leave."""
     from minidistill.engines import embedded
@@ -161,7 +162,26 @@ def test_rows_of_a_cache_that_do_not_leave_are_noticed(
     def wrong(cache: Any, index: torch.Tensor) -> None:
         right(cache, index.flip(0) if rows == "mixed up" else index.clamp(max=1))
 
+    lab = make_lab(configure(*SMALL, "--model.attn", "sdpa"), trained=False)
     monkeypatch.setattr(embedded, "select_rows", wrong)
+    with pytest.raises(UserError, match="kl/sampler_mismatch is"):
+        check_model(lab)
+
+
+@pytest.mark.parametrize("rows", ["kept", "mixed up"])
+def test_rows_that_do_not_leave_in_place_are_noticed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, rows: str
+) -> None:
+    """Rows leave one by one as they end."""
+    right = Decoding.keep
+
+    def wrong(decoding: Decoding, kept: list[int]) -> list[int]:
+        if rows == "mixed up":
+            return right(decoding, kept)[::-1]
+        right(decoding, range(len(kept)))
+        return in_place(kept)
+
+    monkeypatch.setattr(Decoding, "keep", wrong)
     with pytest.raises(UserError, match="kl/sampler_mismatch is"):
         check_model(lab)
 

@@ -52,8 +52,8 @@ def test_padding_is_probed_whatever_the_lengths_of_the_prompts(
     ids = lab.rollouts[0].prompt.student_ids
     right = EmbeddedEngine._forward
 
-    def reads_padding(engine: Any, ids: Any, mask: Any, positions: Any, cache: Any) -> Any:
-        return right(engine, ids, None, positions, cache)
+    def reads_padding(engine: Any, ids: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        return right(engine, ids, None, *args, **kwargs)
 
     monkeypatch.setattr(EmbeddedEngine, "_forward", reads_padding)
     for students in ([ids, (*ids, 9)], [ids, ids[:-1]], [ids]):
