@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import step
 from bench.our_step import OurRun, open_run, peak_rss
@@ -19,7 +21,6 @@ from bench.step_work import Tokens, step_work
 from bench.workload import Case, add_arguments, case_of
 from minidistill.errors import UserError
 from minidistill.placement.model_shape import read_shape
-from minidistill.trainer.shared_row import common_prefix
 
 CASE = Case("tiny-sokoban", context=24, prompt=8, group=2, batch=4, completion=6)
 
@@ -101,18 +102,14 @@ def test_a_cached_context_is_attended_to_and_not_computed() -> None:
 
 def test_the_work_is_that_of_the_products(run: OurRun) -> None:
     """Against torch's own count, on a step whose passes compute no token twice."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     policy = run.session.policy
     prompt = (5, 6, 7, 8, 9)
-    rollouts = [r for r in run.step().rollouts][:1]
-    ids = torch.tensor([[*prompt, *rollouts[0].completion.token_ids[:-1]]])
+    rollout = run.step().rollouts[0]
+    ids = torch.tensor([[*prompt, *rollout.completion.token_ids[:-1]]])
     shape = read_shape(policy.student.config)
     adapter = sum(p.numel() for _, p in policy.parameters)
-    from dataclasses import replace
-
-    given = replace(rollouts[0].prompt, student_ids=prompt, teacher_ids=prompt)
-    work = step_work(shape, adapter, [replace(rollouts[0], prompt=given)], ())
+    given = replace(rollout.prompt, student_ids=prompt, teacher_ids=prompt)
+    work = step_work(shape, adapter, [replace(rollout, prompt=given)], ())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         policy.body(input_ids=ids)
     # torch counts a causal attention's masked half too, and we count norms as parameters
@@ -196,4 +193,3 @@ def test_the_report_is_written(
     assert result["training_share_of_matrix_peak"] == pytest.approx(expected)
     assert result["tokens_per_second"] == pytest.approx(8 / result["step"])
     assert "of the matrix peak" in capsys.readouterr().out
-    assert common_prefix([(1, 2), (1, 3)]) == (1,)
