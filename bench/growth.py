@@ -1,6 +1,7 @@
 """How the cost of a step grows with context, completion, group, batch and vocabulary.
 
     python -m bench.growth [--model smollm2|tiny|FOLDER] [--only NAME]… [--repeats N] [--threads N]
+                           [--clock wall|cpu]
 
 Each point is a process of its own that takes steps apart as `bench.step` does. In a sweep all sizes
 but one are fixed (`SWEEPS`). A larger vocabulary is the same model with random rows added to its
@@ -22,7 +23,14 @@ from typing import Any
 
 from bench.growth_plot import svg
 from bench.pair import RESULTS, ROOT
-from bench.workload import STEPS, Case, load_tokenizer, named_model, one_process_environment
+from bench.workload import (
+    STEPS,
+    Case,
+    add_timing,
+    load_tokenizer,
+    named_model,
+    one_process_environment,
+)
 from minidistill.errors import EXIT_FAILED, UserError, printable
 from minidistill.models.registry import resolve
 
@@ -84,11 +92,11 @@ def with_vocabulary(model: str, rows: int, folder: Path) -> str:
     return str(folder)
 
 
-def measure(case: Case, repeats: int, threads: int) -> Point:
+def measure(case: Case, repeats: int, threads: int, clock: str) -> Point:
     """One point, in a process of its own. Raises UserError with what it says if it fails."""
     command = [sys.executable, "-m", "bench.growth_point", json.dumps(asdict(case))]
     result = subprocess.run(
-        [*command, str(repeats), str(threads)],
+        [*command, str(repeats), str(threads), clock],
         capture_output=True,
         text=True,
         check=False,
@@ -118,10 +126,9 @@ def scoring_growth(points: Mapping[str, Point]) -> float:
 def show(name: str, value: int, point: Point) -> None:
     pieces = point["pieces"]
     sampling = pieces["prefill"] + pieces["decode"]
-    training = point["step"] - sampling - pieces["sync"] - pieces["other"]
     print(
         f"{name} {value:6}: step {point['step']:7.2f} s, sampling {sampling:6.2f}, "
-        f"training {training:6.2f}, of it scoring {pieces['score']:5.2f}; "
+        f"training {point['training']:6.2f}, of it scoring {pieces['score']:5.2f}; "
         f"{point['peak_gib']:.2f} GiB",
         flush=True,
     )
@@ -136,7 +143,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="smollm2, tiny or a folder")
     parser.add_argument("--only", choices=tuple(SWEEPS), action="append", help="by default all")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measured steps")
-    parser.add_argument("--threads", type=int, default=1, metavar="N")
+    add_timing(parser)
     options = parser.parse_args(argv)
     if not 1 <= options.repeats <= STEPS - 1:
         parser.error(f"--repeats takes 1 to {STEPS - 1}")
@@ -152,9 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             points: dict[str, Point] = {}
             with tempfile.TemporaryDirectory() as folder:
                 for value, case in cases(model, name, Path(folder)):
-                    points[str(value)] = measure(case, options.repeats, options.threads)
+                    points[str(value)] = measure(
+                        case, options.repeats, options.threads, options.clock
+                    )
                     show(name, value, points[str(value)])
-            settings = {**asdict(replace(case, model=options.model)), "repeats": options.repeats}
+            settings = {**asdict(replace(case, model=options.model)), "clock": options.clock}
+            settings |= {"threads": options.threads, "repeats": options.repeats}
             report = json.loads(target.read_text()) if target.exists() else {}
             report[name] = {"settings": settings, "points": points}
             if name == "context":

@@ -10,7 +10,7 @@ from typing import Any
 LINES = {
     "step": ("#222", ()),
     "sampling": ("#2a6f97", ("prefill", "decode")),
-    "training": ("#c9793a", ("score", "forward", "loss", "backward", "optimizer")),
+    "training": ("#c9793a", ()),
     "scoring": ("#6a994e", ("score",)),
 }
 PANELS = ("context", "completion", "group", "batch", "vocabulary")
@@ -30,7 +30,7 @@ def svg(report: Mapping[str, Any]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="11" fill="#222">',
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
-        '<text x="12" y="20" font-size="14">A step as sizes grow, one thread</text>',
+        '<text x="12" y="20" font-size="14">A step as sizes grow</text>',
         f'<text x="12" y="38" fill="#666">seconds: {legend}</text>',
     ]
     for index, name in enumerate(names):
@@ -78,7 +78,7 @@ def polyline(places: Sequence[tuple[float, float]], color: str) -> str:
 def seconds(line: str, point: Mapping[str, Any]) -> float:
     """Of a line of the plot, in one point of a sweep."""
     _, pieces = LINES[line]
-    return float(sum(point["pieces"][piece] for piece in pieces) if pieces else point["step"])
+    return float(sum(point["pieces"][piece] for piece in pieces) if pieces else point[line])
 
 
 def short(size: int) -> str:

@@ -30,6 +30,8 @@ class Step:
     """A finished step."""
 
     seconds: float
+    cpu_seconds: float
+    """Of all threads."""
     rollouts: Sequence[Rollout]
     tokens: Sequence[TokenFigures]
     metrics: Metrics
@@ -53,15 +55,15 @@ class OurRun:
 
     def step(self) -> Step:
         """Take the next step. Raises SystemExit if a completion has another length."""
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         train_step(self.session, self._next)
-        seconds = time.perf_counter() - began
+        cpu_seconds, seconds = time.process_time() - cpu_began, time.perf_counter() - began
         self._next += 1
         _, rollouts, tokens, metrics = self._recorded
         lengths = {len(r.completion.token_ids) for r in rollouts}
         if lengths != {self.case.completion}:
             raise SystemExit(f"completions have {sorted(lengths)} tokens: {self.case.completion}")
-        return Step(seconds, rollouts, tokens, metrics)
+        return Step(seconds, cpu_seconds, rollouts, tokens, metrics)
 
 
 @contextlib.contextmanager

@@ -55,6 +55,7 @@ def write_first_step(run: OurRun, first: Step, folder: Path) -> None:
 def figures(step: Step) -> dict[str, Any]:
     return {
         "seconds": step.seconds,
+        "cpu_seconds": step.cpu_seconds,
         "loss": step.metrics["loss/total"],
         "grad_norm": step.metrics["optim/grad_norm"],
         "peak_bytes": peak_rss(),

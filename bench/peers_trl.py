@@ -121,15 +121,16 @@ class Commands(TrainerCallback):
     """Waits for a line on stdin before each step but the first, and answers after it."""
 
     def __init__(self) -> None:
-        self.began, self.seconds, self.first = 0.0, 0.0, True
+        self.began, self.seconds, self.first = (0.0, 0.0), (0.0, 0.0), True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         if not self.first and sys.stdin.readline().strip() != "step":
             sys.exit(0)
-        self.began = time.perf_counter()
+        self.began = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        self.seconds = time.perf_counter() - self.began
+        now = time.perf_counter(), time.process_time()
+        self.seconds = now[0] - self.began[0], now[1] - self.began[1]
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float], **unused: Any
@@ -138,7 +139,8 @@ class Commands(TrainerCallback):
             return  # the summary after the last step
         length = logs["completions/min_length"], logs["completions/max_length"]
         values = {
-            "seconds": self.seconds,
+            "seconds": self.seconds[0],
+            "cpu_seconds": self.seconds[1],
             "loss": logs["loss"],
             "grad_norm": float(logs["grad_norm"]),
             "lengths": length,

@@ -2,6 +2,7 @@
 
     python -m bench.step [--model smollm2|tiny|FOLDER] [--context N] [--prompt N] [--group N]
                          [--batch N] [--completion N] [--estimator full|top_k] [--threads N]
+                         [--clock wall|cpu]
 
 The step is a run's own, with the embedded engine on a CPU, in fp32, with a LoRA adapter of rank 16.
 `prefill` is measured by sampling one token from the same prompts. `loss` is the head with the
@@ -10,16 +11,17 @@ pass (`score`), `forward`, `loss`, `backward` and `optimizer`, with what is betw
 operations (bench/step_work.py) are compared with the fastest product of matrices, what decoding
 reads with the fastest reading of memory. The context, which is read once a run, is in the step
 before the measured ones. Memory is the peak of this process, from its start to the last measured
-step. A profile of one more step names what the rest of the training phase is. Writes
+step. A profile of one more step names what the rest of the training phase is, on the wall's clock.
+`--clock cpu` counts seconds of the CPU for all else, where other programs run. Writes
 bench/results/step.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from bench.kernels_report import machine
 from bench.our_step import OurRun, Step, open_run, peak_rss, use_cpu
 from bench.pair import save
 from bench.peaks import matrix_peak, memory_peak
-from bench.step_pieces import PIECES, take_apart
+from bench.step_pieces import CLOCKS, Clock, Parts, take_apart
 from bench.step_profile import Profile, profile_training
 from bench.step_work import Work, step_work
 from bench.workload import STEPS, Case, add_arguments, case_of
@@ -42,34 +44,32 @@ from minidistill.trainer.shared_row import common_prefix
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Medians over the measured steps, and the peak of memory."""
+    """The measured step of median length, and the peak of memory."""
 
-    pieces: dict[str, float]
-    step: float
-    training: float
-    """Seconds of the trainer's part."""
+    parts: Parts
     first_step: float
     """Seconds of the step that is not counted."""
     peak_bytes: int
     work: Work
 
 
-def measure(run: OurRun, repeats: int) -> Measured:
+def measure(run: OurRun, repeats: int, clock: Clock) -> Measured:
     """Take `repeats` steps apart, after one that is not counted."""
+    began = clock()
     first = run.step()
+    first_seconds = clock() - began
     steps: list[Step] = []
-    pieces: list[dict[str, float]] = []
+    parts: list[Parts] = []
     for _ in range(repeats):
-        seconds, step = take_apart(run.session, run.step)
-        pieces.append(seconds)
+        part, step = take_apart(run.session, run.step, clock)
+        parts.append(part)
         steps.append(step)
     prompts = [r.prompt.teacher_ids for step in (first, *steps) for r in step.rollouts]
     shape = read_shape(run.session.policy.student.config)
+    middle = sorted(parts, key=lambda part: part.step)[repeats // 2]
     return Measured(
-        {name: statistics.median(each[name] for each in pieces) for name in PIECES},
-        statistics.median(step.seconds for step in steps),
-        statistics.median(step.metrics["time/train"] for step in steps),
-        first.seconds,
+        middle,
+        first_seconds,
         peak_rss(),
         step_work(
             shape,
@@ -82,15 +82,15 @@ def measure(run: OurRun, repeats: int) -> Measured:
 
 def report(case: Case, measured: Measured, peaks: Mapping[str, float]) -> dict[str, Any]:
     tokens = case.batch * case.completion
-    decode = measured.pieces["decode"]
+    parts, decode = measured.parts, measured.parts.pieces["decode"]
     reading = measured.work.decode_bytes / decode if decode > 0 else 0.0
-    useful = measured.work.training / measured.training
+    useful = measured.work.training / parts.training
     return {
-        "pieces": measured.pieces,
-        "step": measured.step,
-        "training": measured.training,
+        "pieces": parts.pieces,
+        "step": parts.step,
+        "training": parts.training,
         "first_step": measured.first_step,
-        "tokens_per_second": tokens / measured.step,
+        "tokens_per_second": tokens / parts.step,
         "peak_gib": measured.peak_bytes / 2**30,
         "matrix_peak_gflops": peaks["matrix"] / 1e9,
         "memory_peak_gbytes": peaks["memory"] / 1e9,
@@ -100,7 +100,7 @@ def report(case: Case, measured: Measured, peaks: Mapping[str, float]) -> dict[s
     }
 
 
-def show(result: Mapping[str, Any], profile: Profile, matrix: float) -> None:
+def show(result: Mapping[str, Any], profile: Profile, matrix: float, wall_matrix: float) -> None:
     step, useful = result["step"], result["useful_gflop"]
     for name, seconds in result["pieces"].items():
         share = ""
@@ -120,7 +120,7 @@ def show(result: Mapping[str, Any], profile: Profile, matrix: float) -> None:
         f"{result['decode_share_of_memory_peak']:.0%} of it"
     )
     print(
-        f"products run at {profile.products_per_second / matrix:.0%} of the matrix peak; "
+        f"products run at {profile.products_per_second / wall_matrix:.0%} of the matrix peak; "
         "the training phase by kinds of operations:"
     )
     for kind, share in profile.shares.items():
@@ -146,18 +146,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     use_cpu(options.threads)
+    clock = CLOCKS[options.clock]
     try:
         case = case_of(options)
         with tempfile.TemporaryDirectory() as name, open_run(case, Path(name)) as run:
-            measured = measure(run, options.repeats)
+            measured = measure(run, options.repeats, clock)
             profile = profile_training(run.session.trainer, run.step)
     except UserError as error:
         print(printable(str(error)), file=sys.stderr)
         return error.exit_code
-    peaks = {"matrix": matrix_peak(), "memory": memory_peak()}
+    peaks = {"matrix": matrix_peak(clock), "memory": memory_peak(clock)}
     result = report(case, measured, peaks)
-    show(result, profile, peaks["matrix"])
-    settings = {**asdict(case), "model": options.model, "threads": torch.get_num_threads()}
+    show(result, profile, peaks["matrix"], matrix_peak(time.perf_counter))
+    settings = {**asdict(case), "model": options.model, "clock": options.clock}
+    settings |= {"threads": torch.get_num_threads()}
     name = "{model}, context {context}, prompt {prompt}, {batch} in groups of {group}".format(
         **settings
     )

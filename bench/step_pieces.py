@@ -29,19 +29,22 @@ PIECES = (
     "sync",
     "other",
 )
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 TRAINING = ("score", "forward", "loss", "backward", "optimizer")
 
 
 class Stopwatch:
     """Exclusive seconds of named pieces, which may be nested."""
 
-    def __init__(self, outermost: str = "other") -> None:
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
+        self.clock = clock
         self._open: list[str] = []
-        self._outermost, self._since = outermost, 0.0
+        self._since = 0.0
 
     def _book(self) -> None:
-        now = time.perf_counter()
+        now = self.clock()
         if self._open:
             name = self._open[-1]
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
@@ -114,6 +117,7 @@ def timers(session: Session, watch: Stopwatch) -> Iterator[list[Sampled]]:
         for target, name, wrapped in (
             (engine, "generate", timed_generate),
             (engine, "sync", watch.timed(engine.sync, "sync")),
+            (trainer, "step", watch.timed(trainer.step, "trainer")),
             (type(policy), "running_as", timed_running_as),
             (trainer.estimator, "loss_function", timed_loss_function),
             (torch.autograd, "backward", watch.timed(torch.autograd.backward, "backward")),
@@ -129,19 +133,37 @@ def timers(session: Session, watch: Stopwatch) -> Iterator[list[Sampled]]:
         yield calls
 
 
-def take_apart(session: Session, step: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    """The seconds of each piece of one step, and what `step` returns.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Of one step, in seconds of a clock."""
+
+    pieces: dict[str, float]
+    """By `PIECES`. They sum to the step."""
+    training: float
+    """Of the trainer: `TRAINING`, and a part of `other`."""
+
+    @property
+    def step(self) -> float:
+        return sum(self.pieces.values())
+
+
+def take_apart(
+    session: Session, step: Callable[[], Any], clock: Clock = time.perf_counter
+) -> tuple[Parts, Any]:
+    """The parts of one step, and what `step` returns.
 
     Sampling is divided by another call for the first token alone: its time is the prefill.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(clock)
     with timers(session, watch) as calls, watch.piece("other"):
         result = step()
-    sampling = watch.seconds.pop("sample", 0.0)
-    began = time.perf_counter()
+    seconds = dict.fromkeys(PIECES, 0.0) | watch.seconds
+    sampling, trainer = seconds.pop("sample", 0.0), seconds.pop("trainer", 0.0)
+    began = clock()
     for call in calls:
         first_token = replace(call.params, max_tokens=1)
         session.engine.generate(call.requests, first_token, Role.STUDENT)
-    prefill = min(time.perf_counter() - began, sampling)
-    seconds = {"prefill": prefill, "decode": sampling - prefill} | watch.seconds
-    return {name: seconds.get(name, 0.0) for name in PIECES}, result
+    prefill = min(clock() - began, sampling)
+    seconds |= {"prefill": prefill, "decode": sampling - prefill}
+    seconds["other"] += trainer
+    return Parts(seconds, trainer + sum(seconds[name] for name in TRAINING)), result

@@ -148,7 +148,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--completion", type=int, default=32, metavar="N", help="tokens of a completion"
     )
     parser.add_argument("--estimator", choices=("full", "top_k"), default="full")
+    add_timing(parser)
+
+
+def add_timing(parser: argparse.ArgumentParser) -> None:
+    """How seconds are counted."""
     parser.add_argument("--threads", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: of all threads together"
+    )
 
 
 def case_of(arguments: argparse.Namespace) -> Case:

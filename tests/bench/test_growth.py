@@ -19,7 +19,13 @@ from minidistill.errors import EXIT_FAILED, UserError
 
 def point(scale: float) -> dict[str, Any]:
     pieces = {name: scale * (i + 1) for i, name in enumerate(PIECES)}
-    return {"pieces": pieces, "step": sum(pieces.values()), "peak_gib": 1.0, "first_step": 1.0}
+    return {
+        "pieces": pieces,
+        "step": sum(pieces.values()),
+        "training": scale,
+        "peak_gib": 1.0,
+        "first_step": 1.0,
+    }
 
 
 @pytest.fixture
@@ -38,7 +44,7 @@ def test_each_point_is_a_case() -> None:
 
 def test_a_point_is_measured_in_a_process(capsys: pytest.CaptureFixture[str]) -> None:
     case = Case("tiny-sokoban", context=24, prompt=8, batch=2, completion=4)
-    measured = growth.measure(case, 1, 1)
+    measured = growth.measure(case, 1, 1, "wall")
     assert sum(measured["pieces"].values()) == pytest.approx(measured["step"], abs=0.02)
     assert 0.05 < measured["peak_gib"] < 4
     growth.show("context", 24, measured)
@@ -48,7 +54,7 @@ def test_a_point_is_measured_in_a_process(capsys: pytest.CaptureFixture[str]) ->
 def test_a_point_that_fails_says_why() -> None:
     case = Case("tiny-sokoban", context=5000, prompt=8, batch=2, completion=4)
     with pytest.raises(UserError, match="seq_len") as error:  # of a model with 1,024 positions
-        growth.measure(case, 1, 1)
+        growth.measure(case, 1, 1, "wall")
     assert error.value.exit_code == EXIT_FAILED
 
 
@@ -92,7 +98,7 @@ def test_results_are_saved_after_each_sweep(
     report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(growth, "RESULTS", tmp_path)
-    monkeypatch.setattr(growth, "measure", lambda case, repeats, threads: point(case.context))
+    monkeypatch.setattr(growth, "measure", lambda case, *settings: point(case.context))
     assert growth.main(["--model", "tiny", "--only", "context", "--only", "batch"]) == 0
     saved = json.loads((tmp_path / "growth.json").read_text())
     assert saved["scoring_growth"] == 16.0

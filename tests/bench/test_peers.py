@@ -25,7 +25,8 @@ print("some library's greeting")
 print(json.dumps(first), flush=True)
 for seconds, line in zip(steps, sys.stdin):
     assert line == "step\\n"
-    print(json.dumps(first | {"seconds": seconds, "sample": 1.0, "train": 2.0}), flush=True)
+    times = {"seconds": seconds, "cpu_seconds": seconds / 2, "sample": 1.0, "train": 2.0}
+    print(json.dumps(first | times), flush=True)
 sys.exit("nothing is left to answer")
 """
 
@@ -66,7 +67,8 @@ def test_medians_of_the_rounds(tmp_path: Path) -> None:
     assert result["TRL"]["seconds"] == 20.0
     assert result["times_as_fast"] == 8.0  # of 10, 5 and 8
     assert result["share_of_memory"] == 0.25
-    assert result["minidistill"]["runs"] == [2.0, 4.0, 3.0]
+    assert result["times_as_fast_by_cpu_seconds"] == 8.0
+    assert result["minidistill"]["runs"]["cpu_seconds"] == [1.0, 2.0, 1.5]
 
 
 def test_a_side_that_ends_is_an_error_with_its_words(tmp_path: Path) -> None:
