@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -10,11 +12,13 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from bench import growth
+from bench import growth, growth_point
 from bench.growth_plot import LINES, svg
 from bench.step_pieces import PIECES
 from bench.workload import Case
 from minidistill.errors import EXIT_FAILED, UserError
+
+CASE = Case("tiny-sokoban", context=24, prompt=8, batch=2, completion=4)
 
 
 def point(scale: float) -> dict[str, Any]:
@@ -42,19 +46,40 @@ def test_each_point_is_a_case() -> None:
         assert all(getattr(case, name) == value for value, case in cases.items())
 
 
-def test_a_point_is_measured_in_a_process(capsys: pytest.CaptureFixture[str]) -> None:
-    case = Case("tiny-sokoban", context=24, prompt=8, batch=2, completion=4)
-    measured = growth.measure(case, 1, 1, "wall")
-    assert sum(measured["pieces"].values()) == pytest.approx(measured["step"], abs=0.02)
-    assert 0.05 < measured["peak_gib"] < 4
+def test_a_point_is_a_step_taken_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    growth_point.main(CASE, 1, time.perf_counter)
+    measured = json.loads(capsys.readouterr().out)
+    assert sum(measured["pieces"].values()) == pytest.approx(measured["step"])
+    assert measured["pieces"]["score"] < measured["training"] < measured["step"]
+    assert 0.05 < measured["peak_gib"] < 64
     growth.show("context", 24, measured)
     assert "context     24: step" in capsys.readouterr().out
 
 
-def test_a_point_that_fails_says_why() -> None:
-    case = Case("tiny-sokoban", context=5000, prompt=8, batch=2, completion=4)
-    with pytest.raises(UserError, match="seq_len") as error:  # of a model with 1,024 positions
-        growth.measure(case, 1, 1, "wall")
+def interpreter(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Let this shell script stand for Python."""
+    program = folder / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+
+def test_a_point_is_measured_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter(
+        tmp_path, monkeypatch, """echo "$@" > arguments; echo a greeting; echo '{"step": 2}'"""
+    )
+    monkeypatch.setattr(growth, "ROOT", tmp_path)
+    assert growth.measure(CASE, 3, 2, "cpu") == {"step": 2}
+    words = (tmp_path / "arguments").read_text().split()
+    assert words[:2] == ["-m", "bench.growth_point"]
+    assert words[-3:] == ["3", "2", "cpu"]
+    assert Case(**json.loads(" ".join(words[2:-3]))) == CASE
+
+
+def test_a_point_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter(tmp_path, monkeypatch, "echo no room for 5000 tokens >&2; exit 3")
+    with pytest.raises(UserError, match="no room for 5000 tokens") as error:
+        growth.measure(CASE, 1, 1, "wall")
     assert error.value.exit_code == EXIT_FAILED
 
 
