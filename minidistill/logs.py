@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -107,8 +108,8 @@ class _FileHandler(logging.Handler):
         try:
             self._unwritten.append(self.format(record) + "\n")
             # Opened for each record: nothing is lost when the process is killed.
-            with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(self._unwritten)
+            with open(self._path, "ab", opener=_without_waiting) as file:
+                file.write("".join(self._unwritten).encode(errors="backslashreplace"))
             self._unwritten.clear()
         except FileNotFoundError:  # the run's directory does not exist yet
             pass
@@ -116,6 +117,11 @@ class _FileHandler(logging.Handler):
             if not self._warned:
                 self._warned = True
                 logger.warning(f"{self._path} cannot be written ({error}): the run goes on")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file. A pipe without a reader is an error, and is not waited for."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def _escaped(text: str) -> str:

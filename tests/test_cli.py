@@ -1,5 +1,6 @@
 """Commands, their exit codes and their output."""
 
+import signal
 import subprocess
 import sys
 import types
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minidistill import __version__, cli
-from minidistill.errors import UserError, UserErrors
+from minidistill.errors import EXIT_OK, UserError, UserErrors
 from minidistill.system.foreign import Interrupted
 
 
@@ -216,3 +217,16 @@ def test_collected_errors_are_limited() -> None:
     error = UserErrors([UserError(f"problem {i}") for i in range(6)], limit=2)
     assert str(error) == "problem 0\nproblem 1\n(and 4 more)"
     assert error.exit_code == 2
+
+
+def test_ctrl_c_at_the_end_of_the_interpreter_shows_no_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "main", lambda: EXIT_OK)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            cli.entry()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)

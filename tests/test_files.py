@@ -146,6 +146,20 @@ def test_errors_of_libraries_for_a_disk_that_is_full(tmp_path: Path, library: st
         assert free in caught.value.fix
 
 
+def test_what_to_do_about_what_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="Is a directory") as caught:
+        write_atomic(tmp_path / "folder", "x")
+    assert f"remove what is in the place of {tmp_path}/folder" in caught.value.fix
+    for number, advice in (
+        (errno.EACCES, f"give this user the right to write in {tmp_path};"),
+        (errno.EMFILE, "raise the limit on open files (`ulimit -n`);"),
+    ):
+        with pytest.raises(UserError, match="cannot write") as caught, writing(tmp_path / "x"):
+            raise OSError(number, os.strerror(number))
+        assert advice in caught.value.fix
+
+
 def test_other_errors_pass(tmp_path: Path) -> None:
     refused = UserError("the message says No space left on device, and is a UserError already")
     for error in (ValueError("no"), RuntimeError("CUDA error"), refused, KeyboardInterrupt()):

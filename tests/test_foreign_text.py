@@ -136,6 +136,14 @@ def test_an_error_is_bounded_and_says_how_much_is_left_out() -> None:
     assert f"… ({5_000_000 - LONGEST} more characters)" in text
 
 
+def test_no_line_of_an_error_is_forged() -> None:
+    forged = "x\nerror: y\n  fix: rm\r\nerror: z"
+    lines = str(UserError(forged, forged, forged)).splitlines()
+    assert [line for line in lines if not line.startswith("    ")] == [
+        "x", "  where: x", "  fix: x",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("flags", [[], ["--traceback"]])
 def test_the_error_of_somebodys_code_is_bounded_and_escaped(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -194,6 +202,7 @@ LARGE = {
     "environments": (MINIMAL + '[[orchestrator.env]]\nid = "jsonl"\n' * 3000, "3000 entries|3001"),
     "10 MB": (MINIMAL + "#" + "x" * 10_000_000, "more than 524288 bytes"),
     "250 kB of keys": ("".join(f"key_{i} = 1\n" for i in range(16_000)) + MINIMAL, "15996 more"),
+    "a URL of 400 kB": (f'{MINIMAL}\nz = "http://{"?" * 400_000}"\n', r"env\.0\.z = "),
     "a key of 500 kB": ("x" * 500_000 + " = 1\n" + MINIMAL, "more characters"),
     "deep lists": ("z = " + "[" * 100_000 + "\n" + MINIMAL, "not valid TOML"),
     "lists that are closed": (f"z = {'[' * 90}{']' * 90}\n{MINIMAL}", "nested more than 64"),

@@ -30,6 +30,7 @@ ORDER = (
     "rollouts",
     "evaluation",
     "run",
+    "error_output",
     "cli",
     "__main__",
 )

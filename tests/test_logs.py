@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -59,6 +60,17 @@ def test_a_failed_write_raises_no_error(tmp_path: Path) -> None:
     for path in (Path("/dev/full"), tmp_path, tmp_path / "absent" / "run.log"):
         with logs.to_file(path):
             emit()
+
+
+def test_a_pipe_in_place_of_the_log_is_not_waited_for(tmp_path: Path) -> None:
+    notes: list[str] = []
+    os.mkfifo(tmp_path / "run.log")
+    path = tmp_path / "run.log"
+    with logs.to_terminal(lambda text, warning: notes.append(text)), logs.to_file(path):
+        logger.warning("first")
+        logger.warning("second")
+    assert (notes[0], notes[2]) == ("first", "second")
+    assert "run.log cannot be written" in notes[1]
 
 
 def test_lone_surrogates_are_escaped(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from support.runs import board, command
 
 from minidistill import logs
 from minidistill.errors import EXIT_HEALTH, EXIT_OK, EXIT_USAGE
-from minidistill.reporting.terminal import open_display
+from minidistill.reporting.terminal import lasting_output, open_display
 from minidistill.system.files import drop_output
 
 BRIEF = (
@@ -101,6 +102,20 @@ def test_a_display_without_a_reader(
     display.close()
     stream.file.close()
     assert (tmp_path / "run.log").read_text().count("from here on it is dropped") == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_what_an_old_encoding_lacks_is_no_lost_reader(encoding: str, tmp_path: Path) -> None:
+    """An environment prints an arrow: what is printed after it is there."""
+    file = tmp_path / "output"
+    with (
+        open(file, "w", encoding=encoding) as stream,
+        contextlib.redirect_stdout(stream),
+        lasting_output(),
+    ):
+        print("a → b")
+        print("after")
+    assert file.read_text(encoding=encoding) == "a ? b\nafter\n"
 
 
 def test_dropping_output_leaves_no_descriptor(tmp_path: Path) -> None:

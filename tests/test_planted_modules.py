@@ -82,8 +82,6 @@ def test_a_run_with_ranks_and_a_scoring_process(folder: Path) -> None:
     """What its configuration names in the current directory is found in all of them."""
     (folder / "my_env.py").write_text(ENVIRONMENT)
     (folder / "my_words.py").write_text('GOOD = "1"\n')
-    for name in OPTIONAL:  # the directory is searched now, after all others
-        (folder / f"{name}.py").unlink()
     (folder / "run.toml").write_text(CONFIG)
     done = minidistill("run", "run.toml")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -95,6 +95,7 @@ def test_nothing_else_is_removed(temporary: Path, monkeypatch: pytest.MonkeyPatc
     user = os.geteuid()
     assert dead._lock is not None
     os.close(dead._lock)  # as the kernel does
+    dead._lock = None
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: user + 1)  # another user
         sweep()
@@ -112,6 +113,7 @@ def test_a_damaged_list_of_segments_keeps_nothing_from_being_removed(
     (dead.path / "shared_memory.json").write_text(text)
     assert dead._lock is not None
     os.close(dead._lock)
+    dead._lock = None
     sweep()
     assert not dead.path.exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import socket
 import stat
+import tempfile
 from multiprocessing import AuthenticationError, resource_sharer
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -27,6 +29,7 @@ from support.tokenizers import byte_level
 
 from minidistill.config import load_config
 from minidistill.config.schema import SilenceConfig
+from minidistill.engines.vllm.client import EngineProcess
 from minidistill.engines.vllm.weights_buffer import SendBuffer
 from minidistill.errors import UserError
 from minidistill.models.hub import load_model_config, load_tokenizer
@@ -242,3 +245,31 @@ def test_pickles_are_read_from_processes_of_the_run_alone() -> None:
         if UNPICKLING.search(path.read_text())
     }
     assert readers <= OF_OUR_OWN_PROCESSES
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o777])
+def test_compiled_code_is_not_kept_where_others_can_write(
+    mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, str]] = []
+
+    def look(command: list[str], *, env: dict[str, str], **_: Any) -> None:
+        started.append(env)
+        raise FileNotFoundError
+
+    monkeypatch.setattr("minidistill.system.subprocesses.Popen", look)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with tempfile.TemporaryDirectory() as temporary:  # a short path, which holds sockets
+        monkeypatch.setattr("tempfile.tempdir", temporary)
+        folder = Path(temporary) / f"torchinductor_{getpass.getuser()}"
+        folder.mkdir()
+        folder.chmod(mode)
+        with pytest.raises(FileNotFoundError):
+            EngineProcess({}, {})
+        folder.rmdir()
+        folder.symlink_to("/tmp")
+        with pytest.raises(FileNotFoundError):
+            EngineProcess({}, {})
+    expected = None if mode == 0o777 else str(folder)
+    assert [env.get("TORCHINDUCTOR_CACHE_DIR") for env in started] == [expected, None]
+    assert all(Path(env["TMPDIR"]).parent == Path(temporary) for env in started)

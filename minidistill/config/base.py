@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
+
+from minidistill.system.http import check_address
 
 Text = Annotated[str, MinLen(1)]
 Count = Annotated[int, Ge(0)]
@@ -15,10 +17,12 @@ PositiveFloat = Annotated[float, Gt(0)]
 Fraction = Annotated[float, Gt(0), Lt(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 # without user, password and query: URLs are printed and recorded
-Urls = Annotated[
-    list[Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@?#]+(/[^\s@?#]*)?$")]],
-    MinLen(1),
+_Url = Annotated[
+    str,
+    StringConstraints(pattern=r"^https?://[^\s/@?#]+(/[^\s@?#]*)?$"),
+    AfterValidator(check_address),
 ]
+Urls = Annotated[list[_Url], MinLen(1)]
 GpuIds = Annotated[list[Count], MinLen(1)]
 
 

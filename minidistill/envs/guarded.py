@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,6 +14,7 @@ from minidistill.types import Advance, Reward, Task
 
 Guard = Callable[[str], AbstractContextManager[None]]
 """For a part of an environment: what it raises there becomes a UserError."""
+_FLAGS = ("has_rewards", "has_task", "scores_in_process")
 
 
 class GuardedEnvironment:
@@ -42,7 +44,9 @@ class GuardedEnvironment:
         if name.startswith("__"):  # asked for by copy and pickle before there is an environment
             raise AttributeError(name)
         with self._guard(f"attribute {name}", AttributeError):
-            value = getattr(self.environment, name)
+            value: Any = getattr(self.environment, name)
+            if name in _FLAGS:
+                value = bool(value)
         if name == "check_ready" and value is not None:
             return lambda: self._checked(value)
         return value
@@ -51,7 +55,10 @@ class GuardedEnvironment:
         if name not in self._splits:
             with self._guard(f"split {name}", AttributeError):
                 tasks = getattr(self.environment, name)
-            self._splits[name] = guarded_tasks(tasks, lambda part: self._guard(f"{part} of {name}"))
+            with self._guard(f"split {name}"):
+                self._splits[name] = guarded_tasks(
+                    tasks, lambda part: self._guard(f"{part} of {name}")
+                )
         return self._splits[name]
 
     def _checked(self, check_ready: Callable[[], object]) -> None:
@@ -71,14 +78,39 @@ class GuardedEnvironment:
 
 
 def guarded_tasks(tasks: Sequence[Task], guard: Guard) -> Sequence[Task]:
-    """The tasks, read with `guard`. Lists and tuples hold no code, once they are plain ones."""
-    if type(tasks) in (list, tuple):
-        return tasks
+    """The tasks, read and checked with `guard`. Plain lists and tuples hold no code: they stay."""
     if isinstance(tasks, list | tuple):
         with guard("tasks"):
-            return list(tasks)
+            tasks = tasks if type(tasks) in (list, tuple) else list(tasks)
+            for index, task in enumerate(tasks):
+                check_task(task, index)
+        return tasks
     kind = _TasksMadeTogether if hasattr(tasks, "make_tasks") else _Tasks
     return kind(tasks, guard)
+
+
+def check_task(task: Any, index: object) -> None:
+    """Raise TypeError for what is no task, or has messages that no template and no file can take.
+
+    It would fail in the middle of a step.
+    """
+    if not all(hasattr(task, name) for name in ("id", "messages", "answer")):
+        raise TypeError(f"number {index} is no Task, but {type(task).__name__}")
+    if not isinstance(task.id, str | int):
+        raise TypeError(f"number {index} has an id that is no text, but {type(task.id).__name__}")
+    if not isinstance(task.messages, list | tuple):
+        kind = type(task.messages).__name__
+        raise TypeError(f"the messages of {task.id} are no tuple, but {kind}")
+    for message in task.messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise TypeError(f"a message of {task.id} has no role")
+        if not isinstance(message.get("content"), str | list | tuple | None):
+            raise TypeError(f"a message of {task.id} has a content that is no text")
+    messages = [dict(message) for message in task.messages]
+    try:
+        json.dumps(messages, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the messages of {task.id} cannot be written as JSON: {error}") from None
 
 
 class _Tasks(Sequence[Task]):
@@ -91,7 +123,9 @@ class _Tasks(Sequence[Task]):
 
     def __getitem__(self, index: Any) -> Any:
         with self._guard(f"task {index}"):
-            return self._tasks[index]
+            task = self._tasks[index]
+            check_task(task, index)
+            return task
 
     def __iter__(self) -> Iterator[Task]:
         return (self[index] for index in range(len(self)))
@@ -102,4 +136,9 @@ class _TasksMadeTogether(_Tasks):
 
     def make_tasks(self, indices: Sequence[int], advance: Advance) -> Sequence[Task]:
         with self._guard("make_tasks"):
-            return list(self._tasks.make_tasks(indices, advance))
+            tasks = list(self._tasks.make_tasks(indices, advance))
+            if len(tasks) != len(indices):
+                raise ValueError(f"it made {len(tasks)} of {len(indices)} tasks")
+            for index, task in zip(indices, tasks, strict=True):
+                check_task(task, index)
+            return tasks

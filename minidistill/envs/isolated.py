@@ -31,21 +31,17 @@ LOAD_SECONDS = 600.0  # that the process gets to load the environment
 
 
 class ScoringProcess(Subprocess):
-    """The subprocess and the connection to it. It dies with this process, whatever it is doing."""
+    """The subprocess and the connection to it."""
 
     def __init__(self, id: str, args: dict[str, Any]) -> None:
         ours, theirs = socket.socketpair()
-        watched, self._lifeline = os.pipe()
         try:
-            descriptors = (theirs.fileno(), watched)
-            super().__init__(MODULE, [*map(str, descriptors)], descriptors)
+            super().__init__(MODULE, [str(theirs.fileno())], [theirs.fileno()])
         except BaseException:
             ours.close()
-            os.close(self._lifeline)
             raise
         finally:
             theirs.close()
-            os.close(watched)
         limit_transfers(ours, LOAD_SECONDS)
         self.connection = Connection(ours.detach())
         with contextlib.suppress(OSError):  # if it has died, the first `receive` reports it
@@ -53,14 +49,13 @@ class ScoringProcess(Subprocess):
 
     def receive(self, seconds: float) -> tuple[str, Any] | None:
         """What it sends within `seconds`, else None. Raises EOFError or OSError if it has died."""
-        return self.connection.recv() if self.connection.poll(seconds) else None
+        answer = self.connection.recv() if self.connection.poll(seconds) else None
+        self.trim_output()
+        return answer
 
     def close(self, patience: float = 0.0) -> None:
         super().close(patience)
         self.connection.close()
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
 
 
 class IsolatedEnvironment:
@@ -202,16 +197,17 @@ class IsolatedEnvironment:
             self._process = None
 
     def _pickled(self, value: object) -> bytes:
-        try:
-            return pickle.dumps(value)
-        except Exception as error:  # also whatever a task's own methods raise
-            raise CannotScoreError(
+        def failure(error: BaseException) -> CannotScoreError:
+            return CannotScoreError(
                 f"a task of the environment {self.id!r} cannot be sent to the process that scores: "
                 f"{describe(error)}",
                 where=self.where,
                 fix='make its tasks of plain data, or set score_timeout = "off" to score in the '
                 "process of the run, without a limit",
-            ) from error
+            )
+
+        with foreign_code(failure, ours=()):  # a task's own methods may raise anything
+            return pickle.dumps(value)
 
 
 def close_environments(environments: Iterable[Environment]) -> None:

@@ -6,13 +6,11 @@ import difflib
 import inspect
 import os
 import reprlib
-import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from minidistill.envs.guarded import GuardedEnvironment
@@ -20,6 +18,7 @@ from minidistill.envs.isolated import IsolatedEnvironment, close_environments
 from minidistill.envs.protocol import Environment, has_rewards
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.system.foreign import describe, foreign_code
+from minidistill.system.local_modules import find_in_current_directory
 
 if TYPE_CHECKING:
     from minidistill.config.orchestrator import EnvConfig
@@ -147,27 +146,17 @@ def did_you_mean(name: str, names: Collection[str]) -> str:
 
 
 def import_function(path: str, where: str, kind: str = "environment") -> Callable[..., Any]:
-    """Import `module:function`. A module in the current directory is found too.
+    """Import `module:function`. A module in the current directory is found too, after all others.
 
     Raises UserError if that fails; its message calls the function a `kind`.
     """
     module, _, name = path.partition(":")
 
     def load() -> Any:
-        _find_in_current_directory(module.partition(".")[0])
+        find_in_current_directory(module.partition(".")[0])
         return getattr(import_module(module), name)
 
     return _load_function(path, load, where, kind)
-
-
-def _find_in_current_directory(package: str) -> None:
-    """If only the current directory has this module or package, have it searched too, and last.
-
-    Otherwise it is not: no file there can stand for an optional package that is not installed.
-    """
-    current = os.getcwd()
-    if current not in sys.path and package not in sys.modules and find_spec(package) is None:
-        sys.path.append(current)
 
 
 def _load_function(

@@ -16,15 +16,13 @@ from minidistill.envs.outcomes import (
     score_one,
 )
 from minidistill.envs.registry import load_environment
-from minidistill.system.subprocesses import die_with_parent
 from minidistill.types import Reward
 
 LONGEST_ERROR = 1000  # characters
 
 
-def main(connection: Connection, lifeline: int) -> None:
+def main(connection: Connection) -> None:
     """Load the environment that the driver names, then score its completions until it hangs up."""
-    die_with_parent(lifeline)
     environment, id, args = connection.recv()
     os.environ.clear()  # of what was set for this process, and not for programs that it starts
     os.environ.update(environment)
@@ -75,5 +73,5 @@ def _score_all(connection: Connection, scorer: Any, attempts: Any) -> tuple[str,
 
 
 if __name__ == "__main__":
-    main(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    main(Connection(int(sys.argv[1])))
     os._exit(0)  # without waiting for threads that the environment started

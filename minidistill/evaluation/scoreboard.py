@@ -100,7 +100,7 @@ def teacher_kl(
     """The KL to the teacher before and after training, and the share closed: see `kl_closed`.
 
     The keys are `NAME_before`, `NAME_after`, `NAME_closed` and so on. All but `NAME_after` are
-    None without `before`.
+    None without `before`. `NAME_not_finite` is there if `after` is no number.
     """
     figures: dict[str, Any] = dict.fromkeys(("prompts", "negligible", *CLOSED))
     if before is not None:
@@ -109,4 +109,6 @@ def teacher_kl(
         "before": None if before is None else finite(before.mean),
         "after": None if after is None else finite(after.mean),
     }
+    if after is not None and means["after"] is None:
+        figures["not_finite"] = True  # or it would look like one that is not measured yet
     return {f"{name}_{key}": value for key, value in (means | figures).items()}

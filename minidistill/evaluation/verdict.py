@@ -96,9 +96,10 @@ def judge_teacher_kl(board: Board) -> dict[str, Any]:
     if board["heldout_kl_negligible"]:
         text = "There is no gap to close: the context hardly changes what the student writes"
         return _judged("no_gap", f"{text} ({on_prompts} is {number(before)} nats a token).")
-    if board["heldout_kl_after"] is None:
+    not_finite = board.get("heldout_kl_not_finite", False)
+    if board["heldout_kl_after"] is None and not not_finite:
         return _judged("not_finished", NOT_FINISHED)
-    if board["heldout_kl_closed"] is None:
+    if not_finite or board["heldout_kl_closed"] is None:
         return _judged("not_finite", NOT_FINITE)
     everywhere = f"the same on each of the {prompts} prompts"
     return _closed(board, "heldout_kl_closed", on_prompts, everywhere)

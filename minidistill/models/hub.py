@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ from minidistill.system.foreign import describe, foreign_code
 
 TEACHER_KEY = "teacher_inference.model.name"
 """The setting that names a separate teacher's model."""
+MOST_MODULES = 10_000
+"""Layers or experts of a model."""
+_COUNTED = ("layer", "layers", "blocks", "experts", "depth")
+"""Ends of the settings that say how many modules are made."""
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -71,14 +75,26 @@ def load_model_config(config: Config, name: str | None = None, *, shipped: bool 
 
 def _read_config(path: str, arguments: dict[str, Any]) -> Any:
     """A model's configuration. What is wrong with its file is a ValueError, whatever it is."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     try:
+        # before it is read: some configurations make a list with an item for each layer
+        values, _ = PretrainedConfig.get_config_dict(path, **arguments)
+        _check_counts(values)
         return AutoConfig.from_pretrained(path, **arguments)
     except (OSError, ValueError, KeyError):
         raise
     except Exception as error:
         raise ValueError(f"its config.json: {type(error).__name__}: {error}") from error
+
+
+def _check_counts(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number of modules that making one after the other would not end."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _check_counts(value)
+        elif isinstance(value, int) and value > MOST_MODULES and name.endswith(_COUNTED):
+            raise ValueError(f"its config.json has more than {MOST_MODULES} {name}")
 
 
 def hub_arguments(config: Config, name: str) -> dict[str, Any]:

@@ -86,6 +86,7 @@ class LineFile:
 
     def _open(self) -> Any:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags |= os.O_NONBLOCK  # a pipe without a reader is an error, and is not waited for
         return open(os.open(self.path, flags, 0o666), "wb")
 
     def _count(self, data: bytes) -> None:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError, field_validator
 from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.reporting.records import METRICS, SUMS, Records, first_problem
-from minidistill.system.files import read_json, write_atomic
+from minidistill.system.files import read_json, remove, write_atomic
 from minidistill.types import Metrics
 
 RECORDED_PACKAGES = ("minidistill", "torch", "triton", "transformers", "peft", "vllm", "numpy")
@@ -73,7 +73,7 @@ class RunDirectory:
         It is no longer finished, so its report and its scoreboard are removed, first.
         """
         for name in ("report.html", "scoreboard.json"):
-            (self.path / name).unlink(missing_ok=True)
+            remove(self.path / name)
         write_atomic(self.path / "config.toml", loaded.text)
         write_atomic(self.path / RESOLVED, _json(loaded.resolved()))
 
@@ -225,7 +225,8 @@ def damaged(path: Path, reason: str, fix: str = RESTORE, where: str = "") -> Use
 
 
 def not_writable(loaded: LoadedConfig, path: Path, error: OSError) -> UserError:
-    what = f"{path} cannot be written: {error.strerror or error}"
+    place = "" if error.filename in (None, str(path)) else f"{error.filename}: "
+    what = f"{path} cannot be written: {place}{error.strerror or error}"
     where = loaded.provenance.get("output_dir", "output_dir")
     return UserError(what, where, "choose another --output_dir")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from minidistill.reporting.run_lock import LOCK, LockedError, locked
 def claim_path(loaded: LoadedConfig, resume: bool) -> Iterator[Path]:
     """Where the run lives, see `choose_path`, which no other run uses until the end.
 
+    The path is absolute and without links: neither a link that is changed meanwhile nor another
+    current directory, to which an environment may go, leads to another place.
+
     A number that another run has just taken is passed over. What a start that was cut off left
     there is removed. Raises UserError for a directory that is in use or has links where the run
     writes, and as `choose_path` does.
@@ -34,7 +38,8 @@ def claim_path(loaded: LoadedConfig, resume: bool) -> Iterator[Path]:
         while True:
             path = choose_path(loaded, resume, above=number)
             try:
-                stack.enter_context(locked(path))
+                real = Path(os.path.realpath(path))
+                stack.enter_context(locked(real))
             except LockedError as error:
                 if resume or loaded.config.output_dir is not None:
                     raise UserError(
@@ -50,13 +55,13 @@ def claim_path(loaded: LoadedConfig, resume: bool) -> Iterator[Path]:
                 break
             stack.pop_all().close()  # a run has begun and ended there meanwhile
         if resume:
-            _refuse_links(path)
+            _refuse_links(real)
         else:
             try:
-                clear_unbegun(path)
+                clear_unbegun(real)
             except OSError as error:
                 raise not_writable(loaded, path, error) from error
-        yield path
+        yield real
 
 
 def choose_path(loaded: LoadedConfig, resume: bool, above: int = 0) -> Path:
@@ -66,13 +71,13 @@ def choose_path(loaded: LoadedConfig, resume: bool, above: int = 0) -> Path:
     and `resume` takes the newest run. Raises UserError if the directory holds a run already (unless
     resuming), holds none (when resuming), or cannot be written.
     """
-    output_dir, where = loaded.config.output_dir, _where(loaded)
-    if output_dir is not None:
-        path = Path(output_dir).expanduser()
-    else:
-        path = _runs_path(loaded, resume, above)
+    where = _where(loaded)
+    path = _path(loaded, resume, above)
     holds_run = os.path.exists(path / RESOLVED)
     if resume and not holds_run:
+        if os.path.isdir(path) and not os.access(path, os.X_OK):
+            fix = "resume it as the user who started it"
+            raise UserError(f"{path} cannot be read: {os.strerror(errno.EACCES)}", where, fix)
         fix = "check --output_dir, or leave out --resume: the run starts then"
         raise UserError(f"there is no run to resume in {path}", where, fix)
     fix = "choose another --output_dir"
@@ -85,6 +90,32 @@ def choose_path(loaded: LoadedConfig, resume: bool, above: int = 0) -> Path:
     if not resume and ancestor == path and _is_used(path):
         raise UserError(f"{path} exists and is not empty", where, fix)
     return path
+
+
+def _path(loaded: LoadedConfig, resume: bool, above: int) -> Path:
+    """The path that is asked for. Raises UserError for one that no directory can have."""
+    output_dir = loaded.config.output_dir
+    try:
+        if output_dir is None:
+            path = _runs_path(loaded, resume, above)
+        else:
+            path = Path(output_dir).expanduser()
+            if "\0" in output_dir:
+                raise ValueError("it has a null character")
+            if os.path.islink(path) and not os.path.exists(path):
+                raise ValueError("it is a symbolic link that leads nowhere")
+        path.absolute()  # to begin with, the current directory has to be there
+    except (ValueError, RuntimeError) as error:  # a RuntimeError for a user without a home
+        reason = str(error)
+    except OSError as error:
+        reason = f"{error.filename or 'the current directory'}: {error.strerror or error}"
+    else:
+        return path
+    raise UserError(
+        f"{output_dir or 'runs'} cannot be a run's directory: {reason}",
+        where=_where(loaded),
+        fix="choose another --output_dir, as an absolute path",
+    )
 
 
 def _where(loaded: LoadedConfig) -> str:
@@ -116,7 +147,7 @@ def _is_used(path: Path) -> bool:
 def _refuse_links(path: Path) -> None:
     """Raise UserError (exit code 3) for a link in place of something that the run writes."""
     for name in WRITTEN:
-        if (path / name).is_symlink():
+        if os.path.islink(path / name):
             raise UserError(
                 f"{path / name} is a symbolic link, through which a run does not write",
                 where=str(path / name),

@@ -103,7 +103,8 @@ def build(prepared: Prepared, display: Display) -> Components:
             environment.start()
         placement = launcher.start()
         ranks.start(config, placement)
-        with explain_out_of_memory("loading the model", **SMALLER_MODEL):
+        phase = display.phase("load the model", 1, "model")
+        with phase, explain_out_of_memory("loading the model", **SMALLER_MODEL):
             policy = load_policy(
                 config,
                 prepared.tokenizer,
@@ -111,13 +112,16 @@ def build(prepared: Prepared, display: Display) -> Components:
                 end_of_turn_ids=prepared.builder.end_of_turn_ids,
             )
         budget = TokenBudget(placement.micro_batch_tokens)
-        with explain_out_of_memory(DOING, **SMALLER_MODEL):
+        phase = display.phase("check the model", 1, "model")
+        with phase, explain_out_of_memory(DOING, **SMALLER_MODEL):
+            prefixes = PrefixCache(policy, shares=True)
             samples = launcher.sampled_by(policy)
-            shares = check_model(policy, prepared.prompts, budget, samples)
+            if not check_model(policy, prepared.prompts, budget, samples, prefixes):
+                prefixes = PrefixCache(policy, shares=False)
         with explain_out_of_memory("preparing the optimizer", **SMALLER_MODEL):
-            prefixes = PrefixCache(policy, shares)
             trainer = build_trainer(policy, config, placement, ranks.group, prefixes)
-        engine = launcher.attach(policy, prefixes)
+        with display.phase("wait for the engine", 1, "engine"):
+            engine = launcher.attach(policy, prefixes)
         collector = Collector(
             config,
             prepared.environments,

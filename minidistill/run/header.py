@@ -10,6 +10,7 @@ from minidistill.placement.placement import Placement
 from minidistill.placement.render import choice_rows, summary
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal.base import Header
+from minidistill.system.files import shown_path
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.policy import Policy
 
@@ -73,7 +74,7 @@ def header(
     rows += _prompt_rows(builder)
     rows += [
         ("tasks", ", ".join(env.name for env in orchestrator.env)),
-        ("output", str(directory.path)),
+        ("output", shown_path(directory.path)),
     ]
     return Header("minidistill", tuple(rows), config.max_steps, first_step)
 

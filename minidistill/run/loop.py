@@ -22,7 +22,7 @@ from minidistill.run.prepare import prepare
 from minidistill.run.resume import is_extended, with_recorded_adapter
 from minidistill.run.session import Session, open_session
 from minidistill.run.summary import finish, show_finished
-from minidistill.system.foreign import Interrupted, handling
+from minidistill.system.foreign import Interrupted, check_interrupted, handling
 from minidistill.trainer.step import StepResult
 from minidistill.types import Metrics
 
@@ -47,6 +47,7 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
                 return EXIT_OK
             prepared = prepare(loaded, directory, resume, display.phase)
             with open_session(prepared, display) as session, _interrupts() as interrupt:
+                check_interrupted()
                 return _run(session, interrupt)
 
 
@@ -116,9 +117,7 @@ class Interrupt:
         if self.requested:
             raise Interrupted
         self.requested = True
-        # from a thread: this one may be writing to the same stream, which is not reentrant
-        message = "stopping after this step; press Ctrl-C again to stop now"
-        threading.Thread(target=logger.warning, args=(message,)).start()
+        _say("stopping after this step; press Ctrl-C again to stop now")
 
 
 @contextlib.contextmanager
@@ -138,13 +137,22 @@ def _interrupts() -> Iterator[Interrupt]:
 @contextlib.contextmanager
 def _hangups() -> Iterator[None]:
     """A terminal that goes away (SIGHUP) does not end the run. `nohup` has that effect already."""
-    message = "the terminal is gone (SIGHUP): the run goes on, SIGTERM ends it"
-    # from a thread, as in `Interrupt.handle`
-    tell = threading.Thread(target=logger.warning, args=(message,))
+    said = False
 
     def hung_up(signum: int, frame: FrameType | None) -> None:
-        if tell.ident is None:  # once
-            tell.start()
+        nonlocal said
+        if not said:
+            said = True
+            _say("the terminal is gone (SIGHUP): the run goes on, SIGTERM ends it")
 
     with handling(signal.SIGHUP, signal.SIG_DFL, hung_up):
         yield
+
+
+def _say(message: str) -> None:
+    """Warn, in a signal handler.
+
+    From a thread: this one may be writing to the same stream, which is not reentrant.
+    """
+    with contextlib.suppress(RuntimeError):  # no more threads: the signal counts all the same
+        threading.Thread(target=logger.warning, args=(message,)).start()

@@ -29,7 +29,6 @@ from minidistill.trainer.forward import (
     PrefixCache,
     can_share_prefix,
     hidden_states,
-    prefix_states,
 )
 from minidistill.trainer.guards import MISMATCH, first_line, is_out_of_memory
 from minidistill.trainer.policy import Policy, Weights
@@ -54,10 +53,12 @@ def check_model(
     prompts: Sequence[Prompt],
     budget: TokenBudget,
     sampled: Collection[Role] = (Role.STUDENT, Role.TEACHER),
+    prefixes: PrefixCache | None = None,
 ) -> bool:
     """Check what a run does with the model. Returns whether prefixes may be cached.
 
-    `budget` bounds the passes. `sampled` are the roles that this process is to sample in.
+    `budget` bounds the passes. `sampled` are the roles that this process is to sample in. The run's
+    `prefixes` keep the context that the checks have read.
     Raises UserError (exit code 3) if the logits that the loss computes are not the model's, if
     student and teacher differ on the same prompt although their weights are equal, if packed
     sequences or samples are not what each is alone, or if one prompt does not fit in memory.
@@ -86,7 +87,8 @@ def check_model(
                 _check_packed_passes(policy, prompts, completions, tolerance, budget)
     if policy.holds(Role.TEACHER) and not other and policy.starts_as_base:
         _check_equal_roles(policy, prompts, completions, tolerance, budget)
-    shares = _prefix_cache_is_exact(policy, prompts, completions, tolerance, budget)
+    cache = prefixes or PrefixCache(policy, shares=True)
+    shares = _prefix_cache_is_exact(policy, prompts, completions, tolerance, budget, cache)
     view = [p.student_ids for p in prompts]
     needed = next((role for role in Role if role in sampled), None)
     if not other:  # one check for both roles
@@ -275,6 +277,7 @@ def _prefix_cache_is_exact(
     completions: Sequence[Ids],
     tolerance: float,
     budget: TokenBudget,
+    prefixes: PrefixCache,
 ) -> bool:
     """Whether a pass on the context's cached keys and values equals a pass on all tokens."""
     view = [p.teacher_ids for p in prompts]
@@ -283,7 +286,7 @@ def _prefix_cache_is_exact(
         teacher_shares = can_share_prefix(policy)
     if len(set(view)) < 2 or not (teacher_shares and can_share_prefix(policy)):
         return False
-    prefix = PrefixCache(policy, shares=True).common(view)
+    prefix = prefixes.common(view)
     if not prefix:
         return True
     layout = policy.attention.prefix_layout
@@ -294,8 +297,7 @@ def _prefix_cache_is_exact(
             tokens = collate(
                 prompts, completions, pad_id=policy.pad_id, layout=layout, prefix=shared
             )
-            states = prefix_states(policy, shared) if shared else None
-            hidden = hidden_states(policy, tokens, states)
+            hidden = hidden_states(policy, tokens, prefixes.states(shared, role))
             logp.append(policy.logits(hidden).float().log_softmax(-1))
         # log-probs of tokens with negligible probability carry no information
         return ((logp[0] - logp[1]).abs() * logp[0].exp()).amax(dim=-1)

@@ -113,6 +113,8 @@ class Session:
         self.health.replay(records.all())
         self.first_step = step + 1
         self._seconds_before = saved["seconds"] if saved else 0.0
+        if saved:
+            checkpoint.complete(root, step, self.config.ckpt.keep)
         logger.info(f"resuming after step {step}")
 
     # -- a step --------------------------------------------------------------------------------

@@ -18,12 +18,13 @@ from minidistill.evaluation.kl import SampledKL
 from minidistill.evaluation.side_by_side import after_training
 from minidistill.evaluation.verdict import judge
 from minidistill.reporting.html import write_report
-from minidistill.reporting.monitors import Monitor, open_monitors
+from minidistill.reporting.monitors import Monitor, check_monitors, open_monitors
 from minidistill.reporting.records import METRICS
 from minidistill.reporting.run_directory import RunDirectory, finite
 from minidistill.reporting.terminal.base import Display
 from minidistill.run import baseline
 from minidistill.run.session import Session
+from minidistill.system.files import shown_path
 from minidistill.system.foreign import describe
 from minidistill.trainer import checkpoint
 from minidistill.types import Role
@@ -63,7 +64,8 @@ def finish(session: Session) -> None:
     _fill_in(session, board, _last_passes(session, before))
     session.display.scoreboard(board)
     report = write_run_report(directory)
-    logger.info(f"{saved.name}: {saved}" + (f"  report: {report}" if report else ""))
+    end = f"  report: {shown_path(report)}" if report else ""
+    logger.info(f"{saved.name}: {shown_path(saved)}{end}")
     _end(directory, board, session.monitor)
 
 
@@ -152,10 +154,11 @@ def show_finished(directory: RunDirectory, display: Display, config: Config) -> 
     if not (directory.path / "report.html").exists():
         write_run_report(directory)
     if listed and FILE not in listed:  # it was killed before its monitors had the scoreboard
+        check_monitors(config)
         _end(directory, board, open_monitors(config, directory.path))
     logger.info(
-        f"{directory.path} is already finished: {board['steps']} steps. A larger --max_steps "
-        "extends it"
+        f"{shown_path(directory.path)} is already finished: {board['steps']} steps. "
+        "A larger --max_steps extends it"
     )
     return True
 

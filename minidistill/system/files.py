@@ -164,6 +164,12 @@ def _repair(number: int, path: Path, needed: int) -> str:
     """What to do about a failed write."""
     if number == errno.EFBIG:
         return "raise the limit on the size of files (`ulimit -f`)"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit on open files (`ulimit -n`)"
+    if number in (errno.EACCES, errno.EPERM):
+        return f"give this user the right to write in {path.parent}"
+    if number in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENXIO, errno.ELOOP):
+        return f"remove what is in the place of {path}"
     if number not in (errno.ENOSPC, errno.EDQUOT):
         return "free some space or repair the disk"
     folder = next(p for p in path.absolute().parents if p.is_dir())
@@ -234,6 +240,13 @@ def write_atomic(path: Path, data: str | bytes) -> None:
             remove(temporary)
             raise
         flush(path.parent)
+
+
+def shown_path(path: Path) -> str:
+    """A path for people: relative if it is below the current directory."""
+    with contextlib.suppress(OSError, ValueError):  # that may have gone, or be another one
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
 
 
 def flush(path: Path) -> None:

@@ -17,16 +17,25 @@ from typing import Any
 from minidistill.errors import UserError
 
 LONGEST = 1000  # characters of a described exception
+_raised: list[int] = []
+"""The signals for which `Interrupted` was raised since `ctrl_c`."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user's Ctrl-C. A plain KeyboardInterrupt is one that somebody's code raises."""
+    """Ctrl-C, or SIGTERM. A plain KeyboardInterrupt is one that somebody's code raises."""
 
 
 @contextlib.contextmanager
 def ctrl_c() -> Iterator[None]:
-    """Have Ctrl-C raise `Interrupted`, where Python would raise KeyboardInterrupt."""
-    with handling(signal.SIGINT, signal.default_int_handler, raise_interrupted):
+    """Have Ctrl-C and SIGTERM raise `Interrupted`, so that what was begun is cleared away.
+
+    Python would raise KeyboardInterrupt, and end at once.
+    """
+    _raised.clear()
+    with (
+        handling(signal.SIGINT, signal.default_int_handler, raise_interrupted),
+        handling(signal.SIGTERM, signal.SIG_DFL, raise_interrupted),
+    ):
         yield
 
 
@@ -49,7 +58,22 @@ def handling(signum: int, default: Any, handler: Callable[[int, Any], None]) -> 
 
 def raise_interrupted(signum: int, frame: FrameType | None) -> None:
     """A signal handler."""
+    _raised.append(signum)
     raise Interrupted
+
+
+def was_interrupted() -> bool:
+    """Whether there was a signal, though a package may have swallowed what it raised.
+
+    Packages that import others in a `try` do so.
+    """
+    return bool(_raised)
+
+
+def check_interrupted() -> None:
+    """Raise `Interrupted` if somebody's code has swallowed one."""
+    if was_interrupted():
+        raise Interrupted
 
 
 @contextlib.contextmanager

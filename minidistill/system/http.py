@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError, printable
 
@@ -20,10 +22,11 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between repetitions
 BODY_SECONDS = 120.0  # from the first byte of an answer to its last
 SHOWN = 300  # characters of what a server sent
 
-# user and password, and values of a query, in whatever has a URL
+# User and password, and values of a query, in whatever has a URL. What is repeated matches no first
+# character of its pattern: a text of megabytes would take hours.
 _SECRETS = (
     (re.compile(r"(\w://)[^\s/@\"']+@"), r"\1***@"),
-    (re.compile(r"([?&][^\s=&#\"']+=)[^\s&#\"']+"), r"\1***"),
+    (re.compile(r"([?&][^\s=?&#\"']+=)[^\s&#\"']+"), r"\1***"),
 )
 
 
@@ -33,6 +36,16 @@ class BrokenError(Exception):
 
 class BadAnswerError(Exception):
     """An answer that is not what was asked for. The message says what came."""
+
+
+def check_address(url: str) -> str:
+    """A URL as it is. Raises ValueError for one whose host or port no connection can be made to."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    host.encode("idna")  # as looking it up does: an empty or a long part is a UnicodeError
+    if not host or not url.isprintable() or parts.port == 0:  # reading a wrong port fails
+        raise ValueError("it names no host")
+    return url
 
 
 def without_secrets(text: str) -> str:
@@ -80,8 +93,7 @@ class Answer:
     @property
     def beginning(self) -> str:
         """The beginning of it, for a message."""
-        text = self.data[: 8 * SHOWN].decode(errors="replace")
-        return one_line(hidden(text, self.key)) or "nothing"
+        return quoted(self.data.decode(errors="replace"), self.key) or "nothing"
 
     def json(self) -> Any:
         """Its value. Raises BadAnswerError. Numbers may be NaN or infinite."""
@@ -97,7 +109,7 @@ class Answer:
             value = json.loads(self.data)
             value = value["error"] if "error" in value else value["detail"]
             value = value["message"] if isinstance(value, dict) else value
-            text = one_line(hidden(str(value), self.key)) or text
+            text = quoted(str(value), self.key) or text
         except (ValueError, LookupError, TypeError, RecursionError):
             pass
         return f"{text} (HTTP {self.status})"
@@ -105,12 +117,42 @@ class Answer:
 
 def one_line(text: str) -> str:
     """A foreign text in a message: one line, without control characters, cut."""
-    return printable(" ".join(text[: 8 * SHOWN].split()))[:SHOWN]
+    return _cleaned(text)[:SHOWN]
+
+
+def quoted(text: str, key: str) -> str:
+    """What a server sent, in a message: as of `one_line`, and `hidden`.
+
+    The key is hidden before anything is cut, which could leave a part of it, and again when the
+    control characters that may stand within it are gone.
+    """
+    return hidden(_cleaned(text.replace(key, "***") if key else text), key)[:SHOWN]
+
+
+def _cleaned(text: str) -> str:
+    return printable(" ".join(text[: 8 * SHOWN].split()))
 
 
 def hidden(text: str, key: str) -> str:
     """`text` without the key, and without what URLs in it may keep secret."""
     return without_secrets(text.replace(key, "***") if key else text)
+
+
+@contextlib.contextmanager
+def opening(key: str, where: str) -> Iterator[None]:
+    """Make a client. Raises UserError (exit code 3) if the environment or the URL forbids that."""
+    import httpx
+
+    try:
+        yield
+    except (httpx.InvalidURL, ValueError, ImportError, OSError) as error:
+        raise UserError(
+            f"no HTTP request can be made: {quoted(str(error), key) or type(error).__name__}",
+            where=where,
+            fix="correct the URL, or these environment variables if they are set: HTTP_PROXY, "
+            "HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE, SSL_CERT_DIR, SSLKEYLOGFILE",
+            exit_code=EXIT_ENVIRONMENT,
+        ) from None
 
 
 async def ask(
@@ -150,9 +192,9 @@ async def ask(
                         raise BadAnswerError(f"its answer is larger than {size}")
     except TimeoutError:
         raise BrokenError(f"its answer stopped after {len(data)} bytes") from None
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # such as of a host's name
         # the name alone says enough of one without a message, like a time-out
-        raise BrokenError(one_line(hidden(str(error), key)) or type(error).__name__) from None
+        raise BrokenError(quoted(str(error), key) or type(error).__name__) from None
     return Answer(response.status_code, bytes(data), key, _seconds(response.headers))
 
 

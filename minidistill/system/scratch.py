@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import multiprocessing
-import multiprocessing.util
 import os
 import re
 import secrets
@@ -19,6 +18,7 @@ import socket
 import stat
 import tempfile
 import zlib
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 from minidistill.errors import UserError
@@ -34,9 +34,10 @@ _SEGMENT = re.compile(r"(psm_|sem\.mp-|vllm_)[^/]+")
 
 
 class ScratchFolder:
-    """A temporary folder of this process, for its user alone. Removed by `close`.
+    """A temporary folder of this process, for its user alone.
 
-    It remembers segments of shared memory, which are removed with it.
+    Removed by `close`, at the latest when the process ends in order. It remembers segments of
+    shared memory, which are removed with it.
     """
 
     def __init__(self) -> None:
@@ -58,6 +59,8 @@ class ScratchFolder:
                     if not self.path.is_dir():
                         raise
                     # without locks on this file system nobody takes it for a leftover
+                # after multiprocessing has removed its sockets
+                self._at_exit = Finalize(None, self.close, exitpriority=-100)
                 return
 
     @property
@@ -78,6 +81,7 @@ class ScratchFolder:
         """Remove the folder, and the segments, whose users have ended. Nothing in a fork."""
         if os.getpid() != self._owner:
             return
+        self._at_exit.cancel()
         _remove(self.path)
         if self._lock is not None:
             os.close(self._lock)
@@ -91,8 +95,6 @@ def use_for_multiprocessing() -> None:
         folder = ScratchFolder()
         if folder.holds_sockets:
             settings["tempdir"] = str(folder.path)
-            # after multiprocessing has removed its sockets
-            multiprocessing.util.Finalize(None, folder.close, exitpriority=-100)
         else:
             folder.close()
 

@@ -1,4 +1,7 @@
-"""A supervised subprocess: output captured, silence noticed, process group killed on close."""
+"""A supervised subprocess: output captured, silence noticed, process group killed on close.
+
+Its process group is killed too when this process ends without `close`, however that happens.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError, printable
+from minidistill.system import local_modules
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +29,19 @@ EXIT_TIMEOUT = 5.0  # seconds that a process gets to exit after it closed its co
 NOTE_SECONDS = 60.0  # of silence, before it is said
 TICK = 1.0  # seconds between two looks at something that is silent
 OUTPUT_BYTES = 1 << 16  # of a process's output, the end, that is read
+LONGEST_OUTPUT = 1 << 26  # bytes of it on disk, before all but that end is dropped
 OWN_OUTPUT = "see why it hangs (once the run has begun, logs/run.log gets the end of its output)"
 LINE = 300  # characters of its last line in a message
-PATHS = "MINIDISTILL_PATHS"
+PATHS, LIFELINE = "MINIDISTILL_PATHS", "MINIDISTILL_LIFELINE"
 # `python -m` puts the current directory on the path before it runs anything. A subprocess gets
-# this process's path instead, which has it only if the configuration names something in there,
-# and this very package.
+# this process's path instead, the modules that the configuration names in there, and this very
+# package. Before its imports, which take seconds, it is bound to this process's life.
 START = (
     "import os, runpy, sys; del sys.argv[0]; "
     f"root, *paths = os.environ.pop('{PATHS}').split(os.pathsep); "
     "sys.path[:] = [root]; import minidistill; sys.path[:] = paths; "
+    "from minidistill.system.subprocesses import die_with_parent; die_with_parent(); "
+    "from minidistill.system import local_modules; local_modules.take_over(); "
     "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 )
 
@@ -96,12 +103,14 @@ def limit_transfers(end: socket.socket, seconds: float) -> None:
         end.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
-def die_with_parent(descriptor: int) -> None:
-    """Have this process's group killed as soon as the other end of the pipe `descriptor` is closed.
+def die_with_parent() -> None:
+    """Have this process's group killed as soon as the process that started it has ended.
 
-    The kernel sends the signal, so it also ends code that never returns to the interpreter, which a
-    thread that reads the pipe cannot. The process leads its group, as a `Subprocess` does.
+    A pipe is closed then, and the kernel sends the signal: it also ends code that never returns to
+    the interpreter, which a thread that reads the pipe cannot. Called at the start of a
+    `Subprocess`, which leads its group.
     """
+    descriptor = int(os.environ.pop(LIFELINE))
     fcntl.fcntl(descriptor, fcntl.F_SETOWN, -os.getpid())  # minus: the group
     fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
@@ -114,8 +123,9 @@ class Subprocess:
     """`python -m module` as the leader of its own process group.
 
     Ctrl-C in a terminal is therefore not delivered to it, so a step can finish first. Killing it
-    also kills the processes that it started. It imports from where this process does: neither it
-    nor what it starts imports from the current directory on its own.
+    also kills the processes that it started, and so does the end of this process. It imports from
+    where this process does: neither it nor what it starts imports from the current directory on its
+    own.
     """
 
     def __init__(
@@ -130,19 +140,29 @@ class Subprocess:
         It inherits the file `descriptors` under the same numbers, and this process's environment
         variables, updated with `environment`.
         """
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(Path(__file__).resolve().parents[2])
         paths = [path or os.getcwd() for path in sys.path]
-        imports = {PATHS: os.pathsep.join([root, *paths]), "PYTHONSAFEPATH": "1"}
-        with contextlib.ExitStack() as stack:  # closed here only if the process does not start
+        watched, lifeline = os.pipe()
+        ours = {
+            PATHS: os.pathsep.join([root, *paths]),
+            LIFELINE: str(watched),
+            "PYTHONSAFEPATH": "1",
+            **local_modules.variables(),
+        }
+        # what is on the stack is closed here only if the process does not start
+        with open(watched, "rb"), contextlib.ExitStack() as stack:
+            self._lifeline = stack.enter_context(open(lifeline, "wb"))
             self._output = stack.enter_context(tempfile.TemporaryFile())
+            # shared with the process, which then goes on at the end of what `trim_output` leaves
+            fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)
             self.popen = Popen(
                 [sys.executable, "-c", START, module, *arguments],
-                pass_fds=descriptors,
+                pass_fds=[*descriptors, watched],
                 stdin=DEVNULL,
                 stdout=self._output,
                 stderr=STDOUT,
                 start_new_session=True,
-                env={**os.environ, **(environment or {}), **imports},
+                env={**os.environ, **(environment or {}), **ours},
             )
             stack.pop_all()
 
@@ -163,16 +183,25 @@ class Subprocess:
         """The last line of output, as "; last output: …", or "". The log gets the end of it."""
         if self._output.closed:
             return ""
-        file = self._output.fileno()  # not by `seek`: the process writes where this is in the file
-        size = os.fstat(file).st_size
-        data = os.pread(file, OUTPUT_BYTES, max(0, size - OUTPUT_BYTES))
-        text = printable(data.decode(errors="replace")).strip()
+        text = printable(self._end_of_output().decode(errors="replace")).strip()
         if not text:
             return ""
         lines = text.splitlines()
         quoted = "\n".join(f"  | {line}" for line in lines)
         logger.debug(f"the end of the output of process {self.popen.pid}:\n{quoted}")
         return f"; last output: {lines[-1].strip()[:LINE]}"
+
+    def trim_output(self) -> None:
+        """Drop all but the end of a long output, which would fill the disk in a long run."""
+        with contextlib.suppress(OSError, ValueError):  # another thread has closed it
+            if os.fstat(self._output.fileno()).st_size > LONGEST_OUTPUT:
+                end = self._end_of_output()
+                self._output.truncate(0)
+                os.write(self._output.fileno(), end)
+
+    def _end_of_output(self) -> bytes:
+        file = self._output.fileno()
+        return os.pread(file, OUTPUT_BYTES, max(0, os.fstat(file).st_size - OUTPUT_BYTES))
 
     def is_stopped(self) -> bool:
         """Whether a signal has stopped it, as Ctrl-Z does."""
@@ -189,8 +218,11 @@ class Subprocess:
 
     def close(self, patience: float = 0.0) -> None:
         """Wait up to `patience` seconds for the process to exit, then kill its group."""
-        with contextlib.suppress(TimeoutExpired):
-            self.popen.wait(patience)
-        self.kill()
-        self.popen.wait()
-        self._output.close()
+        try:
+            with contextlib.suppress(TimeoutExpired):
+                self.popen.wait(patience)
+        finally:
+            self.kill()
+            self.popen.wait()
+            self._output.close()
+            self._lifeline.close()

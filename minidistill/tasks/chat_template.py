@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import jinja2.meta
 from jinja2 import TemplateError, nodes
+from jinja2.sandbox import SandboxedEnvironment
 
 from minidistill.errors import EXIT_FAILED, UserError
 from minidistill.system.foreign import describe, foreign_code
@@ -232,11 +233,11 @@ class ChatTemplate:
             source = self.tokenizer.get_chat_template()
             if len(source) > LARGEST_SOURCE:
                 raise TemplateError(f"it has {len(source)} characters")
-            environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+            environment = _Unfolded(extensions=["jinja2.ext.loopcontrols"])
             tree = environment.parse(_GENERATION.sub("", source))
             jinja2.meta.find_undeclared_variables(tree)  # notices unknown filters and tests
             return tree
-        except (TemplateError, RecursionError) as error:
+        except (TemplateError, RecursionError, TypeError) as error:  # a number in its place
             line = f", line {line}" if (line := getattr(error, "lineno", None)) else ""
             raise UserError(
                 f"the chat template is not valid{line}: {error}",
@@ -249,6 +250,12 @@ class ChatTemplate:
                 where=self.where,
                 fix="set model.chat_template to a file with the one to use",
             ) from error
+
+
+class _Unfolded(SandboxedEnvironment):
+    """Computes nothing of a template that is only read: `"a" * 10 ** 9` would take long."""
+
+    intercepted_binops = frozenset(SandboxedEnvironment.default_binop_table)
 
 
 def _dates(tree: nodes.Template, now: datetime) -> dict[str, str]:

@@ -107,9 +107,11 @@ def with_advantages(rollouts: Sequence[Rollout], std_norm: bool) -> list[Rollout
         rewards = np.array([r.reward.value if r.reward else 0.0 for r in group])
         with np.errstate(over="ignore", invalid="ignore"):
             advantages = rewards - rewards.mean()
-            if std_norm and rewards.std() > 1e-8:
-                advantages = advantages / rewards.std()
-        if not np.isfinite(advantages).all():  # finite rewards, whose sum is not
+            if std_norm and (deviation := rewards.std()) > 1e-8:
+                # an infinite one would make each advantage 0
+                advantages = advantages / (deviation if np.isfinite(deviation) else np.nan)
+            fits = np.isfinite(advantages.astype(np.float32)).all()  # as the loss has them
+        if not fits:  # finite rewards, whose sum or square may not be
             raise UserError(
                 f"the rewards of task {group[0].prompt.task.id} are too large for their mean: "
                 f"{', '.join(f'{reward:g}' for reward in rewards)}",

@@ -38,6 +38,7 @@ from minidistill.trainer.checkpoint_files import (
     check_forms,
     check_sizes,
     flush_tree,
+    is_changed,
     load_tensors,
     not_finite,
     number,
@@ -107,9 +108,24 @@ def save(trainer: Trainer, root: Path, step: int, facts: dict[str, Any], keep: i
             state = {"format": FORMAT, "step": step, **facts}
             (aside / STATE).write_text(json.dumps(state, indent=2) + "\n")
             seal(aside, len(plain))
-        write_atomic(root / "latest", final.name + "\n")
-    _remove_old(root, step, keep)
+    _make_latest(root, step, keep)
     return final
+
+
+def complete(root: Path, step: int, keep: int) -> None:
+    """Finish a `save` that was killed when its checkpoint was there: `latest`, and the old ones.
+
+    The checkpoint of `step` was restored. If there is a newer one, which is damaged, nothing is
+    removed. Raises UserError (exit code 3) if `latest` cannot be written.
+    """
+    paths = _steps(root)
+    if paths and number(paths[-1]) == step:
+        _make_latest(root, step, keep)
+
+
+def _make_latest(root: Path, step: int, keep: int) -> None:
+    write_atomic(root / "latest", f"step_{step:06d}\n")
+    _remove_old(root, step, keep)
 
 
 def _check_finite(tensors: dict[str, Tensor], step: int) -> None:
@@ -240,7 +256,7 @@ def restore(
         raise UserError(
             f"every checkpoint in {root} is damaged ({'; '.join(problems)})",
             where=str(root),
-            fix="restore one from a copy, or start again with another --output_dir",
+            fix="restore what is named from a copy, or start again with another --output_dir",
             exit_code=EXIT_ENVIRONMENT,
         )
     return None
@@ -276,13 +292,14 @@ def _expected(trainer: Trainer) -> dict[str, Form]:
 def _check_format(path: Path) -> None:
     """Raise UserError for a checkpoint in a format that this version does not know.
 
-    Call it before checking for damage, because another format may have other files.
+    Call it before checking for damage, because another format may have other files. One whose
+    manifest says that the number was another one is damaged.
     """
     try:
         found = read_object(path, STATE).get("format", 0)
     except DamageError:
         return
-    if found not in range(FORMAT + 1):
+    if found not in range(FORMAT + 1) and not is_changed(path, STATE):
         raise UserError(
             f"checkpoint {path.name} has format {found}; this version of minidistill reads "
             f"formats up to {FORMAT}",

@@ -120,6 +120,14 @@ def read_manifest(folder: Path) -> tuple[dict[str, str], dict[str, int], int | N
     return sums, sizes, manifest.get("tensors")
 
 
+def is_changed(folder: Path, name: str) -> bool:
+    """Whether the manifest has another checksum of a file. It may be of another format."""
+    try:
+        return read_manifest(folder)[0].get(name) != sha256(open_file(folder, name))
+    except (DamageError, OSError):
+        return False
+
+
 def check_sizes(folder: Path) -> None:
     """Raise DamageError if a file is missing or has another size: a check that reads little."""
     sums, sizes, _ = read_manifest(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Course:
 
     def __init__(self, patience: int) -> None:
         self._first: list[Mapping[str, float]] = []
-        self._recent: deque[float] = deque(maxlen=patience)
+        self._recent: deque[float] = deque(maxlen=min(patience, sys.maxsize))
         self._patience = patience
         self.best_kl: float | None = None
         """The lowest mean KL of `patience` steps in a row; None before there are as many."""

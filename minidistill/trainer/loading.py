@@ -147,6 +147,12 @@ def _end_ids(base: Any, tokenizer: Any, end_of_turn_ids: Collection[int]) -> fro
     """Every id that ends a completion: of the generation config, tokenizer and chat templates."""
     configured = base.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
+    if wrong := [id for id in ids if not isinstance(id, int | None) or abs(id or 0) >= 1 << 31]:
+        raise UserError(
+            f"the model's end-of-sequence token is {str(wrong[0])[:60]!r}, which is no token id",
+            where="model.name",
+            fix="correct eos_token_id in its generation_config.json or config.json",
+        )
     all_ids = [*ids, tokenizer.eos_token_id, *end_of_turn_ids]
     eos_ids = frozenset(id for id in all_ids if id is not None)
     if not eos_ids:

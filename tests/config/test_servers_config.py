@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,24 @@ def test_a_url_with_a_secret_is_refused_and_not_shown(
         assert caught.value.exit_code == EXIT_USAGE
         assert "hidden" not in str(caught.value)
         assert "without user, password and query" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("gpu:99999", "gpu:-1", "gpu:x", "gpu:0", ":8000", "[::1", "a..b", "a" * 70 + ".net"),
+        *("gpu\x00", "gpu\x1b[2J"),
+    ],
+)
+def test_an_address_that_no_connection_can_be_made_to(
+    configure: Callable[..., Any], host: str
+) -> None:
+    with pytest.raises(UserError, match=r"server_urls") as caught:
+        configure("--inference.server_urls", json.dumps([f"http://{host}"]))
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+@pytest.mark.parametrize("host", ["[::1]:8000", "127.0.0.1", "gpu-7.local:1/v1", "bücher.de"])
+def test_other_addresses(configure: Callable[..., Any], host: str) -> None:
+    loaded = configure("--inference.server_urls", json.dumps([f"https://{host}"]))
+    assert loaded.config.inference.server_urls == [f"https://{host}"]

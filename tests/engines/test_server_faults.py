@@ -119,6 +119,11 @@ WRONG: dict[str, tuple[Answer, str]] = {
     ),
     "no reason": (changed(finish_reason=None), "finish_reason is None, not stop or length"),
     "an unknown reason": (changed(finish_reason="tool_calls"), "finish_reason is 'tool_calls'"),
+    "no end": (changed(finish_reason="stop"), "stops without an end-of-sequence token"),
+    "an end too early": (changed(token_ids=[7, 1, 7]), "goes on after its end-of-sequence token"),
+    "another model's": (
+        lambda h, b: h.say(sample(b) | {"model": "n"}), "it is of the model 'n', and m was asked",
+    ),
     "compressed": (
         lambda h, b: h.send(gzip.compress(bytes(1 << 20)), Content_Encoding="gzip"),
         "it is compressed (gzip), unasked",
@@ -126,6 +131,15 @@ WRONG: dict[str, tuple[Answer, str]] = {
     "a redirect": (saying("", 307, Location="/else"), "it redirects (HTTP 307)"),
     "refused": (saying('{"error": {"message": "too long"}}', 400), "request: too long (HTTP 400)"),
     "refused by FastAPI": (saying('{"detail": "Not Found"}', 404), "request: Not Found (HTTP 404)"),
+    "the key among control characters": (
+        saying("sk-\x00secret\u202e-0123", 401), "refuses access: *** (HTTP 401)",
+    ),
+    "the key where the message is cut": (
+        saying(" " * 2390 + KEY, 401), "refuses access: *** (HTTP 401)",
+    ),
+    "a URL that never ends": (
+        saying(json.dumps({"error": "http://" + "?" * 900_000}), 400), "request: http://????",
+    ),
     "no access": (saying(f'{{"error": "bad key {KEY}"}}', 401), "access: bad key *** (HTTP 401)"),
 }  # fmt: skip
 
@@ -149,7 +163,9 @@ def test_a_wrong_answer_stops_the_run_at_once(
     assert KEY not in str(error)
 
 
-@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "-1" + "0" * 400])
+@pytest.mark.parametrize(
+    "number", ["NaN", "-Infinity", "1e999", "-1" + "0" * 400, "-9999.0", "-1e308"]
+)
 def test_log_probs_that_are_not_finite_are_a_broken_model(number: str, tmp_path: Path) -> None:
     error = failure(saying(NAN.replace("NaN", number)), tmp_path)
     assert error.exit_code == EXIT_HEALTH
@@ -207,6 +223,10 @@ CARDS: dict[str, tuple[str, str]] = {
     "adapters alone": ('{"data": [{"id": "a", "parent": "m"}]}', "serves no model"),
     "a card that is none": ('{"data": [7]}', "data[0] is 7"),
     "no name": ('{"data": [{"max_model_len": 64}]}', "data[0] has no id"),
+    "a name of a lone surrogate": ('{"data": [{"id": "\\ud800"}]}', "data[0].id is no name: ''"),
+    "a name of control characters": ('{"data": [{"id": "\\u001b[2J"}]}', "no name: '[2J'"),
+    "a long name": (json.dumps({"data": [{"id": "x" * 1001}]}), "data[0].id is no name: 'xxx"),
+    "no letters": ('{"data": [{"id": ""}]}', "data[0].id is no name: ''"),
     "a length of text": (
         '{"data": [{"id": "m", "max_model_len": "64"}]}', "data[0].max_model_len is '64'",
     ),
@@ -351,6 +371,17 @@ def test_certificates_are_verified(tmp_path: Path) -> None:
         engine_at(fake.url, tmp_path).wait_until_ready()
     assert "CERTIFICATE_VERIFY_FAILED" in caught.value.what
     assert not fake.headers, "it has got no request, and no key"
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSLKEYLOGFILE"])
+def test_an_environment_that_forbids_requests(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, str(tmp_path / "missing" / "file"))
+    with pytest.raises(UserError, match="no HTTP request can be made") as caught:
+        engine_at("http://localhost:1", tmp_path).wait_until_ready()
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    assert name in caught.value.fix
 
 
 def test_a_log_of_requests_shows_no_key(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import raising
 from support.raising import FAULTS, SAYS, TASKS
 from support.runs import records
 
@@ -22,7 +26,9 @@ from minidistill.errors import (
     EXIT_OK,
     UserError,
 )
+from minidistill.run import loop
 from minidistill.system.foreign import Interrupted, ctrl_c, describe, foreign_code
+from minidistill.types import Task
 
 TOML = """
 max_steps = 2
@@ -73,6 +79,83 @@ def test_a_failure_names_the_environment_and_what_it_raised(place: str, fault: s
     assert "support.raising:load" in caught.value.what
     assert SAYS[fault] in caught.value.what
     assert caught.value.where == "orchestrator.env.0"
+
+
+class Flag:
+    def __bool__(self) -> bool:
+        raise SystemExit(0)
+
+
+class Names:
+    """A split that raises as it is asked for a method that it may have."""
+
+    def __len__(self) -> int:
+        return len(TASKS)
+
+    def __getattr__(self, name: str) -> Any:
+        raise SystemExit(0)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("train", Names), ("has_rewards", Flag), ("scores_in_process", Flag)],
+)
+def test_an_attribute_that_exits_when_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, attribute: str, value: Any
+) -> None:
+    monkeypatch.setattr(raising.Env, attribute, value())
+
+    def use() -> None:
+        env = load("", "exit")
+        assert len(env.train) == 0 or has_rewards(env)
+
+    with pytest.raises(UserError, match=r"support\.raising:load.*it called sys\.exit\(0\)"):
+        use()
+
+
+MESSAGE = {"role": "user", "content": "Hello"}
+NO_TASKS: dict[str, tuple[Any, str]] = {
+    "a dict": ({"prompt": "Hello"}, "number 0 is no Task, but dict"),
+    "nothing": (None, "number 0 is no Task, but NoneType"),
+    "bytes as an id": (Task(b"x", (MESSAGE,)), "has an id that is no text, but bytes"),  # type: ignore[arg-type]
+    "a text as messages": (Task("x", "Hello"), "the messages of x are no tuple, but str"),  # type: ignore[arg-type]
+    "no role": (Task("x", ({"content": "Hello"},)), "a message of x has no role"),
+    "a text as a message": (Task("x", ("Hello",)), "a message of x has no role"),  # type: ignore[arg-type]
+    "a number as content": (
+        Task("x", ({"role": "user", "content": 5},)),
+        "has a content that is no text",
+    ),
+    "a lone surrogate": (
+        Task("x", ({"role": "user", "content": "a\udc80"},)),
+        "cannot be written as JSON",
+    ),
+    "an object": (Task("x", ({**MESSAGE, "at": object()},)), "cannot be written as JSON"),
+    "NaN": (Task("x", ({**MESSAGE, "at": float("nan")},)), "cannot be written as JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TASKS)
+def test_what_is_no_task_is_named_before_the_first_step(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the tasks are a list, are read one at a time, or are made together."""
+    task, words = NO_TASKS[kind]
+    monkeypatch.setattr(raising, "TASKS", [task])
+    monkeypatch.setitem(raising.FAULTS, "none", lambda: None)
+    for place, use in (("", USES["task"]), ("make_tasks", lambda env: take_tasks(env.train, [0]))):
+        with pytest.raises(UserError, match=r"support\.raising:load") as caught:
+            use(load(place, "none"))
+        assert words in caught.value.what
+    monkeypatch.setattr(raising.Env, "train", [task])
+    with pytest.raises(UserError) as caught:
+        load("", "exit").train  # noqa: B018
+    assert words in caught.value.what
+
+
+def test_too_few_tasks_made_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raising.MadeTogether, "make_tasks", lambda self, indices, advance: [])
+    with pytest.raises(UserError, match="it made 0 of 2 tasks"):
+        take_tasks(load("make_tasks", "none").train, [1, 0])
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -197,3 +280,36 @@ def test_too_many_failures_are_a_health_stop(
     monkeypatch.chdir(tmp_path)
     assert run("score", "panic") == EXIT_HEALTH
     assert "failed on 8 of 8 rollouts, first: task train/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_package_swallows_is_the_users(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that imports another in a `try`, and later misses it."""
+
+    def swallow(arguments: list[str]) -> int:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), number)
+        raise AttributeError("module 'numpy' has no attribute 'ndarray'")
+
+    monkeypatch.setattr(cli, "_dispatch", swallow)
+    assert cli.main(["run"]) == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("place", ["claim_path", "open_session"])
+def test_a_run_does_not_begin_after_a_signal_that_was_swallowed(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    original = getattr(loop, place)
+
+    def swallow(*arguments: Any) -> Any:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, place, swallow)
+    assert run("none", "exit") == EXIT_INTERRUPTED
+    assert not Path("out/metrics.jsonl").exists()

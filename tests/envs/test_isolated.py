@@ -28,6 +28,7 @@ from minidistill.envs.outcomes import (
 from minidistill.envs.registry import load_environments
 from minidistill.envs.sokoban import SokobanEnv
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.system import subprocesses
 from minidistill.tasks.rewards import score
 from minidistill.types import Completion, Prompt, Reward, Rollout
 
@@ -245,6 +246,18 @@ def test_it_imports_what_the_driver_does(
     assert env.score(env.train[0], "fine").metrics["safe path"] == 0
 
 
+def test_what_it_prints_does_not_fill_the_disk(
+    env: IsolatedEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocesses, "LONGEST_OUTPUT", 250_000)
+    scored = pid(env)
+    for _ in range(8):
+        env.score(env.train[0], "print")
+        assert os.stat(f"/proc/{scored}/fd/1").st_size < 400_000
+    with pytest.raises(ScoringError, match="exit code 5; last output: last words"):
+        env.score(env.train[0], "exit now")
+
+
 def test_a_score_in_progress_ends_with_the_run() -> None:
     env = load(score_timeout=60)
     scored = pid(env)
@@ -304,8 +317,9 @@ def test_an_environment_that_does_not_load_there_ends_the_run() -> None:
     env.close()
 
 
-def test_a_task_that_cannot_be_sent_is_refused_before_the_run() -> None:
-    env = load("unpicklable")
+@pytest.mark.parametrize("function", ["unpicklable", "exits_when_pickled"])
+def test_a_task_that_cannot_be_sent_is_refused_before_the_run(function: str) -> None:
+    env = load(function)
     env.start()
     with pytest.raises(UserError, match="cannot be sent") as caught:
         env.check()

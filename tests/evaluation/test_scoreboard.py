@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minidistill.evaluation.intervals import NOTHING_TO_LEARN, RESAMPLES, PromptSums, kl_closed
-from minidistill.evaluation.scoreboard import build, compare, pooled
+from minidistill.evaluation.scoreboard import build, compare, pooled, teacher_kl
 from minidistill.evaluation.verdict import grade, judge
 
 
@@ -277,3 +277,13 @@ def test_a_kl_that_is_not_finite_has_no_share(place: str, when: str) -> None:
     figures = kl_closed(sums["before"], sums["after"], seed=0)
     assert figures["closed"] is None
     assert not figures["negligible"]
+
+
+@pytest.mark.parametrize("mean", [float("nan"), float("inf")])
+def test_a_final_kl_that_is_not_finite_is_not_one_that_is_still_to_come(mean: float) -> None:
+    good = PromptSums(1.0, [1.0] * 20, [1] * 20)
+    board = build({}, 0) | teacher_kl("heldout_kl", good, None, 0)
+    assert judge(board)["outcome"] == "not_finished"
+    board |= teacher_kl("heldout_kl", good, replace(good, mean=mean), 0)
+    assert board["heldout_kl_after"] is None
+    assert judge(board)["outcome"] == "not_finite"

@@ -255,10 +255,14 @@ def test_a_folder_without_a_model_or_a_tokenizer_says_so(
         {"use_cache": 0.5},
         {"hidden_act": "*"},
         {"num_attention_heads": 0},
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 10**400},
+        {"model_type": "qwen3", "num_hidden_layers": 10**9},
+        {"extra_config": {"num_experts": 10**9}},
         {"vocab_size": -1},
         {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:60],
 )
 def test_a_configuration_of_which_no_model_can_be_made(
     change: dict[str, Any], tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 import threading
@@ -187,6 +188,19 @@ def test_the_run_id_is_kept_and_a_damaged_one_replaced(tmp_path: Path) -> None:
     assert run_id(tmp_path) == first
     (tmp_path / "wandb_id").write_text("../../etc\x1b[0m")
     assert run_id(tmp_path) not in (first, "../../etc\x1b[0m")
+
+
+def test_the_run_id_is_not_written_through_a_link_nor_read_of_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "wandb_id"
+    path.symlink_to(tmp_path / "elsewhere")
+    first = run_id(tmp_path / "run")
+    assert not (tmp_path / "elsewhere").exists()
+    assert path.read_text() == f"{first}\n"
+    path.unlink()
+    os.mkfifo(path)
+    assert run_id(tmp_path / "run") != first
+    assert path.is_file()
 
 
 def wandb_records(path: Path) -> Iterator[Any]:

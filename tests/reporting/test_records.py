@@ -381,6 +381,36 @@ def test_metrics_are_not_written_through_a_link(run: Run, tmp_path: Path) -> Non
     assert (tmp_path / "elsewhere").read_bytes() == before
 
 
+def test_a_pipe_in_place_of_the_removed_names_is_not_waited_for(run: Run) -> None:
+    run.change(LAST, lost)
+    os.mkfifo(run.path / REMOVED)
+    problem = run.disagreement(6)
+    assert problem is not None
+    assert f"{LAST} is missing" in problem
+
+
+def test_a_file_that_cannot_be_looked_at_is_damage(run: Run) -> None:
+    """As one in a folder that is closed to this user. Here the name is too long."""
+    directory = run.rewind(6)
+    directory.records.add({f"rollouts/{'x' * 300}": "0" * 64})
+    run.saved["7"] = {"step": 6, "seconds": 1.0, **directory.records.flush()}
+    assert run.disagreement(7) == f"rollouts/{'x' * 300} is damaged"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_something_else_in_place_of_the_metrics_amid_a_run(
+    run: Run, make: Callable[[Path], None]
+) -> None:
+    """A pipe without a reader is not waited for."""
+    directory = run.rewind(6)
+    (run.path / METRICS).unlink()
+    make(run.path / METRICS)
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl") as caught:
+        directory.log(7, {"loss": 1.0})
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    assert "remove what is in the place of" in caught.value.fix
+
+
 def test_a_file_that_another_program_changes_is_said_and_counted_as_it_is(
     run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -237,6 +237,40 @@ def test_kl_of_another_shape_colors_no_tokens(tmp_path: Path, kl: list[list[floa
     assert ("", "x") in page_of(tmp_path).spans
 
 
+TENSORS: dict[str, tuple[Any, Any]] = {
+    "rows of offsets": ([[0, 1], [1, 1]], [0.5]),
+    "one offset": (1, [0.5]),
+    "offsets that are no integers": ([0.0, 1.0], [0.5]),
+    "rows of KL": ([0, 1], [[0.5, 0.5]]),
+    "one KL": ([0, 1], 0.5),
+    "a KL of integers": ([0, 1], [1]),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_tensors_of_another_shape_are_damage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    write_rollouts(tmp_path, 1, [rollout(1, "a", ["x"])], None)
+    offsets, kl = map(np.array, TENSORS[kind])
+    save_file({"offsets": offsets, "kl": kl}, tmp_path / "rollouts/step_000001.safetensors")
+    page = page_of(tmp_path)
+    assert ("", "x") in page.spans
+    assert "step_000001.safetensors cannot be read: the tokens have no colors." in page.text
+    assert len(caplog.messages) == 1
+
+
+def test_integers_that_no_float_can_hold(run_dir: Path) -> None:
+    huge = "1" + "0" * 400
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": {huge}, "teacher_kl": 1.0}}\n{{"step": 20, "kl/p99": {huge}}}\n')
+    keys = ("steps", "seconds", "student", "gap_closed", "drift_kl", "baseline_diff")
+    for key in keys:
+        (run_dir / "scoreboard.json").write_text(f'{{"steps": 20, "{key}": {huge}}}')
+        assert "Up to step 20" in page_of(run_dir).text
+
+
 def test_a_long_rollout_is_cut(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     write_rollouts(tmp_path, 1, [rollout(1, "a", ["x"] * 1000)], [[float("nan")] * 1000])

@@ -117,6 +117,42 @@ def test_a_directory_that_cannot_be_created(
     assert place in caught.value.what
 
 
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("~no-such-user/run", "home directory"),
+        ("a\0b", "it has a null character"),
+        ("dangling", "it is a symbolic link that leads nowhere"),
+        ("loop", "it is a symbolic link that leads nowhere"),
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_path_that_no_directory_can_have(
+    load: Callable[..., LoadedConfig], place: str, reason: str, resume: bool
+) -> None:
+    loaded = load("--output_dir", place)
+    Path("dangling").symlink_to("gone")
+    Path("loop").symlink_to("loop")
+    error = refusal(loaded, resume)
+    assert "cannot be a run's directory" in error.what
+    assert reason in error.what
+    assert (error.where, "--output_dir" in error.fix) == ("--output_dir", True)
+
+
+@pytest.mark.parametrize("flags", [(), ("--output_dir", "run")])
+def test_the_current_directory_has_gone(
+    load: Callable[..., LoadedConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: Any
+) -> None:
+    loaded = load(*flags)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    error = refusal(loaded)
+    monkeypatch.chdir(tmp_path)
+    assert "the current directory: No such file or directory" in error.what
+    assert "absolute path" in error.fix
+
+
 @pytest.fixture
 def run(load: Callable[..., LoadedConfig]) -> RunDirectory:
     run = RunDirectory(Path("runs/a"))

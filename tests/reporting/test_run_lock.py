@@ -46,10 +46,29 @@ def test_runs_that_start_at_once_have_a_directory_each(load: Callable[..., Loade
 
     with ThreadPoolExecutor(starts) as pool:
         paths = list(pool.map(start, range(starts)))
-    assert {str(p) for p in paths} == {"runs/a", *(f"runs/a-{n}" for n in range(2, starts + 1))}
+    assert {p.parent for p in paths} == {Path("runs").absolute()}
+    assert {p.name for p in paths} == {"a", *(f"a-{n}" for n in range(2, starts + 1))}
     for number, path in enumerate(paths):
         assert RunDirectory(path).read("env.json")["number"] == number
         assert not (path / LOCK).exists()
+
+
+def test_neither_a_link_that_changes_nor_another_current_directory_leads_elsewhere(
+    load: Callable[..., LoadedConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An environment may change the current directory, and a user the link to the latest run."""
+    loaded = load("--output_dir", "latest")
+    for name in ("real", "other"):
+        Path(name).mkdir()
+    Path("latest").symlink_to("real")
+    with claim_path(loaded, resume=False) as path:
+        Path("latest").unlink()
+        Path("latest").symlink_to("other")
+        monkeypatch.chdir("/")
+        RunDirectory(path).create(loaded, {})
+    assert (tmp_path / "real/config.resolved.json").exists()
+    assert not (tmp_path / "real" / LOCK).exists()
+    assert not list((tmp_path / "other").iterdir())
 
 
 @pytest.mark.parametrize("resume", [False, True], ids=["start", "resume"])
@@ -90,10 +109,10 @@ with locked(Path("runs/a")):
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
         with claim_path(load(), resume=False) as path:
-            assert path == Path("runs/a-2")
+            assert path == tmp_path / "runs/a-2"
         holder.send_signal(signal.SIGKILL)
     with claim_path(load(), resume=False) as path:
-        assert path == Path("runs/a")
+        assert path == tmp_path / "runs/a"
 
 
 def test_a_run_that_does_not_begin_leaves_nothing(load: Callable[..., LoadedConfig]) -> None:
@@ -127,7 +146,7 @@ def test_a_number_at_which_a_run_has_just_ended_is_passed_over(
 
     monkeypatch.setattr(run_path, "locked", locked_late)
     with claim_path(load(), resume=False) as path:
-        assert (begun, path) == ([Path("runs/a")], Path("runs/a-2"))
+        assert (begun, path) == ([Path("runs/a").absolute()], Path("runs/a-2").absolute())
     assert RunDirectory(Path("runs/a")).read("env.json")["number"] == 1
     begun.clear()
     with pytest.raises(UserError, match="already holds a run"), ExitStack() as stack:

@@ -41,6 +41,8 @@ def test_an_extended_run_is_the_run_started_anew(
     assert "cannot be lowered to 2" in capsys.readouterr().err
     assert contents(path) == finished
 
+    (path / "report.html").unlink()
+    (path / "report.html").mkdir()  # in the way
     original = loop.train_step
 
     def breaks_at_5(session: Any, step: int) -> None:

@@ -17,7 +17,7 @@ from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.evaluation.kl import drift_kl
 from minidistill.run import model_checks, preflight
 from minidistill.tasks.prompts import PromptBuilder
-from minidistill.trainer import attention
+from minidistill.trainer import attention, forward
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.types import Role
@@ -175,12 +175,12 @@ def test_a_tokenizer_of_another_model_is_noticed(lab: Lab) -> None:
 def test_a_wrong_prefix_cache_is_not_used(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    right = model_checks.prefix_states
+    right = forward.prefix_states
 
     def wrong(policy: Policy, prefix: tuple[int, ...]) -> Any:
         return [(keys + 1.0, values) for keys, values in right(policy, prefix)]
 
-    monkeypatch.setattr(model_checks, "prefix_states", wrong)
+    monkeypatch.setattr(forward, "prefix_states", wrong)
     assert check_model(lab) is False
     (message,) = caplog.messages
     assert "do not reproduce the model" in message

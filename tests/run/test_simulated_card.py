@@ -44,10 +44,10 @@ num_examples = 10
 """
 STEP = ("--no-orchestrator.eval",)
 KL = ("--orchestrator.batch_size", "4")
-# MiB. A step of 8 prompts takes about 300, 4 at a time half of that, and one 30. The KL on 10
-# held-out prompts takes 60, 5 at a time half of that, and one less than 2.
-STEP_MIB, TOO_LITTLE_STEP_MIB = 225, 15
-KL_MIB, TOO_LITTLE_KL_MIB = 45, 0
+# MiB. A step of 8 prompts takes about 150, 4 at a time half of that, and one 15. The KL on 10
+# held-out prompts takes 30, 5 at a time half of that, and one less than 2.
+STEP_MIB, TOO_LITTLE_STEP_MIB = 112, 7
+KL_MIB, TOO_LITTLE_KL_MIB = 22, 0
 WALL = "#####\n#@$.#\n#   #\n"
 
 
@@ -55,7 +55,7 @@ WALL = "#####\n#@$.#\n#   #\n"
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step on long prompts."""
     folder = tmp_path_factory.mktemp("long")
-    lines = [json.dumps({"prompt": f"{i}\n" + WALL * (36 + i % 3)}) for i in range(64)]
+    lines = [json.dumps({"prompt": f"{i}\n" + WALL * (18 + i % 3)}) for i in range(64)]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     path = folder / "long.toml"
     path.write_text(CONFIG.replace("PROMPTS", str(folder / "prompts.jsonl")))

@@ -72,7 +72,7 @@ def write_fails(root: Path, at: int, *, kills: bool) -> Iterator[_Fault]:
         sys.addaudithook(_fault.hook)
         _hooked.append(True)
     _fault.root, _fault.at, _fault.log, _fault.kills = os.path.abspath(root), at, [], kills
-    print_error = cli._print_error
+    print_error = cli.print_error
 
     def unless_killed(error: BaseException) -> int:
         if isinstance(error, Killed):
@@ -81,7 +81,7 @@ def write_fails(root: Path, at: int, *, kills: bool) -> Iterator[_Fault]:
 
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cli, "_print_error", unless_killed)
+            patch.setattr(cli, "print_error", unless_killed)
             yield _fault
     except Killed:
         run_lock.release_all()

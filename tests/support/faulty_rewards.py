@@ -21,6 +21,8 @@ def faulty(task: Task, completion: str) -> Any:
     if completion == "exit now":
         print("last words", flush=True)
         os._exit(5)
+    if completion == "print":
+        print("x" * 100_000, flush=True)
     if completion == "crash":
         os.kill(os.getpid(), 11)
     if completion == "interrupt":
@@ -80,6 +82,15 @@ class Together(Env):
 
 def unpicklable() -> Env:
     return Env(lambda: None)
+
+
+class Exits:
+    def __reduce__(self) -> Any:
+        sys.exit(0)
+
+
+def exits_when_pickled() -> Env:
+    return Env(Exits())
 
 
 def only_in_the_driver() -> Env:

@@ -26,8 +26,8 @@ from typing import IO, Any
 
 import torch
 
-from minidistill.system import subprocesses
-from minidistill.system.subprocesses import PATHS, START
+from minidistill.system import local_modules, subprocesses
+from minidistill.system.subprocesses import LIFELINE, PATHS, START, die_with_parent
 from support.paths import TESTS
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -158,6 +158,7 @@ def _run_module(
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     if paths:
         sys.path[:] = paths.split(os.pathsep)[1:]
+        local_modules.take_over()
     else:
         sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     _, _, module, *arguments = command
@@ -166,6 +167,8 @@ def _run_module(
     forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None  # type: ignore
     subprocesses.Popen = popen  # type: ignore
     os.setsid()
+    if LIFELINE in os.environ:
+        die_with_parent()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

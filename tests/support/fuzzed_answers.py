@@ -46,13 +46,13 @@ def takes(number: int) -> bool:
     answer = Answer(200, bytes(data), "a key")
     try:
         if kind == 0:
-            ids, logprobs, stop = read_sample(answer, 3, VOCABULARY)
+            ids, logprobs, stop = read_sample(answer, "m", 3, VOCABULARY, {1})
             assert len(ids) == len(logprobs) <= 3
             assert all(type(token) is int and 0 <= token < VOCABULARY for token in ids)
             assert all(type(p) is float and -math.inf < p < 0.01 for p in logprobs)
             assert stop in ("eos", "length")
         elif kind == 1:
-            scores = read_scores(answer, PROMPT, COMPLETION)
+            scores = read_scores(answer, "m", PROMPT, COMPLETION)
             assert len(scores) == len(COMPLETION)
             assert all(type(p) is float and -math.inf < p < 0.01 for p in scores)
         elif (model := read_model(answer)) is not None:

@@ -18,7 +18,7 @@ def stop_at(point: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def main(calls: int, commands: int, lifeline: int) -> None:
+def main(calls: int, commands: int) -> None:
     """Answer each call and command with its name. `slow` first shows some signs."""
     connections = calls_in, _ = Connection(calls), Connection(commands)
     calls_in.recv()

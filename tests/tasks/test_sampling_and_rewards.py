@@ -309,6 +309,24 @@ def test_rewards_whose_mean_is_not_finite_stop_the_run(std_norm: bool) -> None:
     assert caught.value.exit_code == EXIT_HEALTH
 
 
+def test_rewards_whose_deviation_is_not_finite_stop_the_run() -> None:
+    """Divided by infinity they would all be 0, and the step would teach nothing."""
+    group = prompt()
+    rewards = [rollout(group, reward=value) for value in (1e200, -1e200)]
+    with pytest.raises(UserError, match=r"too large for their mean: 1e\+200") as caught:
+        with_advantages(rewards, std_norm=True)
+    assert caught.value.exit_code == EXIT_HEALTH
+
+
+def test_advantages_that_the_loss_cannot_hold_stop_the_run() -> None:
+    """The loss has them in fp32. It would be NaN, and the learning rate be blamed."""
+    group = prompt()
+    rewards = [rollout(group, reward=value) for value in (1e39, -1e39)]
+    with pytest.raises(UserError, match=r"too large for their mean: 1e\+39"):
+        with_advantages(rewards, std_norm=False)
+    assert [r.advantage for r in with_advantages(rewards, std_norm=True)] == [1.0, -1.0]
+
+
 def test_a_share_of_failures_that_is_no_number_is_too_large() -> None:
     with pytest.raises(UserError):
         check_errors(["failed"], 10, math.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -15,9 +16,12 @@ from typing import Any
 
 import pytest
 from support import forked
+from support.paths import ROOT
+from support.processes import wait_for
 
 from minidistill.errors import UserError
-from tools.soak import inputs, kills, starts
+from tools.soak import __main__ as soak
+from tools.soak import inputs, kills, shared, starts
 from tools.soak.commands import MARK, Commands
 from tools.soak.dying import Killer
 from tools.soak.log import Log, one_line
@@ -222,3 +226,110 @@ def test_a_process_that_stays_is_found(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert commands.processes() == []
+
+
+# -- what is its runs' and what is others' -------------------------------------------------------
+
+PRIVATE = """
+from tools.soak import shared
+if not shared.make_private():
+    print("not allowed")
+else:
+    segments = shared.Segments(list)
+    (shared.FOLDER / NAME).touch()
+    print(shared.describe(), segments.left(), sorted(p.name for p in shared.FOLDER.iterdir()))
+"""
+
+
+def test_a_soak_has_shared_memory_of_its_own_where_that_is_allowed() -> None:
+    name = f"sem.mp-{os.getpid()}"
+    result = subprocess.run(
+        [sys.executable, "-c", PRIVATE.replace("NAME", repr(name))],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.stderr == ""
+    expected = f"the soak has a /dev/shm of its own ['{name}'] ['{name}']\n"
+    assert result.stdout in (expected, "not allowed\n")
+    assert not (shared.FOLDER / name).exists()
+
+
+def test_elsewhere_segments_are_told_by_who_holds_them(tmp_path: Path) -> None:
+    """Also one that its process has removed the name of, or has closed since."""
+    commands = Commands(tmp_path)
+    theirs, ours, closed = (
+        shared.FOLDER / f"psm_{os.getpid()}_{n}" for n in ("theirs", "ours", "closed")
+    )
+    program = (
+        "import mmap, sys, time\n"
+        "with open(sys.argv[1], 'w+') as f: f.truncate(4096); m = mmap.mmap(f.fileno(), 4096)\n"
+        "g = open(sys.argv[2], 'w'); print('made', flush=True); time.sleep(60)"
+    )
+    segments = shared.Segments(commands.processes)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(ours), str(closed)],
+        env=commands.environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        theirs.touch()
+        assert process.stdout is not None
+        assert process.stdout.readline() == "made\n"
+        segments.look()
+        process.kill()
+        process.communicate()
+        assert segments.left() == sorted([ours.name, closed.name])
+        ours.unlink()
+        assert segments.left() == [closed.name]
+    finally:
+        process.kill()
+        for path in (theirs, ours, closed):
+            path.unlink(missing_ok=True)
+
+
+def test_runs_take_ctrl_c_also_in_a_shells_background(tmp_path: Path) -> None:
+    (tmp_path / "show.py").write_text("import signal; print(signal.getsignal(signal.SIGINT))")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Commands(tmp_path) as commands:
+            assert commands.start("show", output=tmp_path / "out").wait(20) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "out").read_text() == f"{signal.default_int_handler}\n"
+
+
+def test_a_soak_that_is_stopped_says_what_it_has_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def stopped(log: Log, seed: int, count: int, end: float | None) -> int:
+        with Commands(log.work / "starts") as commands:
+            started.append(subprocess.Popen(["sleep", "60"], env=commands.environment))
+            wait_for(lambda: bool(commands.processes()))
+            log.count("starts", "plain")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(shared, "make_private", lambda: False)
+    monkeypatch.setattr(starts, "soak", stopped)
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "")  # and as they were at the end
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code = soak.main(
+            ["--only", "starts", "--folder", str(tmp_path / "soak"), "--log", str(tmp_path / "log")]
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 130
+    assert started[0].wait(20) == -signal.SIGKILL
+    text = (tmp_path / "log").read_text()
+    assert text == (tmp_path / "soak" / "soak.log").read_text()
+    lines = [line.partition("  ")[2].strip() for line in text.splitlines()]
+    assert lines[0] == "seed 0, parts starts"
+    assert lines[1].startswith("commit ")
+    assert lines[2].startswith("Python ")
+    assert lines[4].startswith("shared memory: a segment is a run's if ")
+    assert [lines[5], lines[7]] == ["stopped by a signal", "1 × plain"]
+    assert re.fullmatch(r"starts: 1 of 200 in \d+ s, 0 findings", lines[6])
+    assert re.fullmatch(r"0 findings in \d+ s", lines[8])
+    assert str(tmp_path) not in text

@@ -248,6 +248,9 @@ DAMAGE: dict[str, tuple[Spoil, str]] = {
     "a state in a pipe": (instead(STATE, os.mkfifo), f"{STATE} is not a file"),
     "a manifest in a pipe": (instead(MANIFEST, os.mkfifo), f"{MANIFEST} is not a file"),
     "a socket": (instead(TENSORS, bind), f"{TENSORS} is not a file"),
+    "another format, by a bit": (
+        lambda p: (p / STATE).write_text((p / STATE).read_text().replace(": 1", ": 9", 1)),
+        f"{STATE} has another checksum"),
     "half a state": (content(STATE, b'{"format": 1, "st'), f"{STATE}: "),
     "no state": (content(STATE, b""), f"{STATE}: "),
     "a state of another step": (content(STATE, b'{"format": 1, "step": 1}'), "is of step 1"),

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.disk_faults import failing, file_limit, killed, refusal, small_disk
+from support.disk_faults import at_call, failing, file_limit, killed, refusal, small_disk
+from support.faults import write_fails
 from support.lab import SMALL_STEP, Lab, make_lab
 from support.paths import SOKOBAN
 from support.ranks import NO_EVALUATION
@@ -27,8 +28,6 @@ from minidistill.trainer import checkpoint
 from minidistill.trainer.trainer import Trainer
 
 SAVE = "step_000003"
-# every call, and a sample of them
-STRIDES = pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +68,22 @@ def restored(lab: Lab, root: Path) -> int:
     return int(facts["step"])
 
 
+def resumed(lab: Lab, root: Path, keep: int) -> int:
+    """What a resumed run does to its checkpoints. Returns the step after which it resumes."""
+    step = restored(lab, root)
+    checkpoint.complete(root, step, keep)
+    return step
+
+
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-@STRIDES
-def test_a_disk_that_fails_at_any_call(lab: Lab, saved: Path, memory: Path, stride: int) -> None:
+@pytest.mark.slow
+def test_a_disk_that_fails_at_any_call(lab: Lab, saved: Path, memory: Path) -> None:
     """Exit code 3, nothing half-written, and the older checkpoints as they were."""
     refused_at = 0
-    for number in range(1, 200, stride):
+    for number in range(1, 200):
         error = (errno.ENOSPC, errno.EDQUOT, errno.EIO)[number % 3]
         root = memory / str(number)
         shutil.copytree(saved, root)
@@ -104,11 +110,11 @@ def test_a_disk_that_fails_at_any_call(lab: Lab, saved: Path, memory: Path, stri
     assert len(calls) < number
 
 
-@STRIDES
-def test_a_kill_at_any_call(lab: Lab, saved: Path, memory: Path, stride: int) -> None:
+@pytest.mark.slow
+def test_a_kill_at_any_call(lab: Lab, saved: Path, memory: Path) -> None:
     """Also while a checkpoint of the same step, which was refused, is replaced."""
     for replaced in (False, True):
-        for number in range(1 + replaced, 200, stride):
+        for number in range(1 + replaced, 200):
             root = memory / f"{replaced}-{number}"
             shutil.copytree(saved, root)
             if replaced:
@@ -124,6 +130,58 @@ def test_a_kill_at_any_call(lab: Lab, saved: Path, memory: Path, stride: int) ->
                 break
         assert ended
         assert number > 20
+
+
+def test_a_kill_before_old_checkpoints_are_removed(lab: Lab, saved: Path, memory: Path) -> None:
+    """A resume points `latest` at the new one and removes the others, also if it is killed too."""
+    root = memory / "whole"
+    shutil.copytree(saved, root)
+    with at_call(0, lambda: None) as calls:
+        save(lab, root, 3, keep=1)
+    there = len(calls) - calls[::-1].index("replace")  # the call that writes `latest`
+    states = set()
+    for number in range(there - 2, len(calls) + 2):
+        root = memory / str(number)
+        shutil.copytree(saved, root)
+        ended = not killed(number, partial(save, lab, root, 3, keep=1))
+        states.add(((root / "latest").read_text().strip(), len(names(root))))
+        for again in range(1, 99, 2) if number == there else ():
+            if not killed(again, partial(resumed, lab, root, keep=1)):
+                break
+        assert resumed(lab, root, keep=1) == 3
+        assert names(root) == ["latest", SAVE]
+        assert (root / "latest").read_text() == f"{SAVE}\n"
+        assert ended == (number > len(calls))
+    # with `latest`, and with what is being removed
+    assert states == {("step_000002", 5), ("step_000002", 4), (SAVE, 4), (SAVE, 3), (SAVE, 2)}
+
+
+def test_a_damaged_newest_checkpoint_costs_no_older_one(
+    lab: Lab, saved: Path, memory: Path
+) -> None:
+    root = memory / "root"
+    shutil.copytree(saved, root)
+    save(lab, root, 3, keep=9)
+    save(lab, root, 4, keep=9)
+    before = names(root)
+    os.truncate(root / "step_000004" / "state.safetensors", 100)
+    assert resumed(lab, root, keep=1) == 3
+    assert names(root) == before
+
+
+def test_a_run_that_is_killed_there_has_no_checkpoint_too_many_after_a_resume(
+    tmp_path: Path,
+) -> None:
+    flags = (*NO_EVALUATION, "--max_steps", "2", "--ckpt.interval", "1", "--ckpt.keep", "1")
+    whole, path = tmp_path / "whole", tmp_path / "run"
+    with write_fails(whole, 0, kills=True) as fault:
+        assert run(whole, *flags) == EXIT_OK
+    there = fault.log.index("os.rename checkpoints/.step_000001.removed") + 1
+    with write_fails(path, there, kills=True):
+        run(path, *flags)
+    assert names(path / "checkpoints") == ["latest", "step_000001", "step_000002"]
+    assert run(path, *flags, "--resume") == EXIT_OK
+    assert names(path / "checkpoints") == names(whole / "checkpoints") == ["latest", "step_000002"]
 
 
 def test_a_folder_that_is_replaced_is_never_lost(lab: Lab, memory: Path) -> None:
@@ -212,6 +270,7 @@ def test_a_run_that_the_disk_stopped_resumes_as_if_nothing_had_been(
     dead = ScratchFolder()
     assert dead._lock is not None
     os.close(dead._lock)  # as the kernel does when a run is killed
+    dead._lock = None
     (cut / "env.json.0123abcd.tmp").write_text("half")
     assert run(cut, *flags, "--resume") == EXIT_OK
     assert not dead.path.exists()

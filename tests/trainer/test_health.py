@@ -214,3 +214,8 @@ def test_a_step_without_a_token_to_train_on_is_refused(share: float) -> None:
     assert error is not None
     assert error.exit_code == EXIT_HEALTH
     assert "every token was masked" in error.what
+
+
+def test_a_patience_that_no_run_reaches_says_nothing() -> None:
+    patient = health(patience=10**30)
+    assert patient.take(1, GOOD | BAD["equal_rewards"][0]) is None

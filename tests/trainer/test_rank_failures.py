@@ -15,27 +15,23 @@ from typing import Any
 import pytest
 import torch
 from support import processes
-from support.paths import TESTS
+from support.paths import SOKOBAN, TESTS
+from support.processes import wait_for
 from support.ranks import NO_EVALUATION, SMALL, TWO_RANKS, ranked_lab
-from support.runs import run, start
+from support.runs import TINY, run, start
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_INTERRUPTED
+from minidistill.system.foreign import Interrupted
 from minidistill.system.scratch import sweep
 from minidistill.trainer.distributed import launcher
+from minidistill.trainer.distributed.rank_group import RankGroup
 from minidistill.trainer.step import StepRollouts
 from minidistill.types import Rollout
 
 
-def rank_pids(mark: str) -> list[int]:
+def rank_pids(mark: str, module: str = launcher.MODULE) -> list[int]:
     """The process ids of the ranks of the run with a mark."""
-    return [pid for pid, command in processes.marked(mark).items() if launcher.MODULE in command]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.05)
+    return [pid for pid, command in processes.marked(mark).items() if module in command]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +74,43 @@ def test_killing_a_process_ends_the_run_and_leaves_no_process(
     assert folder.exists() == (code == -signal.SIGKILL)
     sweep()
     assert not folder.exists()
+
+
+def test_a_run_that_is_stopped_while_its_ranks_start_leaves_nothing(tmp_path: Path) -> None:
+    """They are importing, which may take a while."""
+    path, temporary, stuck = (tmp_path / name for name in ("run", "temporary", "stuck"))
+    temporary.mkdir()
+    mark = processes.new_mark()
+    command = [sys.executable, "-m", "support.stuck_ranks", "run", SOKOBAN, *TINY, *TWO_RANKS]
+    variables = {"TMPDIR": str(temporary), "STUCK": str(stuck), processes.MARK: mark}
+    process = processes.start([*command, "--output_dir", str(path)], **variables)
+    wait_for(stuck.exists)
+    assert rank_pids(mark, "support.stuck_import")
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == EXIT_INTERRUPTED
+    assert not processes.left_behind(mark)
+    assert not list(temporary.glob("minidistill-*"))
+    assert not path.exists()
+
+
+def test_a_close_that_is_interrupted_still_ends_the_ranks(
+    configure: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: RankGroup) -> None:
+        raise Interrupted
+
+    mark = processes.new_mark()
+    monkeypatch.setenv(processes.MARK, mark)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(RankGroup, "dismiss", interrupt)
+    lab = ranked_lab(configure(*SMALL, *TWO_RANKS))
+    lab.__enter__()
+    assert list(tmp_path.glob("minidistill-*"))
+    assert rank_pids(mark)
+    with pytest.raises(Interrupted):
+        lab.__exit__(None, None, None)
+    assert not list(tmp_path.glob("minidistill-*"))
+    assert not processes.marked(mark)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "sokoban.toml")
@@ -57,6 +60,7 @@ class Commands:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
+                preexec_fn=_take_ctrl_c,
             )
 
     def processes(self) -> list[tuple[int, str]]:
@@ -73,6 +77,24 @@ class Commands:
             except OSError:  # it has ended, or is another user's
                 continue
         return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Kill what still runs: the soak may have been stopped."""
+        for id, _ in self.processes():
+            kill(id)
+
+
+def kill(id: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(id, signal.SIGKILL)
+
+
+def _take_ctrl_c() -> None:
+    """A soak in a shell's background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def tail(output: Path, lines: int = 3) -> str:

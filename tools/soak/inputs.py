@@ -33,6 +33,7 @@ CRASHED = 60.0  # seconds after which the subprocess has hung for good
 MEMORY = 2 << 30  # bytes that an input may take
 MESSAGE = 30_000  # characters that the text of up to four errors may have
 BATCH = 500  # inputs before another subprocess
+PROGRESS = 2000  # inputs before another line of the log
 
 
 class TooSlowError(BaseException):
@@ -57,8 +58,12 @@ def soak(log: Log, seed: int, count: int, end: float | None) -> int:
     jobs = [(named[i % len(named)], i // len(named)) for i in range(count)]
     seen: Counter[str] = Counter()
     done = 0
-    for failure in _tried(log, jobs, seed, end):
+    for failure in _tried(jobs, seed, end):
         if isinstance(failure, int):
+            for target, _ in jobs[done:failure]:
+                log.count("inputs", target.name)
+            if failure % PROGRESS < failure - done or failure == len(jobs):
+                log.say(f"inputs: {failure} of {len(jobs)}")
             done = failure
             continue
         kind = f"{failure.target}: {failure.kind}"
@@ -68,8 +73,6 @@ def soak(log: Log, seed: int, count: int, end: float | None) -> int:
             log.finding("inputs", f"{failure.target}:{failure.number}: {failure.what}  [{place}]")
     for kind, times in seen.most_common():
         log.say(f"inputs: {times} times: {kind}")
-    counts = ", ".join(f"{t.name} {sum(j[0] is t for j in jobs[:done])}" for t in named)
-    log.say(f"inputs: {done} tried ({counts})")
     return done
 
 
@@ -155,9 +158,7 @@ def _place(error: BaseException) -> str:
     return f"{Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.name}"
 
 
-def _tried(
-    log: Log, jobs: list[tuple[Target, int]], seed: int, end: float | None
-) -> Iterator[Failure | int]:
+def _tried(jobs: list[tuple[Target, int]], seed: int, end: float | None) -> Iterator[Failure | int]:
     """The failures of all jobs, and after each batch the number of jobs done."""
     context = multiprocessing.get_context("fork")
     done = 0
@@ -185,10 +186,10 @@ def _tried(
             what = "hangs for good" if hung else f"ends the interpreter ({process.exitcode})"
             yield Failure(target.name, number, what, what)
             current += 1
-        process.join()
+        finally:
+            process.kill()
+            process.join()
         done += current
-        if done % 5000 < BATCH:
-            log.say(f"inputs: {done} of {len(jobs)}")
         yield done
 
 

@@ -23,26 +23,26 @@ BEFORE_DIRECTORY = 0.1  # of the kills at a moment, those while it is still star
 
 def soak(log: Log, seed: int, count: int, end: float | None) -> int:
     """Kill `count` times, and return how often that was done before `end`."""
-    commands = Commands(log.work / "kills")
-    whole = commands.folder / "whole"
-    soaking = Killing(log, commands)
-    if not soaking.run(whole, "whole", resume=False):
-        return 0
-    log.say(
-        f"kills: an undisturbed run takes {soaking.duration:.1f} s and touches files in its "
-        f"directory {soaking.touches} times"
-    )
-    done = number = 0
-    while done < count and (end is None or time.monotonic() < end):
-        number += 1
-        path = commands.folder / f"run-{number}"
-        random = Random(f"{seed}/kills/{number}")
-        done += soaking.kill_and_resume(path, random, min(count - done, random.randint(1, 3)))
-        if soaking.compare(whole, path):
-            shutil.rmtree(path)
-        else:
-            shutil.move(path, log.saved / path.name)
-    return done
+    with Commands(log.work / "kills") as commands:
+        whole = commands.folder / "whole"
+        soaking = Killing(log, commands)
+        if not soaking.run(whole, "whole", resume=False):
+            return 0
+        log.say(
+            f"kills: an undisturbed run takes {soaking.duration:.1f} s and touches files in its "
+            f"directory {soaking.touches} times"
+        )
+        done = number = 0
+        while done < count and (end is None or time.monotonic() < end):
+            number += 1
+            path = commands.folder / f"run-{number}"
+            random = Random(f"{seed}/kills/{number}")
+            done += soaking.kill_and_resume(path, random, min(count - done, random.randint(1, 3)))
+            if soaking.compare(whole, path):
+                shutil.rmtree(path)
+            else:
+                shutil.move(path, log.saved / path.name)
+        return done
 
 
 class Killing:
@@ -79,15 +79,18 @@ class Killing:
                 seconds = random.uniform(early, 1.02) * self.duration
             code, output = self._start(path, at, seconds, resume=resume)
             where = f"touch {at}" if at else f"{seconds:.1f} s"
-            history.append(f"{'resumed, ' if resume else ''}{where}, {self._progress(path)}")
+            progress = self._progress(path)
+            history.append(f"{'resumed, ' if resume else ''}{where}, {progress}")
             if code == 0:
                 break  # it ended sooner than that
             done += 1
+            kind = "at a touch" if at else "at a moment"
+            self.log.count("kills", kind, progress, *["of a resumed run"] * resume)
             if code != -9:
                 self._find(f"{path.name}, {'; '.join(history)}: exit code {code}: {output}")
                 break
         begun = (path / "config.resolved.json").exists()
-        self.log.say(f"kills: {path.name}: {'; '.join(history)}")
+        self.log.say(f"kills: {self.log.done['kills']}: {path.name}: {'; '.join(history)}")
         if not self.run(path, f"{path.name}, {'; '.join(history)}", resume=begun) and not begun:
             shutil.rmtree(path)  # the directory of a run that never began: start anew
             self.run(path, f"{path.name}, again", resume=False)
@@ -132,7 +135,9 @@ class Killing:
             code = process.wait()
             if seconds is None:
                 self._find(f"{path.name}: no end after {HANG:.0f} s")
-        self.duration = self.duration or time.monotonic() - began
+        if code == 0 and not resume:  # the least, for the machine may have been busy
+            took = time.monotonic() - began
+            self.duration = min(self.duration or took, took)
         return code, tail(output)
 
     def _find(self, what: str) -> None:

@@ -6,17 +6,17 @@ of the driver; in a process that runs again and again, also open files and threa
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 from random import Random
+from typing import Any
 
-from tools.soak.commands import SMALL, Commands, run_arguments, tail
+from tools.soak.commands import SMALL, Commands, kill, run_arguments, tail
 from tools.soak.log import Log
+from tools.soak.shared import LOOK, Segments
 
 # A reward of somebody else's is computed in a process of its own.
 SCORED = """
@@ -43,27 +43,29 @@ EXIT_CODES = {
     signal.SIGINT: {0, 130, -signal.SIGINT},
     signal.SIGKILL: {0, -signal.SIGKILL},
 }
+INTERRUPTED = b"KeyboardInterrupt\n"
 LONGEST = 9.0  # seconds until a run is stopped
-GRACE = 3.0  # seconds in which what a run leaves may go away
+GRACE = 10.0  # seconds in which what a run leaves may go away
+"""The kernel ends a run's subprocesses with their driver, but for one that has just been started:
+that one ends itself as soon as its interpreter runs, which takes a while on a busy machine."""
 STOP = 60.0  # seconds that a run may take to stop
 IN_PROCESS = 10  # of the starts, those in one process
 TOUCHED = ("torchinductor_", "triton")  # caches of torch in the temporary folder, shared by runs
-SHARED = Path("/dev/shm")
 
 
 def soak(log: Log, seed: int, count: int, end: float | None) -> int:
     """Start and stop `count` runs, and return how many were before `end`."""
-    commands = Commands(log.work / "starts")
     random = Random(f"{seed}/starts")
     inside = min(IN_PROCESS, count // 2)
     done = 0
-    while done < count - inside and (end is None or time.monotonic() < end):
-        kind, number = random.choice(KINDS), random.choice(SIGNALS)
-        start_and_stop(log, commands, done, kind, number, random.uniform(0.0, LONGEST))
-        done += 1
-    _after_kills(log, commands)
-    if inside and (end is None or time.monotonic() < end):
-        done += repeat(log, commands, seed, inside)
+    with Commands(log.work / "starts") as commands:
+        while done < count - inside and (end is None or time.monotonic() < end):
+            kind, number = random.choice(KINDS), random.choice(SIGNALS)
+            start_and_stop(log, commands, done, kind, number, random.uniform(0.0, LONGEST))
+            done += 1
+        _after_kills(log, commands)
+        if inside and (end is None or time.monotonic() < end):
+            done += repeat(log, commands, seed, inside)
     return done
 
 
@@ -73,25 +75,62 @@ def start_and_stop(
     """Start a run, send the signal to its driver after some seconds, and look for leaks."""
     path = commands.folder / f"start-{index}"
     output = path.with_suffix(".out")
-    shared, temporary = _shared(), _names(commands.temporary)
+    temporary = _names(commands.temporary)
+    segments = Segments(commands.processes)
     arguments = _arguments(commands, path, kind)
     process = commands.start("minidistill", *arguments, output=output)
-    time.sleep(seconds)
-    process.send_signal(number)
     what = f"start {index} ({kind}, {number.name} after {seconds:.1f} s)"
-    try:
-        code = process.wait(STOP)
-    except subprocess.TimeoutExpired:
+    code = _wait(process, segments, seconds)
+    stopped = code is None
+    if code is None:
+        process.send_signal(number)
+        code = _wait(process, segments, STOP)
+    if code is None:
         process.kill()
         code = process.wait()
         log.finding("starts", f"{what}: still running after {STOP:.0f} s: {tail(output)}")
-    if code not in EXIT_CODES[number]:
-        log.finding("starts", f"{what}: exit code {code}: {tail(output)}")
-    elif b"Traceback" in output.read_bytes():
-        log.finding("starts", f"{what}: a traceback: {tail(output)}")
-    _look_for_leaks(log, commands, what, shared, temporary, killed=number == signal.SIGKILL)
-    log.say(f"starts: {what}: exit code {code}")
+    said = output.read_bytes()
+    # SIGINT while the interpreter starts: Python ends by itself, with a traceback of its own
+    if not (number == signal.SIGINT and said.endswith(INTERRUPTED) and b", in main" not in said):
+        if code not in EXIT_CODES[number]:
+            log.finding("starts", f"{what}: exit code {code}: {tail(output)}")
+        elif b"Traceback" in said:
+            log.finding("starts", f"{what}: a traceback: {tail(output)}")
+    took = _wait_for_processes(log, commands, what)
+    for name in segments.left():
+        log.finding("starts", f"{what}: the shared memory {name} is left")
+    if number != signal.SIGKILL:  # a killed run cannot remove its files: see `_after_kills`
+        for name in _names(commands.temporary) - temporary:
+            log.finding("starts", f"{what}: the temporary folder has {name}")
+    log.count("starts", f"{kind}, {number.name if stopped else 'ended before'}, exit code {code}")
+    done = log.done["starts"]
+    log.say(f"starts: {done}: {what}: exit code {code}, its processes ended {took:.1f} s later")
     shutil.rmtree(path, ignore_errors=True)
+
+
+def _wait(process: Any, segments: Segments, seconds: float) -> int | None:
+    """The exit code of a run that ends within some seconds, else None."""
+    deadline = time.monotonic() + seconds
+    while True:
+        segments.look()
+        try:
+            code: int = process.wait(max(0.0, min(LOOK, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= deadline:
+                return None
+        else:
+            return code
+
+
+def _wait_for_processes(log: Log, commands: Commands, what: str) -> float:
+    """How long processes of a run stayed, in seconds. Those that do for `GRACE` are findings."""
+    began = time.monotonic()
+    while (left := commands.processes()) and time.monotonic() < began + GRACE:
+        time.sleep(0.05)
+    for id, line in left:
+        log.finding("starts", f"{what}: the process {id} is left: {line}")
+        kill(id)
+    return time.monotonic() - began
 
 
 def _arguments(commands: Commands, path: Path, kind: str) -> list[str]:
@@ -101,32 +140,6 @@ def _arguments(commands: Commands, path: Path, kind: str) -> list[str]:
     config = commands.folder / "scored.toml"
     config.write_text(SCORED)
     return ["run", str(config), "--output_dir", str(path)]
-
-
-def _look_for_leaks(
-    log: Log,
-    commands: Commands,
-    what: str,
-    shared: set[str],
-    temporary: set[str],
-    *,
-    killed: bool,
-) -> None:
-    deadline = time.monotonic() + GRACE
-    while (left := commands.processes()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for id, line in left:
-        log.finding("starts", f"{what}: the process {id} is left: {line}")
-        _kill(id)
-    segments = _shared() - shared
-    while segments and time.monotonic() < deadline:
-        time.sleep(0.1)
-        segments = _unused(segments)
-    for name in _unused(segments):
-        log.finding("starts", f"{what}: the shared memory {name} is left")
-    if not killed:  # a killed run cannot remove its files: see `_after_kills`
-        for name in _names(commands.temporary) - temporary:
-            log.finding("starts", f"{what}: the temporary folder has {name}")
 
 
 def _after_kills(log: Log, commands: Commands) -> None:
@@ -155,6 +168,8 @@ def repeat(log: Log, commands: Commands, seed: int, count: int) -> int:
     if code != 0:
         log.finding("starts", f"runs in one process: exit code {code}: {tail(output)}")
     done = sum(line.startswith("run ") for line in lines)
+    for _ in range(done):
+        log.count("starts", "in one process")
     log.say(f"starts: {done} runs in one process")
     return done
 
@@ -162,27 +177,3 @@ def repeat(log: Log, commands: Commands, seed: int, count: int) -> int:
 def _names(folder: Path) -> set[str]:
     """The entries of a folder, without those that runs share on purpose."""
     return {p.name for p in folder.iterdir() if not p.name.startswith(TOUCHED)}
-
-
-def _shared() -> set[str]:
-    return {path.name for path in SHARED.iterdir()}
-
-
-def _unused(names: set[str]) -> set[str]:
-    """Segments that no living process has mapped or opened: other programs make some too."""
-    left = {name for name in names if (SHARED / name).exists()}
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        if not left:
-            break
-        try:
-            text = maps.read_text(errors="replace")
-            opened = " ".join(str(p.readlink()) for p in (maps.parent / "fd").iterdir())
-        except OSError:
-            continue
-        left = {name for name in left if name not in text and name not in opened}
-    return left
-
-
-def _kill(id: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(id, signal.SIGKILL)

@@ -36,8 +36,9 @@ from minidistill.system.http import Answer, read_key
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.types import Advance, Completion, Request, Role, SamplingParams
 
-Take = Callable[[int, Answer, int | None], None]
-"""Takes a request's index, the answer, and the version of the adapter that it used."""
+Take = Callable[[int, Answer, str, int | None], None]
+"""Takes a request's index, the answer, the name of the model or adapter that was asked, and the
+version of the adapter."""
 CLOSE_SECONDS = 10.0  # for each adapter that is removed at the end
 BYTES_PER_TOKEN = 1 << 10  # of an answer, at most: a few numbers and names
 
@@ -131,13 +132,14 @@ class ServerEngine(Engine):
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             "stop_token_ids": sorted(self._policy.eos_ids),
+            "ignore_eos": True,  # stop at these alone, not at what the server takes for the end
         }
         bodies = [common | {"prompt": r.prompt_ids, "seed": r.seed & SEED_BITS} for r in requests]
         completions: dict[int, Completion] = {}
-        vocabulary = len(self._policy.head_VH)
+        vocabulary, eos_ids = len(self._policy.head_VH), self._policy.eos_ids
 
-        def take(index: int, answer: Answer, version: int | None) -> None:
-            ids, logprobs, stop = read_sample(answer, params.max_tokens, vocabulary)
+        def take(index: int, answer: Answer, model: str, version: int | None) -> None:
+            ids, logprobs, stop = read_sample(answer, model, params.max_tokens, vocabulary, eos_ids)
             versions = () if version is None else ((0, version),)
             completions[index] = Completion(ids, logprobs, stop, versions=versions)
             if advance is not None:
@@ -162,8 +164,8 @@ class ServerEngine(Engine):
         bodies = [common | {"prompt": [*p, *c]} for p, c in zip(prompts, completions, strict=True)]
         scores: dict[int, list[float]] = {}
 
-        def take(index: int, answer: Answer, version: int | None) -> None:
-            scores[index] = read_scores(answer, prompts[index], completions[index])
+        def take(index: int, answer: Answer, model: str, version: int | None) -> None:
+            scores[index] = read_scores(answer, model, prompts[index], completions[index])
 
         self._complete(bodies, role, take)
         return [scores[i] for i in range(len(prompts))]
@@ -268,7 +270,7 @@ class ServerEngine(Engine):
                         raise GoneError(f"it was restarted: {answer.message()}")
                     version = adapter.version if adapter else None
                     try:
-                        take(index, self.server.accepted(answer), version)
+                        take(index, self.server.accepted(answer), name, version)
                     except AbortedError as error:
                         raise BusyError(str(error)) from None
             self.server.answered()

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from minidistill.system.http import Answer, BrokenError, ask, headers
+from minidistill.system.http import Answer, BrokenError, ask, headers, opening
 from minidistill.system.subprocesses import Silence
 
 logger = logging.getLogger(__name__)
@@ -131,13 +131,14 @@ class Client:
     def _open(self) -> httpx.AsyncClient:
         """A client that bounds connecting only: who waits for an answer bounds that."""
         limits = httpx.Limits(max_connections=IN_FLIGHT, max_keepalive_connections=IN_FLIGHT)
-        return httpx.AsyncClient(
-            base_url=self.url,
-            headers=headers(self.key),
-            # an explicit transport ignores the environment's proxies
-            transport=httpx.AsyncHTTPTransport(limits=limits, socket_options=_keep_alive()),
-            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-        )
+        with opening(self.key, self.url):
+            return httpx.AsyncClient(
+                base_url=self.url,
+                headers=headers(self.key),
+                # an explicit transport ignores the environment's proxies
+                transport=httpx.AsyncHTTPTransport(limits=limits, socket_options=_keep_alive()),
+                timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+            )
 
 
 def _keep_alive() -> Sequence[tuple[int, int, int]]:

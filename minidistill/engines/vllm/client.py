@@ -11,10 +11,12 @@ import logging
 import multiprocessing
 import os
 import socket
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from minidistill.config.schema import SILENCE, SilenceConfig
@@ -37,13 +39,26 @@ TOO_LITTLE = (
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def _compiled() -> str:
-    """Where torch keeps compiled code: where it would without a temporary folder of its own."""
+def _compiled() -> dict[str, str]:
+    """Where torch keeps compiled code: where it would without a temporary folder of its own.
+
+    Not if somebody else can write there: torch runs what it finds.
+    """
+    if COMPILED in os.environ:
+        return {}
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = str(os.geteuid())
-    return os.environ.get(COMPILED) or f"{tempfile.gettempdir()}/torchinductor_{user}"
+    path = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+    with contextlib.suppress(OSError):
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = path.lstat()
+        ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+        if ours and not status.st_mode & stat.S_IWOTH:
+            return {COMPILED: str(path)}
+    logger.warning(f"{path} is not this user's alone: compiled code is not kept there")
+    return {}
 
 
 class EngineDied(Exception):
@@ -57,8 +72,8 @@ class EngineFailed(Exception):
 class EngineProcess(Subprocess):
     """The subprocess and two sockets to it: one for calls, one for commands during a call.
 
-    If the driver dies without `close`, the subprocess sees a pipe close and kills its own process
-    group. Its temporary files and shared memory are then left for the next run to remove.
+    If the driver dies without `close`, the subprocess is killed. Its temporary files and shared
+    memory are then left for the next run to remove.
     """
 
     def __init__(
@@ -72,11 +87,10 @@ class EngineProcess(Subprocess):
         use_for_multiprocessing()
         self._scratch = ScratchFolder()
         ours, theirs = zip(socket.socketpair(), socket.socketpair(), strict=True)
-        watched, self._lifeline = os.pipe()
-        descriptors = (*(end.fileno() for end in theirs), watched)
-        places = {"TMPDIR": str(self._scratch.path), COMPILED: _compiled()}
-        if not self._scratch.holds_sockets:
-            places = {}
+        descriptors = [end.fileno() for end in theirs]
+        places = {}
+        if self._scratch.holds_sockets:
+            places = {"TMPDIR": str(self._scratch.path), **_compiled()}
         try:
             super().__init__(
                 MODULE, [*map(str, descriptors)], descriptors, {**environment, **places}
@@ -85,12 +99,10 @@ class EngineProcess(Subprocess):
             self._scratch.close()
             for end in ours:
                 end.close()
-            os.close(self._lifeline)
             raise
         finally:
             for end in theirs:
                 end.close()
-            os.close(watched)
         for end in ours:
             limit_transfers(end, silence.step)
         self._calls, self._commands = (Connection(end.detach()) for end in ours)
@@ -153,6 +165,7 @@ class EngineProcess(Subprocess):
             except (EOFError, OSError) as error:
                 raise self._silent or EngineDied(self.exit_report()[1]) from error
             silence.broken()
+            self.trim_output()
             if kind == "report":
                 if report is not None and value is not None:  # None: it goes on
                     report(value)
@@ -173,9 +186,6 @@ class EngineProcess(Subprocess):
         self._scratch.close()
         self._calls.close()
         self._commands.close()
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
 
 
 class RestartingProcess:

@@ -1,4 +1,4 @@
-"""vLLM's process, started by `EngineProcess` with three file descriptors.
+"""vLLM's process, started by `EngineProcess` with two file descriptors.
 
 It answers calls over one socket, one at a time, and commands over another, between two steps of a
 call, until the driver kills it or exits.
@@ -6,10 +6,7 @@ call, until the driver kills it or exits.
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections import deque
@@ -331,14 +328,7 @@ class EngineWorker:
         return max(self.llm.collective_rpc("minidistill_peak_memory"))
 
 
-def _die_with_driver(lifeline: int) -> None:
-    """Kill this process group when the other end of the pipe closes: the driver has exited."""
-    os.read(lifeline, 1)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
-
-
-def main(calls: int, commands: int, lifeline: int) -> None:
-    threading.Thread(target=_die_with_driver, args=(lifeline,), daemon=True).start()
+def main(calls: int, commands: int) -> None:
     calls_in, commands_in = Connection(calls), Connection(commands)
     key, options = calls_in.recv()
     current_process().authkey = key

@@ -21,6 +21,7 @@ from minidistill.envs.rewards.arguments import (
 )
 from minidistill.envs.rewards.judge_cache import ScoreCache
 from minidistill.envs.rewards.judge_http import JudgeServer, read_judge_key
+from minidistill.system.http import check_address
 from minidistill.types import Message, Reward, Task
 
 _PLACEHOLDER = re.compile(r"\{(prompt|completion|answer)\}")
@@ -61,7 +62,7 @@ class Judge:
     def __post_init__(self) -> None:
         for name in ("url", "model", "prompt"):
             check_text(name, getattr(self, name))
-        if not _URL.fullmatch(self.url):
+        if not _URL.fullmatch(self.url) or not _is_address(self.url):
             fix = 'give the part before /chat/completions, like "http://localhost:8000/v1"'
             raise refusal("url", "…", fix, "not an http address without user and password")
         if "{completion}" not in self.prompt:
@@ -178,6 +179,13 @@ def _read_score(answer: str) -> float | None:
         return None
     is_number = isinstance(score, int | float) and not isinstance(score, bool)
     return float(score) if is_number and abs(score) < 1e300 else None
+
+
+def _is_address(url: str) -> bool:
+    try:
+        return bool(check_address(url))
+    except ValueError:
+        return False
 
 
 def _text(messages: Sequence[Message]) -> str:

@@ -19,6 +19,8 @@ from minidistill.system.http import (
     ask,
     headers,
     hidden,
+    opening,
+    quoted,
     read_key,
 )
 
@@ -72,21 +74,27 @@ class JudgeServer:
         import httpx
 
         seconds = min(self.timeout, REACH_SECONDS)
-        key = "key_env, and the key in that environment variable"
-        try:
-            with (
-                httpx.Client(headers=headers(self._key), timeout=seconds) as client,
+        fix = "start the server, or correct url"
+
+        async def status_of_answer() -> int:
+            # a limit of httpx's is for each read: a server that sends byte after byte passes it
+            async with (
+                asyncio.timeout(seconds),
+                self._open() as client,
                 client.stream("GET", self.url + MODELS) as response,
             ):
-                status = response.status_code
-        except httpx.TimeoutException:
-            problem, fix = f"no answer within {seconds:g} s", "start the server, or correct url"
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            problem = hidden(str(error), self._key) or type(error).__name__
-            fix = "start the server, or correct url"
+                return response.status_code
+
+        try:
+            status = asyncio.run(status_of_answer())
+        except TimeoutError:
+            problem = f"no answer within {seconds:g} s"
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            problem = quoted(str(error), self._key) or type(error).__name__
         else:
             if status not in (401, 403):
                 return
+            key = "key_env, and the key in that environment variable"
             problem = f"it refuses the key (HTTP {status})"
             fix = f"correct {key}" if self._key else "set key_env: the server asks for a key"
         raise UserError(
@@ -99,14 +107,19 @@ class JudgeServer:
     def close(self) -> None:
         self._closed = True
 
-    async def _ask_all(self, questions: Sequence[str], answered: Answered) -> None:
+    def _open(self) -> httpx.AsyncClient:
+        """A client, by way of the environment's proxies."""
         import httpx
 
-        free = asyncio.Semaphore(self.concurrency)
         limits = httpx.Limits(max_connections=self.concurrency)
-        async with httpx.AsyncClient(
-            headers=headers(self._key), timeout=None, limits=limits, follow_redirects=False
-        ) as client:
+        with opening(self._key, "args.reward.url"):
+            return httpx.AsyncClient(
+                headers=headers(self._key), timeout=None, limits=limits, follow_redirects=False
+            )
+
+    async def _ask_all(self, questions: Sequence[str], answered: Answered) -> None:
+        free = asyncio.Semaphore(self.concurrency)
+        async with self._open() as client:
 
             async def ask(number: int) -> tuple[int, str | ScoringError]:
                 async with free:
@@ -173,7 +186,8 @@ class JudgeServer:
             content = None
         if not isinstance(content, str):
             raise self._error(f"its answer is no chat completion: {answer.beginning}")
-        return content
+        # of one without a score the end is shown
+        return content.replace(self._key, "***") if self._key else content
 
     def _error(self, reason: str) -> ScoringError:
         return ScoringError(f"the judge at {self.url} failed: {reason}")

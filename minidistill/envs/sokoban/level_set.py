@@ -11,7 +11,7 @@ from minidistill.envs.sokoban.levels import Level, LevelMaker, Recipe
 from minidistill.envs.sokoban.workers import make_levels
 from minidistill.types import Advance
 
-SLOW_SECONDS = 2.0  # levels are cached when making them has taken longer than this
+SLOW_SECONDS = 0.5  # levels are cached when making them has taken longer than this
 
 
 class LevelSet:

@@ -92,10 +92,15 @@ def _read(path: Path) -> str | None:
 def _parse(text: str) -> dict[str, Any] | None:
     """A JSON object, or None for any other text."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=_integer)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _integer(text: str) -> int | float:
+    """An integer; one that no float can hold is infinite, as a number with a point would be."""
+    return int(text) if len(text) < 300 else float(text)
 
 
 def _object(path: Path, damage: list[str]) -> dict[str, Any]:
@@ -173,9 +178,12 @@ def _kl(path: Path, indices: list[int]) -> dict[int, list[float]] | None:
         return {}
     try:
         with safe_open(str(path), framework="numpy") as tensors:
-            offsets, kl = tensors.get_tensor("offsets").tolist(), tensors.get_tensor("kl")
+            bounds, kl = tensors.get_tensor("offsets"), tensors.get_tensor("kl")
     except (OSError, SafetensorError, ValueError, TypeError, KeyError):
         return None
+    if (bounds.ndim, bounds.dtype.kind, kl.ndim, kl.dtype.kind) != (1, "i", 1, "f"):
+        return None
+    offsets = bounds.tolist()
     return {
         i: kl[offsets[i] : offsets[i + 1]].astype(float).tolist()
         for i in indices

@@ -17,6 +17,7 @@ from typing import Any
 from minidistill.config import Config
 from minidistill.config.schema import WandbConfig
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.system.files import write_atomic
 from minidistill.system.foreign import describe, foreign_code
 from minidistill.types import Metrics
 
@@ -147,13 +148,13 @@ class Wandb:
 def run_id(run_dir: Path) -> str:
     """The id stored in `run_dir`, created if missing. A resumed run continues its curves."""
     path = run_dir / "wandb_id"
-    if path.exists():
+    if path.is_file():  # reading a pipe would never end
         stored = path.read_text(encoding="utf-8", errors="replace").strip()
         if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", stored):
             return stored
     created = secrets.token_hex(4)
     run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(created + "\n", encoding="utf-8")
+    write_atomic(path, created + "\n")
     return created
 
 

@@ -25,7 +25,9 @@ class Output:
     def write(self, text: str) -> int:
         if not self._gone:
             try:
-                self._stream.write(text)
+                # in an old encoding an arrow becomes a ?: what a library prints is no failure
+                encoding = getattr(self._stream, "encoding", None) or "utf-8"
+                self._stream.write(text.encode(encoding, "replace").decode(encoding))
             except (OSError, ValueError) as error:  # a ValueError for a closed stream
                 self._drop(error)
         return len(text)

@@ -35,8 +35,7 @@ class RankLauncher:
     """Starts, watches and ends the trainer's other ranks. This process is rank 0 of `group`.
 
     A rank that ends, or that is silent for too long, ends the others too, so that every collective
-    in progress fails. If this process dies without `close`, the other ranks see their sockets close
-    and kill their own process groups.
+    in progress fails.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
@@ -81,14 +80,19 @@ class RankLauncher:
     def close(self) -> None:
         """End the other ranks: at once after an error, otherwise when they have finished."""
         self._closing = True
-        with contextlib.suppress(Exception):
-            self.group.dismiss()
-        for process in self._processes:
-            process.close(0 if self.group.broken else EXIT_SECONDS)
-        self._processes = []
-        self.group.leave()
-        if self._folder is not None:
-            self._folder.close()
+        try:
+            with contextlib.suppress(Exception):
+                self.group.dismiss()
+        except BaseException:  # Ctrl-C
+            self.group.broken = True
+            raise
+        finally:
+            for process in self._processes:
+                process.close(0 if self.group.broken else EXIT_SECONDS)
+            self._processes = []
+            self.group.leave()
+            if self._folder is not None:
+                self._folder.close()
 
     def _note_progress(self) -> None:
         self._progressed = True
@@ -115,6 +119,7 @@ class RankLauncher:
                     self._fail(process, process.error)
                     return
                 process.last_sign = next(order)
+                process.trim_output()
                 if STARTED in signs:
                     started.add(process)
                     if len(started) == len(by_link):
@@ -190,7 +195,7 @@ def _torchrun_error(seconds: float) -> UserError | None:
 
 
 class RankProcess(Subprocess):
-    """A rank's process, and a socket that tells each side when the other has ended."""
+    """A rank's process, and a socket for its signs, which is closed when it has ended."""
 
     def __init__(
         self, rank: int, size: int, device: torch.device, store: Path, seconds: float

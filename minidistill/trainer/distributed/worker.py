@@ -3,7 +3,7 @@
     python -m minidistill.trainer.distributed.worker RANK SIZE DEVICE STORE SECONDS SOCKET
 
 `RankLauncher` starts it, or torchrun does (`follow`). It loads the same model as the driver and
-runs the driver's commands until it is dismissed or the driver has ended.
+runs the driver's commands until it is dismissed. It is killed if the driver ends before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -58,6 +57,7 @@ def follow(loaded: LoadedConfig) -> int:
     devices = plan_run(loaded, Machine.local()).placement.devices
     device = devices[int(os.environ.get("LOCAL_RANK", rank_and_size[0])) % len(devices)]
     group = RankGroup(*rank_and_size)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler waits for the end of `join`
     group.join(device, None, loaded.config.silence.step)
     # the driver finishes its step and then dismisses the other ranks
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -86,7 +86,6 @@ def _exit_code(group: RankGroup, device: torch.device, loaded: Callable[[], None
 def main(arguments: list[str]) -> None:
     rank, size, device, store, seconds, descriptor = arguments
     link = socket.socket(fileno=int(descriptor))
-    threading.Thread(target=_end_with_the_driver, args=(link,), daemon=True).start()
 
     def send(sign: bytes) -> None:
         with contextlib.suppress(OSError):  # full: the driver has not read earlier ones
@@ -100,12 +99,6 @@ def main(arguments: list[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # destroying the process group may hang if other ranks are gone
-
-
-def _end_with_the_driver(link: socket.socket) -> None:
-    """The driver never sends anything: `recv` returns when it has ended."""
-    link.recv(1)
-    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

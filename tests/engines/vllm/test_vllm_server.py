@@ -23,12 +23,14 @@ from support.vllm import (
     steps,
 )
 
+from bench.serving_client import ask, blocks_of
 from minidistill import cli
 from minidistill.config import Config, load_config
 from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.engines.server.http import Client, GoneError
 from minidistill.engines.server.probe import server_command
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_USAGE, UserError
+from minidistill.models.registry import resolve
 from minidistill.trainer.forward import PrefixCache
 from minidistill.types import Request, Role, SamplingParams
 
@@ -47,6 +49,18 @@ def bench(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]
     engine.close()
     assert not engine._adapters.folder.exists()
     assert not adapters_at(url)
+
+
+def test_the_serving_benchmark_times_tokens_and_reads_blocks(url: str) -> None:
+    # keys and values of 4 layers and 4 heads of 32, in fp32
+    assert blocks_of(url).total == (64 << 20) // (32 * 2 * 4 * 4 * 32 * 4)
+    prompts = [tuple(range(first, first + 100)) for first in (10, 200)]
+    result = ask(url, resolve("tiny-sokoban"), prompts, 128, look=True)
+    for answer in result.answers:
+        assert len(answer.times) == 128
+        assert 0 < answer.first < answer.times[-1] <= result.seconds
+    # 100 tokens are 4 blocks of 32, 164 are 6
+    assert result.blocks is None or 2 * 4 <= result.blocks <= 2 * 6
 
 
 def worst(bench: Bench, role: Role) -> float:

@@ -1,0 +1,57 @@
+"""What a command prints when it fails: what is wrong, where, how to fix it, and the exit code."""
+
+from __future__ import annotations
+
+import sys
+
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError, UserErrors
+from minidistill.system.files import drop_output, full_disk
+
+
+def print_error(error: BaseException) -> int:
+    """Print what is wrong and how to fix it, and return the exit code."""
+    error = full_disk(error) or error
+    package = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+    if package and not package.startswith("minidistill"):
+        error = UserError(
+            f"the package {package} is missing", "", f"pip install {package}", EXIT_ENVIRONMENT
+        )
+    if isinstance(error, UserError):
+        for problem in error.problems:
+            print_to_stderr(f"error: {problem}")
+        if isinstance(error, UserErrors) and error.hidden:
+            print_to_stderr(f"(and {error.hidden} more)")
+        return error.exit_code
+    first_line, *_ = str(error).strip().splitlines() or [""]
+    if _is_out_of_memory(error):
+        problem = UserError(
+            f"out of memory: {first_line or type(error).__name__}",
+            fix="lower trainer.micro_batch_tokens or orchestrator.sampling.max_tokens, set "
+            "trainer.model.ac.freq = 1, or give engines on the trainer's GPU less "
+            "(inference.gpu_memory_utilization). `minidistill plan` shows what needs memory",
+            exit_code=EXIT_ENVIRONMENT,
+        )
+    else:
+        problem = UserError(
+            f"{type(error).__name__}: {first_line}",
+            fix="--traceback shows where it was raised",
+            exit_code=EXIT_FAILED,
+        )
+    print_to_stderr(f"error: {problem}")
+    return problem.exit_code
+
+
+def print_to_stderr(text: str) -> None:
+    """Print, or drop the text if nobody reads it: the exit code is that of the error."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # a ValueError if it is closed
+        drop_output(sys.stderr)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from minidistill.trainer.guards import is_out_of_memory
+
+    return is_out_of_memory(error)
