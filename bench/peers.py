@@ -7,8 +7,8 @@ CPU, in processes of their own that take steps in turn. TRL's modes are the reve
 `full_logits` is minidistill's estimator `full`, `topk_logits` with a tail bucket is its `top_k`.
 The teacher is the frozen base, with the adapter off. First, TRL repeats minidistill's first step,
 with its completions and its adapter: no time is reported unless loss and gradient norm are equal up
-to float error. Completions have a fixed length. That first step, in which minidistill reads the
-context once for the whole run, is not among the measured ones. TRL runs without activation
+to float error. Completions have a fixed length. Neither that first step nor the context, which
+minidistill reads once a run, is among the measured steps. TRL runs without activation
 checkpointing, its whole batch in one pass. Seconds of the CPU are given too, for a machine on which
 other programs run. Writes bench/results/peers.json.
 """

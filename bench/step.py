@@ -9,11 +9,10 @@ The step is a run's own, with the embedded engine on a CPU, in fp32, with a LoRA
 objective, whose kernel computes the gradient of its input too. The training phase is the teacher's
 pass (`score`), `forward`, `loss`, `backward` and `optimizer`, with what is between them. Its useful
 operations (bench/step_work.py) are compared with the fastest product of matrices, what decoding
-reads with the fastest reading of memory. The context, which is read once a run, is in the step
-before the measured ones. Memory is the peak of this process, from its start to the last measured
-step. A profile of one more step names what the rest of the training phase is, on the wall's clock.
-`--clock cpu` counts seconds of the CPU for all else, where other programs run. Writes
-bench/results/step.json.
+reads with the fastest reading of memory. The context is read once a run, before the measured steps.
+Memory is the peak of this process, from its start to the last measured step. A profile of one more
+step names what the rest of the training phase is, on the wall's clock. `--clock cpu` counts seconds
+of the CPU for all else, where other programs run. Writes bench/results/step.json.
 """
 
 from __future__ import annotations
@@ -107,9 +106,7 @@ def show(result: Mapping[str, Any], profile: Profile, matrix: float, wall_matrix
         if name in useful and seconds > 0:
             share = f"  {useful[name] * 1e9 / seconds / matrix:5.0%} of the matrix peak"
         print(f"{name:10} {seconds:8.3f} s  {seconds / step:5.1%}{share}")
-    print(
-        f"{'step':10} {step:8.3f} s  (the one before, with the context: {result['first_step']:.3f})"
-    )
+    print(f"{'step':10} {step:8.3f} s  (the first one: {result['first_step']:.3f})")
     print(f"{result['tokens_per_second']:.1f} completion tokens/s, {result['peak_gib']:.2f} GiB")
     print(
         f"matrix peak {result['matrix_peak_gflops']:.1f} GFLOP/s: training has "
