@@ -26,6 +26,7 @@ from minidistill.errors import (
 )
 from minidistill.system.files import drop_output, open_standard_streams
 from minidistill.system.foreign import check_interrupted, ctrl_c, is_interrupt, was_interrupted
+from minidistill.system.threads import settle_threads
 
 if TYPE_CHECKING:
     from minidistill.config import LoadedConfig
@@ -169,10 +170,7 @@ examples:
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     loaded = _load("run", rest, resume=options.resume)
-    # Read once, when torch loads OpenMP: idle threads that spin make a busy machine many times
-    # slower (docs/decisions/0005).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    settle_threads()  # before torch loads OpenMP
     if sys.stderr.isatty():  # the first thing to see, seconds before the next
         print_to_stderr("loading torch and transformers")
     # Interpreted kernels have to be asked for before transformers imports triton.

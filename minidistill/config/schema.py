@@ -201,7 +201,7 @@ class TrainerConfig(Table):
 
     micro_batch_tokens: Literal["auto"] | Positive = "auto"
     """Tokens in one forward pass, padding included. Fewer need less memory and give the same
-    result. `auto` is the most that fit, up to 16384."""
+    result. `auto` is the most that fit, up to 16384, and on a CPU up to 1024 or one group."""
     packing: Literal["auto"] | bool = "auto"
     """Put several sequences in one row instead of padding. `auto` does if the attention needs no
     mask for it (`varlen`, `flash_attention_2`); prompts are then computed once."""

@@ -14,8 +14,9 @@ from minidistill.config import Config
 from minidistill.config.schema import AcConfig
 from minidistill.placement.devices import FILL, Device, EngineOnGpus, Memory
 from minidistill.placement.gpus import MOST_OF_A_GPU
-from minidistill.placement.limits import MICRO_BATCH_TOKENS
+from minidistill.placement.limits import CPU_MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS
 from minidistill.placement.machine import GIB, Machine
+from minidistill.placement.memory import largest_group
 from minidistill.placement.model_shape import Shapes
 from minidistill.placement.placement import Choice, Placement
 
@@ -113,7 +114,7 @@ def _choose_micro_batch(
 ) -> Placement:
     """The first of the candidates that fits with a margin, or else the last."""
     refused: dict[int, str] = {}
-    for tokens, freq in _candidates(config, placement.max_length):
+    for tokens, freq in _candidates(config, placement):
         placement = replace(placement, micro_batch_tokens=tokens, ac_freq=freq)
         need = _need(Memory(config, placement, shapes, machine).devices())
         if not need:
@@ -133,26 +134,28 @@ def _choose_micro_batch(
     return replace(placement, choices=(*placement.choices, *choices))
 
 
-def _candidates(config: Config, longest: int) -> Iterator[tuple[int, int]]:
-    """Tokens of a micro-batch and the frequency of recomputed layers, the fastest first.
-
-    `longest` are the tokens of the longest sequence.
-    """
+def _candidates(config: Config, placement: Placement) -> Iterator[tuple[int, int]]:
+    """Tokens of a micro-batch and the frequency of recomputed layers, the fastest first."""
     tokens, ac = config.trainer.micro_batch_tokens, config.trainer.model.ac
-    sizes = _sizes(longest) if tokens == "auto" else [tokens]
+    sizes = _sizes(config, placement) if tokens == "auto" else [tokens]
     if ac != "auto":
         freq = ac.freq if isinstance(ac, AcConfig) else 0
         yield from ((size, freq) for size in sizes)
         return
-    yield from ((size, 0) for size in sizes if size >= EFFICIENT_TOKENS or len(sizes) == 1)
+    # a CPU is as fast with few tokens
+    efficient = EFFICIENT_TOKENS if placement.trainer_gpus else 0
+    yield from ((size, 0) for size in sizes if size >= efficient or len(sizes) == 1)
     yield from ((size, 1) for size in sizes)
 
 
-def _sizes(longest: int) -> list[int]:
+def _sizes(config: Config, placement: Placement) -> list[int]:
     """Sizes of a micro-batch: half as many tokens each time, down to one sequence."""
-    sizes = [MICRO_BATCH_TOKENS]
-    while sizes[-1] > longest:
-        sizes.append(max(sizes[-1] // 2, longest))
+    largest = MICRO_BATCH_TOKENS
+    if not placement.trainer_gpus:  # a group's prompt is computed once only if it is not divided
+        largest = min(largest, max(CPU_MICRO_BATCH_TOKENS, largest_group(config, placement)[1]))
+    sizes = [largest]
+    while sizes[-1] > placement.max_length:
+        sizes.append(max(sizes[-1] // 2, placement.max_length))
     return sizes
 
 

@@ -18,6 +18,8 @@ EMBEDDED_CACHE_BYTES = 2 << 30
 GPU it takes half of what is free."""
 MICRO_BATCH_TOKENS = 16384
 """Tokens of the largest micro-batch that is chosen. More make no pass faster."""
+CPU_MICRO_BATCH_TOKENS = 1024
+"""The same on a CPU, unless a group of rollouts with one prompt has more."""
 SYNC_CHUNK_BYTES = 256 << 20
 """The trainer's buffer for a sync of all weights. A larger tensor is sent alone."""
 

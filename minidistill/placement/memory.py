@@ -37,12 +37,19 @@ class MicroBatchSize:
 def largest_micro_batch(config: Config, placement: Placement) -> MicroBatchSize:
     """The largest micro-batch that a step can have: every sequence has the longest length."""
     longest, orchestrator = placement.max_length, config.orchestrator
-    together = orchestrator.rollouts_per_example if placement.attention.shares_prompts else 1
+    together, group = largest_group(config, placement)
     completions = together * orchestrator.sampling.max_tokens
-    group = longest - orchestrator.sampling.max_tokens + completions
     rank_tokens = orchestrator.batch_size // placement.ranks * group // together
     tokens = min(max(placement.micro_batch_tokens, longest), rank_tokens)
     return MicroBatchSize(tokens, longest, tokens * completions // group)
+
+
+def largest_group(config: Config, placement: Placement) -> tuple[int, int]:
+    """Sequences that share a prompt in a pass, and their tokens if they are the longest."""
+    orchestrator = config.orchestrator
+    together = orchestrator.rollouts_per_example if placement.attention.shares_prompts else 1
+    more = (together - 1) * orchestrator.sampling.max_tokens
+    return together, placement.max_length + more
 
 
 def trainer_memory(
@@ -174,12 +181,18 @@ def layer_activations(
     adapters     4 · inputs + 4 · rank for each adapted layer in fp32 on a narrower base; in the
                  base's dtype w · inputs once for layers that read the same, and w · rank;
                  with DoRA twice the outputs
+
+    A CPU computes norms' outputs and the inner products of gated MLPs again in fp32. There an MLP
+    saves w · 2I, and adapters after a norm or in an MLP save w · rank. With a mask this is not
+    counted: attention then keeps about as much more.
     """
     w, lora, attention = itemsize, config.trainer.model.lora, placement.attention
     h, i, q, k = shape.hidden, shape.intermediate, shape.attention, shape.keys
     unmasked = attention.shares_prompts or attention.implementation == FLASH
     kept = k * _gathered_keys(config, placement) if unmasked else q
-    total = 2 * 4 * h + 3 * w * i + w * int(2 * q + 2 * kept) + 4 * shape.heads + 8
+    lean = unmasked and _is_lean(config, placement)
+    mlp = (2 if lean and shape.gated else 3) * w * i
+    total = 2 * 4 * h + mlp + w * int(2 * q + 2 * kept) + 4 * shape.heads + 8
     width = size.tokens if attention.packed else size.longest
     if attention.implementation == "eager":
         total += shape.heads * width * (4 if w == 4 else 4 + w)
@@ -199,10 +212,29 @@ def layer_activations(
     if w < adapter_itemsize:
         return total + 4 * sum(x.inputs for x in adapted) // shape.layers
     # adapters in the base's dtype save no copies: each input counts once
+    if lean:
+        adapted = tuple(x for x in adapted if not _computed_again(x.name, shape))
     blocks = {(x.name.rpartition(".")[0], x.inputs) for x in adapted}
     attended = {name for name, _ in blocks if name.endswith("attn")}
     distinct = sum(inputs for name, inputs in blocks if name not in attended)
     return total + w * (distinct + h * len(attended)) // shape.layers
+
+
+def _is_lean(config: Config, placement: Placement) -> bool:
+    """Whether layers run as `trainer/lean_layers.py` has them."""
+    lora = config.trainer.model.lora
+    if lora is False or placement.trainer_gpus or placement.sharded:
+        return False
+    fp32 = placement.dtype == "float32" and _adapter_itemsize(placement) == 4
+    return fp32 and not lora.use_dora and not lora.dropout
+
+
+def _computed_again(name: str, shape: ModelShape) -> bool:
+    """Whether a lean layer's input is not kept."""
+    layer = name.rpartition(".")[2]
+    if layer == "down_proj":
+        return shape.gated
+    return layer in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def _gathered_keys(config: Config, placement: Placement) -> float:

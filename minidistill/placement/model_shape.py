@@ -47,6 +47,8 @@ class ModelShape:
     vocab: int
     qk_norm: bool
     """Queries and keys are normalized before attention."""
+    gated: bool
+    """MLPs are down(silu(gate(x)) · up(x)), under these names."""
     linears: tuple[Linear, ...]
     """Of all layers."""
     embedding_layer: Linear
@@ -164,7 +166,14 @@ def read_shape(model_config: Any) -> ModelShape:
         head_dim=head_size(text),
         vocab=embedding.weight.shape[0],
         qk_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),
+        gated=_is_gated(text, linears),
         linears=linears,
         embedding_layer=Linear(names[id(embedding)], *embedding.weight.shape),
         head_name=names[id(head)],
     )
+
+
+def _is_gated(text: Any, linears: tuple[Linear, ...]) -> bool:
+    activation = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
+    names = {x.name.rpartition(".")[2] for x in linears}
+    return activation in ("silu", "swish") and names >= {"gate_proj", "up_proj", "down_proj"}

@@ -184,7 +184,7 @@ def attend(
     longest = key.shape[2] if row is not None else kwargs["max_length_k"]
     _check(module, attention_mask, dropout, longest, kwargs)
     if row is not None:
-        return attend_in_blocks(query, key, value, row, scaling).transpose(1, 2), None
+        return attend_in_blocks(query, key, value, row, scaling), None
     ends = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
     query_TAD, key_TAD, value_TAD = (x[0].transpose(0, 1) for x in (query, key, value))
     lengths = kwargs["max_length_q"], kwargs["max_length_k"]
@@ -256,23 +256,22 @@ def run_kernel(
 def attend_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, row: Sequence[Block], scale: float | None
 ) -> Tensor:
-    """Attention by SDPA on one block after the other, (1, heads, T, D)."""
+    """Attention by SDPA on one block after the other, (1, T, heads, D)."""
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     for block in row:
         start, stop = block.queries
-        outputs.append(
-            scaled_dot_product_attention(
-                query[:, :, start:stop],
-                _spans(key, block.keys),
-                _spans(value, block.keys),
-                attn_mask=block.mask,
-                is_causal=block.mask is None,
-                scale=scale,
-                enable_gqa=grouped,
-            )
+        output = scaled_dot_product_attention(
+            query[:, :, start:stop],
+            _spans(key, block.keys),
+            _spans(value, block.keys),
+            attn_mask=block.mask,
+            is_causal=block.mask is None,
+            scale=scale,
+            enable_gqa=grouped,
         )
-    return torch.cat(outputs, dim=2)
+        outputs.append(output.transpose(1, 2))  # as it is in memory
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _spans(states: Tensor, spans: Sequence[Span]) -> Tensor:

@@ -120,22 +120,23 @@ def _targets(completions: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([token for completion in completions for token in completion])
 
 
-def split_by_tokens(lengths: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:
+def split_by_tokens(
+    lengths: Sequence[int], budget: int, packed: bool = False, most_padding: float = 1.0
+) -> list[list[int]]:
     """Indices in groups, each of which has at most `budget` padded (or packed) tokens.
 
-    Padded ones longest first, so that there is little padding; packed ones in order, so that equal
-    prompts stay together. A sequence over the budget has its own group.
+    Padded ones longest first, so that there is little padding, and no more than the share
+    `most_padding` of a group; packed ones in order, so that equal prompts stay together. A sequence
+    over the budget has its own group.
     """
     order = sorted(range(len(lengths)), key=lambda i: (0 if packed else -lengths[i], i))
     groups: list[list[int]] = []
     total = 0
     for index in order:
         longest = lengths[groups[-1][0]] if groups else 0
-        if packed:
-            tokens = total + lengths[index]
-        else:
-            tokens = longest * (len(groups[-1]) + 1 if groups else 1)
-        if groups and tokens <= budget:
+        unpadded = total + lengths[index]
+        tokens = unpadded if packed else longest * (len(groups[-1]) + 1 if groups else 1)
+        if groups and tokens <= budget and unpadded >= (1 - most_padding) * tokens:
             groups[-1].append(index)
             total += lengths[index]
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from typing import Any
 
@@ -17,6 +16,7 @@ from minidistill.placement.placement import Placement
 from minidistill.trainer import attention
 from minidistill.trainer.adapter import add_adapter
 from minidistill.trainer.head import PRODUCT, find_logit_map
+from minidistill.trainer.lean_layers import make_lean
 from minidistill.trainer.modes import checkpoint_activations, set_dropout
 from minidistill.trainer.policy import Policy, Weights, frozen_copy
 
@@ -35,7 +35,6 @@ def load_policy(
     Under LoRA the base is frozen and gets an adapter: see `add_adapter`. Otherwise
     every weight is trained, and a frozen teacher is a second copy.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = config.trainer.model
     device = placement.devices[0] if device is None else device
     dtype = getattr(torch, placement.dtype)
@@ -64,6 +63,8 @@ def load_policy(
     else:
         adapter_dtype = getattr(torch, placement.adapter_dtype or placement.dtype)
         model = add_adapter(settings.lora, base, adapter_dtype, config.seed)
+        if device.type == "cpu" and not placement.sharded:
+            make_lean(model)
     dropout = settings.lora is not False and settings.lora.dropout > 0
     set_dropout(model, dropout)
     end_ids = _end_ids(base, tokenizer, end_of_turn_ids)

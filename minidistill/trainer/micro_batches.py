@@ -20,6 +20,9 @@ from minidistill.types import Rollout
 
 logger = logging.getLogger(__name__)
 
+MOST_PADDING = 0.05
+"""Of a padded micro-batch. Sequences of other lengths have a micro-batch of their own."""
+
 
 @dataclass(frozen=True, slots=True)
 class OutOfMemory:
@@ -43,33 +46,38 @@ class MicroBatches:
     def __init__(self, budget: int, rank_group: RankGroup, layout: Layout) -> None:
         self.budget, self.layout, self.rank_group = budget, layout, rank_group
 
-    def passes(self, rollouts: Sequence[Rollout], *, sharded: bool) -> list[list[int]]:
+    def passes(
+        self, rollouts: Sequence[Rollout], *, sharded: bool, cached: int = 0
+    ) -> list[list[int]]:
         """The rollouts of each of this rank's micro-batches, by their index.
 
-        With `sharded` weights every rank runs the same number of passes; some may be empty.
+        With `sharded` weights every rank runs the same number of passes; some may be empty. The
+        first `cached` tokens of the teacher's prompts are in no pass.
         """
         ranks, passes = self.rank_group.size, []
-        lengths = [max(r.student_length, r.teacher_length) for r in rollouts]
-        parts = [_row_part(rollout) for rollout in rollouts]
+        parts = [_row_part(rollout, cached) for rollout in rollouts]
+        lengths = [part.prompt + part.completion for part in parts]
         shared = self.layout is Layout.SHARED
         for share in share_out_groups(parts, ranks) if shared else share_out(lengths, ranks):
             if shared:
                 groups = split_groups([parts[i] for i in share], self.budget)
             else:
                 packed = self.layout is Layout.PACKED
-                groups = split_by_tokens([lengths[i] for i in share], self.budget, packed)
+                rows = [lengths[i] for i in share]
+                groups = split_by_tokens(rows, self.budget, packed, MOST_PADDING)
             passes.append([[share[i] for i in group] for group in groups])
         if sharded:
             most = max(map(len, passes))
             passes = [groups + [[]] * (most - len(groups)) for groups in passes]
         return passes[self.rank_group.rank]
 
-    def tokens(self, rollouts: Sequence[Rollout]) -> int:
+    def tokens(self, rollouts: Sequence[Rollout], cached: int = 0) -> int:
         """The tokens of one micro-batch of all these rollouts, without padding."""
+        parts = [_row_part(rollout, cached) for rollout in rollouts]
+        completions = sum(part.completion for part in parts)
         if self.layout is Layout.SHARED:
-            parts = {(part := _row_part(r)).group: part.prompt for r in rollouts}
-            return sum(parts.values()) + sum(len(r.completion.token_ids) for r in rollouts)
-        return sum(max(r.student_length, r.teacher_length) for r in rollouts)
+            return completions + sum({part.group: part.prompt for part in parts}.values())
+        return completions + sum(part.prompt for part in parts)
 
     def shrink(self, failures: dict[int, OutOfMemory], *, sharded: bool) -> None:
         """Halve the budget, for the rank with the least memory.
@@ -91,10 +99,13 @@ class MicroBatches:
         )
 
 
-def _row_part(rollout: Rollout) -> RowPart:
+def _row_part(rollout: Rollout, cached: int) -> RowPart:
+    """A rollout's tokens in the pass of the role that reads more of its prompt."""
     prompt, tokens = rollout.prompt, len(rollout.completion.token_ids)
     views = prompt.student_ids, prompt.teacher_ids
-    return RowPart(views, max(map(len, views)), tokens)
+    student, teacher = map(len, views)
+    longest = student if rollout.teacher is not None else max(student, teacher - cached)
+    return RowPart(views, longest, tokens)
 
 
 def sequence_too_long(tokens: int, message: str) -> UserError:

@@ -13,10 +13,10 @@ from minidistill.config import Config
 from minidistill.estimators import TeacherInputs
 from minidistill.placement.placement import Placement
 from minidistill.trainer.batching import collate
+from minidistill.trainer.cost import StepCost
 from minidistill.trainer.distributed.fsdp import full_tensor, is_sharded
 from minidistill.trainer.forward import KeysValues, PrefixCache, hidden_states
 from minidistill.trainer.guards import first_line, is_out_of_memory, mismatch_limit, refusal
-from minidistill.trainer.memory import peak_gib, reset_peak
 from minidistill.trainer.metrics import summarize
 from minidistill.trainer.micro_batches import MicroBatches, OutOfMemory, sequence_too_long
 from minidistill.trainer.objective import figures_by_rollout, loss_settings
@@ -62,6 +62,7 @@ class Trainer:
             placement.micro_batch_tokens, policy.rank_group, policy.attention.layout
         )
         self.optimizer = Optimizer(policy, config)
+        self.cost = StepCost(policy.device)
         self.max_mismatch = mismatch_limit(config, policy.dtype)
 
     def step(self, rollouts: Sequence[Rollout], step: int, advance: Advance) -> StepResult:
@@ -102,7 +103,7 @@ class Trainer:
         """Take part in a step. The driver sends the rollouts to the other ranks, whose result is
         empty."""
         began = time.perf_counter()
-        reset_peak(self.policy.device)
+        self.cost.start()
         received = ReceivedParts(self.rank_group, parts)
         if self.policy.sharded is not None:
             list(received)  # all ranks have them before one may run out of memory
@@ -153,15 +154,12 @@ class Trainer:
 
     def _performance(self, tokens: int, began: float) -> Metrics:
         """Time and memory of a step that has computed since `began`; empty on the other ranks."""
-        peaks = self.rank_group.gather_object(peak_gib(self.policy.device))
-        if not peaks:
+        cost = self.cost.metrics(self.rank_group)
+        if not cost:
             return {}
         seconds = time.perf_counter() - began
-        return {
-            "time/train": seconds,
-            "perf/train_tokens_per_second": tokens / seconds,
-            "perf/peak_memory_gib/trainer": max(peaks),
-        }
+        rate = tokens / seconds
+        return {"time/train": seconds, "perf/train_tokens_per_second": rate, **cost}
 
     # -- the gradient --------------------------------------------------------------------------
 
@@ -207,7 +205,9 @@ class Trainer:
         figures: dict[int, TokenFigures] = {}
         first = passes = 0
         for part in parts:
-            batches = self.micro_batches.passes(part, sharded=self.policy.sharded is not None)
+            batches = self.micro_batches.passes(
+                part, sharded=self.policy.sharded is not None, cached=len(command.prefix)
+            )
             seeds = [self._dropout_seed(command.step, passes + i) for i in range(len(batches))]
             found, failure = self._accumulate_part(
                 part, batches, seeds, 1 / command.tokens, context, progress
@@ -262,7 +262,7 @@ class Trainer:
         own = [rollouts[i] for rows in passes for i in rows] or shortest
         return {}, OutOfMemory(
             message=message,
-            tokens=self.micro_batches.tokens(own),
+            tokens=self.micro_batches.tokens(own, len(context[0])),
             longest=max(max(r.student_length, r.teacher_length) for r in own),
             single_sequences=max(map(len, passes), default=1) <= 1,
         )
@@ -316,6 +316,7 @@ class Trainer:
             layout=policy.attention.layout,
         ).to(policy.device)
         teacher = self._teacher_inputs(rollouts, context)
+        self.cost.count(student)
         student_NH = hidden_states(policy, student)
         sizes = torch.tensor([len(c) for c in completions])
         advantage_N = torch.tensor([r.advantage for r in rollouts]).repeat_interleave(sizes)
@@ -361,6 +362,7 @@ class Trainer:
             layout=policy.attention.prefix_layout,
             prefix=prefix,
         )
+        self.cost.count(tokens)
         student = policy.causal
         with policy.running_as(Role.TEACHER), policy.inference():
             hidden_NH = hidden_states(policy, tokens, states)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import socket
 import time
 from collections import deque
@@ -16,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from minidistill.envs.sokoban.levels import Level, LevelMaker, Recipe
 from minidistill.errors import UserError
 from minidistill.system.subprocesses import Subprocess
+from minidistill.system.threads import usable_cores
 
 PATIENCE = 1.0  # seconds of work that start no processes
 BATCH = 8  # levels a process is asked for at a time
@@ -37,7 +37,7 @@ def make_levels(maker: LevelMaker, numbers: Sequence[int]) -> Iterator[tuple[int
     began = time.perf_counter()
     unmade = deque(numbers)
     while unmade:
-        processes = min(len(os.sched_getaffinity(0)), len(unmade) // BATCH)
+        processes = min(usable_cores(), len(unmade) // BATCH)
         if time.perf_counter() - began > PATIENCE and processes > 1:
             yield from _make_in_processes(maker.recipe, unmade, processes)
             began = math.inf  # what is left is left by processes that died
