@@ -35,7 +35,9 @@ _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 _Handler = Callable[[argparse.Namespace, list[str]], int]
 """A command: takes its options and all other arguments in their order, returns the exit code."""
 
-_BENCHMARKS = ("kernels", "sync", "engines", "schedule", "serving", "sokoban")
+_BENCHMARKS = (
+    *("step", "peers", "growth", "kernels", "sync", "engines", "schedule", "serving", "sokoban"),
+)
 
 _CONFIGURATION = """\
 FILES…         TOML files; a later file beats an earlier one
