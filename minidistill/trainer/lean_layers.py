@@ -41,10 +41,11 @@ class LeanLinear:
 class LeanMlp:
     """down(silu(gate(x)) · up(x))."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        layers = gated_layers(self) if torch.is_grad_enabled() else None
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plain = args or kwargs or not torch.is_grad_enabled()
+        layers = None if plain else gated_layers(self)
         if layers is None or all(layer.down_RI is None for layer in layers):
-            return super().forward(x)  # type: ignore[misc,no-any-return]
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
         tensors = [tensor for layer in layers for tensor in layer.tensors]
         scales = tuple(layer.scale for layer in layers)
         return GatedProduct.apply(x, scales, *tensors, *_normed(x))  # type: ignore[no-any-return,no-untyped-call]
@@ -53,10 +54,11 @@ class LeanMlp:
 class LeanNorm:
     """weight · x / rms(x)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight, eps = self.weight, _eps(self)  # type: ignore[attr-defined]
-        if not x.requires_grad or x.dtype != torch.float32 or weight.requires_grad or eps is None:
-            return super().forward(x)  # type: ignore[misc,no-any-return]
+        plain = args or kwargs or not x.requires_grad or x.dtype != torch.float32
+        if plain or weight.requires_grad or eps is None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
         output, inverse = RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         setattr(output, NORMED, (output._version, (x.detach(), inverse, weight)))
         return output  # type: ignore[no-any-return]

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -50,8 +51,9 @@ def serving(log: Path, *flags: str, port: int | None = None) -> Iterator[tuple[s
         # the model in the engine's process: one process less to start, and no reader that spins
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }  # fmt: skip
+    sockets = tempfile.TemporaryDirectory()  # a killed server leaves them
     with log.open("wb") as output:
-        process = processes.start(command, output, **environment)
+        process = processes.start(command, output, **environment, VLLM_RPC_BASE_PATH=sockets.name)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -69,6 +71,7 @@ def serving(log: Path, *flags: str, port: int | None = None) -> Iterator[tuple[s
         with suppress(ProcessLookupError):  # its engine is in the same process group
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        sockets.cleanup()
 
 
 def engine_at(url: str, folder: Path, min_length: int = 257, max_restarts: int = 0) -> ServerEngine:
