@@ -23,6 +23,8 @@ from minidistill.trainer.lean_products import (
 
 NORMED = "_normed"
 """The attribute of a norm's output: its version, and how it is computed again."""
+LEAN = "_lean_base"
+"""The attribute of a derived class: the class that it computes the same as."""
 NOTHING = (None, None, None)
 TOKENS = 4
 TOLERANCE = 1e-5  # of the largest output
@@ -71,9 +73,17 @@ def make_lean(model: nn.Module) -> None:
         base = type(module)
         if base not in derived:  # one module of a class is tried for all
             kind = _lean_kind(module)
-            derived[base] = base if kind is None else type(base.__name__, (kind, base), {})
+            derived[base] = (
+                base if kind is None else type(base.__name__, (kind, base), {LEAN: base})
+            )
         if derived[base] is not base:
             module.__class__ = derived[base]
+
+
+def plain_class(module: nn.Module) -> type:
+    """The class of a layer before it was made lean."""
+    kind = type(module)
+    return getattr(kind, LEAN, kind)
 
 
 def _lean_kind(module: nn.Module) -> type | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minidistill.placement.limits import PACKED_SHARE
 from minidistill.placement.machine import Machine
+from minidistill.trainer.lean_layers import plain_class
 from minidistill.trainer.policy import Policy
 
 MIN_PASSES = 5
@@ -83,7 +84,7 @@ def _folded(module: Any) -> Tensor | None:
 
     if type(module) is nn.Linear:
         return module.weight.detach()
-    if type(module) is not lora.Linear:
+    if plain_class(module) is not lora.Linear:
         return None
     base: Any = module.base_layer
     weight = base.weight.detach()

@@ -178,16 +178,16 @@ def test_likeliest_ids_of_another_shape(parts: Parts, ids: Any) -> None:
 
 def test_the_embedded_engine_names_the_rollout_whose_logits_are_not_finite(parts: Parts) -> None:
     drawn = parts.collector.draw(1)
-    policy = parts.lab.policy
-    original = type(policy).logits
+    head = type(parts.lab.policy.head)
+    original = head.mapped
 
-    def logits(self: Any, hidden_BH: torch.Tensor) -> torch.Tensor:
-        out = original(self, hidden_BH).clone()
+    def mapped(self: Any, logits_BV: torch.Tensor) -> torch.Tensor:
+        out = original(self, logits_BV).clone()
         out[-1] = math.nan  # of the batch, whose rows are in the order of the requests
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(policy), "logits", logits)
+        patch.setattr(head, "mapped", mapped)
         with pytest.raises(UserError, match=r"not finite, at rollout 5 in the embedded") as caught:
             parts.lab.engine.generate(drawn.requests, drawn.params, Role.STUDENT)
     assert caught.value.exit_code == EXIT_HEALTH

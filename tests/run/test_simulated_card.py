@@ -44,9 +44,9 @@ num_examples = 10
 """
 STEP = ("--no-orchestrator.eval",)
 KL = ("--orchestrator.batch_size", "4")
-# MiB. A step of 8 prompts takes about 150, 4 at a time half of that, and one 15. The KL on 10
+# MiB. A step of 8 prompts takes about 85, 4 at a time half of that, and one 12 to 25. The KL on 10
 # held-out prompts takes 30, 5 at a time half of that, and one less than 2.
-STEP_MIB, TOO_LITTLE_STEP_MIB = 112, 7
+STEP_MIB, TOO_LITTLE_STEP_MIB = 65, 7
 KL_MIB, TOO_LITTLE_KL_MIB = 22, 0
 WALL = "#####\n#@$.#\n#   #\n"
 
