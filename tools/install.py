@@ -2,7 +2,8 @@
 
 `python -m tools.install ARGUMENTS` does what `pip install ARGUMENTS` does in the environment of
 this Python. pip's own settings apply: uv is told of them. If one of them means nothing to uv, or
-if uv fails, pip installs. Modules are compiled when they are first imported: most never are.
+if uv fails, pip installs. Modules are compiled too: under PYTHONDONTWRITEBYTECODE each process would
+compile what it imports anew.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ def main(arguments: Sequence[str]) -> int:
     """Install, and return the exit code."""
     settings = uv_settings()
     if settings is not None and _has_uv():
-        command = [sys.executable, "-m", "uv", "pip", "install", "--quiet"]
+        command = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--compile-bytecode"]
         command += ["--python", sys.executable]
         # as pip does it: the best version in all indexes, not the first index that has any
         command += ["--index-strategy", "unsafe-best-match"]
         if subprocess.run([*command, *arguments], env={**settings, **os.environ}).returncode == 0:
             return 0
         print("uv could not install this: trying pip", file=sys.stderr)
-    return _pip(["install", "--quiet", "--no-compile", *arguments]).returncode
+    return _pip(["install", "--quiet", *arguments]).returncode
 
 
 def uv_settings() -> dict[str, str] | None:
