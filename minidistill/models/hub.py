@@ -81,6 +81,8 @@ def _read_config(path: str, arguments: dict[str, Any]) -> Any:
         # before it is read: some configurations make a list with an item for each layer
         values, _ = PretrainedConfig.get_config_dict(path, **arguments)
         _check_counts(values)
+        if not isinstance(values.get("auto_map") or {}, Mapping):
+            raise ValueError("its config.json: auto_map is no table")
         return AutoConfig.from_pretrained(path, **arguments)
     except (OSError, ValueError, KeyError):
         raise

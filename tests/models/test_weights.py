@@ -260,6 +260,8 @@ def test_a_folder_without_a_model_or_a_tokenizer_says_so(
         {"model_type": "qwen3", "num_hidden_layers": 10**9},
         {"extra_config": {"num_experts": 10**9}},
         {"vocab_size": -1},
+        {"auto_map": "../../etc/passwd"},
+        {"auto_map": ["AutoModelForCausalLM"]},
         {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
     ],
     ids=lambda change: str(change)[:60],

@@ -6,6 +6,7 @@ of the driver; in a process that runs again and again, also open files and threa
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,7 @@ EXIT_CODES = {
     signal.SIGKILL: {0, -signal.SIGKILL},
 }
 INTERRUPTED = b"KeyboardInterrupt\n"
+OURS = re.compile(rb'cli\.py", line \d+, in main')  # a frame of a traceback
 LONGEST = 9.0  # seconds until a run is stopped
 GRACE = 10.0  # seconds in which what a run leaves may go away
 """The kernel ends a run's subprocesses with their driver, but for one that has just been started:
@@ -91,7 +93,8 @@ def start_and_stop(
         log.finding("starts", f"{what}: still running after {STOP:.0f} s: {tail(output)}")
     said = output.read_bytes()
     # SIGINT while the interpreter starts: Python ends by itself, with a traceback of its own
-    if not (number == signal.SIGINT and said.endswith(INTERRUPTED) and b", in main" not in said):
+    starting = said.endswith(INTERRUPTED) and OURS.search(said) is None
+    if number != signal.SIGINT or not starting:
         if code not in EXIT_CODES[number]:
             log.finding("starts", f"{what}: exit code {code}: {tail(output)}")
         elif b"Traceback" in said:
