@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -29,14 +30,31 @@ class Interrupted(KeyboardInterrupt):
 def ctrl_c() -> Iterator[None]:
     """Have Ctrl-C and SIGTERM raise `Interrupted`, so that what was begun is cleared away.
 
-    Python would raise KeyboardInterrupt, and end at once.
+    Python would raise KeyboardInterrupt, and end at once. Where nothing can be raised, as in a
+    callback of the garbage collector, `was_interrupted` says so, and Python prints no traceback.
     """
     _raised.clear()
     with (
+        _quiet_where_nothing_is_raised(),
         handling(signal.SIGINT, signal.default_int_handler, raise_interrupted),
         handling(signal.SIGTERM, signal.SIG_DFL, raise_interrupted),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _quiet_where_nothing_is_raised() -> Iterator[None]:
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Interrupted):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,13 @@ from minidistill.errors import (
     UserError,
 )
 from minidistill.run import loop
-from minidistill.system.foreign import Interrupted, ctrl_c, describe, foreign_code
+from minidistill.system.foreign import (
+    Interrupted,
+    check_interrupted,
+    ctrl_c,
+    describe,
+    foreign_code,
+)
 from minidistill.types import Task
 
 TOML = """
@@ -313,3 +320,20 @@ def test_a_run_does_not_begin_after_a_signal_that_was_swallowed(
     monkeypatch.setattr(loop, place, swallow)
     assert run("none", "exit") == EXIT_INTERRUPTED
     assert not Path("out/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_where_nothing_can_be_raised_is_kept_without_a_traceback(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Collected:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # pytest's prints nothing
+        with ctrl_c():
+            Collected()  # collected at once
+            assert capsys.readouterr().err == ""
+            with pytest.raises(Interrupted):
+                check_interrupted()
