@@ -12,7 +12,9 @@ BLOCK = 256  # tokens whose mass is added up before one of them is looked for
 
 
 class Sampler:
-    """Draws token ids by inverse transform. Keeps its buffers: new memory costs more than the work.
+    """Draws token ids by inverse transform.
+
+    It reuses its buffers, because allocating them costs more than the arithmetic.
 
     On a CPU the mass of a large vocabulary is added up in blocks, and only the chosen block token
     by token.
@@ -76,8 +78,3 @@ def _find(mass_BV: Tensor, points_B: Tensor) -> Tensor:
     points_B1 = torch.minimum(points_B[:, None], below_B1).contiguous()
     chosen_B = torch.searchsorted(mass_BV, points_B1, right=True)[:, 0]
     return chosen_B.clamp(max=mass_BV.shape[1] - 1)  # NaN is above every mass
-
-
-def sample(logits_BV: Tensor, temperature: float, draws_B: Tensor) -> tuple[Tensor, Tensor]:
-    """What a `Sampler` of this temperature draws."""
-    return Sampler(temperature)(logits_BV, draws_B)

@@ -2,7 +2,7 @@
 
 `make_lean` gives norms, linear layers and MLPs a class derived from their own. It computes the same
 up to float error when a gradient is needed (`lean_products.py`), and otherwise is that class.
-Layers are told by what they compute: one random input is tried on one of each class.
+Layers are recognized by what they compute: one of each class is tried on a random input.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from support.plain_forward import completion_logprobs
 
 from minidistill.config import load_config
 from minidistill.engines.embedded import EmbeddedEngine, cache_bytes
-from minidistill.engines.sampler import sample
+from minidistill.engines.sampler import Sampler
 from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.types import Request, Role, SamplingParams
 
@@ -194,7 +194,7 @@ def test_sampling_follows_the_distribution() -> None:
     """Chi-square over 40,000 draws; tokens of probability zero are never drawn."""
     logits = torch.tensor([0.3, -1.0, float("-inf"), 2.0, 0.0, float("-inf")])
     draws = torch.tensor(np.random.default_rng(0).random(40_000))
-    chosen, logp = sample(logits.expand(40_000, -1), 0.7, draws)
+    chosen, logp = Sampler(0.7)(logits.expand(40_000, -1), draws)
     p = (logits / 0.7).softmax(0).numpy()
     counts = np.bincount(chosen.numpy(), minlength=6)
     assert counts[2] == counts[5] == 0
@@ -202,7 +202,7 @@ def test_sampling_follows_the_distribution() -> None:
     chi = float((((counts - 40_000 * p) ** 2)[live] / (40_000 * p[live])).sum())
     assert chi < 16.3  # 3 degrees of freedom, one in a thousand
     assert logp.exp().tolist() == pytest.approx(p[chosen.numpy()].tolist(), rel=1e-5)
-    edges, _ = sample(logits.expand(2, -1), 1.0, torch.tensor([0.0, 1 - 1e-16]))
+    edges, _ = Sampler(1.0)(logits.expand(2, -1), torch.tensor([0.0, 1 - 1e-16]))
     assert edges.tolist() == [0, 4]
 
 
