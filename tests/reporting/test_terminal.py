@@ -263,10 +263,10 @@ def test_a_step_does_no_work_per_token() -> None:
     display.open(HEADER)
     sample = Sample(("token ",) * 200_000, (0.3,) * 200_000, 1.0, "e")
     display.step(1, METRICS, sample)
-    began = time.perf_counter()
+    began = time.thread_time()
     for _ in range(100):
         display.step(2, METRICS, sample)
-    assert time.perf_counter() - began < 0.5
+    assert time.thread_time() - began < 0.5
     display.close()
     assert REFRESH_HZ <= 8
 

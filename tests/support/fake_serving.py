@@ -30,6 +30,8 @@ class FakeServing:
         self.prompts: list[tuple[int, ...]] = []
         self.lock = threading.Lock()
         self.token_seconds = 0.002
+        self.until_looked = False  # whether a second token waits for a look at the blocks
+        self.looked = threading.Event()
         self.most_tokens = 1 << 20
         self.prompt_tokens = 0  # that it says it got; 0: what it got
 
@@ -91,6 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         assert self.path == "/metrics"
         self._send(self.fake.metrics().encode())
+        self.fake.looked.set()
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -109,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for count in range(1, tokens + 1):
             self._chunk([{"text": ""}], len(prompt), count, {})
+            if self.fake.until_looked:
+                assert self.fake.looked.wait(timeout=10)
             time.sleep(self.fake.token_seconds)
         details = {"prompt_tokens_details": {"cached_tokens": cached}}
         self._chunk([], len(prompt), tokens, details)
