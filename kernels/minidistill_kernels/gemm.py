@@ -1,6 +1,6 @@
-"""The matrix products before and after the row kernels.
+"""The matrix products before and after the row kernels, and those of linear layers on a CPU.
 
-Legend: _C tokens of a chunk, _H hidden, _V vocabulary.
+Legend: _C tokens of a chunk, _H hidden, _V vocabulary; _T tokens, _I inputs, _O outputs.
 """
 
 from __future__ import annotations
@@ -8,8 +8,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# On a CPU, rows of a low-precision head that are converted to fp32 at a time.
+# On a CPU, rows of the head that are multiplied at a time, and converted to fp32 if need be.
 TILE = 4096
+# With fewer rows or smaller weights, oneDNN's copy of the weight costs more than it saves.
+MIN_ROWS, MIN_WEIGHT = 16, 1 << 16
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, without a gradient. W may be a view, so that x @ W is `linear(x, W.t())`.
+
+    In fp32 on a CPU oneDNN's product is faster than torch's own, which is MKL's.
+    """
+    if (
+        x_TI.device.type == "cpu"
+        and x_TI.dtype == weight_OI.dtype == torch.float32
+        and x_TI.shape[0] >= MIN_ROWS
+        and weight_OI.numel() >= MIN_WEIGHT
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    ):
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x_TI, weight_OI, bias_O, "none", [], ""
+        )
+        return product
+    return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
 
 
 def project(out_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> None:
@@ -21,11 +42,8 @@ def project(out_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> None:
             torch.mm(hidden_CH, weight_VH.t(), out_dtype=out_CV.dtype, out=out_CV)
         return
     hidden_CH = hidden_CH.float()
-    if weight_VH.dtype == torch.float32:
-        torch.mm(hidden_CH, weight_VH.t(), out=out_CV)
-        return
     for i in range(0, weight_VH.shape[0], TILE):
-        out_CV[:, i : i + TILE] = hidden_CH @ weight_VH[i : i + TILE].float().t()
+        out_CV[:, i : i + TILE] = linear(hidden_CH, weight_VH[i : i + TILE].float())
 
 
 def pull_back(dlogits_CV: Tensor, weight_VH: Tensor) -> Tensor:
@@ -36,7 +54,7 @@ def pull_back(dlogits_CV: Tensor, weight_VH: Tensor) -> Tensor:
             return torch.mm(dlogits_CV, weight_VH, out_dtype=torch.float32)
         return dlogits_CV @ weight_VH
     if weight_VH.dtype == torch.float32:
-        return dlogits_CV @ weight_VH
+        return linear(dlogits_CV, weight_VH.t())
     out_CH = dlogits_CV.new_zeros(dlogits_CV.shape[0], weight_VH.shape[1])
     for i in range(0, weight_VH.shape[0], TILE):
         out_CH.addmm_(dlogits_CV[:, i : i + TILE], weight_VH[i : i + TILE].float())

@@ -34,8 +34,12 @@ class LeanLinear:
     """A linear layer of peft with an adapter."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = None if args or kwargs or not torch.is_grad_enabled() else adapted(self)
-        if layer is None or layer.down_RI is None or x.dtype != layer.weight_OI.dtype:
+        layer = None if args or kwargs else adapted(self)
+        if layer is None or x.dtype != layer.weight_OI.dtype:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        if not torch.is_grad_enabled():
+            return layer.product(x.reshape(-1, x.shape[-1]))[0].view(*x.shape[:-1], -1)
+        if layer.down_RI is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
         return AdaptedProduct.apply(x, layer.scale, *layer.tensors, *_normed(x))  # type: ignore[no-any-return,no-untyped-call]
 

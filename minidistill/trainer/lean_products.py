@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
+
+from minidistill_kernels.gemm import linear
 
 Gradients = tuple[Tensor | None, Tensor | None]
 """Of A and B."""
@@ -58,9 +60,9 @@ class Adapted:
         """The gradients of x, which are added to `dx_TI` if that is given, and of A and B."""
         if needs_dx:
             if dx_TI is None:
-                dx_TI = dy_TO @ self.weight_OI
+                dx_TI = linear(dy_TO, self.weight_OI.t())
             else:
-                dx_TI.addmm_(dy_TO, self.weight_OI)
+                dx_TI.add_(linear(dy_TO, self.weight_OI.t()))
         if self.down_RI is None or self.up_OR is None or reduced_TR is None:
             return dx_TI, (None, None)
         d_reduced_TR = (dy_TO @ self.up_OR).mul_(self.scale)
