@@ -33,6 +33,7 @@ LARGEST_SOURCE = 200_000
 LONGEST_TEXT = 4_000_000
 """Characters of a rendered text: millions of tokens."""
 MARK = "\u2063minidistill\u2063"  # a message that no template contains, for probing
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
 # Before a template, in place of transformers' function of this name. The newline is trimmed.
 _FIXED_DATES = "{% macro strftime_now(format) %}{{ fixed_dates[format] }}{% endmacro %}\n"
@@ -129,6 +130,12 @@ class ChatTemplate:
                 f"the chat template makes a text of {len(text)} characters",
                 where=self.where,
                 fix="set model.chat_template to a file with another",
+            )
+        if surrogate := _SURROGATE.search(text):
+            raise UserError(
+                f"a prompt has a lone surrogate ({surrogate[0]!r}), which is no character",
+                where=self.where,
+                fix="take it out of the chat template, the context or the environment's messages",
             )
         # a tokenizer may be set to encode all control tokens as text, the template's own too
         split = getattr(self.tokenizer, "split_special_tokens", False)
