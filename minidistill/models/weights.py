@@ -162,18 +162,17 @@ def _refuse_adapter(config: Config, name: str, key: str) -> None:
     Of the latter transformers loads both and vLLM the model alone.
     """
     with readable_errors(name, key):
-        from transformers import AutoConfig
         from transformers.utils import find_adapter_config_file
 
-        arguments = hub_arguments(config, name)
-        path = find_adapter_config_file(resolve(name), revision=arguments["revision"])
+        revision = hub_arguments(config, name)["revision"]
+        path = find_adapter_config_file(resolve(name), revision=revision)
         if path is None:
             return
         base = json.loads(Path(path).read_bytes()).get("base_model_name_or_path")
     try:
-        AutoConfig.from_pretrained(resolve(name), **arguments)
+        load_model_config(config, name)
         holds_model = True
-    except (OSError, ValueError):
+    except UserError:
         holds_model = False
     is_student = key == "model.name"
     if holds_model:

@@ -212,6 +212,9 @@ def test_a_model_beside_an_adapter(adapter: Path, folder: Path) -> None:
     with pytest.raises(UserError, match="holds a model and an adapter") as caught:
         refuse_adapters(loaded(folder).config)
     assert "trainer.model.lora.init" in caught.value.fix
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": []}')
+    with pytest.raises(UserError, match="is an adapter of 'some/base', not a model"):
+        refuse_adapters(loaded(folder).config)
 
 
 def test_a_sound_model_passes(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
