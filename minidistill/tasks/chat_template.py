@@ -17,7 +17,7 @@ import jinja2.meta
 from jinja2 import TemplateError, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
-from minidistill.errors import EXIT_FAILED, UserError
+from minidistill.errors import EXIT_USAGE, UserError
 from minidistill.system.foreign import describe, foreign_code
 from minidistill.tasks.control_tokens import ControlTokens
 from minidistill.tasks.messages import plain_messages
@@ -286,14 +286,16 @@ def _dates(tree: nodes.Template, now: datetime) -> dict[str, str]:
     return {format: now.strftime(format) for format in formats}
 
 
-def tokenizer_code(doing: str, where: str) -> AbstractContextManager[None]:
+def tokenizer_code(
+    doing: str, where: str, exit_code: int = EXIT_USAGE
+) -> AbstractContextManager[None]:
     """Call a tokenizer, whose code may be the model's own. `doing` is what it cannot do then."""
     return foreign_code(
         lambda error: UserError(
             f"the model's tokenizer cannot {doing}: {describe(error)}",
             where=where,
             fix="use the tokenizer that was made for the model; --traceback shows where it failed",
-            exit_code=EXIT_FAILED,
+            exit_code=exit_code,
         )
     )
 
