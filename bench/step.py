@@ -38,7 +38,6 @@ from bench.step_work import Work, step_work
 from bench.workload import STEPS, Case, add_arguments, case_of, make_parser
 from minidistill.errors import UserError, printable
 from minidistill.placement.model_shape import read_shape
-from minidistill.trainer.shared_row import common_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class Measured:
 def measure(run: OurRun, repeats: int, clock: Clock) -> Measured:
     """Take `repeats` steps apart, after one that is not counted."""
     began = clock()
-    first = run.step()
+    run.step()
     first_seconds = clock() - began
     steps: list[Step] = []
     parts: list[Parts] = []
@@ -63,7 +62,6 @@ def measure(run: OurRun, repeats: int, clock: Clock) -> Measured:
         part, step = take_apart(run.session, run.step, clock)
         parts.append(part)
         steps.append(step)
-    prompts = [r.prompt.teacher_ids for step in (first, *steps) for r in step.rollouts]
     shape = read_shape(run.session.policy.student.config)
     middle = sorted(parts, key=lambda part: part.step)[repeats // 2]
     return Measured(
@@ -74,7 +72,7 @@ def measure(run: OurRun, repeats: int, clock: Clock) -> Measured:
             shape,
             sum(p.numel() for _, p in run.session.policy.parameters),
             steps[-1].rollouts,
-            common_prefix(prompts),
+            max(run.session.prepared.contexts, key=len),
         ),
     )
 

@@ -161,7 +161,7 @@ class EmbeddedEngine(Engine):
     ) -> list[Completion]:
         """Decode the `chosen` requests in one batch. Finished rows leave it at the next check."""
         requests = [all_requests[i] for i in chosen]
-        prefix = self.prefixes.common(list(dict.fromkeys(r.prompt_ids for r in requests)))
+        prefix = self.prefixes.common([r.prompt_ids for r in requests], role)
         # with the weights as they are, so that what is kept does not depend on who computed it
         states = self.prefixes.states(prefix, role)
         with self._weights(len(requests), params.max_tokens) as logits:
@@ -317,7 +317,7 @@ class EmbeddedEngine(Engine):
         temperature: float = 1.0,
     ) -> list[list[float]]:
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-        prefix, layout = self.prefixes.common(prompts), self.policy.attention.prefix_layout
+        prefix, layout = self.prefixes.common(prompts, role), self.policy.attention.prefix_layout
         with self.policy.unsharded(role), self.policy.running_as(role), self.policy.inference():
             states = self.prefixes.states(prefix, role)
 

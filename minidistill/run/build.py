@@ -114,7 +114,7 @@ def build(prepared: Prepared, display: Display) -> Components:
         budget = TokenBudget(placement.micro_batch_tokens)
         phase = display.phase("check the model", 1, "model")
         with phase, explain_out_of_memory(DOING, **SMALLER_MODEL):
-            prefixes = PrefixCache(policy, shares=True)
+            prefixes = PrefixCache(policy, shares=True, contexts=prepared.contexts)
             samples = launcher.sampled_by(policy)
             if not check_model(policy, prepared.prompts, budget, samples, prefixes):
                 prefixes = PrefixCache(policy, shares=False)

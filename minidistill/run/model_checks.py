@@ -284,11 +284,11 @@ def _prefix_cache_is_exact(
     role = Role.TEACHER if policy.holds(Role.TEACHER) else Role.STUDENT
     with policy.running_as(role):
         teacher_shares = can_share_prefix(policy)
-    if len(set(view)) < 2 or not (teacher_shares and can_share_prefix(policy)):
+    if not (teacher_shares and can_share_prefix(policy)):
         return False
-    prefix = prefixes.common(view)
+    prefix = prefixes.common(view, role)
     if not prefix:
-        return True
+        return len(set(view)) > 1  # else nothing has been compared
     layout = policy.attention.prefix_layout
 
     def errors(prompts: list[Ids], completions: list[Ids]) -> Tensor:

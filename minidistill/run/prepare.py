@@ -58,6 +58,8 @@ class Prepared:
     builder: PromptBuilder
     prompts: Sequence[Prompt]
     """The first ones, for the checks of the model."""
+    contexts: Sequence[tuple[int, ...]]
+    """See `Measured`."""
     fingerprint: str
     """Of the tasks and prompts: a resumed run must have the same."""
     restores: bool
@@ -162,6 +164,7 @@ def _prepare(
         evaluation_prompts=by_env,
         builder=builder,
         prompts=measured.prompts,
+        contexts=measured.contexts,
         fingerprint=fingerprint,
         restores=restores,
         initial_adapter=initial_adapter,

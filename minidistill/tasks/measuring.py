@@ -9,6 +9,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from itertools import takewhile
 from typing import Any, Literal
 
 from minidistill.envs.protocol import Environment, TasksMadeTogether, take_tasks
@@ -43,6 +45,9 @@ class Measured:
     eval: Mapping[str, Sequence[Task]]
     prompts: Sequence[Prompt]
     """The first ones, for the checks of the model."""
+    contexts: Sequence[tuple[int, ...]]
+    """Ids that the teacher's prompts of an environment begin with, for each, and that all do. At
+    least one id of each measured prompt is left over."""
     fingerprint: str
     """Of all measured prompts: a resumed run must have the same."""
 
@@ -62,16 +67,21 @@ class Measurer:
         digest = Fingerprint(environments)
         splits: tuple[dict[str, Sequence[Task]], dict[str, Sequence[Task]]] = ({}, {})
         kept: list[Prompt] = []
+        contexts: dict[str, tuple[int, ...]] = {}
 
         def take(prompt: Prompt, fits: bool) -> None:
             digest.add(prompt)
+            if fits:
+                ids = prompt.teacher_ids[:-1]
+                contexts[prompt.env] = _common(contexts.get(prompt.env, ids), ids)
             if fits and len(kept) < KEPT:
                 kept.append(prompt)
 
         for name, environment in environments.items():
             splits[0][name] = self.fitting(name, environment.train, train, take)
             splits[1][name] = self.fitting(name, environment.eval, evaluation, take)
-        return Measured(*splits, kept, digest.hexdigest())
+        known = {*contexts.values(), reduce(_common, contexts.values())}
+        return Measured(*splits, kept, sorted(known), digest.hexdigest())
 
     def fitting(
         self,
@@ -185,3 +195,11 @@ def refuse_empty(env: str, tasks: Sequence[Task]) -> None:
             where="orchestrator.env",
             fix="give it at least one task for training and one for evaluation",
         )
+
+
+def _common(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
+    """The ids that both begin with."""
+    if second[: len(first)] == first:
+        return first
+    pairs = zip(first, second, strict=False)
+    return tuple(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

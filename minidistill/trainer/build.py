@@ -23,6 +23,7 @@ def build_trainer(
     The driver calls it once it has checked the policy, and passes its engine's `prefixes`.
     """
     shares = rank_group.broadcast_object(prefixes is not None and prefixes.shares)
+    contexts = prefixes.contexts if prefixes else ()  # the driver names the prefix of each step
     policy.rank_group = rank_group
     if placement.sharded:
         models = [policy.student, *policy.reference_models.values()]
@@ -31,4 +32,4 @@ def build_trainer(
                 models, policy.adapter_parameters, policy.device, rank_group.size
             )
         prefixes = None  # every rank must run the same passes, whatever the driver has sampled
-    return Trainer(policy, config, placement, prefixes or PrefixCache(policy, shares))
+    return Trainer(policy, config, placement, prefixes or PrefixCache(policy, shares, contexts))

@@ -36,23 +36,40 @@ class PrefixCache:
     change, so its context is read once a run. The most recent prefixes are kept.
     """
 
-    def __init__(self, policy: Policy, shares: bool, size: int = 4) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        shares: bool,
+        contexts: Sequence[tuple[int, ...]] = (),
+        size: int = 4,
+    ) -> None:
+        """`contexts` are what the run's teacher prompts are known to begin with."""
         self.policy, self.shares, self.size = policy, shares, size
+        long_enough = [context for context in contexts if len(context) >= MIN_SHARED]
+        self.contexts = sorted(long_enough, key=len, reverse=True)
         self._kept: dict[tuple[int, ...], KeysValues] = {}
         self.computed = 0
 
-    def common(self, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-        """The ids that all prompts begin with; () if caching them does not pay off."""
-        prefix = common_prefix(prompts) if self.shares and len(set(map(tuple, prompts))) > 1 else ()
+    def common(self, prompts: Sequence[Sequence[int]], role: Role) -> tuple[int, ...]:
+        """The ids that all prompts begin with; () if caching them does not pay off.
+
+        For weights that never change it is a known context, if all prompts begin with one. One
+        prompt alone does not show where its context ends, and some may share more by chance.
+        """
+        distinct = set(map(tuple, prompts)) if self.shares else set()
+        if distinct and self._frozen(role):
+            for context in self.contexts:
+                size = len(context)
+                if all(len(ids) > size and ids[:size] == context for ids in distinct):
+                    return context
+        prefix = common_prefix([*distinct]) if len(distinct) > 1 else ()
         return prefix if len(prefix) >= MIN_SHARED else ()
 
     def states(self, prefix: tuple[int, ...], role: Role) -> KeysValues | None:
         """Keys and values of the prefix; None for (). `role` must be the current role."""
         if not prefix:
             return None
-        policy = self.policy
-        frozen = policy.weights_of(role) is policy.teacher_weights and policy.frozen_teacher
-        if not frozen:
+        if not self._frozen(role):
             return prefix_states(self.policy, prefix)
         if prefix not in self._kept:
             self._kept[prefix] = prefix_states(self.policy, prefix)
@@ -60,6 +77,10 @@ class PrefixCache:
             while len(self._kept) > self.size:
                 del self._kept[next(iter(self._kept))]
         return self._kept[prefix]
+
+    def _frozen(self, role: Role) -> bool:
+        policy = self.policy
+        return policy.weights_of(role) is policy.teacher_weights and policy.frozen_teacher
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ class Trainer:
         self, rollouts: StepRollouts, step: int, advance: Advance, count: Count
     ) -> StepResult:
         prompts = rollouts.teacher_prompts
-        prefix = self.prefixes.common(prompts) if prompts else ()
+        prefix = self.prefixes.common(prompts, Role.TEACHER) if prompts else ()
         command = TrainStep(step, rollouts.tokens, prefix)
         with self.rank_group.run_on_all_ranks(command):
             return self.take_step(command, iter(rollouts.parts), advance, count)

@@ -103,6 +103,26 @@ def test_long_prompts_are_left_out_and_counted(caplog: pytest.LogCaptureFixture)
         measure(Env(tasks(90, 90), tasks(10)), "drop")
 
 
+def test_what_the_teachers_prompts_begin_with() -> None:
+    """By environment and in all, without an id of the shortest prompt, or of one left out."""
+
+    class Beginnings(Builder):
+        def build(self, env: str, task: Task) -> Prompt:
+            beginning = (5, 6, 7) if env == "a" else (5, 6, 8, 8, 8)
+            return Prompt(env, task, "", "", (1,), (*beginning, *range(task.answer)))
+
+    builder: Any = Beginnings()
+    environments = {"a": Env(tasks(9, 5), tasks(2)), "b": Env(tasks(1, 90), tasks(1))}
+    for chosen, expected in (
+        ("a", [(5, 6, 7, 0)]),  # the evaluation's prompt is (5, 6, 7, 0, 1)
+        ("b", [(5, 6, 8, 8, 8)]),
+        ("ab", [(5, 6), (5, 6, 7, 0), (5, 6, 8, 8, 8)]),
+    ):
+        measurer = Measurer(builder, "drop")
+        measured = measurer.measure({e: environments[e] for e in chosen}, LIMIT, LIMIT)
+        assert measured.contexts == expected
+
+
 def test_tasks_that_are_generated_stay_so() -> None:
     generated = Generated([10] * 1000 + [99])
     measured = measure(Env(generated, tasks(10)))

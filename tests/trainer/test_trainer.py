@@ -68,7 +68,7 @@ def test_the_cached_context_gives_the_same_gradient(plain: Lab, configure: Confi
     lab = make_lab(configure(*SMALL_STEP), shares=False)
     lab.rollouts = plain.rollouts
     views = [r.prompt.teacher_ids for r in plain.rollouts]
-    assert plain.trainer.prefixes.common(views), "the prompts share no prefix"
+    assert plain.trainer.prefixes.common(views, Role.TEACHER), "the prompts share no prefix"
     assert_same_gradients(lab, plain)
 
 
