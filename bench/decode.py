@@ -25,6 +25,7 @@ from typing import Any
 from bench.kernels_report import machine
 from bench.pair import ROOT, change_adapter, named_model, save, use_threads
 from bench.peaks import Clock, matrix_peak, memory_peak
+from bench.workload import make_parser
 from minidistill.config import load_config
 from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.placement.machine import Machine
@@ -105,11 +106,7 @@ def report(
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.decode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("decode", __doc__)
     parser.add_argument("--model", default="smollm2", help="built in, smollm2 or a folder")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32], help="sequences")
     parser.add_argument("--group", type=int, default=1, help="samples per prompt")

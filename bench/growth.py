@@ -28,6 +28,7 @@ from bench.workload import (
     Case,
     add_timing,
     load_tokenizer,
+    make_parser,
     named_model,
     one_process_environment,
 )
@@ -135,11 +136,7 @@ def show(name: str, value: int, point: Point) -> None:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.growth",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("growth", __doc__)
     parser.add_argument("--model", default="smollm2", help="smollm2, tiny or a folder")
     parser.add_argument("--only", choices=tuple(SWEEPS), action="append", help="by default all")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measured steps")

@@ -28,7 +28,7 @@ from typing import Any
 
 from bench.pair import ROOT, save
 from bench.peers_venv import TRL, trl_python
-from bench.workload import STEPS, Case, named_model, one_process_environment
+from bench.workload import STEPS, Case, make_parser, named_model, one_process_environment
 from minidistill.errors import UserError, printable
 from minidistill.models.registry import resolve
 
@@ -152,11 +152,7 @@ def summary(ours: Peer, theirs: Peer) -> dict[str, Any]:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("peers", __doc__)
     parser.add_argument("--model", default="smollm2", help="smollm2, tiny or a folder")
     parser.add_argument("--case", choices=tuple(CASES), action="append", help="by default all")
     parser.add_argument("--mode", choices=tuple(ESTIMATORS), action="append", help="by default all")

@@ -49,9 +49,6 @@ def main():
 sys.exit(main())
 """
 
-# as the command line sets them before torch is imported
-THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
-
 Record = dict[str, Any]
 
 
@@ -145,7 +142,7 @@ def run(name: str, steps: int, threads: int, settings: Sequence[str]) -> list[Re
             check=True,
             stdout=subprocess.DEVNULL,
             cwd=ROOT,
-            env={**os.environ, **THREADS, "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "teacher_kl" in line]

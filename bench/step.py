@@ -35,7 +35,7 @@ from bench.peaks import matrix_peak, memory_peak
 from bench.step_pieces import CLOCKS, Clock, Parts, take_apart
 from bench.step_profile import Profile, profile_training
 from bench.step_work import Work, step_work
-from bench.workload import STEPS, Case, add_arguments, case_of
+from bench.workload import STEPS, Case, add_arguments, case_of, make_parser
 from minidistill.errors import UserError, printable
 from minidistill.placement.model_shape import read_shape
 
@@ -125,11 +125,7 @@ def show(result: Mapping[str, Any], profile: Profile, matrix: float, wall_matrix
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("step", __doc__)
     add_arguments(parser)
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measured steps")
     options = parser.parse_args(argv)

@@ -137,6 +137,15 @@ def load_tokenizer(model: str) -> Any:
 # -- the command line ------------------------------------------------------------------------------
 
 
+def make_parser(name: str, text: str | None) -> argparse.ArgumentParser:
+    """The parser of `bench.NAME`, whose help is the module's docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m bench.{name}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sizes of a case, and the number of threads."""
     parser.add_argument("--model", default="smollm2", help="smollm2, tiny or a folder")

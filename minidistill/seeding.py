@@ -7,5 +7,6 @@ import hashlib
 
 def stable_seed(*parts: object) -> int:
     """A 64-bit seed: the BLAKE2b hash of the parts' text, joined by slashes."""
-    text = "/".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    # the ids of an environment's tasks may have lone surrogates
+    text = "/".join(map(str, parts)).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")

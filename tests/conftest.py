@@ -12,11 +12,11 @@ import pytest
 from support.configs import MINIMAL
 from support.paths import SOKOBAN
 
-# as the command line sets them, before torch is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+from minidistill.system.threads import settle_threads
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each worker; subprocesses inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+settle_threads()  # before torch is imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

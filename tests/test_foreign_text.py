@@ -36,6 +36,8 @@ rollouts_per_example = 2
 max_env_error_frac = 0.5
 [orchestrator.sampling]
 max_tokens = 4
+[orchestrator.eval]
+num_examples = 2
 [orchestrator.teacher_model]
 context = "Be \\u001b[31mbold\\u001b[0m. <script>alert(2)</script>\\n"
 [[orchestrator.env]]

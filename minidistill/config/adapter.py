@@ -211,7 +211,7 @@ def _shape(settings: dict[str, Any], path: Path) -> dict[str, Any]:
             shape["target_modules"] = sorted(shape["target_modules"])
         shape["rank_pattern"] = shape.get("rank_pattern") or {}
         LoraConfig.model_validate(shape)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = str(error).splitlines()[0]
         raise UserError(
             f"the adapter's configuration cannot be used: {type(error).__name__}: {what}",

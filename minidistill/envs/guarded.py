@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from typing import Any
 
 from minidistill.envs.protocol import Environment
@@ -78,26 +79,25 @@ class GuardedEnvironment:
 
 
 def guarded_tasks(tasks: Sequence[Task], guard: Guard) -> Sequence[Task]:
-    """The tasks, read and checked with `guard`. Plain lists and tuples hold no code: they stay."""
+    """The tasks, read and checked with `guard`. Those of lists and tuples are read at once."""
     if isinstance(tasks, list | tuple):
         with guard("tasks"):
-            tasks = tasks if type(tasks) in (list, tuple) else list(tasks)
-            for index, task in enumerate(tasks):
-                check_task(task, index)
-        return tasks
+            return [checked_task(task, index) for index, task in enumerate(tasks)]
     kind = _TasksMadeTogether if hasattr(tasks, "make_tasks") else _Tasks
     return kind(tasks, guard)
 
 
-def check_task(task: Any, index: object) -> None:
-    """Raise TypeError for what is no task, or has messages that no template and no file can take.
+def checked_task(task: Any, index: object) -> Task:
+    """The task, with an id that is plain text or a number: that of another class may hold code.
 
-    It would fail in the middle of a step.
+    Raises TypeError for what is no task, or has messages that no template and no file can take. It
+    would fail in the middle of a step.
     """
     if not all(hasattr(task, name) for name in ("id", "messages", "answer")):
         raise TypeError(f"number {index} is no Task, but {type(task).__name__}")
     if not isinstance(task.id, str | int):
         raise TypeError(f"number {index} has an id that is no text, but {type(task.id).__name__}")
+    task = _with_plain_id(task)
     if not isinstance(task.messages, list | tuple):
         kind = type(task.messages).__name__
         raise TypeError(f"the messages of {task.id} are no tuple, but {kind}")
@@ -111,6 +111,17 @@ def check_task(task: Any, index: object) -> None:
         json.dumps(messages, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:
         raise TypeError(f"the messages of {task.id} cannot be written as JSON: {error}") from None
+    return task
+
+
+def _with_plain_id(task: Any) -> Any:
+    if type(task.id) in (str, int, bool):
+        return task
+    # by the methods of the plain types: its own may be anything
+    plain = str.__str__(task.id) if isinstance(task.id, str) else int.__int__(task.id)
+    task = copy(task)
+    object.__setattr__(task, "id", plain)  # it may be frozen
+    return task
 
 
 class _Tasks(Sequence[Task]):
@@ -123,9 +134,7 @@ class _Tasks(Sequence[Task]):
 
     def __getitem__(self, index: Any) -> Any:
         with self._guard(f"task {index}"):
-            task = self._tasks[index]
-            check_task(task, index)
-            return task
+            return checked_task(self._tasks[index], index)
 
     def __iter__(self) -> Iterator[Task]:
         return (self[index] for index in range(len(self)))
@@ -139,6 +148,4 @@ class _TasksMadeTogether(_Tasks):
             tasks = list(self._tasks.make_tasks(indices, advance))
             if len(tasks) != len(indices):
                 raise ValueError(f"it made {len(tasks)} of {len(indices)} tasks")
-            for index, task in zip(indices, tasks, strict=True):
-                check_task(task, index)
-            return tasks
+            return [checked_task(t, i) for i, t in zip(indices, tasks, strict=True)]

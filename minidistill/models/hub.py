@@ -12,6 +12,7 @@ from typing import Any
 
 from minidistill.config import Config
 from minidistill.errors import UserError
+from minidistill.models.folder import check_folder
 from minidistill.models.registry import SHIPPED_CONFIGS, resolve
 from minidistill.system.foreign import describe, foreign_code
 
@@ -19,6 +20,12 @@ TEACHER_KEY = "teacher_inference.model.name"
 """The setting that names a separate teacher's model."""
 MOST_MODULES = 10_000
 """Layers or experts of a model."""
+_BAD_FILES = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What libraries raise for values that they do not expect. Memory that is used up is none."""
+LARGEST = 1 << 63
+"""The largest integer of a configuration."""
+_OUTPUTS = {"output_attentions": False, "return_dict": True}
+"""Settings that change what a model returns, each with the value that a model is used with."""
 _COUNTED = ("layer", "layers", "blocks", "experts", "depth")
 """Ends of the settings that say how many modules are made."""
 
@@ -80,7 +87,7 @@ def _read_config(path: str, arguments: dict[str, Any]) -> Any:
     try:
         # before it is read: some configurations make a list with an item for each layer
         values, _ = PretrainedConfig.get_config_dict(path, **arguments)
-        _check_counts(values)
+        _check_values(values)
         if not isinstance(values.get("auto_map") or {}, Mapping):
             raise ValueError("its config.json: auto_map is no table")
         return AutoConfig.from_pretrained(path, **arguments)
@@ -90,13 +97,22 @@ def _read_config(path: str, arguments: dict[str, Any]) -> Any:
         raise ValueError(f"its config.json: {type(error).__name__}: {error}") from error
 
 
-def _check_counts(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a number of modules that making one after the other would not end."""
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for values that would fail later, or that making a model of would not end.
+
+    They are numbers of modules, integers that no tensor holds, and what changes a model's outputs.
+    """
     for name, value in values.items():
         if isinstance(value, Mapping):
-            _check_counts(value)
+            _check_values(value)
+        elif isinstance(value, list):
+            _check_values({f"{name}.{index}": item for index, item in enumerate(value)})
         elif isinstance(value, int) and value > MOST_MODULES and name.endswith(_COUNTED):
             raise ValueError(f"its config.json has more than {MOST_MODULES} {name}")
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"its config.json has a value of {name} that is too large")
+        elif name in _OUTPUTS and value not in (None, _OUTPUTS[name]):
+            raise ValueError(f"its config.json sets {name}, with which a model cannot be trained")
 
 
 def hub_arguments(config: Config, name: str) -> dict[str, Any]:
@@ -110,16 +126,18 @@ def hub_arguments(config: Config, name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def readable_errors(name: str, key: str = "model.name") -> Iterator[None]:
-    """Turn errors of loading the model `name`, set by the configuration's `key`, to UserError.
+    """Load from the model `name`, set by the configuration's `key`: errors become UserError.
 
-    So is what is no Exception: a panic of the tokenizer's parser, `sys.exit` in the model's code.
+    So does what is no Exception: a panic of the tokenizer's parser, `sys.exit` in the model's code.
+    The files of a folder are checked before anything opens them.
     """
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
     failure = partial(_cannot_load, name, key)
     try:
+        check_folder(name, key)
         with foreign_code(failure, ours=Exception):
             yield
-    except (OSError, ValueError, KeyError) as error:
+    except _BAD_FILES as error:
         raise failure(error) from error
 
 

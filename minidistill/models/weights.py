@@ -19,6 +19,7 @@ from typing import Any
 from minidistill.config import Config
 from minidistill.errors import UserError, UserErrors, blamed_on
 from minidistill.models.auto import model_class
+from minidistill.models.folder import AGAIN, used_index
 from minidistill.models.hub import hub_arguments, load_model_config, readable_errors
 from minidistill.models.registry import resolve
 
@@ -161,18 +162,17 @@ def _refuse_adapter(config: Config, name: str, key: str) -> None:
     Of the latter transformers loads both and vLLM the model alone.
     """
     with readable_errors(name, key):
-        from transformers import AutoConfig
         from transformers.utils import find_adapter_config_file
 
-        arguments = hub_arguments(config, name)
-        path = find_adapter_config_file(resolve(name), revision=arguments["revision"])
+        revision = hub_arguments(config, name)["revision"]
+        path = find_adapter_config_file(resolve(name), revision=revision)
         if path is None:
             return
         base = json.loads(Path(path).read_bytes()).get("base_model_name_or_path")
     try:
-        AutoConfig.from_pretrained(resolve(name), **arguments)
+        load_model_config(config, name)
         holds_model = True
-    except (OSError, ValueError):
+    except UserError:
         holds_model = False
     is_student = key == "model.name"
     if holds_model:
@@ -192,14 +192,10 @@ def _refuse_adapter(config: Config, name: str, key: str) -> None:
 
 def _damage(folder: Path) -> tuple[str, str] | None:
     """What is wrong with the files of a local model and how to fix it; None if nothing is seen."""
-    again = "copy or download the model again"
-    for index in sorted(folder.glob("*.index.json")):
-        try:
-            named = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            return f"{index} is not an index of weights: {error}", again
+    if (index := used_index(folder)) is not None:
+        named = set(json.loads(index.read_bytes())["weight_map"].values())
         if absent := sorted(file for file in named if not (folder / file).is_file()):
-            return f"{index} names files that are not there: {', '.join(absent[:SHOWN])}", again
+            return f"{index} names files that are not there: {', '.join(absent[:SHOWN])}", AGAIN
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         with open(path, "rb") as file:
             beginning = file.read(len(_POINTER))
@@ -207,7 +203,7 @@ def _damage(folder: Path) -> tuple[str, str] | None:
             return f"{path} is a pointer of Git LFS, not weights", f"run git lfs pull in {folder}"
         why = _damage_of_file(path, beginning)
         if why:
-            return f"{path} is damaged: {why}", again
+            return f"{path} is damaged: {why}", AGAIN
     return None
 
 

@@ -132,7 +132,7 @@ class Shapes:
 def read_shape(model_config: Any) -> ModelShape:
     """Build the model on torch's meta device and count it. Exact for any architecture.
 
-    Raises UserError for a model without attention.
+    Raises UserError for a model without attention, or without layers.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -143,6 +143,12 @@ def read_shape(model_config: Any) -> ModelShape:
             f"{text.model_type} models have no attention, whose sizes the plan counts",
             where="model.name",
             fix="use a model with attention in some of its layers",
+        )
+    if not text.num_hidden_layers:
+        raise UserError(
+            "the model has no layers",
+            where="model.name",
+            fix="use the config.json that belongs to the model",
         )
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(text, "tie_word_embeddings", False) or head.weight is embedding.weight

@@ -15,9 +15,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, NonNegativeInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from minidistill.reporting.line_file import Extent, LineFile, complete_lines, json_objects
 from minidistill.system.files import flush, remove_leftovers, writing
@@ -38,7 +38,7 @@ class _Saved(BaseModel, strict=True):
 
     step: NonNegativeInt
     metrics_lines: NonNegativeInt
-    seconds: float
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     records: dict[str, Extent] = {}
 
 
@@ -221,6 +221,8 @@ def first_problem(error: ValidationError) -> str:
 
 def _metrics_problem(saved: _Saved, data: bytes) -> str | None:
     extent = saved.records.get(METRICS)
+    if extent is not None and extent.lines != saved.metrics_lines:
+        return f"state.json: metrics_lines: {METRICS} had {extent.lines} lines"
     if extent is not None and extent.of(data) is not None:
         return None
     lines = complete_lines(data)

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from minidistill.errors import UserError
+from minidistill.system.torch_state import read_state, restore_state
 
 LONGEST = 1000  # characters of a described exception
 _raised: list[int] = []
@@ -102,8 +103,10 @@ def foreign_code(
     """Call other people's code: whatever it raises becomes `failure(error)`.
 
     `ours` are the exceptions that it may raise in our name; they stay as they are. So does the
-    user's Ctrl-C, also where that code has caught it and raised something else.
+    user's Ctrl-C, also where that code has caught it and raised something else. What it changes of
+    torch's state is set back.
     """
+    before = read_state()
     try:
         yield
     except ours:
@@ -112,6 +115,8 @@ def foreign_code(
         if is_interrupt(error):
             raise Interrupted from error
         raise failure(error) from error
+    finally:
+        restore_state(before)
 
 
 def is_interrupt(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ import jinja2.meta
 from jinja2 import TemplateError, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
-from minidistill.errors import EXIT_FAILED, UserError
+from minidistill.errors import EXIT_USAGE, UserError
 from minidistill.system.foreign import describe, foreign_code
 from minidistill.tasks.control_tokens import ControlTokens
 from minidistill.tasks.messages import plain_messages
@@ -33,6 +33,7 @@ LARGEST_SOURCE = 200_000
 LONGEST_TEXT = 4_000_000
 """Characters of a rendered text: millions of tokens."""
 MARK = "\u2063minidistill\u2063"  # a message that no template contains, for probing
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
 # Before a template, in place of transformers' function of this name. The newline is trimmed.
 _FIXED_DATES = "{% macro strftime_now(format) %}{{ fixed_dates[format] }}{% endmacro %}\n"
@@ -129,6 +130,12 @@ class ChatTemplate:
                 f"the chat template makes a text of {len(text)} characters",
                 where=self.where,
                 fix="set model.chat_template to a file with another",
+            )
+        if surrogate := _SURROGATE.search(text):
+            raise UserError(
+                f"a prompt has a lone surrogate ({surrogate[0]!r}), which is no character",
+                where=self.where,
+                fix="take it out of the chat template, the context or the environment's messages",
             )
         # a tokenizer may be set to encode all control tokens as text, the template's own too
         split = getattr(self.tokenizer, "split_special_tokens", False)
@@ -279,14 +286,16 @@ def _dates(tree: nodes.Template, now: datetime) -> dict[str, str]:
     return {format: now.strftime(format) for format in formats}
 
 
-def tokenizer_code(doing: str, where: str) -> AbstractContextManager[None]:
+def tokenizer_code(
+    doing: str, where: str, exit_code: int = EXIT_USAGE
+) -> AbstractContextManager[None]:
     """Call a tokenizer, whose code may be the model's own. `doing` is what it cannot do then."""
     return foreign_code(
         lambda error: UserError(
             f"the model's tokenizer cannot {doing}: {describe(error)}",
             where=where,
             fix="use the tokenizer that was made for the model; --traceback shows where it failed",
-            exit_code=EXIT_FAILED,
+            exit_code=exit_code,
         )
     )
 

@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from minidistill.errors import UserError
+from minidistill.errors import EXIT_FAILED, UserError
 from minidistill.tasks.chat_template import (
     MARK,
     ChatTemplate,
@@ -121,7 +121,7 @@ class PromptBuilder:
         ids = list(ids)
         if ids and ids[-1] in self.end_of_turn_ids:  # not each tokenizer calls them special
             ids.pop()
-        with tokenizer_code("decode a completion", self.student.where):
+        with tokenizer_code("decode a completion", self.student.where, EXIT_FAILED):
             return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def with_context(self, messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -82,6 +82,8 @@ def open_file(folder: Path, name: str) -> BinaryIO:
         raise DamageError(f"{shown} is missing") from None
     except OSError as error:
         raise DamageError(f"{shown} cannot be read: {error.strerror}") from None
+    except UnicodeEncodeError:  # a lone surrogate
+        raise DamageError(f"{shown!r} is no name that a file can have") from None
     return open(descriptor, "rb")
 
 

@@ -55,11 +55,6 @@ def shard(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": by_name}))
 
 
-def break_index(folder: Path) -> None:
-    shard(folder)
-    (folder / INDEX).write_text('{"weight_map": ')
-
-
 def truncate_bin(folder: Path) -> None:
     path = folder / "pytorch_model.bin"
     torch.save(load_file(folder / FILE), path)
@@ -92,9 +87,14 @@ DAMAGES = {
         replace_bytes(lambda b: b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS",
     ),
     "absent shard": (shard, "names files that are not there: model-00002-of-00002"),
-    "broken index": (break_index, f"{INDEX} is not an index"),
     "truncated .bin": (truncate_bin, "pytorch_model.bin is damaged: its end is missing"),
     "no weights": (lambda folder: (folder / FILE).unlink(), "no file named"),
+    "a watermark": (
+        lambda folder: (folder / "generation_config.json").write_text(
+            '{"watermarking_config": 5}'
+        ),
+        "AttributeError",
+    ),
 }  # fmt: skip
 
 
@@ -212,6 +212,9 @@ def test_a_model_beside_an_adapter(adapter: Path, folder: Path) -> None:
     with pytest.raises(UserError, match="holds a model and an adapter") as caught:
         refuse_adapters(loaded(folder).config)
     assert "trainer.model.lora.init" in caught.value.fix
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": []}')
+    with pytest.raises(UserError, match="is an adapter of 'some/base', not a model"):
+        refuse_adapters(loaded(folder).config)
 
 
 def test_a_sound_model_passes(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -231,7 +234,7 @@ def test_a_teacher_that_generates_no_text_is_named_as_the_teacher(tmp_path: Path
             check(config)
         assert caught.value.where == "teacher_inference.model.name"
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot load the model") as caught:
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON") as caught:
         load_models(config)
     assert caught.value.where == "teacher_inference.model.name"
 
@@ -259,7 +262,12 @@ def test_a_folder_without_a_model_or_a_tokenizer_says_so(
         {"num_hidden_layers": 10**400},
         {"model_type": "qwen3", "num_hidden_layers": 10**9},
         {"extra_config": {"num_experts": 10**9}},
+        {"num_hidden_layers": 0},
         {"vocab_size": -1},
+        {"eos_token_id": 10**400},
+        {"eos_token_id": [0, -(10**400)]},
+        {"output_attentions": True},
+        {"return_dict": False},
         {"auto_map": "../../etc/passwd"},
         {"auto_map": ["AutoModelForCausalLM"]},
         {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},

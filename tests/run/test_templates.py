@@ -111,3 +111,32 @@ def test_a_model_with_a_missing_weight_is_refused_before_anything_is_written(
     assert "lacks 1 weight (model.norm.weight)" in error
     assert "LOAD REPORT" not in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("turns", ["all", "answers"])
+def test_a_template_that_writes_a_lone_surrogate_is_refused(
+    turns: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In prompts, or only where an answer ends."""
+    place = "<|user|>" if turns == "all" else "<|pad|>"
+    template = TEMPLATE.replace("<|{{ m['role'] }}|>", "<|user|>")
+    (folder / "chat_template.jinja").write_text(
+        template.replace(place, f"{{{{ '\\udc80' }}}}{place}")
+    )
+    assert run(tmp_path / "out", "--model.name", str(folder)) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "a prompt has a lone surrogate ('\\udc80'), which is no character" in error
+    assert "where: model.name" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_cannot_encode_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "many"}))
+    assert run(tmp_path / "out", "--model.name", str(folder)) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "the model's tokenizer cannot encode a prompt: TypeError" in error
+    assert "fix: use the tokenizer that was made for the model" in error
+    assert not (tmp_path / "out").exists()

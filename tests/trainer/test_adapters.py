@@ -229,6 +229,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"base_model_name_or_path": "org/other-1B"}, "the model org/other-1B"),
     "a pattern of layers": ({"target_modules": ".*proj"}, "regular expression"),
     "a rank that is none": ({"r": 0}, "cannot be used"),
+    "an alpha that no number has": ({"lora_alpha": 10**400}, "cannot be used: OverflowError"),
     "no rank": ({"target_modules": None}, "cannot be used"),
 }
 

@@ -231,6 +231,9 @@ DAMAGE: dict[str, tuple[Spoil, str]] = {
     "a path from the root": (
         manifest(lambda m: m["sha256"].update({"/etc/passwd": "x"})), "is outside"),
     "an empty path": (manifest(lambda m: m["sha256"].update({"": "x"})), "is outside"),
+    "a path with a lone surrogate": (
+        manifest(lambda m: m["sha256"].update({"a\ud800": "x"})), "is no name that a file can have",
+    ),
     "a path with a null": (manifest(lambda m: m["sha256"].update({"a\0": "x"})), "is outside"),
     "a path too long": (
         manifest(lambda m: m["sha256"].update({"a" * 5000: "x"})), "cannot be read"),
