@@ -22,7 +22,7 @@ MOST_MODULES = 10_000
 """Layers or experts of a model."""
 _BAD_FILES = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What libraries raise for values that they do not expect. Memory that is used up is none."""
-LARGEST = 1 << 63
+LARGEST = (1 << 63) - 1
 """The largest integer of a configuration."""
 _OUTPUTS = {"output_attentions": False, "return_dict": True}
 """Settings that change what a model returns, each with the value that a model is used with."""

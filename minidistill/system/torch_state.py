@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 def read_state() -> dict[str, Any]:
     """The settings, by name; none before torch is imported.
 
-    None either in another thread than the main one: there a difference may be the main thread's.
+    None either in another thread than the main one: there a difference may be the main thread's,
+    which loads a model. Gradients and threads are each thread's own anyway.
     """
     torch = sys.modules.get("torch")
     if torch is None or threading.current_thread() is not threading.main_thread():
