@@ -207,6 +207,27 @@ class ChatTemplate:
         before, mark, _ = self._try_to_render([*messages, _ANSWER]).rpartition(MARK)
         return before[len(prompt) :].strip() if mark and before.startswith(prompt) else ""
 
+    def around_marks(self, messages: Sequence[Message]) -> list[str]:
+        """What the template writes before, between and after the contents that are `MARK`."""
+        return self.render(messages).split(MARK)
+
+    def ids_after_mark(self, messages: Sequence[Message]) -> tuple[int, ...] | None:
+        """Token ids of what the template writes after the last content that is `MARK`.
+
+        Control tokens in the messages are encoded as in `view`. None if the ids do not decode to
+        that text: some tokenizers encode the middle of a text in another way.
+        """
+        text = self.around_marks(messages)[-1]
+        found = self.control_tokens_in(messages)
+        if found and self.settings.special_tokens_in_text != "allow":
+            hidden = self.around_marks(self._control_tokens.hidden(messages))[-1]
+            ids = self._control_tokens.encode(text, hidden, found)
+        else:
+            ids = self.encode(text)
+        with tokenizer_code("decode a prompt", self.where):
+            same = self.tokenizer.decode(list(ids), skip_special_tokens=False) == text
+        return ids if same else None
+
     @cached_property
     def end_of_turn(self) -> int | None:
         """The token that ends an assistant's turn, as the template writes it; None if it has none.
