@@ -168,7 +168,7 @@ def test_one_that_hangs_is_stopped(staged: Any, act: str) -> None:
     stage = staged("", act, "", turn_timeout=0.2)
     first, hung, last = stage.play()
     assert first == last == WHOLE
-    with pytest.raises(ScoringError, match="longer than turn_timeout = 0.2 s"):
+    with pytest.raises(ScoringError, match=r"longer than turn_timeout = 0\.2 s"):
         raise hung
     assert hung.slow
     assert stage.asked == [[0, 1, 2], [0, 1, 2], [0, 2]]
@@ -181,7 +181,7 @@ def test_all_turns_together_have_a_limit_too(staged: Any) -> None:
 
     stage = staged("", turn_timeout=10, episode_timeout=0.05)
     stage.environment.environment = Slow()
-    with pytest.raises(ScoringError, match="longer than episode_timeout = 0.05 s"):
+    with pytest.raises(ScoringError, match=r"longer than episode_timeout = 0\.05 s"):
         raise stage.play()[0]
 
 

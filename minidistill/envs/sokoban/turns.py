@@ -16,7 +16,7 @@ class SokobanTurns(SokobanEnv):
     """Multi-turn Sokoban. After each answer the board is shown, and what was not done of it."""
 
     def __init__(self, turns: int, *args: Any, **arguments: Any) -> None:
-        """Up to `turns` answers. Of each up to `most_moves` moves are made; None for all of them."""
+        """Up to `turns` answers, each of up to `most_moves` moves if that is set."""
         super().__init__(*args, **arguments)
         self.turns = turns
 

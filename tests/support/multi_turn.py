@@ -1,0 +1,46 @@
+"""A multi-turn environment that does in its second turn what a task's number says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from minidistill.envs import Policy, Task
+
+
+class Echo:
+    """Says each answer's length and asks again. `faults` has what happens to some tasks."""
+
+    def __init__(self, faults: dict[str, Callable[[], Any]], count: int, turns: int) -> None:
+        self.faults, self.turns = faults, turns
+        tasks = [
+            Task(str(i), ({"role": "user", "content": f"Solve this puzzle. {i}"},))
+            for i in range(count + 4)
+        ]
+        self.train, self.eval = tasks[:count], tasks[count:]
+
+    async def rollout(self, task: Task, policy: Policy) -> Any:
+        messages: list[Any] = list(task.messages)
+        length = 0
+        for number in range(self.turns):
+            turn = await policy(messages)
+            length += len(turn.text)
+            if number == 1 and str(task.id) in self.faults:
+                return self.faults[str(task.id)]()
+            reply = f"{len(turn.text)} letters. Give the moves."
+            messages += [
+                {"role": "assistant", "content": turn.text},
+                {"role": "user", "content": reply},
+            ]
+        return {"reward": float(length % 3), "letters": length}
+
+
+def raising() -> float:
+    raise RuntimeError("the board is gone")
+
+
+def load(faults: dict[str, str] | None = None, count: int = 8, turns: int = 2) -> Echo:
+    """`faults` names a fault for the id of a task: "raise" or "NaN"."""
+    known = {"raise": raising, "NaN": lambda: math.nan}
+    return Echo({id: known[name] for id, name in (faults or {}).items()}, count, turns)
