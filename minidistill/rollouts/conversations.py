@@ -57,8 +57,10 @@ class Player:
         `check` is called with the failures so far after each that took long, and may raise to stop.
         Raises what the engine raises.
         """
+        environments = [self.environments[prompt.env] for prompt, _ in jobs]
         episodes = [
-            Episode(self.environments[prompt.env], prompt.task, self.rewarded) for prompt, _ in jobs
+            Episode(environment, prompt.task, self.rewarded and environment.has_rewards)
+            for environment, (prompt, _) in zip(environments, jobs, strict=True)
         ]
         conversations = [Conversation(self.builder, prompt) for prompt, _ in jobs]
         numbers = {episode: number for number, episode in enumerate(episodes)}

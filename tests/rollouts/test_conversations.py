@@ -1,10 +1,8 @@
-"""Conversations with an engine: what is trained on, what the two roles read, and faults."""
+"""Conversations with an engine: what is trained on, and what the two roles read."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,110 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from support.lab import Lab, cpu_placement, make_lab
+from support.conversations import ECHO, MULTI, Recording, conversation_ids
+from support.lab import Lab
 from support.objective_reference import objective
 from support.plain_forward import completion_logits
-from support.runs import board, records, run
 
-from minidistill.envs.isolated import close_environments
-from minidistill.envs.registry import load_environments
-from minidistill.errors import EXIT_HEALTH, EXIT_OK, EXIT_USAGE, UserError
-from minidistill.evaluation.evaluator import Evaluator
-from minidistill.reporting.html.read import read_run
-from minidistill.reporting.terminal import open_display
-from minidistill.rollouts.collector import Collector
-from minidistill.run.preflight import check_conversations
-from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import with_advantages
 from minidistill.types import Completion, Inserted, Prompt, Reward, Role, Rollout, Task
 
 Configure = Callable[..., Any]
-ARGS = "--orchestrator.env.0.args."
-MULTI = (f"{ARGS}mode", "multi", f"{ARGS}max_turns", "3")
-STEP = (
-    "--orchestrator.batch_size", "8", "--orchestrator.rollouts_per_example", "4",
-    f"{ARGS}num_train_examples", "8", f"{ARGS}num_eval_examples", "4", "--seq_len", "320",
-)  # fmt: skip
-ECHO = ("--orchestrator.env", '[{id = "support.multi_turn:load", name = "echo"}]')
-
-
-class Recording:
-    """An engine that keeps what it was asked and what it sampled."""
-
-    def __init__(self, engine: Any, fails_at: int | None = None) -> None:
-        self.engine, self.fails_at = engine, fails_at
-        self.calls: list[tuple[Sequence[Any], Sequence[Completion], Role]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
-
-    def generate(self, requests: Any, params: Any, role: Role, *rest: Any) -> list[Completion]:
-        if len(self.calls) == self.fails_at:
-            raise UserError("the engine died", "there", "start it again")
-        completions: list[Completion] = self.engine.generate(requests, params, role, *rest)
-        self.calls.append((requests, completions, role))
-        return completions
-
-
-class Stage:
-    """A lab with a collector of multi-turn environments."""
-
-    def __init__(self, loaded: Any, fails_at: int | None = None) -> None:
-        self.loaded, self.lab = loaded, make_lab(loaded)
-        self.engine: Any = Recording(self.lab.engine, fails_at)
-        self.environments = load_environments(loaded.config.orchestrator.env, "")
-        self.display = open_display()
-        self.placement = cpu_placement(loaded)
-        self.collector = self.collecting()
-
-    def collecting(self, **changes: Any) -> Collector:
-        placement = replace(self.placement, **changes)
-        return Collector(
-            self.loaded.config, self.environments, self.lab.builder, placement, self.display
-        )
-
-    def collect(self, step: int = 1) -> tuple[list[Rollout], dict[str, float]]:
-        return self.collector.collect(self.engine, step, step - 1)
-
-    def evaluator(self) -> Evaluator:
-        prompts = {
-            name: [self.lab.builder.build(name, task) for task in env.eval]
-            for name, env in self.environments.items()
-        }
-        return Evaluator(
-            self.loaded.config,
-            self.environments,
-            prompts,
-            self.lab.builder,
-            self.engine,
-            self.display,
-            self.placement.max_length,
-        )
-
-
-@pytest.fixture
-def staged(configure: Configure) -> Any:
-    stages: list[Stage] = []
-
-    def make(*flags: str, **options: Any) -> Stage:
-        stages.append(Stage(configure(*STEP, *flags), **options))
-        return stages[-1]
-
-    yield make
-    for stage in stages:
-        close_environments(stage.environments.values())
-
-
-def conversation_ids(rollout: Rollout) -> list[int]:
-    """The student's whole sequence, joined as the docstrings say, and not by the code's own."""
-    ids, left = [*rollout.prompt.student_ids], list(rollout.completion.token_ids)
-    taken = 0
-    for inserted in rollout.completion.inserted:
-        ids += left[taken : inserted.at]
-        ids += inserted.ids
-        taken = inserted.at
-    return ids + left[taken:]
 
 
 def test_trained_tokens_are_those_sampled_and_those_inserted(staged: Any) -> None:
@@ -278,92 +181,25 @@ def test_the_teacher_reads_the_context_once_and_the_student_never(staged: Any) -
             assert {times(r.prompt_ids) for r in requests} == {expected}
 
 
-def test_an_evaluation_plays_conversations_with_the_same_seeds(staged: Any) -> None:
-    stage = staged(*MULTI, "--orchestrator.eval.batch_size", "3")
-    scores = stage.evaluator().run("student", Role.STUDENT, context=False)
-    [rewards] = scores.rewards.values()
-    assert len(rewards) == 4
-    sampled = [c for _, completions, _ in stage.engine.calls for c in completions]
-    assert scores.length == sum(len(c.token_ids) for c in sampled) / 4
-    assert stage.evaluator().run("student", Role.STUDENT, context=False) == scores
+def test_versions_are_those_of_each_turn(staged: Any) -> None:
+    """New weights arrived in the middle of the first turn, and between it and the second."""
+    stage = staged(*ECHO)
+    generate = stage.engine.generate
 
+    def versioned(*arguments: Any) -> list[Completion]:
+        first = not stage.engine.calls
+        completions = generate(*arguments)
+        return [
+            replace(c, versions=((0, 1), (len(c.token_ids) - 1, 2)) if first else ((0, 3),))
+            for c in completions
+        ]
 
-def test_a_sample_that_is_full_ends_its_conversation(staged: Any) -> None:
-    """The second turn of some has no room: their environment is told, and scores what there is."""
-    longest = staged(*MULTI)
-    first, _ = longest.collect()
-    room = max(r.teacher_length for r in first) - 10
-    stage = staged(*MULTI, "--seq_len", str(room))
-    rollouts, metrics = stage.collect()
-    assert metrics["env/errors"] == 0
-    assert all(max(r.student_length, r.teacher_length) <= room for r in rollouts)
-    cut = [
-        (ours, whole)
-        for ours, whole in zip(rollouts, first, strict=True)
-        if ours.completion.token_ids != whole.completion.token_ids
-    ]
-    assert cut
-    for ours, whole in cut:
-        count = len(ours.completion.token_ids)
-        assert ours.completion.truncated
-        assert ours.completion.token_ids == whole.completion.token_ids[:count]
-        assert ours.completion.sequence[-1] == ours.completion.token_ids[-1]
-        assert ours.reward is not None
-
-
-@pytest.mark.parametrize("fault", ["raise", "NaN"])
-def test_a_failure_in_turn_2_drops_the_conversation_and_is_counted(
-    staged: Any, caplog: pytest.LogCaptureFixture, fault: str
-) -> None:
-    faults = f'args = {{faults = {{3 = "{fault}"}}, count = 8}}'
-    env = f'[{{id = "support.multi_turn:load", name = "echo", {faults}}}]'
-    flags = ("--orchestrator.env", env, "--orchestrator.batch_size", "32")
-    stage = staged(*flags, "--orchestrator.max_env_error_frac", "0.125")
-    rollouts, metrics = stage.collect()
-    assert metrics["env/errors"] == 4
-    assert {r.prompt.task.id for r in rollouts} == {"0", "1", "2", "4", "5", "6", "7"}
-    assert "4 rollouts dropped: task 3 of echo: " in caplog.text
-    strict = staged(*flags, "--orchestrator.max_env_error_frac", "0.12")
-    with pytest.raises(UserError, match="failed on 4 of 32 rollouts") as caught:
-        strict.collect()
-    assert caught.value.exit_code == EXIT_HEALTH
-    scores = staged(*flags).evaluator().run("student", Role.STUDENT, context=False)
-    assert len(scores.rewards["echo"]) == 4
-
-
-def test_an_error_of_the_engine_in_the_middle_ends_the_conversations(staged: Any) -> None:
-    stage = staged(*ECHO, fails_at=1)
-    with pytest.raises(UserError, match="the engine died"):
-        stage.collect()
-    stage.engine.fails_at = None  # after a restart
-    stage.engine.calls.clear()
-    assert stage.collect()[0] == staged(*ECHO).collect()[0]
-
-
-def test_single_turns_and_conversations_in_one_step(staged: Any) -> None:
-    envs = (
-        '[{id = "sokoban-env", args = {num_train_examples = 8, num_eval_examples = 4, rules = '
-        '"omit"}}, {id = "support.multi_turn:load", name = "echo"}]'
-    )
-    stage = staged("--orchestrator.env", envs, "--orchestrator.batch_size", "16")
-    rollouts, metrics = stage.collect()
-    assert {r.prompt.env for r in rollouts} == {"sokoban-env", "echo"}
-    assert [r.sample for r in rollouts] == [0, 1, 2, 3] * 4
-    assert {bool(r.completion.inserted) for r in rollouts if r.prompt.env == "echo"} == {True}
-    assert not any(r.completion.inserted for r in rollouts if r.prompt.env != "echo")
-    assert all(r.reward is not None for r in rollouts)
-    assert metrics["env/errors"] == 0
-    scores = stage.evaluator().run("student", Role.STUDENT, context=False)
-    assert {name: len(rewards) for name, rewards in scores.rewards.items()} == {
-        "sokoban-env": 4, "echo": 4,
-    }  # fmt: skip
-
-
-def test_without_rewards_the_environment_still_plays(staged: Any) -> None:
-    pure = ("--orchestrator.buffer.skip_verification", "--trainer.loss.adv_tau", "0")
-    rollouts, metrics = staged(*ECHO, *pure).collect()
-    assert all(r.reward is None and r.advantage == 0 for r in rollouts)
-    assert metrics["env/errors"] == 0
+    stage.engine.generate = versioned
+    for rollout in stage.collect()[0]:
+        at = rollout.completion.inserted[0].at
+        left = len(rollout.completion.token_ids) - at
+        expected = [1] * (at - 1) + [2] + [3] * left
+        assert rollout.completion.token_versions(0) == expected
 
 
 def test_each_sample_of_a_conversation_has_its_advantage_and_counts_once() -> None:
@@ -414,76 +250,3 @@ def test_a_template_that_forgets_makes_a_sample_of_each_turn(
     result = stage.lab.trainer.step(rollouts, 1, lambda count: None)
     values = [r.reward.value for r in rollouts[::2]]
     assert result.metrics["reward/mean"] == pytest.approx(sum(values) / len(values))
-
-
-RUN = (*MULTI, "--seq_len", "320", "--trainer.scheduler.type", "constant")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("conversations") / "whole"
-    assert run(path, *RUN, "--max_steps", "4") == EXIT_OK
-    return path
-
-
-def test_a_run_that_is_continued_is_the_uninterrupted_one(finished: Path, tmp_path: Path) -> None:
-    path = tmp_path / "halved"
-    assert run(path, *RUN, "--max_steps", "2") == EXIT_OK
-    assert run(path, *RUN, "--max_steps", "4", "--resume") == EXIT_OK
-    steps = {r["step"]: r for r in records(finished) if "teacher_kl" in r}
-    continued = {r["step"]: r for r in records(path) if "teacher_kl" in r}
-    assert continued == steps
-    assert sorted(steps) == [1, 2, 3, 4]
-    assert board(path)["student"] == board(finished)["student"]
-
-
-def test_the_run_records_conversations(finished: Path) -> None:
-    step = finished / "rollouts" / "step_000003"
-    lines = [json.loads(line) for line in step.with_suffix(".jsonl").read_text().splitlines()]
-    tensors = load_file(step.with_suffix(".safetensors"))
-    offsets = tensors["offsets"].tolist()
-    assert any(len(line["inserted"]) == 2 for line in lines)
-    for number, line in enumerate(lines):
-        assert line["part"] == 0
-        assert len(line["tokens"]) == offsets[number + 1] - offsets[number]
-        assert "world-class" not in line["prompt_text"] + line["completion"]
-        for inserted in line["inserted"]:
-            assert "[user] " in line["completion"]
-            assert inserted["text"].startswith("<|user|>")
-            assert 0 < inserted["at"] < len(line["tokens"])
-    assert "eval/sokoban-env/baseline_diff" in records(finished)[0]
-    assert board(finished)["student"] is not None
-
-
-def test_the_page_shows_what_was_inserted(finished: Path) -> None:
-    rollouts = [rollout for _, step in read_run(finished).rollouts for rollout in step]
-    shown = [r for r in rollouts if any("<|user|>" in text for text, _ in r.tokens)]
-    assert shown
-    for rollout in shown:
-        for text, kl in rollout.tokens:
-            assert (kl is None) == ("<|user|>" in text)
-
-
-def test_a_template_without_answers_is_refused_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    template = tmp_path / "template.jinja"
-    template.write_text(
-        "{% for m in messages %}{% if m['role'] != 'assistant' %}<|{{ m['role'] }}|>"
-        "{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    path = tmp_path / "out"
-    assert run(path, *RUN, "--model.chat_template", str(template)) == EXIT_USAGE
-    assert "does not show answers" in capsys.readouterr().err
-    assert not path.exists()
-
-
-def test_a_teacher_with_another_template_is_refused(configure: Configure) -> None:
-    stage = make_lab(configure(*STEP))
-    tokenizer = deepcopy(stage.builder.tokenizer)
-    tokenizer.chat_template = "Hello. " + str(tokenizer.chat_template)
-    builder = PromptBuilder(stage.builder.tokenizer, "Think.", "user", teacher_tokenizer=tokenizer)
-    environments = load_environments(configure(*STEP, *ECHO).config.orchestrator.env, "")
-    with pytest.raises(UserError, match="a chat template of its own"):
-        check_conversations(builder, environments, [])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 EVAL_SHARE = 4  # one lake in four belongs to the eval split
-ATTEMPTS = 200_000
+ATTEMPTS = 20_000
 """Random lakes without a new one, after which there are no more."""
 
 Cell = tuple[int, int]
