@@ -24,7 +24,10 @@ from minidistill.types import Role
 
 Configure = Callable[..., Any]
 
-RUN = (*MULTI, "--seq_len", "320", "--trainer.scheduler.type", "constant")
+RUN = (
+    *MULTI, "--seq_len", "320", "--trainer.scheduler.type", "constant",
+    "--orchestrator.eval.num_examples", "4", "--orchestrator.eval.interval", "0",
+)  # fmt: skip
 
 
 def test_an_evaluation_plays_conversations_with_the_same_seeds(staged: Any) -> None:
