@@ -34,6 +34,7 @@ class Player:
     `role` and `context` say who answers. `max_length` is the number of tokens that a sample may
     have, its prompt included: a conversation without room for another turn is answered with an
     empty turn, and ends. `seed` gives that of a turn, from the number of the job and of the turn.
+    Without `rewarded`, what the environments return is not read.
     """
 
     builder: PromptBuilder

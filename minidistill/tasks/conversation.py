@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from minidistill.tasks.chat_template import MARK, ChatTemplate
+from minidistill.tasks.chat_template import MARK, ChatTemplate, tokenizer_code
 from minidistill.tasks.messages import plain_messages
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.types import Completion, Inserted, Message, Prompt, Role, Turn
@@ -185,8 +185,8 @@ class Conversation:
         ids = list(completion.token_ids)
         if ids[-1] == self.builder.student.end_of_turn:
             ids.pop()
-        decoded = self.builder.tokenizer.decode(ids, skip_special_tokens=False)
-        return str(decoded) == text
+        with tokenizer_code("decode a completion", self.builder.student.where):
+            return str(self.builder.tokenizer.decode(ids, skip_special_tokens=False)) == text
 
 
 def extends(builder: PromptBuilder, prompt: Prompt) -> bool:

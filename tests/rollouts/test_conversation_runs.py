@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from support.conversations import ECHO, MULTI, STEP
 from support.lab import make_lab
+from support.multi_turn import not_a_number
 from support.runs import board, records, run
 
 from minidistill.envs.registry import load_environments
@@ -63,12 +64,12 @@ def test_a_sample_that_is_full_ends_its_conversation(staged: Any) -> None:
         assert ours.reward is not None
 
 
-@pytest.mark.parametrize("fault", ["raise", "NaN"])
+@pytest.mark.parametrize("fault", ["raise", "hang", "NaN"])
 def test_a_failure_in_turn_2_drops_the_conversation_and_is_counted(
     staged: Any, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     faults = f'args = {{faults = {{3 = "{fault}"}}, count = 8}}'
-    env = f'[{{id = "support.multi_turn:load", name = "echo", {faults}}}]'
+    env = f'[{{id = "support.multi_turn:load", name = "echo", turn_timeout = 0.3, {faults}}}]'
     flags = ("--orchestrator.env", env, "--orchestrator.batch_size", "32")
     stage = staged(*flags, "--orchestrator.max_env_error_frac", "0.125")
     rollouts, metrics = stage.collect()
@@ -123,7 +124,7 @@ def test_an_environment_without_rewards_is_evaluated_for_its_length(staged: Any)
     stage = staged(*ECHO, *pure)
     environment = stage.environments["echo"].environment.environment
     environment.has_rewards = False
-    environment.faults = {task.id: lambda: None for task in environment.eval}
+    environment.faults = {task.id: not_a_number for task in environment.eval}
     scores = stage.evaluator().run("student", Role.STUDENT, context=False)
     assert scores.rewards == {}
     assert scores.length > 1

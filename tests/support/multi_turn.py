@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from minidistill.envs import Policy, Task
+
+Fault = Callable[[], Awaitable[Any]]
 
 
 class Echo:
     """Says each answer's length and asks again. `faults` has what happens to some tasks."""
 
-    def __init__(self, faults: dict[str, Callable[[], Any]], count: int, turns: int) -> None:
+    def __init__(self, faults: dict[str, Fault], count: int, turns: int) -> None:
         self.faults, self.turns = faults, turns
         tasks = [
             Task(str(i), ({"role": "user", "content": f"Solve this puzzle. {i}"},))
@@ -27,7 +30,7 @@ class Echo:
             turn = await policy(messages)
             length += len(turn.text)
             if number == 1 and str(task.id) in self.faults:
-                return self.faults[str(task.id)]()
+                return await self.faults[str(task.id)]()
             reply = f"{len(turn.text)} letters. Give the moves."
             messages += [
                 {"role": "assistant", "content": turn.text},
@@ -36,11 +39,20 @@ class Echo:
         return {"reward": float(length % 3), "letters": length}
 
 
-def raising() -> float:
+async def raising() -> float:
     raise RuntimeError("the board is gone")
 
 
+async def hanging() -> float:
+    await asyncio.sleep(3600)
+    return 0.0
+
+
+async def not_a_number() -> float:
+    return math.nan
+
+
 def load(faults: dict[str, str] | None = None, count: int = 8, turns: int = 2) -> Echo:
-    """`faults` names a fault for the id of a task: "raise" or "NaN"."""
-    known = {"raise": raising, "NaN": lambda: math.nan}
+    """`faults` names a fault for the id of a task: "raise", "hang" or "NaN"."""
+    known = {"raise": raising, "hang": hanging, "NaN": not_a_number}
     return Echo({id: known[name] for id, name in (faults or {}).items()}, count, turns)
