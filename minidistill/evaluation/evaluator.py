@@ -11,6 +11,7 @@ from minidistill.engines.base import Engine
 from minidistill.engines.checks import check_completions, named
 from minidistill.envs.multi_turn import multi_turn
 from minidistill.envs.protocol import Environment, has_rewards
+from minidistill.evaluation.kl import Conversations, sample
 from minidistill.reporting.terminal.base import Display
 from minidistill.rollouts.conversations import Played, Player, errors_of
 from minidistill.seeding import stable_seed
@@ -177,3 +178,40 @@ class Evaluator:
     def held_out(self) -> list[Prompt]:
         """The prompts for the held-out KL."""
         return held_out(self.prompts)
+
+    def held_out_conversations(self) -> Conversations | None:
+        """The student's conversations for the held-out KL, sampled as in training.
+
+        Of a single-turn environment they have one completion. None if all environments are.
+        """
+        if not self.conversing:
+            return None
+        prompts, training = self.held_out(), self.config.orchestrator.sampling
+        talking = [i for i, prompt in enumerate(prompts) if prompt.env in self.conversing]
+        others = [i for i, prompt in enumerate(prompts) if prompt.env not in self.conversing]
+        player = Player(
+            self.builder,
+            self.conversing,
+            self.max_length,
+            SamplingParams(training.max_tokens, training.temperature),
+            lambda row, turn: stable_seed(self.config.seed, "held-out", talking[row], turn),
+            rewarded=False,
+        )
+        limit = self.config.orchestrator.max_env_error_frac
+
+        def check(errors: Sequence[str]) -> None:
+            check_errors(errors, len(talking), limit)
+
+        jobs = [(prompts[i], 0) for i in talking]
+        played = player.play(self.engine, jobs, lambda count: None, check)
+        check(errors_of(played))
+        found = {
+            i: [(each.prompt, each.completion) for each in conversation.samples]
+            for i, conversation in zip(talking, played, strict=True)
+        }
+        if others:
+            view = [prompts[i].student_ids for i in others]
+            arguments = "held-out", Role.STUDENT, training.max_tokens
+            completions = sample(self.config, self.engine, view, *arguments)
+            found |= {i: [(prompts[i], c)] for i, c in zip(others, completions, strict=True)}
+        return [found[i] for i in range(len(prompts))]

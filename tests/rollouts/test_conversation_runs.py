@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support.conversations import ECHO, MULTI, STEP
 from support.lab import make_lab
 from support.multi_turn import not_a_number
+from support.plain_forward import completion_logits
 from support.runs import board, records, run
+from torch.nn.functional import one_hot
 
 from minidistill.envs.registry import load_environments
 from minidistill.errors import EXIT_HEALTH, EXIT_OK, EXIT_USAGE, UserError
+from minidistill.evaluation.kl import teacher_kl
 from minidistill.reporting.html.read import read_run
 from minidistill.rollouts.async_collector import AsyncCollector
 from minidistill.run.preflight import check_conversations
 from minidistill.tasks.prompts import PromptBuilder
+from minidistill.trainer.token_budget import TokenBudget
 from minidistill.types import Role
 
 Configure = Callable[..., Any]
@@ -31,6 +36,17 @@ RUN = (
 )  # fmt: skip
 
 
+class TeacherModel:
+    """The model with its adapter off."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.device = model, model.device
+
+    def __call__(self, **inputs: Any) -> Any:
+        with self.model.disable_adapter():
+            return self.model(**inputs)
+
+
 def test_an_evaluation_plays_conversations_with_the_same_seeds(staged: Any) -> None:
     stage = staged(*MULTI, "--orchestrator.eval.batch_size", "3")
     scores = stage.evaluator().run("student", Role.STUDENT, context=False)
@@ -39,6 +55,48 @@ def test_an_evaluation_plays_conversations_with_the_same_seeds(staged: Any) -> N
     sampled = [c for _, completions, _ in stage.engine.calls for c in completions]
     assert scores.length == sum(len(c.token_ids) for c in sampled) / 4
     assert stage.evaluator().run("student", Role.STUDENT, context=False) == scores
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("holder", ["trainer", "engine"])
+def test_the_held_out_kl_is_that_of_whole_conversations(
+    staged: Any, monkeypatch: pytest.MonkeyPatch, holder: str
+) -> None:
+    """Against a plain pass over each. An engine that has the teacher scores the sampled tokens."""
+    stage = staged(*ECHO)
+    evaluator, policy = stage.evaluator(), stage.lab.policy
+    conversations = evaluator.held_out_conversations()
+    assert conversations is not None
+    assert evaluator.held_out_conversations() == conversations
+    monkeypatch.setattr(type(policy), "holds", lambda policy, role: holder == "trainer")
+    kl = teacher_kl(
+        stage.loaded.config,
+        policy,
+        stage.engine,
+        evaluator.held_out(),
+        TokenBudget(),
+        conversations=[*conversations, []],
+    )
+    assert len(kl.by_prompt.sums) == 5
+    assert (kl.by_prompt.sums[4], kl.by_prompt.tokens[4]) == (0, 0)
+    for number, [(prompt, completion)] in enumerate(conversations):
+        assert len(completion.inserted) == 1
+        rows = list(completion.sampled_at)
+        student, teacher = (
+            completion_logits(model, view, completion.sequence)[rows].log_softmax(-1)
+            for model, view in (
+                (policy.model, prompt.student_ids),
+                (TeacherModel(policy.model), prompt.teacher_ids),
+            )
+        )
+        weights = student.exp()
+        if holder == "engine":
+            weights = one_hot(torch.tensor(completion.token_ids), weights.shape[1])
+        expected = float((weights * (student - teacher)).sum())
+        assert kl.by_prompt.sums[number] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        assert kl.by_prompt.tokens[number] == len(completion.token_ids)
+        first = completion.token_ids[: completion.inserted[0].at]
+        assert kl.completions[number].token_ids == first
 
 
 def test_a_sample_that_is_full_ends_its_conversation(staged: Any) -> None:
