@@ -16,7 +16,7 @@ class SamplingConfig(Table):
     temperature: PositiveFloat = 1.0
     """Temperature of the sampler, and of both distributions in the objective."""
     max_tokens: Positive = 512
-    """Longest completion, in tokens."""
+    """Longest completion, in tokens; in a conversation, of each turn."""
 
 
 class EvalSamplingConfig(Table):
