@@ -121,7 +121,9 @@ def _prepare(
     check_rewards(config, environments)
     began = directory.began() if resume else None
     builder = _prompt_builder(config, tokenizer, began or datetime.now())
-    preflight.check_prompts(config, builder, _first_prompts(environments, builder))
+    first = _first_prompts(environments, builder)
+    preflight.check_prompts(config, builder, first)
+    preflight.check_conversations(builder, environments, first)
     plan = _plan(loaded)
     _check_memory(loaded, plan)
     evaluated = environments
@@ -130,6 +132,9 @@ def _prepare(
         made += evaluated.values()
     if orchestrator.eval is not None:
         check_rewards(config, evaluated, evaluated=True)
+        if evaluated is not environments:
+            first = _first_prompts(evaluated, builder)
+            preflight.check_conversations(builder, evaluated, first)
     limit = PromptLimit.of(config, plan.placement.max_length)
     eval_limit = PromptLimit.of(config, plan.placement.max_length, evaluation=True)
     measurer = Measurer(builder, orchestrator.overlong, phase)
