@@ -43,6 +43,9 @@ class Task:
     id: str
     messages: tuple[Message, ...]
     answer: Any = None
+    context: str | None = field(default=None, kw_only=True)
+    """What the teacher reads for this task alone, if there is such a text: see
+    `minidistill.tasks.contexts`."""
 
 
 @dataclass(frozen=True, slots=True)

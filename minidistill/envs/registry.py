@@ -27,6 +27,7 @@ ENTRY_POINTS = "minidistill.environments"
 BUILT_IN = {
     "sokoban-env": "minidistill.envs.sokoban:load",
     "jsonl": "minidistill.envs.jsonl:load",
+    "dataset": "minidistill.envs.jsonl:load",
 }
 
 
