@@ -57,6 +57,17 @@ class Reward:
 
 
 @dataclass(frozen=True, slots=True)
+class Context:
+    """What the teacher reads in addition to a prompt."""
+
+    text: str
+    name: str = "context"
+    """For metrics and records. A context of one task has the task's id in it."""
+    group: str = "context"
+    """The name of the configured context that it was made from."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """The two views of one task: what the student reads and what the teacher reads."""
 
@@ -69,6 +80,7 @@ class Prompt:
     own_context_ids: tuple[int, ...] = ()
     """What the student reads with the context added; empty if that is the teacher's view. It is
     not if the teacher is another model with a chat template of its own."""
+    context: Context = Context("")
 
     def ids(self, role: Role, *, context: bool) -> tuple[int, ...]:
         """What a role reads, with the context or without it."""

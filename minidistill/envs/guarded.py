@@ -106,9 +106,12 @@ def checked_task(task: Any, index: object) -> Task:
             raise TypeError(f"a message of {task.id} has no role")
         if not isinstance(message.get("content"), str | list | tuple | None):
             raise TypeError(f"a message of {task.id} has a content that is no text")
+    context = getattr(task, "context", None)
+    if not isinstance(context, str | None):
+        raise TypeError(f"the context of {task.id} is no text, but {type(context).__name__}")
     messages = [dict(message) for message in task.messages]
     try:
-        json.dumps(messages, allow_nan=False, ensure_ascii=False).encode()
+        json.dumps([messages, context], allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:
         raise TypeError(f"the messages of {task.id} cannot be written as JSON: {error}") from None
     return task

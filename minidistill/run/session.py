@@ -26,7 +26,8 @@ from minidistill.run.resume import check_nothing_was_saved
 from minidistill.trainer import checkpoint
 from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.health import Health
-from minidistill.types import Completion, Metrics, Role, Rollout, TokenFigures
+from minidistill.trainer.metrics import by_group
+from minidistill.types import Completion, Metrics, Prompt, Role, Rollout, TokenFigures
 
 logger = logging.getLogger(__name__)
 SHORTER = {
@@ -84,6 +85,7 @@ class Session:
             self.builder,
             self.directory,
             self.first_step,
+            prepared.context_count,
         )
         if not prepared.resume:
             facts = {"header": run_header.rows, "tasks": prepared.fingerprint}
@@ -145,6 +147,11 @@ class Session:
             metrics = metrics | {"perf/peak_memory_gib/engine": peak / GIB}
         sums = write_rollouts(self.directory.path, step, rollouts, tokens, self.texts)
         self.directory.records.add(sums)
+        if len(self.prepared.environments) > 1:
+            metrics = metrics | by_group("env", [r.prompt.env for r in rollouts], rollouts, tokens)
+        if self.builder.contexts.are_drawn:
+            groups = [r.prompt.context.group for r in rollouts]
+            metrics = metrics | by_group("context", groups, rollouts, tokens)
         self.log(step, metrics)
         first = rollouts[0]
         reward = None if first.reward is None else first.reward.value
@@ -188,17 +195,22 @@ class Session:
         self.display.evaluation(step, metrics)
         return scores
 
+    @property
+    def held_out_prompts(self) -> list[Prompt]:
+        """The prompts for the held-out KL."""
+        assert self.evaluator is not None
+        return self.evaluator.held_out()
+
     @explain_out_of_memory("computing the KL on held-out prompts", **SHORTER)
     def held_out_kl(self) -> SampledKL:
         """KL(student‖teacher) on held-out prompts."""
-        assert self.evaluator is not None
-        prompts = self.evaluator.held_out()
+        prompts = self.held_out_prompts
         return teacher_kl(self.config, self.policy, self.engine, prompts, self.budget)
 
     @explain_out_of_memory("computing the KL on unrelated prompts", **SHORTER)
     def unrelated_kl(self) -> SampledKL | None:
         """KL(student‖teacher) on unrelated prompts; None if the context leaves no room for them."""
-        prompts = unrelated_prompts(self.builder)
+        prompts = unrelated_prompts(self.builder, self.prepared.shown_contexts)
         longest = max(len(prompt.teacher_ids) for prompt in prompts)
         tokens = min(DRIFT_TOKENS, self.prepared.plan.placement.max_length - longest)
         if tokens < 1:
@@ -216,8 +228,7 @@ class Session:
     @explain_out_of_memory("sampling the teacher's completions", **SHORTER)
     def teacher_completions(self) -> list[Completion]:
         """The teacher's completions of the held-out prompts that are kept, with the context."""
-        assert self.evaluator is not None
-        prompts = self.evaluator.held_out()
+        prompts = self.held_out_prompts
         view = [prompts[i].teacher_ids for i in kept(len(prompts))]
         max_tokens = self.config.orchestrator.sampling.max_tokens
         return sample(self.config, self.engine, view, "held-out", Role.TEACHER, max_tokens)

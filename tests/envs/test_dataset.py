@@ -165,6 +165,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a name twice": ({"columns": {"prompt": "a", "answer": "a"}}, "args.columns"),
     "both": ({"columns": {"prompt": "a", "messages": "b"}}, "args.columns"),
     "a column that is absent": ({"columns": {"prompt": "absent"}}, "d.csv:2"),
+    "an answer that is absent": ({"columns": {"answer": "absent"}}, "d.csv"),
+    "a context that is absent": ({"columns": {"context": "absent"}}, "d.csv:2"),
     "two contexts": ({"columns": {"context": "a"}, "context_column": "b"}, "args.context_column"),
     "a split of a file": ({"split": "train"}, "args.split"),
     "an eval split of a file": ({"eval_split": "test"}, "args.eval_split"),

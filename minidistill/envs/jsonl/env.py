@@ -105,9 +105,10 @@ def load(
     lines = read_lines(source, wanted, places)
     eval_lines: list[Line] = []
     if eval_path is not None or eval_split is not None:
-        other = ("eval_path", eval_path) if eval_path is not None else ("path", path)
-        options = (format, eval_split, name, revision, delimiter, "eval_split")
-        held_out = checked_source(*other, *options)
+        argument = "path" if eval_path is None else "eval_path"
+        place = path if eval_path is None else eval_path
+        options: tuple[Any, ...] = (format, eval_split, name, revision, delimiter, "eval_split")
+        held_out = checked_source(argument, place, *options)
         eval_lines = read_lines(held_out, wanted, places, prefix="eval/")
         _refuse_shared_prompts(lines, eval_lines)
     scoring = _build_reward(reward, [*lines, *eval_lines])
@@ -115,6 +116,19 @@ def load(
     if not eval_lines:
         train, evaluation = _split(train, num_eval_examples, path)
     return JsonlEnv(train[:num_train_examples], evaluation, reward, scoring)
+
+
+def read_dataset(path: str, args: dict[str, Any], what: str) -> list[Line]:
+    """The rows of a data set, with those of `load`'s arguments that say how they are read."""
+    reading = ("format", "split", "name", "revision", "delimiter")
+    mapping = ("columns", "context_column", "drop_reply")
+    for key in args:
+        if key not in (*reading, *mapping):
+            fix = f"use {', '.join((*reading, *mapping))}"
+            raise UserError(f"{what} do not take {key!r}", f"args.{key}", fix)
+    source = checked_source("path", path, **{k: args[k] for k in reading if k in args})
+    columns = checked_columns(**{k: args[k] for k in mapping if k in args})
+    return read_lines(source, columns, {})
 
 
 # -- splitting ---------------------------------------------------------------------------------

@@ -51,7 +51,9 @@ def read_lines(
     to their places, and is updated.
     """
     lines = []
+    absent = dict.fromkeys(columns.named.values())
     for row in read_rows(source):
+        absent = {name: None for name in absent if name not in row.values}
         line = _line(row, columns, prefix)
         if line.id in places:
             raise UserError(
@@ -64,6 +66,9 @@ def read_lines(
     if not lines:
         fix = f"write lines of {LINE}"
         raise UserError("the file has no prompts", where=source.path, fix=fix)
+    if absent:
+        what = f"no row has a column {next(iter(absent))!r}"
+        raise UserError(what, where=source.path, fix="correct args.columns")
     return lines
 
 
@@ -78,44 +83,44 @@ def is_int(value: object) -> bool:
 
 def _line(row: Row, columns: Columns, prefix: str) -> Line:
     values, place = row.values, row.place
-    for key, name in columns.named.items():
-        if name not in values and key in ("prompt", "messages"):
-            fix = f"correct columns.{key}: it has {', '.join(values) or 'none'}"
-            raise UserError(f"there is no column {name!r}", place, fix)
     names = {key: columns.column(key) for key in (*KEYS, "context")}
-    prompt, messages, answer, id, context = (
-        None if name is None else values.get(name) for name in names.values()
-    )
-    if (prompt is None) == (messages is None):
-        wanted = [f"`{name}`" for name in (names["prompt"], names["messages"]) if name is not None]
-        what = f"{'neither' if prompt is None else 'both'} {' nor '.join(wanted)}"
-        if prompt is not None:
-            what = what.replace(" nor ", " and ")
-        if len(wanted) == 1:
-            what = f"no {wanted[0]}"
-        fix = f"write {LINE}, or say in `columns` which ones have them"
-        raise UserError(what, place, fix)
-    if messages is None and not isinstance(prompt, list):
-        messages = [{"role": "user", "content": _check_text(prompt, _name(names, "prompt"), place)}]
-    plain, reply = _check_messages(
-        prompt if messages is None else messages,
-        _name(names, "prompt" if messages is None else "messages"),
-        place,
-        columns.drop_reply,
+    messages, reply = _messages(values, names, place, columns.drop_reply)
+    answer, id, context = (
+        None if (name := names[key]) is None else values.get(name)
+        for key in ("answer", "id", "context")
     )
     answer = reply if answer is None else answer
     if row.typed:
         answer, id = _as_text(answer), _as_text(id)
+    id = str(id) if is_int(id) else id
+    of_context = names["context"]
     return Line(
-        id=f"{prefix}{row.number}"
-        if id is None
-        else _check_text(str(id) if is_int(id) else id, _name(names, "id"), place),
-        messages=tuple(plain),
+        id=f"{prefix}{row.number}" if id is None else _check_text(id, _name(names, "id"), place),
+        messages=tuple(messages),
         answer=None if answer is None else _check_text(answer, _name(names, "answer"), place),
-        context=_context(context, _name(names, "context"), place),
+        context=None if of_context is None else _context(context, of_context, place),
         data={key: value for key, value in values.items() if key not in names.values()},
         place=place,
     )
+
+
+def _messages(
+    values: Mapping[str, Any], names: Mapping[str, str | None], place: str, drop_reply: bool
+) -> tuple[list[dict[str, str]], str | None]:
+    """The messages of a row, from the one column that has them, and a reply that is dropped."""
+    read = {key: name for key in ("prompt", "messages") if (name := names[key]) is not None}
+    given = [key for key, name in read.items() if values.get(name) is not None]
+    if len(given) != 1:
+        both = [f"`{name}`" for name in read.values()]
+        what = f"both {' and '.join(both)}" if given else f"neither {' nor '.join(both)}"
+        if len(both) == 1:
+            what = f"no {both[0]}"
+        fix = f"write {LINE}, or say in `columns` where they are; it has {', '.join(values)}"
+        raise UserError(what, place, fix)
+    key, name, value = given[0], read[given[0]], values[read[given[0]]]
+    if key == "prompt" and not isinstance(value, list):
+        value = [{"role": "user", "content": _check_text(value, name, place)}]
+    return _check_messages(value, name, place, drop_reply)
 
 
 def _name(names: Mapping[str, str | None], key: str) -> str:
@@ -128,12 +133,14 @@ def _as_text(value: Any) -> Any:
     return str(value) if number else value
 
 
-def _context(value: Any, name: str, place: str) -> str | None:
+def _context(value: Any, name: str, place: str) -> str:
     """A row's context: a text, or several of which each is a paragraph."""
     if value is None:
-        return None
+        raise UserError(f"the row has no `{name}`", place, "write its context, or remove the row")
     texts = value if isinstance(value, list) else [value]
-    return "\n\n".join(_check_text(text, name, place) for text in texts) or None
+    if not texts:
+        raise UserError(f"`{name}` is empty", place, "write a text, or remove the row")
+    return "\n\n".join(_check_text(text, name, place) for text in texts)
 
 
 def _check_messages(
