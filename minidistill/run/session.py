@@ -27,7 +27,7 @@ from minidistill.trainer import checkpoint
 from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.health import Health
 from minidistill.trainer.metrics import by_group
-from minidistill.types import Completion, Metrics, Prompt, Role, Rollout, TokenFigures
+from minidistill.types import Completion, Metrics, Role, Rollout, TokenFigures
 
 logger = logging.getLogger(__name__)
 SHORTER = {
@@ -195,16 +195,11 @@ class Session:
         self.display.evaluation(step, metrics)
         return scores
 
-    @property
-    def held_out_prompts(self) -> list[Prompt]:
-        """The prompts for the held-out KL."""
-        assert self.evaluator is not None
-        return self.evaluator.held_out()
-
     @explain_out_of_memory("computing the KL on held-out prompts", **SHORTER)
     def held_out_kl(self) -> SampledKL:
         """KL(student‖teacher) on held-out prompts."""
-        prompts = self.held_out_prompts
+        assert self.evaluator is not None
+        prompts = self.evaluator.held_out()
         return teacher_kl(self.config, self.policy, self.engine, prompts, self.budget)
 
     @explain_out_of_memory("computing the KL on unrelated prompts", **SHORTER)
@@ -228,7 +223,8 @@ class Session:
     @explain_out_of_memory("sampling the teacher's completions", **SHORTER)
     def teacher_completions(self) -> list[Completion]:
         """The teacher's completions of the held-out prompts that are kept, with the context."""
-        prompts = self.held_out_prompts
+        assert self.evaluator is not None
+        prompts = self.evaluator.held_out()
         view = [prompts[i].teacher_ids for i in kept(len(prompts))]
         max_tokens = self.config.orchestrator.sampling.max_tokens
         return sample(self.config, self.engine, view, "held-out", Role.TEACHER, max_tokens)

@@ -88,7 +88,8 @@ def _last_passes(session: Session, before: dict[str, Any]) -> dict[str, Pass]:
     def heldout_kl() -> dict[str, Any]:
         kl = session.held_out_kl()
         figures = _teacher_kl(session, before, "heldout", kl)
-        known, prompts = baseline.kl_before(before, "heldout"), session.held_out_prompts
+        assert session.evaluator is not None
+        prompts, known = session.evaluator.held_out(), baseline.kl_before(before, "heldout")
         figures |= by_environment(prompts, known, kl.by_prompt, session.config.seed)
         figures |= by_context(prompts, known, kl.by_prompt, session.prepared.context_count)
         if COMPLETIONS in before:

@@ -83,10 +83,11 @@ class Measurer:
                 ids, context = prompt.teacher_ids[:-1], prompt.context
                 group = prompt.env, context.group
                 contexts[group] = _common(contexts.get(group, ids), ids)
-                different.add(stable_seed(context.text))
-                of_group = shown.setdefault(context.group, {})
-                if len(of_group) < KEPT:
-                    of_group.setdefault(context.text, context)
+                if context.text:
+                    different.add(stable_seed(context.text))
+                    of_group = shown.setdefault(context.group, {})
+                    if len(of_group) < KEPT:
+                        of_group.setdefault(context.text, context)
             if fits and len(kept) < KEPT:
                 kept.append(prompt)
 
@@ -95,7 +96,7 @@ class Measurer:
             splits[1][name] = self.fitting(name, environment.eval, evaluation, take)
         known = {*contexts.values(), reduce(_common, contexts.values())}
         in_turn = zip_longest(*(contexts.values() for contexts in shown.values()))
-        turns = [context for turn in in_turn for context in turn if context is not None]
+        turns = [context for turn in in_turn for context in turn if context] or [Context("")]
         return Measured(*splits, kept, sorted(known), turns, len(different), digest.hexdigest())
 
     def fitting(

@@ -70,7 +70,7 @@ class PrefixCache:
     def groups(
         self, prompts: Sequence[tuple[int, ...]], common: tuple[int, ...], role: Role
     ) -> list[tuple[tuple[int, ...], list[int]]]:
-        """Prompts by what they begin with, and the rows of each group.
+        """Prompts by what they begin with, and the rows of each group, in order.
 
         All begin with `common`. Those with a longer known context have a group of their own, if
         that saves more tokens than a pass of its own costs. It depends on these prompts alone.
@@ -84,7 +84,7 @@ class PrefixCache:
             saved = (len(context) - len(common)) * len({prompts[row] for row in rows})
             own = self.shares and self._frozen(role) and saved >= MIN_SAVED
             groups.setdefault(context if own else common, []).extend(rows)
-        return list(groups.items())
+        return [(prefix, sorted(rows)) for prefix, rows in groups.items()]
 
     def states(self, prefix: tuple[int, ...], role: Role) -> KeysValues | None:
         """Keys and values of the prefix; None for (). `role` must be the current role."""

@@ -229,3 +229,18 @@ def test_json_lines_are_read_whatever_the_file_is_called() -> None:
     env = load_environment("jsonl", {"path": "prompts.json"})
     assert {task.place for task in [*env.train, *env.eval]} == {"prompts.json:1", "prompts.json:2"}
     assert isinstance(env.train[0], Line)
+
+
+def test_a_data_set_that_datasets_loads_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder stands for a repository of the hub: both are loaded by `load_dataset`."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Path("data").mkdir()
+    write(ROWS[:4], "data/train.csv")
+    write(ROWS[4:6], "data/test.csv")
+    env = load("./data", format="hub", columns=COLUMNS, eval_split="test")
+    assert {task.answer for task in env.train} == {row["solution"] for row in ROWS[:4]}
+    assert {task.place for task in env.eval} == {f"./data [test], row {i}" for i in (1, 2)}
+    assert refusal("./data", format="hub", columns=COLUMNS, split="dev").where == "args.path"

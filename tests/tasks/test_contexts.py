@@ -14,8 +14,10 @@ from minidistill.envs import load_environment
 from minidistill.envs.jsonl import Line
 from minidistill.errors import EXIT_USAGE, UserError
 from minidistill.tasks.contexts import Contexts
+from minidistill.tasks.lengths import PromptLimit
+from minidistill.tasks.measuring import KEPT, Measurer
 from minidistill.tasks.sampling import ROUND, TaskSampler
-from minidistill.types import Task
+from minidistill.types import Context, Prompt, Task
 
 TOML = """
 [orchestrator]
@@ -226,6 +228,31 @@ def test_contexts_that_contradict_each_other_are_refused(
     write(12)
     Path("long.txt").write_text("Long. ")
     assert any(what in error for error in refused(teacher, *tables))
+
+
+class Builder:
+    """Prompts of 1,000 contexts of two groups, which have a beginning in common."""
+
+    def variants(self, env: str, task: Task) -> list[Prompt]:
+        number = int(task.id[1:])
+        context = Context(f"text {number}", f"{env}/{number}", "ab"[number % 2])
+        if number == 7:
+            context = Context("", group="b")
+        teacher = (*range(30 + number % 2), 100 + number, 1)
+        return [Prompt(env, task, "", "", (1,), teacher, context=context)]
+
+
+def test_what_a_thousand_contexts_have_in_common_is_known_before_the_first_step() -> None:
+    env: Any = Env("e", 900)
+    env.eval = [task(f"e{i}") for i in range(900, 1000)]
+    builder: Any = Builder()
+    limit = PromptLimit(100, 20, "seq_len")
+    measured = Measurer(builder, "refuse").measure({"e": env}, limit, limit)
+    assert measured.contexts == [tuple(range(30)), tuple(range(31))]
+    assert measured.context_count == 999
+    assert [context.group for context in measured.shown[:4]] == ["a", "b", "a", "b"]
+    assert len(measured.shown) == 2 * KEPT
+    assert all(context.text for context in measured.shown)
 
 
 # -- weights -----------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_groups_depend_on_the_prompts_alone_and_pay_off() -> None:
     prompts = [(*first, 1), (*second, 1), (*first, 2), (*first[:300], 5), (*second, 1)]
     teacher, common = Role.TEACHER, first[:300]
     # 2 × 300 tokens are saved for the first, 200 for the second, whose two prompts are equal
-    assert cache.groups(prompts, common, teacher) == [(first, [0, 2]), (common, [1, 4, 3])]
+    assert cache.groups(prompts, common, teacher) == [(first, [0, 2]), (common, [1, 3, 4])]
     assert cache.groups(prompts[:2], common, teacher) == [(common, [0, 1])]
     assert cache.groups(prompts, (), teacher)[0] == (first, [0, 2])
     everything = [((), [0, 1, 2, 3, 4])]
