@@ -32,7 +32,7 @@ from minidistill.trainer.step import (
     TrainStep,
     token_count,
 )
-from minidistill.trainer.teacher_pass import TeacherContext, teacher_states
+from minidistill.trainer.teacher_passes import TeacherContext, in_order, teacher_passes
 from minidistill.types import Advance, Metrics, Role, Rollout, TokenFigures
 from minidistill_kernels import DistillOutput
 
@@ -354,9 +354,12 @@ class Trainer:
             return self.estimator.engine_scores(scores, completions, policy.device)
         student = policy.causal
         with policy.running_as(Role.TEACHER), policy.inference():
-            hidden_NH = teacher_states(policy, self.prefixes, rollouts, context, self.cost.count)
+            passes = []
+            for rows, tokens, states in teacher_passes(policy, self.prefixes, rollouts, context):
+                self.cost.count(tokens)
+                passes.append((rows, hidden_states(policy, tokens, states)))
             head = None if policy.causal is student else policy.head
-            return {"h_t_NH": hidden_NH, "teacher_weight": head}
+            return {"h_t_NH": in_order(passes, rollouts), "teacher_weight": head}
 
     # -- checkpoints ---------------------------------------------------------------------------
 
