@@ -131,11 +131,16 @@ def _prepare(
         made += evaluated.values()
     contexts = Contexts.of(config, environments, evaluated)
     builder = _prompt_builder(config, tokenizer, began or datetime.now(), contexts)
-    preflight.check_prompts(config, builder, _first_prompts(environments, builder))
+    first = _first_prompts(environments, builder)
+    preflight.check_prompts(config, builder, first)
+    preflight.check_conversations(builder, environments, first)
     plan = _plan(loaded)
     _check_memory(loaded, plan)
     if orchestrator.eval is not None:
         check_rewards(config, evaluated, evaluated=True)
+        if evaluated is not environments:
+            first = _first_prompts(evaluated, builder)
+            preflight.check_conversations(builder, evaluated, first)
     limit = PromptLimit.of(config, plan.placement.max_length)
     eval_limit = PromptLimit.of(config, plan.placement.max_length, evaluation=True)
     measurer = Measurer(builder, orchestrator.overlong, phase)

@@ -32,7 +32,8 @@ def teacher_passes(
     for prefix, rows in groups:
         tokens = collate(
             [prompts[i] for i in rows],
-            [rollouts[i].completion.token_ids for i in rows],
+            [rollouts[i].completion.sequence for i in rows],
+            predicted=[rollouts[i].completion.sampled_at for i in rows],
             pad_id=policy.pad_id,
             layout=policy.attention.prefix_layout,
             prefix=prefix,
