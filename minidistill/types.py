@@ -43,6 +43,9 @@ class Task:
     id: str
     messages: tuple[Message, ...]
     answer: Any = None
+    context: str | None = field(default=None, kw_only=True)
+    """What the teacher reads for this task alone, if there is such a text: see
+    `minidistill.tasks.contexts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,17 @@ class Reward:
 
     value: float
     metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the teacher reads in addition to a prompt."""
+
+    text: str
+    name: str = "context"
+    """For metrics and records. A context of one task has the task's id in it."""
+    group: str = "context"
+    """The name of the configured context that it was made from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +93,7 @@ class Prompt:
     own_context_ids: tuple[int, ...] = ()
     """What the student reads with the context added; empty if that is the teacher's view. It is
     not if the teacher is another model with a chat template of its own."""
+    context: Context = Context("")
 
     def ids(self, role: Role, *, context: bool) -> tuple[int, ...]:
         """What a role reads, with the context or without it."""

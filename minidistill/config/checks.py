@@ -6,24 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import NamedTuple
 
+from minidistill.config.context_checks import context_problems
 from minidistill.config.engine_kinds import ENGINE_KINDS
+from minidistill.config.problem import Problem
 from minidistill.config.schema import Config, EngineConfig, ParallelConfig
-from minidistill.config.schema_tree import Path
 from minidistill.estimators import ESTIMATORS, TeacherNeeds
-
-
-class Problem(NamedTuple):
-    """A contradiction: what is wrong, how to fix it, and the keys that contradict each other."""
-
-    what: str
-    fix: str
-    keys: tuple[str | Path, ...]
 
 
 def contradictions(config: Config) -> Iterator[Problem]:
     """The contradictions in `config`."""
+    yield from context_problems(config)
     yield from _objective(config)
     yield from _adapter(config)
     yield from _quantization(config)
@@ -35,12 +28,6 @@ def contradictions(config: Config) -> Iterator[Problem]:
 
 def _objective(config: Config) -> Iterator[Problem]:
     loss, teacher = config.trainer.loss, config.orchestrator.teacher_model
-    if not teacher.context.strip():
-        yield Problem(
-            "orchestrator.teacher_model.context is empty, so there is nothing to distil",
-            'set context = "…" or context_file = "…" in [orchestrator.teacher_model]',
-            ("orchestrator.teacher_model.context",),
-        )
     if loss.teacher_tau == 0 and loss.adv_tau == 0:
         yield Problem(
             "trainer.loss.teacher_tau and trainer.loss.adv_tau are both 0: nothing to learn from",

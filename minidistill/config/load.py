@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -14,9 +14,10 @@ from pydantic import ValidationError
 
 from minidistill.config import overrides
 from minidistill.config.adapter import with_initial_adapter
-from minidistill.config.checks import Problem, contradictions
+from minidistill.config.checks import contradictions
 from minidistill.config.errors import from_validation, place
 from minidistill.config.layers import Layers, leaves
+from minidistill.config.problem import Problem
 from minidistill.config.schema import Config
 from minidistill.config.schema_tree import Path
 from minidistill.config.toml import dotted, key_lines, to_toml
@@ -28,8 +29,7 @@ LARGEST_FILE = 1 << 19
 """Bytes of a configuration file."""
 _WRITTEN_TWICE = ("Cannot overwrite", "Cannot declare", "Duplicate")  # tomli's words
 _TEACHER = ("orchestrator", "teacher_model")
-_CONTEXT = (*_TEACHER, "context")
-_CONTEXT_FILE = (*_TEACHER, "context_file")
+_ENVIRONMENTS = (("orchestrator", "env"), ("orchestrator", "eval", "env"))
 _TEMPLATE = ("model", "chat_template")
 
 
@@ -86,19 +86,18 @@ def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
         raise UserError(f"not valid TOML: {error}", name, "correct the syntax") from None
     _check_depth(data, name)
     lines = key_lines(text)
-    teacher = data.get("orchestrator")
-    teacher = teacher.get("teacher_model") if isinstance(teacher, dict) else None
 
     def origin(path: Path) -> str:
-        if path == _CONTEXT and _CONTEXT not in lines:
-            path = _CONTEXT_FILE
+        file = (*path[:-1], "context_file")
+        if path[-1:] == ("context",) and path not in lines and file in lines:
+            path = file
         for length in range(len(path), 0, -1):
             if path[:length] in lines:
                 return f"{name}:{lines[path[:length]]}"
         return name
 
-    if isinstance(teacher, dict):
-        _use_context_file(teacher, FilePath(name).parent, origin(_CONTEXT_FILE))
+    for path, table in _context_tables(data):
+        _use_context_file(table, path, FilePath(name).parent, origin((*path, "context_file")))
     _use_template_file(data.get("model"), FilePath(name).parent, origin(_TEMPLATE))
     return data, origin
 
@@ -133,29 +132,51 @@ def _put_flags(layers: Layers, flags: Sequence[overrides.Override]) -> None:
         _check_depth(override.value, override.flag)
         layers.put(override.path, override.value, lambda _, flag=override.flag: flag)  # type: ignore[misc]
     _use_template_file(layers.get(_TEMPLATE[:1]), FilePath(), layers.origins.get(_TEMPLATE, ""))
-    teacher = layers.get(_TEACHER)
-    flag = layers.origins.get(_CONTEXT_FILE, "")
-    if not isinstance(teacher, dict) or not flag.startswith("--"):
-        return
-    # `read_file` has replaced a file's context_file by its context, which a flag's file beats.
-    if not layers.origins.get(_CONTEXT, "").startswith("--"):
-        teacher.pop("context", None)
-    _use_context_file(teacher, FilePath(), flag)
-    if "context" in teacher:
-        layers.origins[_CONTEXT] = flag
-        del layers.origins[_CONTEXT_FILE]
+    for path, table in _context_tables(layers.data):
+        context, file = (*path, "context"), (*path, "context_file")
+        flag = layers.origins.get(file, "")
+        if not flag.startswith("--"):
+            continue
+        # `read_file` has replaced a file's context_file by its context, which a flag's file beats
+        if not layers.origins.get(context, "").startswith("--"):
+            table.pop("context", None)
+        _use_context_file(table, path, FilePath(), flag)
+        if "context" in table:
+            layers.origins[context] = flag
+            del layers.origins[file]
 
 
-def _use_context_file(teacher: dict[str, Any], base: FilePath, origin: str) -> None:
+def _context_tables(data: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The tables that may have a context: the teacher, environments, and lists of contexts."""
+    layers = Layers()
+    layers.data = data
+    tables: list[tuple[Path, Any]] = [(_TEACHER, layers.get(_TEACHER))]
+    for environments in _ENVIRONMENTS:
+        envs = layers.get(environments)
+        tables += [
+            ((*environments, i), env)
+            for i, env in enumerate(envs if isinstance(envs, list) else ())
+        ]
+    for path, table in tables:
+        if not isinstance(table, dict):
+            continue
+        yield path, table
+        contexts = table.get("contexts")
+        for index, choice in enumerate(contexts if isinstance(contexts, list) else ()):
+            if isinstance(choice, dict):
+                yield (*path, "contexts", index), choice
+
+
+def _use_context_file(table: dict[str, Any], path: Path, base: FilePath, origin: str) -> None:
     """Replace `context_file` by `context` with its text, which the run then records."""
-    name = teacher.get("context_file")
+    name = table.get("context_file")
     if not isinstance(name, str) or not name:
         return
-    where = place(origin, _CONTEXT_FILE)
-    if "context" in teacher:
+    where = place(origin, (*path, "context_file"))
+    if "context" in table:
         raise UserError("both context and context_file are set", where, "keep one of the two")
-    teacher["context"] = read_text(base / FilePath(name).expanduser(), where=where, fix=PATH_FIX)
-    del teacher["context_file"]
+    table["context"] = read_text(base / FilePath(name).expanduser(), where=where, fix=PATH_FIX)
+    del table["context_file"]
 
 
 def _taken_from(path: Path, taken: dict[str, str]) -> str:

@@ -8,6 +8,7 @@ from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import ConfigDict, Field
 
 from minidistill.config.base import Count, Fraction, Positive, PositiveFloat, Table, Text, Weight
+from minidistill.config.contexts import ContextConfig, ExamplesConfig
 
 
 class SamplingConfig(Table):
@@ -38,15 +39,15 @@ class BufferConfig(Table):
 class TeacherConfig(Table):
     """The teacher: the model that reads the context in addition to the student's prompt."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"oneOf": [{"required": ["context"]}, {"required": ["context_file"]}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"not": {"required": ["context", "context_file"]}})
 
     context: str = ""
-    """The context. This or `context_file` is required."""
+    """The context of environments that have none of their own. It, `context_file` or `contexts` is
+    required if there are any."""
     context_file: Text | None = None
     """A text file with the context, relative to the TOML file that names it. When the configuration
     is loaded, `context` takes its text."""
+    contexts: Annotated[list[ContextConfig], MinLen(1)] | None = None
     context_placement: Literal["user", "system"] = "user"
     """Before the first user message, or at the end of the system message."""
     eval_baseline: bool = False
@@ -64,6 +65,17 @@ class EnvConfig(Table):
     """The name of a built-in or installed environment, or `module:function`."""
     name: Text = Field(default_factory=lambda data: data["id"])
     """Unique name in the metrics; by default the id."""
+    weight: PositiveFloat | None = None
+    """The share of training prompts from this environment, in proportion to the others' weights. By
+    default each task is drawn once an epoch, so that the number of tasks decides."""
+    context: str | None = None
+    """The context of this environment's prompts; by default that of `teacher_model`. An empty one
+    is none: the teacher reads what the student reads. A task's own context stands where `{context}`
+    is in it, or else at its end."""
+    context_file: Text | None = None
+    """A text file with it, relative to the TOML file that names it."""
+    contexts: Annotated[list[ContextConfig], MinLen(1)] | None = None
+    examples: ExamplesConfig | None = None
     args: dict[str, Any] = Field(default={})
     """Arguments that the environment defines."""
     score_timeout: Literal["off"] | Annotated[float, Gt(0), Le(86_400)] = 10.0
@@ -103,8 +115,19 @@ class AdvantageConfig(Table):
     """Divide it by the standard deviation of the group."""
 
 
+_CONTEXT: list[Any] = [{"required": [key]} for key in ("context", "context_file", "contexts")]
+_EXAMPLES: Any = {"required": ["examples"]}
+
+
 class OrchestratorConfig(Table):
     """Rollouts and where they come from."""
+
+    model_config = ConfigDict(
+        json_schema_extra={  # without a context of the teacher, each environment has its own
+            "if": {"properties": {"teacher_model": {"not": {"anyOf": _CONTEXT}}}},
+            "then": {"properties": {"env": {"items": {"anyOf": [*_CONTEXT, _EXAMPLES]}}}},
+        }
+    )
 
     batch_size: Positive = 64
     """Rollouts per step; a multiple of `rollouts_per_example`."""
@@ -123,3 +146,9 @@ class OrchestratorConfig(Table):
     """A list of tables, one for each environment to train on; at least one."""
     eval: EvalConfig | None = None
     advantage: AdvantageConfig = AdvantageConfig()
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """Of the environments, if they have some."""
+        weights = {env.name: env.weight for env in self.env if env.weight is not None}
+        return weights or None

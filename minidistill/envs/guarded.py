@@ -99,6 +99,13 @@ def checked_task(task: Any, index: object) -> Task:
         raise TypeError(f"number {index} has an id that is no text, but {type(task.id).__name__}")
     task = _with_plain_id(task)
     check_messages(task.messages, str(task.id))
+    context = getattr(task, "context", None)
+    if not isinstance(context, str | None):
+        raise TypeError(f"the context of {task.id} is no text, but {type(context).__name__}")
+    try:
+        (context or "").encode()
+    except UnicodeEncodeError as error:
+        raise TypeError(f"the context of {task.id} cannot be written: {error}") from None
     return task
 
 

@@ -29,6 +29,7 @@ BUILT_IN = {
     "sokoban-env": "minidistill.envs.sokoban:load",
     "frozen-lake-env": "minidistill.envs.frozen_lake:load",
     "jsonl": "minidistill.envs.jsonl:load",
+    "dataset": "minidistill.envs.jsonl:load",
     "textarena": "minidistill.envs.text_arena:load",
 }
 

@@ -57,6 +57,11 @@ class PromptSums:
     tokens: Sequence[int]
     """Of each completion."""
 
+    def part(self, rows: Sequence[int]) -> PromptSums:
+        """Those of some prompts."""
+        sums, tokens = [self.sums[i] for i in rows], [self.tokens[i] for i in rows]
+        return PromptSums(sum(sums) / sum(tokens), sums, tokens)
+
     def resampled(self, chosen: Array) -> Array:
         """The mean over each row of prompts."""
         sums, tokens = np.asarray(self.sums, dtype=float), np.asarray(self.tokens)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
+
 from minidistill.tasks.prompts import PromptBuilder
-from minidistill.types import Prompt, Task
+from minidistill.types import Context, Prompt, Task
 
 DRIFT_TOKENS = 32  # longest completion on an unrelated prompt
 UNRELATED = (
@@ -26,7 +29,12 @@ UNRELATED = (
 )
 
 
-def unrelated_prompts(builder: PromptBuilder) -> list[Prompt]:
-    """Both views of the questions: without the context and with it."""
+def unrelated_prompts(
+    builder: PromptBuilder, contexts: Sequence[Context] = (Context(""),)
+) -> list[Prompt]:
+    """Both views of the questions: without a context, and with one of these in turn."""
     tasks = (Task(str(i), ({"role": "user", "content": q},)) for i, q in enumerate(UNRELATED))
-    return [builder.build("unrelated", task) for task in tasks]
+    return [
+        builder.build("unrelated", task, context=context)
+        for task, context in zip(tasks, cycle(contexts), strict=False)
+    ]

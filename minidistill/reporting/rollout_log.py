@@ -107,6 +107,7 @@ def _line(step: int, rollout: Rollout, figures: TokenFigures, texts: TokenTexts)
         "messages": [dict(m) for m in prompt.task.messages],
         "prompt_text": prompt.student_text,
         "teacher_prompt_text": prompt.teacher_text,
+        "context": prompt.context.name,
         "completion": rollout.text,
         "reward": None if reward is None else reward.value,
         "reward_metrics": {}

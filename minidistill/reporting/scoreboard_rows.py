@@ -75,12 +75,33 @@ def scoreboard_rows(board: Board) -> list[Row]:
     ):
         if get(before) is not None or get(after) is not None:
             rows.append((name, f"{number(get(before))} → {number(get(after))}"))
+    rows += _group_rows(board)
     if get("drift_kl") is not None:
         rows.append(("drift KL", number(get("drift_kl"))))
     if get("drift_verdict"):
         rows.append(("drift", clean(get("drift_verdict"))))
     if isinstance(missing := get("missing"), list) and missing:
         rows.append(("not computed", clean(", ".join(map(str, missing)))))
+    return rows
+
+
+def _group_rows(board: Board) -> list[Row]:
+    """The KL on held-out prompts by environment, and that of the worst context."""
+
+    def change(figures: Mapping[str, Any]) -> str:
+        before, after = figures.get("heldout_kl_before"), figures.get("heldout_kl_after")
+        return f"{number(before)} → {number(after)}"
+
+    rows = []
+    per_env = board.get("heldout_kl_per_env")
+    for env, figures in per_env.items() if isinstance(per_env, Mapping) else ():
+        if isinstance(figures, Mapping):
+            rows.append((f"teacher KL, {clean(env)}", change(figures)))
+    worst = board.get("worst_context")
+    if isinstance(worst, Mapping):
+        count, evaluated = clean(board.get("contexts")), clean(board.get("contexts_evaluated"))
+        rows.append(("contexts", f"{count}, of which {evaluated} were evaluated"))
+        rows.append(("teacher KL, worst context", f"{change(worst)}, {clean(worst.get('name'))}"))
     return rows
 
 

@@ -67,7 +67,7 @@ class Collector:
         """`tasks` has those to train on, by environment; by default all of them."""
         self.config, self.environments, self.builder = config, environments, builder
         self.placement, self.display = placement, display
-        self.tasks = TaskSampler(environments, config.seed, tasks)
+        self.tasks = TaskSampler(environments, config.seed, tasks, config.orchestrator.weights)
         self.measurer = Measurer(builder, config.orchestrator.overlong)
         self.limit = PromptLimit.of(config, placement.max_length)
         self.conversing = multi_turn(environments)

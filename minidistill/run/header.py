@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minidistill.config.adapter import adapter_folder
+from minidistill.config.orchestrator import OrchestratorConfig
 from minidistill.config.schema import LoraConfig
 from minidistill.engines.base import Engine
 from minidistill.placement.estimate import Plan
@@ -29,6 +30,7 @@ def header(
     builder: PromptBuilder,
     directory: RunDirectory,
     first_step: int,
+    context_count: int = 1,
 ) -> Header:
     """Model, mode, teacher, devices and output. `placement` is the started run's."""
     config = plan.config
@@ -72,11 +74,23 @@ def header(
         layout = "sharded" if placement.sharded else "replicated"
         rows.append(("trainer", f"{placement.ranks} ranks, weights {layout}"))
     rows += _prompt_rows(builder)
+    if context_count > 1:
+        drawn = ", drawn anew for each prompt and step" if builder.contexts.are_drawn else ""
+        rows.append(("contexts", f"{context_count:,} different ones{drawn}"))
     rows += [
-        ("tasks", ", ".join(env.name for env in orchestrator.env)),
+        ("tasks", _tasks(orchestrator)),
         ("output", shown_path(directory.path)),
     ]
     return Header("minidistill", tuple(rows), config.max_steps, first_step)
+
+
+def _tasks(orchestrator: OrchestratorConfig) -> str:
+    """The environments, with their shares if they have weights."""
+    total = sum((orchestrator.weights or {}).values())
+    return ", ".join(
+        env.name if env.weight is None else f"{env.name} {env.weight / total:.0%}"
+        for env in orchestrator.env
+    )
 
 
 def _with_reason(text: str, reason: str) -> str:

@@ -33,12 +33,12 @@ def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prom
                 fix="use a chat template whose text depends on the messages alone",
             )
     _check_generation_prompt(builder.student, first.task.messages, first.student_ids, "student")
-    with_context = builder.with_context(first.task.messages)
+    with_context = builder.with_context(first.task.messages, first.context.text)
     _check_generation_prompt(builder.teacher, with_context, first.teacher_ids, "teacher")
     _warn_of_turns_without_end(builder)
-    if builder.context.strip() not in first.teacher_text:
+    if any(prompt.context.text.strip() not in prompt.teacher_text for prompt in prompts):
         logger.warning("the chat template does not show the context verbatim")
-    if warning := builder.boundary_warning(first):
+    for warning in dict.fromkeys(filter(None, map(builder.boundary_warning, prompts))):
         logger.warning(warning)
     loss = config.trainer.loss
     if loss.teacher_tau != loss.student_tau and loss.student_tau > 0 and loss.teacher_tau > 0:

@@ -28,13 +28,14 @@ from minidistill.reporting.run_directory import RunDirectory
 from minidistill.run import preflight
 from minidistill.run.resume import is_extended
 from minidistill.tasks.chat_template import TemplateSettings
+from minidistill.tasks.contexts import Contexts
 from minidistill.tasks.lengths import PromptLimit
 from minidistill.tasks.measuring import Measurer, no_progress, refuse_empty
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_rewards
 from minidistill.tasks.sampling import Fingerprint
 from minidistill.trainer.checkpoint import any_saved
-from minidistill.types import Phase, Prompt, Task
+from minidistill.types import Context, Phase, Prompt, Task
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,10 @@ class Prepared:
     """The first ones, for the checks of the model."""
     contexts: Sequence[tuple[int, ...]]
     """See `Measured`."""
+    shown_contexts: Sequence[Context]
+    """See `Measured`."""
+    context_count: int
+    """How many different contexts the prompts have."""
     fingerprint: str
     """Of the tasks and prompts: a resumed run must have the same."""
     restores: bool
@@ -120,16 +125,17 @@ def _prepare(
     made += environments.values()
     check_rewards(config, environments)
     began = directory.began() if resume else None
-    builder = _prompt_builder(config, tokenizer, began or datetime.now())
+    evaluated = environments
+    if orchestrator.eval is not None and orchestrator.eval.env is not None:
+        evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
+        made += evaluated.values()
+    contexts = Contexts.of(config, environments, evaluated)
+    builder = _prompt_builder(config, tokenizer, began or datetime.now(), contexts)
     first = _first_prompts(environments, builder)
     preflight.check_prompts(config, builder, first)
     preflight.check_conversations(builder, environments, first)
     plan = _plan(loaded)
     _check_memory(loaded, plan)
-    evaluated = environments
-    if orchestrator.eval is not None and orchestrator.eval.env is not None:
-        evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
-        made += evaluated.values()
     if orchestrator.eval is not None:
         check_rewards(config, evaluated, evaluated=True)
         if evaluated is not environments:
@@ -170,6 +176,8 @@ def _prepare(
         builder=builder,
         prompts=measured.prompts,
         contexts=measured.contexts,
+        shown_contexts=measured.shown,
+        context_count=measured.context_count,
         fingerprint=fingerprint,
         restores=restores,
         initial_adapter=initial_adapter,
@@ -192,12 +200,14 @@ def _each_once(*environments: Environment) -> list[Environment]:
     return list({id(environment): environment for environment in environments}.values())
 
 
-def _prompt_builder(config: Config, tokenizer: Any, began: datetime) -> PromptBuilder:
+def _prompt_builder(
+    config: Config, tokenizer: Any, began: datetime, contexts: Contexts
+) -> PromptBuilder:
     """Renders the run's prompts, with the date and time at which it `began`."""
     teacher, model = config.orchestrator.teacher_model, config.model
     return PromptBuilder(
         tokenizer,
-        teacher.context,
+        contexts,
         teacher.context_placement,
         teacher_tokenizer=load_teacher_tokenizer(config, tokenizer),
         settings=TemplateSettings(model.chat_template_kwargs, began, model.special_tokens_in_text),
@@ -251,10 +261,14 @@ def _tell_what_the_scoreboard_lacks(
 
 
 def _first_prompts(environments: Mapping[str, Environment], builder: PromptBuilder) -> list[Prompt]:
-    """The first prompt of each environment. Others are measured later."""
+    """The first prompt of each environment, with all its contexts. Others are measured later."""
     for name, environment in environments.items():
         refuse_empty(name, environment.train)
-    return [builder.build(name, environment.train[0]) for name, environment in environments.items()]
+    return [
+        prompt
+        for name, environment in environments.items()
+        for prompt in builder.variants(name, environment.train[0])
+    ]
 
 
 def _evaluation_prompts(

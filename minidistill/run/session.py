@@ -26,6 +26,7 @@ from minidistill.run.resume import check_nothing_was_saved
 from minidistill.trainer import checkpoint
 from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.health import Health
+from minidistill.trainer.metrics import by_group
 from minidistill.types import Completion, Metrics, Role, Rollout, TokenFigures
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Session:
             self.builder,
             self.directory,
             self.first_step,
+            prepared.context_count,
         )
         if not prepared.resume:
             facts = {"header": run_header.rows, "tasks": prepared.fingerprint}
@@ -145,6 +147,11 @@ class Session:
             metrics = metrics | {"perf/peak_memory_gib/engine": peak / GIB}
         sums = write_rollouts(self.directory.path, step, rollouts, tokens, self.texts)
         self.directory.records.add(sums)
+        if len(self.prepared.environments) > 1:
+            metrics = metrics | by_group("env", [r.prompt.env for r in rollouts], rollouts, tokens)
+        if self.builder.contexts.are_drawn:
+            groups = [r.prompt.context.group for r in rollouts]
+            metrics = metrics | by_group("context", groups, rollouts, tokens)
         self.log(step, metrics)
         first = rollouts[0]
         reward = None if first.reward is None else first.reward.value
@@ -205,7 +212,7 @@ class Session:
     @explain_out_of_memory("computing the KL on unrelated prompts", **SHORTER)
     def unrelated_kl(self) -> SampledKL | None:
         """KL(student‖teacher) on unrelated prompts; None if the context leaves no room for them."""
-        prompts = unrelated_prompts(self.builder)
+        prompts = unrelated_prompts(self.builder, self.prepared.shown_contexts)
         longest = max(len(prompt.teacher_ids) for prompt in prompts)
         tokens = min(DRIFT_TOKENS, self.prepared.plan.placement.max_length - longest)
         if tokens < 1:

@@ -14,6 +14,7 @@ from minidistill.envs import has_task
 from minidistill.errors import UserError
 from minidistill.evaluation import scoreboard
 from minidistill.evaluation.drift import judge_drift
+from minidistill.evaluation.groups import by_context, by_environment
 from minidistill.evaluation.kl import SampledKL
 from minidistill.evaluation.side_by_side import after_training
 from minidistill.evaluation.verdict import judge
@@ -87,6 +88,10 @@ def _last_passes(session: Session, before: dict[str, Any]) -> dict[str, Pass]:
     def heldout_kl() -> dict[str, Any]:
         kl = session.held_out_kl()
         figures = _teacher_kl(session, before, "heldout", kl)
+        assert session.evaluator is not None
+        prompts, known = session.evaluator.held_out(), baseline.kl_before(before, "heldout")
+        figures |= by_environment(prompts, known, kl.by_prompt, session.config.seed)
+        figures |= by_context(prompts, known, kl.by_prompt, session.prepared.context_count)
         if COMPLETIONS in before:
             rows = after_training(session.builder, before[COMPLETIONS], kl.completions)
             figures[COMPLETIONS] = rows

@@ -18,7 +18,7 @@ import numpy as np
 from minidistill.tasks.chat_template import MARK, ChatTemplate, tokenizer_code
 from minidistill.tasks.messages import plain_messages
 from minidistill.tasks.prompts import PromptBuilder
-from minidistill.types import Completion, Inserted, Message, Prompt, Role, Turn
+from minidistill.types import Completion, Inserted, Message, Prompt, Role, Task, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,16 @@ class Conversation:
             return
         same = plain == plain_messages(self.first.task.messages)
         task = replace(self.first.task, messages=tuple(plain))
-        prompt = self.first if same else self.builder.build(self.first.env, task)
+        prompt = self.first if same else self._built(task)
         if self._open is not None:
             self._closed.append(self._open.close())
         self._open = _Open(prompt, ([prompt.student_text], [prompt.teacher_text]))
         self._messages, self._answers, self._places = plain, [], []
         self._next = (), ""
+
+    def _built(self, task: Task) -> Prompt:
+        """A prompt of the same conversation, whose context stays what it was."""
+        return self.builder.build(self.first.env, task, context=self.first.context)
 
     @property
     def ends_with_insertion(self) -> bool:
@@ -148,8 +152,8 @@ class Conversation:
         student = self._around(template, marked, messages, self._open.around[0])
         teacher = self._around(
             self.builder.teacher,
-            self.builder.with_context(marked),
-            self.builder.with_context(messages),
+            self.builder.with_context(marked, self.first.context.text),
+            self.builder.with_context(messages, self.first.context.text),
             self._open.around[1],
         )
         if student is None or teacher is None or student[-1] != teacher[-1]:

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from typing import Any, Literal
 
 from minidistill.envs.protocol import Environment, TasksMadeTogether, take_tasks
 from minidistill.errors import UserError
+from minidistill.seeding import stable_seed
 from minidistill.tasks.lengths import PromptLimit, length
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.sampling import Fingerprint, TaskSampler
-from minidistill.types import Advance, Phase, Prompt, Task
+from minidistill.types import Advance, Context, Phase, Prompt, Task
 
 logger = logging.getLogger(__name__)
 GENERATED = 32
@@ -26,7 +27,7 @@ GENERATED = 32
 TRIES = 64
 """Prompts that a step may draw for each of its own, until all of them fit."""
 KEPT = 32
-"""Prompts kept for the checks of the model."""
+"""Prompts, and contexts, kept for the checks of the model and for measuring drift."""
 
 Overlong = Literal["refuse", "drop"]
 
@@ -48,6 +49,11 @@ class Measured:
     contexts: Sequence[tuple[int, ...]]
     """Ids that the teacher's prompts of an environment begin with, for each, and that all do. At
     least one id of each measured prompt is left over."""
+    shown: Sequence[Context]
+    """Different contexts of these prompts, for prompts of no environment: of each configured one
+    in turn."""
+    context_count: int
+    """How many different contexts the measured prompts have."""
     fingerprint: str
     """Of all measured prompts: a resumed run must have the same."""
 
@@ -67,13 +73,21 @@ class Measurer:
         digest = Fingerprint(environments)
         splits: tuple[dict[str, Sequence[Task]], dict[str, Sequence[Task]]] = ({}, {})
         kept: list[Prompt] = []
-        contexts: dict[str, tuple[int, ...]] = {}
+        contexts: dict[tuple[str, str], tuple[int, ...]] = {}
+        different: set[int] = set()
+        shown: dict[str, dict[str, Context]] = {}
 
         def take(prompt: Prompt, fits: bool) -> None:
             digest.add(prompt)
             if fits:
-                ids = prompt.teacher_ids[:-1]
-                contexts[prompt.env] = _common(contexts.get(prompt.env, ids), ids)
+                ids, context = prompt.teacher_ids[:-1], prompt.context
+                group = prompt.env, context.group
+                contexts[group] = _common(contexts.get(group, ids), ids)
+                if context.text:
+                    different.add(stable_seed(context.text))
+                    of_group = shown.setdefault(context.group, {})
+                    if len(of_group) < KEPT:
+                        of_group.setdefault(context.text, context)
             if fits and len(kept) < KEPT:
                 kept.append(prompt)
 
@@ -81,7 +95,9 @@ class Measurer:
             splits[0][name] = self.fitting(name, environment.train, train, take)
             splits[1][name] = self.fitting(name, environment.eval, evaluation, take)
         known = {*contexts.values(), reduce(_common, contexts.values())}
-        return Measured(*splits, kept, sorted(known), digest.hexdigest())
+        in_turn = zip_longest(*(contexts.values() for contexts in shown.values()))
+        turns = [context for turn in in_turn for context in turn if context] or [Context("")]
+        return Measured(*splits, kept, sorted(known), turns, len(different), digest.hexdigest())
 
     def fitting(
         self,
@@ -106,12 +122,14 @@ class Measurer:
         chosen = self.take(env, tasks, count) if generated else map(tasks.__getitem__, range(count))
         with self.phase(f"measure {env}", count, "prompts") as advance:
             for index, task in enumerate(chosen):
-                prompt = self.builder.build(env, task)
-                fits = limit.allows(prompt)
+                prompts = self.builder.variants(env, task)
+                longest = max(prompts, key=length)
+                fits = limit.allows(longest)
                 if not fits:
-                    first = first or prompt
+                    first = first or longest
                     overlong.append(index)
-                take(prompt, fits)
+                for prompt in prompts:
+                    take(prompt, fits)
                 advance(1)
         if first is None:
             return tasks
@@ -151,7 +169,8 @@ class Measurer:
         Both depend on the seed and the step alone. Raises UserError if prompts are refused, or if
         too few of those that are drawn fit.
         """
-        prompts = [self.builder.build(env, task) for env, task in tasks.draw(step, count)]
+        chosen = tasks.draw(step, count)
+        prompts = [self.builder.build(env, task, step=step) for env, task in chosen]
         overlong: list[Prompt] = []
         attempt = 0
         while places := [i for i, prompt in enumerate(prompts) if not limit.allows(prompt)]:
@@ -169,7 +188,7 @@ class Measurer:
                 )
             others = tasks.replacements(step, attempt, [prompts[i].env for i in places])
             for i, (env, task) in zip(places, others, strict=True):
-                prompts[i] = self.builder.build(env, task)
+                prompts[i] = self.builder.build(env, task, step=step)
             attempt += 1
         return prompts, len(overlong)
 

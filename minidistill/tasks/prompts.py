@@ -21,8 +21,9 @@ from minidistill.tasks.chat_template import (
     check_arguments,
     tokenizer_code,
 )
+from minidistill.tasks.contexts import Contexts
 from minidistill.tasks.messages import plain_messages
-from minidistill.types import Message, Prompt, Task
+from minidistill.types import Context, Message, Prompt, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,17 +42,20 @@ class PromptBuilder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        context: str,
+        context: str | Contexts,
         placement: str,
         *,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         settings: TemplateSettings | None = None,
     ) -> None:
-        """`teacher_tokenizer` is that of a teacher that is another model.
+        """`context` is the one of every prompt, or says which one has which.
+
+        `teacher_tokenizer` is that of a teacher that is another model.
 
         Raises UserError if a chat template is missing or cannot be used with these settings.
         """
-        self.tokenizer, self.context, self.placement = tokenizer, context, placement
+        self.tokenizer, self.placement = tokenizer, placement
+        self.contexts = Contexts.single(context) if isinstance(context, str) else context
         settings = TemplateSettings() if settings is None else settings
         self.student = self.teacher = ChatTemplate(tokenizer, settings)
         """The templates of the two views, the same one unless the teacher has its own."""
@@ -61,6 +65,7 @@ class PromptBuilder:
         check_arguments([self.student, self.teacher])
         self._default_system: str | None = None
         self._control_tokens_said: set[str] = set()
+        self._last_context: str | None = None
 
     @cached_property
     def end_of_turn_ids(self) -> frozenset[int]:
@@ -74,31 +79,45 @@ class PromptBuilder:
         shown = self.student.dates or self.teacher.dates
         return self.student.settings.now if shown else None
 
-    def build(self, env: str, task: Task, tools: Sequence[Any] | None = None) -> Prompt:
-        """Both views of a task.
+    def variants(self, env: str, task: Task) -> list[Prompt]:
+        """Both views of a task with each context that it may have."""
+        return [
+            self.build(env, task, context=context) for context in self.contexts.every(env, task)
+        ]
 
-        Raises UserError if its messages have no place for the context, or contain control tokens
-        that cannot be encoded as text.
+    def build(
+        self,
+        env: str,
+        task: Task,
+        tools: Sequence[Any] | None = None,
+        *,
+        step: int = 0,
+        context: Context | None = None,
+    ) -> Prompt:
+        """Both views of a task, with this context, or else the one that is drawn for the step.
+
+        Step 0 is for evaluations. Raises UserError if its messages have no place for the context,
+        or contain control tokens that cannot be encoded as text.
         """
+        context = self.contexts.draw(env, task, step) if context is None else context
         plain = plain_messages(task.messages)
         student_text, student_ids = self.student.view(plain, tools)
-        messages = self.with_context(plain)
+        messages = self.with_context(plain, context.text)
         teacher_text, teacher_ids = self.teacher.view(messages, tools)
         own_context_ids: tuple[int, ...] = ()
         if self.teacher is not self.student:
             _, own_context_ids = self.student.view(messages, tools)
-        self._say("the context", self.context)
+        self._say("the context", context.text)
         self._say(f"task {task.id} of {env}", [*plain, *(tools or ())], "tasks")
-        return Prompt(
-            env, task, student_text, teacher_text, student_ids, teacher_ids, own_context_ids
-        )
+        texts, ids = (student_text, teacher_text), (student_ids, teacher_ids)
+        return Prompt(env, task, *texts, *ids, own_context_ids, context)
 
     def _say(self, place: str, data: Any, kind: str = "context") -> None:
         """Say once for each kind of place that it contains control tokens."""
-        if kind in self._control_tokens_said:
+        if kind in self._control_tokens_said or (kind == "context" and data == self._last_context):
             return
         if kind == "context":
-            self._control_tokens_said.add(kind)  # it never changes
+            self._last_context = data
         if found := self.teacher.control_tokens_in(data):
             self._control_tokens_said.add(kind)
             allowed = self.student.settings.special_tokens_in_text == "allow"
@@ -124,10 +143,10 @@ class PromptBuilder:
         with tokenizer_code("decode a completion", self.student.where, EXIT_FAILED):
             return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def with_context(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    def with_context(self, messages: Sequence[Message], context: str) -> list[dict[str, Any]]:
         """A copy of the messages with the context in its place."""
         out = plain_messages(messages)
-        if not self.context:
+        if not context:
             return out
         indices = (i for i, message in enumerate(out) if message["role"] == self.placement)
         index = next(indices, None)
@@ -138,11 +157,11 @@ class PromptBuilder:
                     where="orchestrator.teacher_model.context_placement",
                     fix='use context_placement = "system"',
                 )
-            out[index]["content"] = self.context + (out[index].get("content") or "")
+            out[index]["content"] = context + (out[index].get("content") or "")
         elif index is None:
-            out.insert(0, {"role": "system", "content": self.default_system + self.context})
+            out.insert(0, {"role": "system", "content": self.default_system + context})
         else:
-            out[index]["content"] = (out[index].get("content") or "") + self.context
+            out[index]["content"] = (out[index].get("content") or "") + context
         return out
 
     @property
@@ -169,14 +188,14 @@ class PromptBuilder:
 
     def boundary_warning(self, prompt: Prompt) -> str | None:
         """A warning if no white space separates the context from the text beside it, else None."""
-        messages = plain_messages(prompt.task.messages)
+        messages, context = plain_messages(prompt.task.messages), prompt.context.text
         content = next((m.get("content") for m in messages if m["role"] == self.placement), None)
         if self.placement == "user":
-            left, right = self.context, content or ""
+            left, right = context, content or ""
         elif content is None:
-            left, right = self.default_system, self.context
+            left, right = self.default_system, context
         else:
-            left, right = content, self.context
+            left, right = content, context
         boundary = left[-1:] + right[:1]
         if len(boundary) < 2 or boundary[0].isspace() or not boundary[1].isalnum():
             return None

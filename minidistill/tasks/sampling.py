@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +14,16 @@ from minidistill.errors import UserError
 from minidistill.seeding import stable_seed
 from minidistill.types import Prompt, Task
 
+ROUND = 1000
+"""Draws of a round with weights, for each environment."""
+Array = np.ndarray[Any, Any]
+
 
 class TaskSampler:
     """Draws each training task once an epoch, in a random order.
+
+    With weights, each round of draws has a fixed number of tasks of each environment, spread over
+    it, and an environment's own tasks are drawn once before one of them comes again.
 
     The tasks of a step depend on the seed and the step's number alone, so a resumed run draws the
     tasks that the uninterrupted run would have drawn.
@@ -26,8 +34,12 @@ class TaskSampler:
         environments: Mapping[str, Environment],
         seed: int,
         tasks: Mapping[str, Sequence[Task]] | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
-        """`tasks` has those to draw, by environment; by default all of their training splits."""
+        """`tasks` has those to draw, by environment; by default all of their training splits.
+
+        `weights` are the environments' shares of what is drawn; by default their numbers of tasks.
+        """
         self.seed = seed
         self.tasks = tasks or {name: env.train for name, env in environments.items()}
         sizes = [len(tasks) for tasks in self.tasks.values()]
@@ -38,7 +50,10 @@ class TaskSampler:
                 where="orchestrator.env",
                 fix="raise the number of training examples in their args",
             )
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._orders: dict[str, tuple[int, Array]] = {}
+        self._quotas = None if weights is None else _quotas([weights[n] for n in self.tasks])
+        nothing: Array = np.empty(0, dtype=np.int64)
+        self._round = (-1, nothing, nothing)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -71,11 +86,47 @@ class TaskSampler:
         return [drawn[number] for number in numbers]
 
     def _task_index(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self))
-        if self._order[0] != epoch:
-            rng = np.random.default_rng(stable_seed(self.seed, "epoch", epoch))
-            self._order = (epoch, rng.permutation(len(self)))
-        return int(self._order[1][offset])
+        if self._quotas is None:
+            return self._shuffled(position, len(self), "epoch")
+        size = int(self._quotas.sum())
+        number, offset = divmod(position, size)
+        if self._round[0] != number:
+            rng = np.random.default_rng(stable_seed(self.seed, "mix", number))
+            # those of each environment are spread over the round, so that each step has its part
+            places = [(np.arange(quota) + rng.random(quota)) / quota for quota in self._quotas]
+            envs = np.repeat(np.arange(len(self._quotas)), self._quotas)
+            envs = envs[np.argsort(np.concatenate(places), kind="stable")]
+            ranks = np.zeros(size, dtype=np.int64)  # of each draw among those of its environment
+            for env, quota in enumerate(self._quotas):
+                ranks[envs == env] = np.arange(quota)
+            self._round = (number, envs, ranks)
+        env, rank = int(self._round[1][offset]), int(self._round[2][offset])
+        first, size = int(self.starts[env]), int(self.starts[env + 1] - self.starts[env])
+        own_position = number * int(self._quotas[env]) + rank
+        return first + self._shuffled(own_position, size, f"epoch of {[*self.tasks][env]}")
+
+    def _shuffled(self, position: int, size: int, what: str) -> int:
+        """What is at a position if all of `size` come once in each epoch."""
+        epoch, offset = divmod(position, size)
+        known, order = self._orders.get(what, (-1, None))
+        if known != epoch or order is None:
+            rng = np.random.default_rng(stable_seed(self.seed, what, epoch))
+            self._orders[what] = epoch, (order := rng.permutation(size))
+        return int(order[offset])
+
+
+def _quotas(weights: Sequence[float]) -> Array:
+    """How many draws of a round each environment has: at least one, and as near as possible to its
+    share."""
+    total = ROUND * len(weights)
+    shares = np.asarray(weights, dtype=float) / np.sum(weights) * total
+    quotas = np.maximum(np.floor(shares), 1).astype(np.int64)
+    while (rest := total - int(quotas.sum())) != 0:
+        # the one that lacks most gets one more, or the one that has most too much one less
+        lacking = shares - quotas
+        lacking[(quotas <= 1) & (rest < 0)] = np.inf
+        quotas[int(np.argmax(lacking) if rest > 0 else np.argmin(lacking))] += np.sign(rest)
+    return quotas
 
 
 class Fingerprint:

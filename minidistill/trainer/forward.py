@@ -27,6 +27,8 @@ from minidistill.trainer.shared_row import MIN_SHARED, Segment, common_prefix
 from minidistill.types import Role
 
 KeysValues = list[tuple[Tensor, Tensor]]
+MIN_SAVED = 512
+"""Below this many tokens, a pass of its own for some prompts costs more than it saves."""
 
 
 class PrefixCache:
@@ -64,6 +66,25 @@ class PrefixCache:
                     return context
         prefix = common_prefix([*distinct]) if len(distinct) > 1 else ()
         return prefix if len(prefix) >= MIN_SHARED else ()
+
+    def groups(
+        self, prompts: Sequence[tuple[int, ...]], common: tuple[int, ...], role: Role
+    ) -> list[tuple[tuple[int, ...], list[int]]]:
+        """Prompts by what they begin with, and the rows of each group, in order.
+
+        All begin with `common`. Those with a longer known context have a group of their own, if
+        that saves more tokens than a pass of its own costs. It depends on these prompts alone.
+        """
+        known: dict[tuple[int, ...], list[int]] = {}
+        for row, ids in enumerate(prompts):
+            begins = (c for c in self.contexts if len(ids) > len(c) and ids[: len(c)] == c)
+            known.setdefault(next(begins, common), []).append(row)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for context, rows in known.items():
+            saved = (len(context) - len(common)) * len({prompts[row] for row in rows})
+            own = self.shares and self._frozen(role) and saved >= MIN_SAVED
+            groups.setdefault(context if own else common, []).extend(rows)
+        return [(prefix, sorted(rows)) for prefix, rows in groups.items()]
 
     def states(self, prefix: tuple[int, ...], role: Role) -> KeysValues | None:
         """Keys and values of the prefix; None for (). `role` must be the current role."""

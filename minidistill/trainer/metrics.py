@@ -57,6 +57,24 @@ def summarize(
     return metrics | _by_position(out.kl, sizes) | _lengths(rollouts) | _rewards(rollouts)
 
 
+def by_group(
+    kind: str,
+    groups: Sequence[str],
+    rollouts: Sequence[Rollout],
+    figures: Sequence[TokenFigures],
+) -> Metrics:
+    """Figures `KIND/GROUP/…` of each group; `groups` has that of each rollout."""
+    metrics: Metrics = {}
+    for group in sorted(set(groups)):
+        rows = [i for i, other in enumerate(groups) if other == group]
+        part = [rollouts[i] for i in rows]
+        kl = torch.cat([figures[i].kl.double() for i in rows])
+        own = {"rollouts": float(len(rows)), "teacher_kl": float(kl.mean())}
+        own |= _lengths(part) | _rewards(part)
+        metrics |= {f"{kind}/{group}/{name}": value for name, value in own.items()}
+    return metrics
+
+
 def _by_position(kl_N: Tensor, sizes: Tensor) -> Metrics:
     """Mean KL by position in the completion."""
     position_N = torch.cat([torch.arange(size) for size in sizes.tolist()])

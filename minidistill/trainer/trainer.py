@@ -15,7 +15,7 @@ from minidistill.placement.placement import Placement
 from minidistill.trainer.batching import collate
 from minidistill.trainer.cost import StepCost
 from minidistill.trainer.distributed.fsdp import full_tensor, is_sharded
-from minidistill.trainer.forward import KeysValues, PrefixCache, hidden_states
+from minidistill.trainer.forward import PrefixCache, hidden_states
 from minidistill.trainer.guards import first_line, is_out_of_memory, mismatch_limit, refusal
 from minidistill.trainer.metrics import summarize
 from minidistill.trainer.micro_batches import MicroBatches, OutOfMemory, sequence_too_long
@@ -32,13 +32,11 @@ from minidistill.trainer.step import (
     TrainStep,
     token_count,
 )
+from minidistill.trainer.teacher_passes import TeacherContext, in_order, teacher_passes
 from minidistill.types import Advance, Metrics, Role, Rollout, TokenFigures
 from minidistill_kernels import DistillOutput
 
 logger = logging.getLogger(__name__)
-
-TeacherContext = tuple[tuple[int, ...], KeysValues | None]
-"""The ids that all of a step's teacher prompts begin with, and their keys and values."""
 
 
 class Trainer:
@@ -354,21 +352,14 @@ class Trainer:
         scores = [r.teacher for r in rollouts if r.teacher is not None]
         if scores:
             return self.estimator.engine_scores(scores, completions, policy.device)
-        prefix, states = context
-        tokens = collate(
-            [r.prompt.teacher_ids for r in rollouts],
-            [c.sequence for c in completions],
-            predicted=[c.sampled_at for c in completions],
-            pad_id=policy.pad_id,
-            layout=policy.attention.prefix_layout,
-            prefix=prefix,
-        )
-        self.cost.count(tokens)
         student = policy.causal
         with policy.running_as(Role.TEACHER), policy.inference():
-            hidden_NH = hidden_states(policy, tokens, states)
+            passes = []
+            for rows, tokens, states in teacher_passes(policy, self.prefixes, rollouts, context):
+                self.cost.count(tokens)
+                passes.append((rows, hidden_states(policy, tokens, states)))
             head = None if policy.causal is student else policy.head
-            return {"h_t_NH": hidden_NH, "teacher_weight": head}
+            return {"h_t_NH": in_order(passes, rollouts), "teacher_weight": head}
 
     # -- checkpoints ---------------------------------------------------------------------------
 

@@ -126,6 +126,10 @@ NO_TASKS: dict[str, tuple[Any, str]] = {
     "nothing": (None, "number 0 is no Task, but NoneType"),
     "bytes as an id": (Task(b"x", (MESSAGE,)), "has an id that is no text, but bytes"),  # type: ignore[arg-type]
     "a text as messages": (Task("x", "Hello"), "the messages of x are no tuple, but str"),  # type: ignore[arg-type]
+    "a context as a list": (
+        Task("x", ({"role": "user", "content": "Hello"},), context=["y"]),  # type: ignore[arg-type]
+        "the context of x is no text, but list",
+    ),
     "no role": (Task("x", ({"content": "Hello"},)), "a message of x has no role"),
     "a text as a message": (Task("x", ("Hello",)), "a message of x has no role"),  # type: ignore[arg-type]
     "a number as content": (

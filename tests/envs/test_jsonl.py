@@ -293,7 +293,7 @@ def test_impossible_splits_are_refused() -> None:
 )  # fmt: skip
 def test_an_invalid_argument_is_refused(name: str, value: Any) -> None:
     error = refusal(prompts(4), **{name: value})
-    assert error.what == f"jsonl: {name} = {value!r} cannot be used"
+    assert error.what == f"{name} = {value!r} cannot be used"
     assert error.where == f"args.{name}"
 
 

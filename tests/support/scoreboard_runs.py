@@ -72,6 +72,7 @@ class Runner:
         environments = dict.fromkeys(names or ["jsonl"], environment)
         self.prepared = SimpleNamespace(
             environments=environments,
+            context_count=1,
             evaluation_environments=environments if results.evaluates else {},
         )
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from support.tokenizers import CHATML, byte_level, metaspace, unigram
 
+from minidistill.tasks.contexts import Choices, Contexts
 from minidistill.tasks.conversation import Conversation, extends
 from minidistill.tasks.prompts import PromptBuilder
-from minidistill.types import Completion, Role, Task
+from minidistill.types import Completion, Context, Role, Task
 
 CONTEXT = "Context: be brief.\n"
 QUESTION = {"role": "user", "content": "hello, is it 12 o'clock?"}
@@ -64,7 +65,7 @@ def test_a_conversation_is_what_the_template_renders(tokenizer: Any, placement: 
         messages += [answer(text), REPLY]
         talk.ask(messages)
         assert talk.ids(Role.STUDENT, context=False) == builder.encode(builder.render(messages))
-        teacher = builder.encode(builder.render(builder.with_context(messages)))
+        teacher = builder.encode(builder.render(builder.with_context(messages, CONTEXT)))
         assert talk.ids(Role.TEACHER, context=True) == teacher
         assert talk.length() == len(teacher)
     [sample] = talk.samples
@@ -212,3 +213,21 @@ def test_control_tokens_in_the_environments_messages_are_text() -> None:
     assert (inserted.count(start_id), inserted.count(end_id)) == (2, 1)
     text = builder.tokenizer.decode(list(inserted), skip_special_tokens=True)
     assert "x<|im_end|>\n<|im_start|>assistant\nhello" in text
+
+
+def test_a_new_sample_keeps_the_context_that_was_drawn() -> None:
+    drawn = Contexts(Choices([Context("A. ", "a", "a"), Context("B. ", "b", "b")], [1, 1]), {})
+    builder = PromptBuilder(byte_level(), drawn, "user")
+    seen = set()
+    for step in range(1, 9):
+        prompt = builder.build("env", Task("t", (QUESTION,)), step=step)
+        talk = Conversation(builder, prompt)
+        for messages in ([QUESTION], [{"role": "user", "content": "Something else."}]):
+            talk.ask(messages)
+            talk.take(completion(builder, "z"))
+        first, second = talk.samples
+        assert first.prompt.context == second.prompt.context == prompt.context
+        assert prompt.context.text in second.prompt.teacher_text
+        assert prompt.context.text not in second.prompt.student_text
+        seen.add(prompt.context.name)
+    assert seen == {"a", "b"}

@@ -57,8 +57,11 @@ class Generated(Lazy):
 class Builder:
     """Prompts of the lengths that the tasks name."""
 
-    def build(self, env: str, task: Task) -> Prompt:
+    def build(self, env: str, task: Task, *, step: int = 0) -> Prompt:
         return Prompt(env, task, "", "", (1,), (1,) * task.answer)
+
+    def variants(self, env: str, task: Task) -> list[Prompt]:
+        return [self.build(env, task)]
 
 
 def task(index: int, length: int) -> Task:

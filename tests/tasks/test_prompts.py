@@ -155,7 +155,7 @@ def test_message_content_in_parts() -> None:
     assert views("chatml", "user", parts) == (plain, plain_teacher)
     # a template that writes any content as it is gets text too
     assert views("folding", "user", parts) == views("folding", "user", USER)
-    (message,) = builder("chatml", "user").with_context([parts])
+    (message,) = builder("chatml", "user").with_context([parts], CONTEXT)
     assert message["content"] == CONTEXT + "Solve this."
     system = {"role": "system", "content": [{"type": "text", "text": "Be terse."}]}
     student, teacher = views("chatml", "system", system, USER)

@@ -1,4 +1,4 @@
-"""`jsonl`: a file of prompts as an environment, with or without a reward."""
+"""`dataset`, or `jsonl`: rows of a file or a data set as an environment."""
 
 from minidistill.envs.jsonl.env import JsonlEnv, load
 from minidistill.envs.jsonl.lines import Line

@@ -1,4 +1,4 @@
-"""The environment of a file of prompts: its splits and its rewards."""
+"""The environment of a file of prompts or a data set: its splits and its rewards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minidistill.envs.jsonl.arguments import checked_columns, checked_source
 from minidistill.envs.jsonl.lines import Line, is_int, read_lines, refusal
 from minidistill.envs.outcomes import Attempt, Report, score_attempts
 from minidistill.envs.protocol import check_ready
@@ -71,33 +72,63 @@ def load(
     num_train_examples: int | None = None,
     num_eval_examples: int | None = None,
     seed: int = 0,
+    *,
+    format: str = "auto",
+    columns: dict[str, str] | None = None,
+    context_column: str | None = None,
+    split: str | None = None,
+    eval_split: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    delimiter: str | None = None,
+    drop_reply: bool = False,
 ) -> JsonlEnv:
-    """An environment from `path`, a file with one JSON object per line.
+    """An environment from `path`: a file of rows, or a data set of Hugging Face `datasets`.
 
-    Held-out tasks come from `eval_path`, or else `num_eval_examples` of `path` are held out (by
-    default a tenth, at least one). Both numbers are upper bounds, and `seed` decides which tasks
-    are kept, whatever their order in the file. Tasks with the same messages stay in one split; if
-    every such group is too large, one whole group is held out. `reward` is a type of
+    Held-out tasks come from `eval_path` or `eval_split`, or else `num_eval_examples` of the rows
+    are held out (by default a tenth, at least one). Both numbers are upper bounds, and `seed`
+    decides which tasks are kept, whatever their order. Tasks with the same messages stay in one
+    split; if every such group is too large, one whole group is held out. `reward` is a type of
     `minidistill.envs.rewards`, a table with a `type` and its arguments, "module:function", or
-    "none". Raises UserError for a file or an argument it cannot use.
+    "none". The other arguments say how rows are read: see `Source` and `Columns`. Raises UserError
+    for a file or an argument it cannot use.
     """
     counts = {"num_train_examples": num_train_examples, "num_eval_examples": num_eval_examples}
-    for name, count in counts.items():
+    for argument, count in counts.items():
         if count is not None and (not is_int(count) or count < 1):
-            raise refusal(name, count, "use a whole number above 0")
+            raise refusal(argument, count, "use a whole number above 0")
     if not is_int(seed):
         raise refusal("seed", seed, "use a whole number")
+    source = checked_source("path", path, format, split, name, revision, delimiter)
+    wanted = checked_columns(columns, context_column, drop_reply)
     places: dict[str, str] = {}
-    lines = read_lines("path", path, places)
+    lines = read_lines(source, wanted, places)
     eval_lines: list[Line] = []
-    if eval_path is not None:
-        eval_lines = read_lines("eval_path", eval_path, places, prefix="eval/")
+    if eval_path is not None or eval_split is not None:
+        argument = "path" if eval_path is None else "eval_path"
+        place = path if eval_path is None else eval_path
+        options: tuple[Any, ...] = (format, eval_split, name, revision, delimiter, "eval_split")
+        held_out = checked_source(argument, place, *options)
+        eval_lines = read_lines(held_out, wanted, places, prefix="eval/")
         _refuse_shared_prompts(lines, eval_lines)
     scoring = _build_reward(reward, [*lines, *eval_lines])
-    train, held_out = _shuffled(lines, seed), _shuffled(eval_lines, seed)[:num_eval_examples]
-    if eval_path is None:
-        train, held_out = _split(train, num_eval_examples, path)
-    return JsonlEnv(train[:num_train_examples], held_out, reward, scoring)
+    train, evaluation = _shuffled(lines, seed), _shuffled(eval_lines, seed)[:num_eval_examples]
+    if not eval_lines:
+        train, evaluation = _split(train, num_eval_examples, path)
+    return JsonlEnv(train[:num_train_examples], evaluation, reward, scoring)
+
+
+def read_dataset(path: str, args: dict[str, Any], what: str) -> list[Line]:
+    """The rows of a data set, with those of `load`'s arguments that say how they are read."""
+    reading = ("format", "split", "name", "revision", "delimiter")
+    mapping = ("columns", "context_column", "drop_reply")
+    for key in args:
+        if key not in (*reading, *mapping):
+            fix = f"use {', '.join((*reading, *mapping))}"
+            raise UserError(f"{what} do not take {key!r}", f"args.{key}", fix)
+    source = checked_source("path", path, **{k: args[k] for k in reading if k in args})
+    columns = checked_columns(**{k: args[k] for k in mapping if k in args})
+    return read_lines(source, columns, {})
 
 
 # -- splitting ---------------------------------------------------------------------------------
@@ -106,11 +137,11 @@ def load(
 def _shuffled(lines: Sequence[Line], seed: int) -> list[Line]:
     """In an order that depends on the seed and the messages, not on the file."""
     return sorted(
-        lines, key=lambda line: hashlib.blake2b(f"{seed}/{_prompt_key(line)}".encode()).digest()
+        lines, key=lambda line: hashlib.blake2b(f"{seed}/{prompt_key(line)}".encode()).digest()
     )
 
 
-def _prompt_key(task: Line) -> str:
+def prompt_key(task: Line) -> str:
     """Equal for tasks with the same messages."""
     return json.dumps([[m["role"], m["content"]] for m in task.messages])
 
@@ -121,7 +152,7 @@ def _split(lines: Sequence[Line], count: int | None, path: str) -> tuple[list[Li
     limit = max(1, len(lines) // EVAL_SHARE) if count is None else count
     groups: dict[str, list[Line]] = {}
     for task in lines:
-        groups.setdefault(_prompt_key(task), []).append(task)
+        groups.setdefault(prompt_key(task), []).append(task)
     held_out: list[Line] = []
     for group in groups.values():
         if len(held_out) + len(group) <= limit:
@@ -132,7 +163,7 @@ def _split(lines: Sequence[Line], count: int | None, path: str) -> tuple[list[Li
     train = [task for task in lines if task.id not in held_out_ids]
     if not train:
         raise UserError(
-            f"jsonl: holding out {len(held_out)} of {len(lines)} tasks ({len(groups)} different "
+            f"holding out {len(held_out)} of {len(lines)} tasks ({len(groups)} different "
             "prompts) leaves none to train on",
             where=path,
             fix="add prompts, lower num_eval_examples, or put held-out prompts into a file of "
@@ -142,11 +173,11 @@ def _split(lines: Sequence[Line], count: int | None, path: str) -> tuple[list[Li
 
 
 def _refuse_shared_prompts(train: Sequence[Line], held_out: Sequence[Line]) -> None:
-    train_places = {_prompt_key(task): task.place for task in reversed(train)}
+    train_places = {prompt_key(task): task.place for task in reversed(train)}
     for task in held_out:
-        if (place := train_places.get(_prompt_key(task))) is not None:
+        if (place := train_places.get(prompt_key(task))) is not None:
             raise UserError(
-                f"jsonl: this held-out prompt is also a training prompt, at {place}",
+                f"this held-out prompt is also a training prompt, at {place}",
                 where=task.place,
                 fix="remove one of the two lines",
             )
@@ -164,7 +195,7 @@ def _build_reward(reward: object, lines: Sequence[Line]) -> RewardFunction | Non
     for line in lines:
         if scoring.needs_answer and line.answer is None:
             raise UserError(
-                f'jsonl: reward = "{name}" needs an `answer`, and this line has none',
+                f'reward = "{name}" needs an `answer`, and this line has none',
                 where=line.place,
                 fix="add an answer to every line, or change `reward`",
             )
@@ -172,7 +203,7 @@ def _build_reward(reward: object, lines: Sequence[Line]) -> RewardFunction | Non
             scoring.check(line)
         except ValueError as error:
             raise UserError(
-                f"jsonl: the answer {error}",
+                f"the answer {error}",
                 where=line.place,
                 fix='fix the pattern, or use reward = "exact"',
             ) from None

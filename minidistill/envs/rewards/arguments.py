@@ -12,7 +12,7 @@ def refusal(name: str, value: object, fix: str, why: str = "") -> UserError:
     key = f"reward.{name}" if name else "reward"
     text = repr(value)
     shown = text if len(text) <= 80 else text[:79] + "…"
-    what = f"jsonl: {key} = {shown} cannot be used"
+    what = f"{key} = {shown} cannot be used"
     return UserError(f"{what}: {why}" if why else what, where=f"args.{key}", fix=fix)
 
 

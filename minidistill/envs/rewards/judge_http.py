@@ -98,7 +98,7 @@ class JudgeServer:
             problem = f"it refuses the key (HTTP {status})"
             fix = f"correct {key}" if self._key else "set key_env: the server asks for a key"
         raise UserError(
-            f"jsonl: the judge at {self.url} cannot be asked: {problem}",
+            f"the judge at {self.url} cannot be asked: {problem}",
             where="args.reward",
             fix=fix,
             exit_code=EXIT_ENVIRONMENT,
@@ -202,7 +202,7 @@ def read_judge_key(name: str | None) -> str:
     key = read_key(name, where)
     if not key:
         raise UserError(
-            f"jsonl: the environment variable {name}, which holds the judge's API key, is not set",
+            f"the environment variable {name}, which holds the judge's API key, is not set",
             where=where,
             fix=f"export {name}=…, or leave out key_env for a server without keys",
             exit_code=EXIT_ENVIRONMENT,
