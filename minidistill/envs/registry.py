@@ -27,6 +27,8 @@ ENTRY_POINTS = "minidistill.environments"
 BUILT_IN = {
     "sokoban-env": "minidistill.envs.sokoban:load",
     "jsonl": "minidistill.envs.jsonl:load",
+    "self-prompts": "minidistill.envs.self_prompts:load",
+    "reasoning-gym": "minidistill.envs.reasoning_gym:load",
 }
 
 

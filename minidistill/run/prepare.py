@@ -27,6 +27,7 @@ from minidistill.reporting.monitors import check_monitors
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.run import preflight
 from minidistill.run.resume import is_extended
+from minidistill.run.self_prompts import SelfPrompts
 from minidistill.tasks.chat_template import TemplateSettings
 from minidistill.tasks.lengths import PromptLimit
 from minidistill.tasks.measuring import Measurer, no_progress, refuse_empty
@@ -120,14 +121,17 @@ def _prepare(
     made += environments.values()
     check_rewards(config, environments)
     began = directory.began() if resume else None
-    builder = _prompt_builder(config, tokenizer, began or datetime.now())
-    preflight.check_prompts(config, builder, _first_prompts(environments, builder))
+    builder = prompt_builder(config, tokenizer, began or datetime.now())
     plan = _plan(loaded)
     _check_memory(loaded, plan)
+    writer = SelfPrompts(config, tokenizer, builder, plan.placement, phase)
+    environments |= writer.environments(orchestrator.env, "orchestrator.env")
+    preflight.check_prompts(config, builder, _first_prompts(environments, builder))
     evaluated = environments
     if orchestrator.eval is not None and orchestrator.eval.env is not None:
         evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
         made += evaluated.values()
+        evaluated |= writer.environments(orchestrator.eval.env, "orchestrator.eval.env")
     if orchestrator.eval is not None:
         check_rewards(config, evaluated, evaluated=True)
     limit = PromptLimit.of(config, plan.placement.max_length)
@@ -187,7 +191,7 @@ def _each_once(*environments: Environment) -> list[Environment]:
     return list({id(environment): environment for environment in environments}.values())
 
 
-def _prompt_builder(config: Config, tokenizer: Any, began: datetime) -> PromptBuilder:
+def prompt_builder(config: Config, tokenizer: Any, began: datetime) -> PromptBuilder:
     """Renders the run's prompts, with the date and time at which it `began`."""
     teacher, model = config.orchestrator.teacher_model, config.model
     return PromptBuilder(
