@@ -10,12 +10,17 @@ from typing import Any
 import pytest
 import torch
 from support.gpus import REHEARSED
+from support.paths import ROOT
 from support.runs import records
 
 from minidistill import cli
+from minidistill.config import load_config
+from minidistill.envs import load_environment
 from minidistill.envs.self_prompts import Choice
 from minidistill.errors import EXIT_OK, EXIT_USAGE
 from minidistill.models.registry import BUILT_IN
+from minidistill.placement.machine import GIB, Machine
+from minidistill.placement.planner import plan_run
 from minidistill.tasks.chat_template import ChatTemplate
 
 # All that a run needs beside a context. The rest keeps it short.
@@ -28,6 +33,7 @@ SHORT = (
     "--orchestrator.sampling.max_tokens", "8",
     "--orchestrator.env.0.args.count", "12", "--orchestrator.env.0.args.max_tokens", "64",
 )  # fmt: skip
+QUESTIONS = str(ROOT / "configs" / "questions.jsonl")
 FLAGS = (*SELF_PROMPTS, *CONTEXT, *PURE, *SHORT)
 
 
@@ -172,6 +178,15 @@ def test_a_missing_reward_is_refused_before_anything_is_sampled(
     assert cli.main(["run", *flags]) == EXIT_USAGE
     assert "'self-prompts' has no reward" in capsys.readouterr().err
     assert not cache.exists()
+
+
+def test_the_shipped_configuration_fits_a_gpu_of_24_gb(offline: None) -> None:
+    loaded = load_config([str(ROOT / "configs" / "self-prompts.toml")])
+    machine = Machine(gpus=1, bytes=24 * GIB, vllm=True, bf16=True, bitsandbytes=True)
+    assert plan_run(loaded, machine, shipped=True).fits
+    trained, [held_out] = loaded.config.orchestrator.env, loaded.config.orchestrator.eval.env
+    assert [env.id for env in trained] == ["self-prompts"]
+    assert len(load_environment("jsonl", {**held_out.args, "path": QUESTIONS}).eval) == 24
 
 
 @pytest.mark.gpu
