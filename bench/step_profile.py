@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,10 +54,12 @@ def profile_training(trainer: Trainer, step: Callable[[], Any], largest: int = 8
 
     def profiled(*args: Any) -> Any:
         began = time.perf_counter()
-        with profile(activities=[ProfilerActivity.CPU], with_flops=True) as record:
+        activities = [ProfilerActivity.CPU]
+        with profile(activities=activities, record_shapes=True, with_flops=True) as record:
             output = train(*args)
             seconds = time.perf_counter() - began
-        result.append(summary(record.key_averages(), seconds, largest))
+        events = record.key_averages(group_by_input_shape=True)
+        result.append(summary(events, seconds, largest))
         return output
 
     with mock.patch.object(trainer, "step", profiled):
@@ -72,8 +75,8 @@ def summary(events: Any, seconds: float, largest: int) -> Profile:
         own = event.self_cpu_time_total / 1e6
         kind = kind_of(event.key)
         by_kind[kind] = by_kind.get(kind, 0.0) + own
-        by_name[event.key] = own
-        flops += event.flops if kind == "products" else 0
+        by_name[event.key] = by_name.get(event.key, 0.0) + own
+        flops += operations(event) if kind == "products" else 0
     by_kind[OUTSIDE] = max(0.0, seconds - sum(by_kind.values()))
     products = by_kind.get("products", 0.0)
     return Profile(
@@ -81,6 +84,14 @@ def summary(events: Any, seconds: float, largest: int) -> Profile:
         dict(list(_shares(by_name, seconds).items())[:largest]),
         flops / products if products else 0.0,
     )
+
+
+def operations(event: Any) -> float:
+    """Of products of matrices; torch does not count oneDNN's."""
+    if not event.key.startswith("mkldnn::_linear"):
+        return float(event.flops)
+    x, weight = event.input_shapes[:2]
+    return 2.0 * math.prod(x) * weight[0] * event.count
 
 
 def _shares(seconds: dict[str, float], total: float) -> dict[str, float]:

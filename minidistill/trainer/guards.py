@@ -90,7 +90,9 @@ def says_out_of_memory(message: str) -> bool:
     message = message.lower()
     # cuBLAS needs a workspace for a handle, and reports its lack as a failed initialization
     no_handle = "cublas_status_not_initialized" in message and "cublascreate" in message
-    return no_handle or any(phrase in message for phrase in _OUT_OF_MEMORY)
+    # all that oneDNN says if it has no memory for a product's code
+    no_code = message.partition("\n")[0].strip() == "could not create a primitive"
+    return no_handle or no_code or any(phrase in message for phrase in _OUT_OF_MEMORY)
 
 
 def first_line(error: BaseException | str) -> str:

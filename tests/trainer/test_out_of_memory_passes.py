@@ -30,6 +30,8 @@ MESSAGES = {
     "CUDA error: out of memory\nCUDA kernel errors might be reported later": True,
     "CUDA driver error: cudaErrorMemoryAllocation": True,
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`": True,
+    "could not create a primitive": True,
+    "could not create a primitive descriptor for the matmul primitive": False,
     "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`": True,
     "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm(handle, …)`": False,
     "cuDNN error: CUDNN_STATUS_ALLOC_FAILED": True,

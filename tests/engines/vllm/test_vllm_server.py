@@ -132,7 +132,7 @@ def test_a_teacher_on_a_server_beside_the_embedded_student(
     runs = {"served": teacher, "own": []}
     for name, more in runs.items():
         argv = ["run", SOKOBAN, *flags, *more, "--output_dir", str(tmp_path / name)]
-        assert cli.main([*argv, "--max_steps", "3"]) == EXIT_OK
+        assert cli.main([*argv, "--max_steps", "2"]) == EXIT_OK
     for served, own in zip(steps(tmp_path / "served"), steps(tmp_path / "own"), strict=True):
         assert served["time/teacher"] > 0
         assert served["combined_advantage"] == pytest.approx(own["combined_advantage"], abs=1e-4)
