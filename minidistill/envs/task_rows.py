@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -55,8 +56,9 @@ def rows_elsewhere(id: str, args: dict[str, Any]) -> dict[str, list[str]]:
     other = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
-        request = json.dumps({"id": id, "args": args, "result": str(result)})
-        process = Subprocess(MODULE, [request], [], {"PYTHONHASHSEED": other})
+        request = Path(folder) / "request.pickle"
+        request.write_bytes(pickle.dumps((id, args)))  # TOML has dates, which JSON has not
+        process = Subprocess(MODULE, [str(request), str(result)], [], {"PYTHONHASHSEED": other})
         try:
             process.popen.wait(LOAD_SECONDS)
             if not result.is_file():
@@ -70,7 +72,7 @@ def rows_elsewhere(id: str, args: dict[str, Any]) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    request = json.loads(sys.argv[1])
-    rows = task_rows(load_environment(request["id"], request["args"]))
-    Path(request["result"]).write_text(json.dumps(rows))
+    request, result = map(Path, sys.argv[1:])
+    rows = task_rows(load_environment(*pickle.loads(request.read_bytes())))
+    result.write_text(json.dumps(rows))
     os._exit(0)  # without waiting for threads that the environment started

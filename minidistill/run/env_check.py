@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,8 +103,8 @@ def _check_splits(report: Report, splits: dict[str, list[Task]]) -> None:
     """Ids are unique, and neither an id nor a prompt is in both splits."""
     ids = {split: [task.id for task in tasks] for split, tasks in splits.items()}
     for split, of_split in ids.items():
-        if len(set(of_split)) < len(of_split):
-            twice = next(id for id in of_split if of_split.count(id) > 1)
+        twice, times = Counter(of_split).most_common(1)[0]
+        if times > 1:
             report.add("splits", False, f"the id {twice!r} is twice in {split}")
             return
     if shared := set(ids["train"]) & set(ids["eval"]):
@@ -170,6 +171,9 @@ def _check_rewards(
     """Rewards are finite, and tell an empty, a wrong and the own answer apart."""
     if not has_rewards(environment):
         report.add("rewards", None, "it has none")
+        return
+    if getattr(environment, "rollout", None) is not None:
+        report.add("rewards", None, "it plays conversations, and each gives its own reward")
         return
     check_ready(environment)
     if isinstance(environment, IsolatedEnvironment):

@@ -32,6 +32,7 @@ from minidistill.models.weights import check_weights
 from minidistill.placement.placement import Placement
 from minidistill.seeding import stable_seed
 from minidistill.system.files import cache_folder, shown_path, write_atomic, writing
+from minidistill.tasks.chat_template import ChatTemplate
 from minidistill.tasks.measuring import no_progress
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.user_turn import UserTurn
@@ -87,7 +88,8 @@ class SelfPrompts:
         template and the settings decide.
         """
         settings = Settings.of(env.args)
-        turns = _turns(settings, self.builder)
+        context = self._context(where) if settings.about_context else ""
+        turns = _turns(settings, context, self.builder.student)
         path = _path(self.config, env, settings, turns)
         if path.is_file():
             logger.info(f"{env.name} takes its prompts from {shown_path(path)}")
@@ -101,7 +103,7 @@ class SelfPrompts:
                 fix="lower max_tokens in its args, or raise seq_len",
             )
         check_weights(self.config)
-        prompts = _Prompts(settings, turns, self.builder, where)
+        prompts = _Prompts(settings, turns, context, where)
         with self.phase(f"write prompts of {env.name}", settings.count, "prompts") as advance:
             self._sample(prompts, advance)
         gc.collect()
@@ -109,6 +111,17 @@ class SelfPrompts:
             torch.cuda.empty_cache()  # for engines that start after this
         prompts.write(path, env.name)
         return path
+
+    def _context(self, where: str) -> str:
+        """What the prompts are about with `topics = "context"`. Raises UserError if it is empty."""
+        context = self.config.orchestrator.teacher_model.context.strip()
+        if not context:
+            raise UserError(
+                f'{ID}: topics = "context", and there is no context',
+                where=f"{where}.args.topics",
+                fix="set orchestrator.teacher_model.context, or use a list of texts as topics",
+            )
+        return context
 
     @explain_out_of_memory(
         "writing prompts with the model",
@@ -131,17 +144,10 @@ class SelfPrompts:
         prompts.sample(EmbeddedEngine(policy, PrefixCache(policy, shares=False)), advance)
 
 
-def _turns(settings: Settings, builder: PromptBuilder) -> list[UserTurn]:
-    """The user's turns to sample, one for each topic. The student's template writes them."""
-    template = builder.student
-    if settings.about_context:
-        return [UserTurn.of(template, builder.context.strip())]
-    if not settings.topics:
-        return [UserTurn.of(template)]
-    return [
-        UserTurn.of(template, f"The user asks something about {topic}.")
-        for topic in settings.topics
-    ]
+def _turns(settings: Settings, context: str, template: ChatTemplate) -> list[UserTurn]:
+    """The user's turns to sample, one for each topic."""
+    about = [f"The user asks something about {topic}." for topic in settings.topics]
+    return [UserTurn.of(template, system) for system in about or [context]]
 
 
 def _path(config: Config, env: EnvConfig, settings: Settings, turns: Sequence[UserTurn]) -> Path:
@@ -164,11 +170,12 @@ class _Prompts:
     """The prompts of one environment: sampled, chosen and written."""
 
     def __init__(
-        self, settings: Settings, turns: Sequence[UserTurn], builder: PromptBuilder, where: str
+        self, settings: Settings, turns: Sequence[UserTurn], context: str, where: str
     ) -> None:
+        """`context` is the one that the model reads when it writes them, if it does."""
         self.settings, self.turns, self.where = settings, turns, where
         lines = {line for turn in turns for line in turn.lines}
-        self.choice = Choice(lines, builder.context if settings.about_context else "")
+        self.choice = Choice(lines, context)
         self.topics: list[str] = []
         """Of the prompts that are kept."""
         self.sampled = 0

@@ -123,7 +123,12 @@ def test_a_score_that_takes_longer_than_its_limit_fails(
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("NoRewards", "it has none"), ("NoAnswers", "no answer of their own")]
+    ("name", "words"),
+    [
+        ("NoRewards", "it has none"),
+        ("NoAnswers", "no answer of their own"),
+        ("Conversations", "it plays conversations"),
+    ],
 )
 def test_what_cannot_be_known_is_said_and_no_failure(
     capsys: pytest.CaptureFixture[str], name: str, words: str

@@ -144,7 +144,7 @@ def test_with_the_context_as_topic_the_model_reads_it_and_no_prompt_repeats_it(
     flags = ("--orchestrator.env.0.args.topics", "context", *few)
     assert cli.main(["env", "prompts", *FLAGS, *flags]) == EXIT_OK
     assert "<|system|>You are an expert of puzzles.<|end|><|user|>" in openings
-    assert contexts == {CONTEXT[1]}
+    assert contexts == {CONTEXT[1].strip()}
 
 
 def test_too_few_prompts_are_one_error_that_says_what_to_change(

@@ -118,3 +118,8 @@ class NoAnswers(Sound):
 
     def score(self, task: Task, completion: str) -> Any:
         return float(len(completion) > 100)
+
+
+class Conversations(Sound):
+    async def rollout(self, task: Task, policy: Any) -> float:
+        return 1.0
