@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import tomli
+import tomli_w
 
 from minidistill.envs.protocol import Environment, TasksMadeTogether, take_tasks
 from minidistill.envs.registry import load_environment
@@ -56,8 +58,8 @@ def rows_elsewhere(id: str, args: dict[str, Any]) -> dict[str, list[str]]:
     other = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
-        request = Path(folder) / "request.pickle"
-        request.write_bytes(pickle.dumps((id, args)))  # TOML has dates, which JSON has not
+        request = Path(folder) / "request.toml"  # which the args are from: they may have dates
+        request.write_text(tomli_w.dumps({"id": id, "args": args}))
         process = Subprocess(MODULE, [str(request), str(result)], [], {"PYTHONHASHSEED": other})
         try:
             process.popen.wait(LOAD_SECONDS)
@@ -73,6 +75,6 @@ def rows_elsewhere(id: str, args: dict[str, Any]) -> dict[str, list[str]]:
 
 if __name__ == "__main__":
     request, result = map(Path, sys.argv[1:])
-    rows = task_rows(load_environment(*pickle.loads(request.read_bytes())))
+    rows = task_rows(load_environment(**tomli.loads(request.read_text())))
     result.write_text(json.dumps(rows))
     os._exit(0)  # without waiting for threads that the environment started

@@ -141,6 +141,11 @@ def test_what_cannot_be_known_is_said_and_no_failure(
     assert words in finding["detail"]
 
 
+def test_arguments_may_be_whatever_toml_has(capsys: pytest.CaptureFixture[str]) -> None:
+    off = ("--orchestrator.env.0.score_timeout", "off")
+    assert not broken(capsys, "Dated", *off, "--args", "{ day = 2026-02-03 }")
+
+
 def test_the_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["env", "check", "support.checked_envs:Constant", *CONTEXT]
     assert cli.main([*argv, "--orchestrator.env.0.score_timeout", "off"]) == EXIT_FAILED

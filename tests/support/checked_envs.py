@@ -120,6 +120,14 @@ class NoAnswers(Sound):
         return float(len(completion) > 100)
 
 
+class Dated(Sound):
+    """TOML has dates among its values."""
+
+    def __init__(self, day: Any) -> None:
+        super().__init__()
+        self.train = [Task(f"{day.year}/{t.id}", t.messages, t.answer) for t in self.train]
+
+
 class Conversations(Sound):
     async def rollout(self, task: Task, policy: Any) -> float:
         return 1.0
