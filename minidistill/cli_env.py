@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 from minidistill.errors import EXIT_USAGE, UserError
@@ -77,12 +76,10 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
     if not rest or rest[0].startswith("--"):
         raise UserError("env check takes an environment's id, or a TOML file", fix=_EXAMPLE)
 
-    def check() -> Callable[..., int]:
-        from minidistill.run.env_command import check_environments
+    _before_torch()
+    from minidistill.run.env_command import check_environments
 
-        return check_environments
-
-    return _prepared(check)(rest, samples, as_data=options.json)
+    return check_environments(rest, samples, as_data=options.json)
 
 
 def _add_prompts(actions: Any) -> None:
@@ -104,20 +101,15 @@ def _prompts(options: argparse.Namespace, rest: list[str]) -> int:
         fix = "minidistill env prompts configs/self-prompts.toml"
         raise UserError("no configuration is given", fix=fix)
 
-    def write() -> Callable[..., int]:
-        from minidistill.run.env_command import write_prompts
+    _before_torch()
+    from minidistill.run.env_command import write_prompts
 
-        return write_prompts
-
-    return _prepared(write)(rest)
+    return write_prompts(rest)
 
 
-def _prepared(load: Callable[[], Callable[..., int]]) -> Callable[..., int]:
-    """The command, loaded with what a run needs before it loads torch."""
+def _before_torch() -> None:
     from minidistill.system.threads import settle_threads
 
     settle_threads()  # before torch loads OpenMP
     # interpreted kernels have to be asked for before transformers imports triton
     import minidistill_kernels  # noqa: F401
-
-    return load()

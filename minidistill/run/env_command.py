@@ -79,9 +79,8 @@ def _flags(argv: Sequence[str]) -> list[str]:
         return list(argv)
     flags, has_context = [], False
     for token in rest:
-        name, dot, tail = token.partition(".") if token.startswith("--args.") else (token, "", "")
-        if name == "--args" or token.startswith("--args="):
-            token = f"--{_ARGS}{dot}{tail}" if dot else token.replace("--args", f"--{_ARGS}", 1)
+        if token == "--args" or token.startswith(("--args.", "--args=")):
+            token = f"--{_ARGS}{token.removeprefix('--args')}"
         flags.append(token)
         is_file = not token.startswith("-") and token.endswith(".toml")
         has_context |= is_file or token.startswith("--orchestrator.teacher_model.context")

@@ -125,13 +125,17 @@ def _prepare(
     plan = _plan(loaded)
     _check_memory(loaded, plan)
     writer = SelfPrompts(config, tokenizer, builder, plan.placement, phase)
-    environments |= writer.environments(orchestrator.env, "orchestrator.env")
+    written = writer.environments(orchestrator.env, "orchestrator.env")
+    made += written.values()
+    environments |= written
     preflight.check_prompts(config, builder, _first_prompts(environments, builder))
     evaluated = environments
     if orchestrator.eval is not None and orchestrator.eval.env is not None:
         evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
         made += evaluated.values()
-        evaluated |= writer.environments(orchestrator.eval.env, "orchestrator.eval.env")
+        written = writer.environments(orchestrator.eval.env, "orchestrator.eval.env")
+        made += written.values()
+        evaluated |= written
     if orchestrator.eval is not None:
         check_rewards(config, evaluated, evaluated=True)
     limit = PromptLimit.of(config, plan.placement.max_length)
