@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import runpy
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +16,7 @@ import torch
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.models.auto import skeleton
 from minidistill.placement.limits import CPU_BLOCK, LORA_RANKS
-from minidistill.system.subprocesses import Subprocess, die_with_parent
+from minidistill.system.subprocesses import Subprocess
 
 # What `vllm serve` runs. That command itself does not start with vLLM's CPU build.
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -64,12 +61,7 @@ class Server:
             *flags,
         ]
         environment = ENVIRONMENT | ({} if gpu else CPU_ENVIRONMENT)
-        watched, self._lifeline = os.pipe()
-        try:
-            arguments = [str(watched), *self.command]
-            self._process = Subprocess(__name__, arguments, (watched,), environment)
-        finally:
-            os.close(watched)
+        self._process = Subprocess(SERVER, self.command, (), environment)
 
     def wait_until_ready(self) -> None:
         """Raises UserError (exit code 3) if the server does not start."""
@@ -95,7 +87,6 @@ class Server:
 
     def close(self) -> None:
         self._process.close()
-        os.close(self._lifeline)
 
 
 def adapter_flags(folder: Path, *, gpu: bool) -> list[str]:
@@ -158,8 +149,3 @@ def check_adapter(url: str, prompt: Sequence[int]) -> None:
             fix="give one that was trained",
             exit_code=EXIT_FAILED,
         )
-
-
-if __name__ == "__main__":  # a server's process, which ends with the process that started it
-    die_with_parent(int(sys.argv.pop(1)))
-    runpy.run_module(SERVER, run_name="__main__", alter_sys=True)

@@ -1,7 +1,7 @@
 """A decoder's layers that train an adapter on a CPU in fp32 with less memory and less time.
 
 `make_lean` gives norms, linear layers and MLPs a class derived from their own. It computes the same
-up to float error when a gradient is needed (`lean_products.py`), and otherwise is that class.
+up to float error (`lean_products.py`).
 Layers are recognized by what they compute: one of each class is tried on a random input.
 """
 

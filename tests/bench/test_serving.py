@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from bench import pair, serving
 from bench.serving_client import Answer, Round, ask, read_blocks
 from bench.serving_measure import WAYS, Memory, Setting, check_round, figures
-from bench.serving_servers import adapter_flags, random_adapter
+from bench.serving_servers import Server, adapter_flags, random_adapter
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_USAGE, UserError
 from minidistill.models.registry import resolve
 
@@ -316,3 +316,13 @@ def test_arguments_that_measure_nothing_are_refused(flags: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         serving.main(flags)
     assert caught.value.code == EXIT_USAGE
+
+
+@pytest.mark.vllm
+def test_a_real_server_that_does_not_start_says_why() -> None:
+    server = Server("tiny-sokoban", ["--no-such-flag"], 1 << 26, 128, gpu=False)
+    try:
+        with pytest.raises(UserError, match="unrecognized arguments: --no-such-flag"):
+            server.wait_until_ready()
+    finally:
+        server.close()
