@@ -54,6 +54,19 @@ class Reward:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """An answer of the policy in a conversation, as an environment reads it."""
+
+    text: str
+    """Without special tokens and the end of the turn."""
+    truncated: bool = False
+    """It was cut off at `max_tokens`. If it has no tokens, the conversation has no room left."""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    """The sampler's, in nats."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """The two views of one task: what the student reads and what the teacher reads."""
 
@@ -97,10 +110,20 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Inserted:
+    """Tokens of a conversation that the environment wrote: attended to, and never predicted."""
+
+    at: int
+    """How many sampled tokens come before them."""
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """Sampled token ids with the sampler's log-probs (nats, at the sampling temperature).
 
-    `stop` is "eos" (the end-of-sequence id is the last token) or "length".
+    That of a conversation has the tokens of all its turns. `stop` is "eos" (the end-of-sequence id
+    is the last token) or "length".
     """
 
     token_ids: tuple[int, ...]
@@ -111,6 +134,29 @@ class Completion:
     versions: tuple[tuple[int, int], ...] = ()
     """Pairs (first token, version of the weights that sampled from there on). Empty if the engine
     does not report versions."""
+    inserted: tuple[Inserted, ...] = ()
+    """What an environment wrote between the turns of a conversation, in order."""
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """Everything after the prompt: the sampled tokens with what is inserted in its place."""
+        ids: list[int] = []
+        before = 0
+        for inserted in self.inserted:
+            ids += self.token_ids[before : inserted.at]
+            ids += inserted.ids
+            before = inserted.at
+        return (*ids, *self.token_ids[before:])
+
+    @property
+    def sampled_at(self) -> tuple[int, ...]:
+        """The place of each sampled token in the sequence."""
+        places: list[int] = []
+        before = shift = 0
+        for inserted in self.inserted:
+            places += range(before + shift, inserted.at + shift)
+            before, shift = inserted.at, shift + len(inserted.ids)
+        return (*places, *range(before + shift, len(self.token_ids) + shift))
 
     @property
     def truncated(self) -> bool:
@@ -149,14 +195,24 @@ class Rollout:
     advantage: float = 0.0
     policy_version: int = 0
     teacher: TeacherScores | None = None
+    part: int = 0
+    """Its number among the samples of its conversation, which has several if a chat template cannot
+    extend what it has rendered."""
+    first: Prompt | None = None
+    """The prompt that the conversation was drawn with, if its group is not that of `prompt`."""
+
+    @property
+    def group(self) -> Prompt:
+        """The prompt whose samples are compared with each other."""
+        return self.first or self.prompt
 
     @property
     def student_length(self) -> int:
-        return len(self.prompt.student_ids) + len(self.completion.token_ids)
+        return len(self.prompt.student_ids) + len(self.completion.sequence)
 
     @property
     def teacher_length(self) -> int:
-        return len(self.prompt.teacher_ids) + len(self.completion.token_ids)
+        return len(self.prompt.teacher_ids) + len(self.completion.sequence)
 
 
 @dataclass(frozen=True, slots=True)

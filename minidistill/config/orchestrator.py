@@ -16,7 +16,7 @@ class SamplingConfig(Table):
     temperature: PositiveFloat = 1.0
     """Temperature of the sampler, and of both distributions in the objective."""
     max_tokens: Positive = 512
-    """Longest completion, in tokens."""
+    """Longest completion, in tokens; in a conversation, of each turn."""
 
 
 class EvalSamplingConfig(Table):
@@ -71,6 +71,12 @@ class EnvConfig(Table):
     the environment. Rewards that may hang or exit therefore run in a process of their own; `off`
     runs them in the process of the run, without a limit. Built-in rewards that cannot hang run
     there in any case, and `judge` has time limits of its own."""
+    turn_timeout: Annotated[float, Gt(0), Le(86_400)] = 30.0
+    """Seconds that a multi-turn environment may take between two answers of the policy. Then its
+    conversation is stopped, and counts as a failure of the environment."""
+    episode_timeout: Annotated[float, Gt(0), Le(86_400)] = 300.0
+    """Seconds that a multi-turn environment may take in a conversation, all of its turns together.
+    The time of sampling does not count."""
 
 
 class EvalConfig(Table):

@@ -98,20 +98,24 @@ def checked_task(task: Any, index: object) -> Task:
     if not isinstance(task.id, str | int):
         raise TypeError(f"number {index} has an id that is no text, but {type(task.id).__name__}")
     task = _with_plain_id(task)
-    if not isinstance(task.messages, list | tuple):
-        kind = type(task.messages).__name__
-        raise TypeError(f"the messages of {task.id} are no tuple, but {kind}")
-    for message in task.messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise TypeError(f"a message of {task.id} has no role")
-        if not isinstance(message.get("content"), str | list | tuple | None):
-            raise TypeError(f"a message of {task.id} has a content that is no text")
-    messages = [dict(message) for message in task.messages]
-    try:
-        json.dumps(messages, allow_nan=False, ensure_ascii=False).encode()
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"the messages of {task.id} cannot be written as JSON: {error}") from None
+    check_messages(task.messages, str(task.id))
     return task
+
+
+def check_messages(messages: Any, of: str) -> None:
+    """Raise TypeError for messages that no template and no file can take."""
+    if not isinstance(messages, list | tuple):
+        raise TypeError(f"the messages of {of} are no tuple, but {type(messages).__name__}")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise TypeError(f"a message of {of} has no role")
+        if not isinstance(message.get("content"), str | list | tuple | None):
+            raise TypeError(f"a message of {of} has a content that is no text")
+    try:
+        plain = [dict(message) for message in messages]
+        json.dumps(plain, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the messages of {of} cannot be written as JSON: {error}") from None
 
 
 def _with_plain_id(task: Any) -> Any:

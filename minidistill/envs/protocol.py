@@ -27,6 +27,8 @@ class Environment(Protocol):
       is called before anything is written.
     - `example_answer(task)`: a completion that deserves the best reward, for `minidistill env
       check`. By default it is the task's answer.
+    - `async rollout(task, policy)`, in place of `score`: plays a conversation of several turns. See
+      `MultiTurnEnvironment`.
     - `close()`: called at the end of the run, also if that ends before the first step.
     """
 

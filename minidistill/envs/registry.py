@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from minidistill.envs.guarded import GuardedEnvironment
 from minidistill.envs.isolated import IsolatedEnvironment, close_environments
+from minidistill.envs.multi_turn import MultiTurnEnvironment, drives_turns
 from minidistill.envs.protocol import Environment, has_rewards
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.system.foreign import describe, foreign_code
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "minidistill.environments"
 BUILT_IN = {
     "sokoban-env": "minidistill.envs.sokoban:load",
+    "frozen-lake-env": "minidistill.envs.frozen_lake:load",
     "jsonl": "minidistill.envs.jsonl:load",
     "self-prompts": "minidistill.envs.self_prompts:load",
     "reasoning-gym": "minidistill.envs.reasoning_gym:load",
+    "textarena": "minidistill.envs.text_arena:load",
 }
 
 
@@ -51,17 +54,23 @@ def load_environments(configs: Iterable[EnvConfig], where: str) -> dict[str, Env
 def _load(config: EnvConfig, place: str) -> Environment:
     environment = load_environment(config.id, config.args, place)
     with foreign_code(partial(_failed, config.id, place)):
-        missing = [name for name in ("train", "eval", "score") if not hasattr(environment, name)]
+        turns = drives_turns(environment)
+        needed = ("train", "eval", "rollout" if turns else "score")
+        missing = [name for name in needed if not hasattr(environment, name)]
     if missing:
         close_environments([environment])
         raise UserError(
             f"the environment {config.id!r} returned {_short(environment)}, which has no "
             f"{' and no '.join(missing)}",
             where=place,
-            fix="return an object with train, eval and score: see docs/environments.md",
+            fix="return an object with train, eval and score, or with an async rollout in place of "
+            "score: see docs/environments.md",
         )
     if config.id not in BUILT_IN:
         environment = GuardedEnvironment(environment, config.id, place)
+    if turns:
+        limits = config.turn_timeout, config.episode_timeout
+        return MultiTurnEnvironment(environment, config.id, *limits)
     in_process = getattr(environment, "scores_in_process", False) or not has_rewards(environment)
     if in_process or config.score_timeout == "off":
         return environment

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from minidistill.config import Config
 from minidistill.engines.base import Engine
 from minidistill.engines.checks import check_completions, named
+from minidistill.envs.multi_turn import multi_turn
 from minidistill.envs.protocol import Environment, has_rewards
+from minidistill.evaluation.kl import Conversations, sample
 from minidistill.reporting.terminal.base import Display
+from minidistill.rollouts.conversations import Played, Player, errors_of
 from minidistill.seeding import stable_seed
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.rewards import check_errors, score
@@ -51,12 +54,15 @@ class Evaluator:
         builder: PromptBuilder,
         engine: Engine,
         display: Display,
+        max_length: int,
     ) -> None:
-        """`prompts` has those of each environment."""
+        """`prompts` has those of each environment. A conversation may have `max_length` tokens."""
         assert config.orchestrator.eval is not None
         self.config, self.settings = config, config.orchestrator.eval
         self.environments, self.engine, self.display = environments, engine, display
         self.prompts, self.builder = prompts, builder
+        self.max_length = max_length
+        self.conversing = multi_turn(environments)
 
     @explain_out_of_memory(
         "evaluating",
@@ -72,21 +78,30 @@ class Evaluator:
             for prompt in prompts
             for sample in range(samples)
         ]
+        errors: list[str] = []
+        limit = self.config.orchestrator.max_env_error_frac
+
+        def check(more: Sequence[str]) -> None:
+            check_errors([*errors, *more], len(jobs), limit)
+
         rollouts: list[Rollout] = []
         with self.display.phase(f"evaluate {label}", len(jobs), "rollouts") as advance:
-            for start in range(0, len(jobs), self.settings.batch_size):
-                batch = jobs[start : start + self.settings.batch_size]
+            for batch in self._batches(jobs, conversing=False):
                 rollouts += self._sample(batch, role, context, advance)
-        with self.display.phase("score", len(jobs), "rollouts") as advance:
-            limit = self.config.orchestrator.max_env_error_frac
-            rewards, errors = score(
-                self.environments,
-                rollouts,
-                advance,
-                lambda errors: check_errors(errors, len(jobs), limit),
-            )
+            played = [
+                each
+                for batch in self._batches(jobs, conversing=True)
+                for each in self._play(batch, role, context, advance, check)
+            ]
+        errors = errors_of(played)
+        with self.display.phase("score", len(rollouts), "rollouts") as advance:
+            scored, failed = score(self.environments, rollouts, advance, check)
+        errors += failed
+        check([])
         if errors:
             logger.warning(f"{len(errors)} evaluation rollouts could not be scored: {errors[0]}")
+        of_played, of_single = (each.reward for each in played), iter(scored)
+        rewards = [next(of_played if p.env in self.conversing else of_single) for p, _ in jobs]
         by_env: dict[str, list[float]] = {
             name: [] for name in self.prompts if has_rewards(self.environments[name])
         }
@@ -95,13 +110,55 @@ class Evaluator:
             total = sum(r.value for r in rewards[start : start + samples] if r)
             if (name := jobs[start][0].env) in by_env:
                 by_env[name].append(total / samples)
-        length = sum(len(r.completion.token_ids) for r in rollouts) / len(jobs)
-        return Scores(by_env, length)
+        completions = [r.completion for r in rollouts]
+        completions += [sample.completion for each in played for sample in each.samples]
+        tokens = sum(len(c.token_ids) for c in completions)
+        return Scores(by_env, tokens / len(jobs))
+
+    def _batches(
+        self, jobs: Sequence[tuple[Prompt, int]], *, conversing: bool
+    ) -> list[list[tuple[Prompt, int]]]:
+        """The jobs of multi-turn environments, or the others, as they are sampled together."""
+        chosen = [job for job in jobs if (job[0].env in self.conversing) == conversing]
+        size = self.settings.batch_size
+        return [chosen[start : start + size] for start in range(0, len(chosen), size)]
+
+    def _params(self) -> SamplingParams:
+        training, evaluation = self.config.orchestrator.sampling, self.settings.sampling
+        return SamplingParams(
+            max_tokens=evaluation.max_tokens or training.max_tokens,
+            temperature=training.temperature
+            if evaluation.temperature is None
+            else evaluation.temperature,
+        )
+
+    def _play(
+        self,
+        jobs: Sequence[tuple[Prompt, int]],
+        role: Role,
+        context: bool,
+        advance: Advance,
+        check: Callable[[Sequence[str]], None],
+    ) -> list[Played]:
+        def seed(row: int, turn: int) -> int:
+            prompt, sample = jobs[row]
+            task = prompt.task.id
+            return stable_seed(self.config.seed, "eval", prompt.env, task, sample, turn)
+
+        player = Player(
+            self.builder,
+            self.conversing,
+            self.max_length,
+            self._params(),
+            seed,
+            role,
+            context,
+        )
+        return player.play(self.engine, jobs, advance, check)
 
     def _sample(
         self, jobs: Sequence[tuple[Prompt, int]], role: Role, context: bool, advance: Advance
     ) -> list[Rollout]:
-        training, evaluation = self.config.orchestrator.sampling, self.settings.sampling
         requests = [
             Request(
                 prompt.ids(role, context=context),
@@ -109,12 +166,7 @@ class Evaluator:
             )
             for prompt, sample in jobs
         ]
-        params = SamplingParams(
-            max_tokens=evaluation.max_tokens or training.max_tokens,
-            temperature=training.temperature
-            if evaluation.temperature is None
-            else evaluation.temperature,
-        )
+        params = self._params()
         completions = self.engine.generate(requests, params, role, advance)
         name = named(jobs, "evaluation rollout")
         check_completions(self.engine, completions, len(jobs), params, name)
@@ -126,3 +178,40 @@ class Evaluator:
     def held_out(self) -> list[Prompt]:
         """The prompts for the held-out KL."""
         return held_out(self.prompts)
+
+    def held_out_conversations(self) -> Conversations | None:
+        """The student's conversations for the held-out KL, sampled as in training.
+
+        Of a single-turn environment they have one completion. None if all environments are.
+        """
+        if not self.conversing:
+            return None
+        prompts, training = self.held_out(), self.config.orchestrator.sampling
+        talking = [i for i, prompt in enumerate(prompts) if prompt.env in self.conversing]
+        others = [i for i, prompt in enumerate(prompts) if prompt.env not in self.conversing]
+        player = Player(
+            self.builder,
+            self.conversing,
+            self.max_length,
+            SamplingParams(training.max_tokens, training.temperature),
+            lambda row, turn: stable_seed(self.config.seed, "held-out", talking[row], turn),
+            rewarded=False,
+        )
+        limit = self.config.orchestrator.max_env_error_frac
+
+        def check(errors: Sequence[str]) -> None:
+            check_errors(errors, len(talking), limit)
+
+        jobs = [(prompts[i], 0) for i in talking]
+        played = player.play(self.engine, jobs, lambda count: None, check)
+        check(errors_of(played))
+        found = {
+            i: [(each.prompt, each.completion) for each in conversation.samples]
+            for i, conversation in zip(talking, played, strict=True)
+        }
+        if others:
+            view = [prompts[i].student_ids for i in others]
+            arguments = "held-out", Role.STUDENT, training.max_tokens
+            completions = sample(self.config, self.engine, view, *arguments)
+            found |= {i: [(prompts[i], c)] for i, c in zip(others, completions, strict=True)}
+        return [found[i] for i in range(len(prompts))]

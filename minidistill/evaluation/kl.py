@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from minidistill.config import Config
 from minidistill.engines.base import Engine, Ids
@@ -21,6 +22,8 @@ from minidistill.types import Completion, Prompt, Request, Role, SamplingParams,
 
 Views = tuple[Sequence[Ids], Sequence[Ids]]
 """The prompts that each of two distributions reads."""
+Conversations = Sequence[Sequence[tuple[Prompt, Completion]]]
+"""The samples of a conversation about each prompt; none if it failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class SampledKL:
 
     by_prompt: PromptSums
     completions: list[Completion]
+    """Of a conversation its first turn."""
 
     @property
     def mean(self) -> float:
@@ -45,22 +49,49 @@ def teacher_kl(
     *,
     label: str = "held-out",
     max_tokens: int | None = None,
+    conversations: Conversations | None = None,
 ) -> SampledKL:
     """KL(student‖teacher) over completions that the student samples without the context.
+
+    `conversations` of the prompts take the place of completions, if they are given.
 
     If only an engine holds the teacher's weights, it is log π(y) - log q(y) instead. Otherwise an
     engine on the trainer's GPU is asleep after the call. `budget` bounds the passes. The seeds
     follow from `label`. `max_tokens` is by default that of training.
     """
-    longest = max_tokens or config.orchestrator.sampling.max_tokens
-    views = ([p.student_ids for p in prompts], [p.teacher_ids for p in prompts])
-    completions = sample(config, engine, views[0], label, Role.STUDENT, longest)
+    if conversations is None:
+        longest = max_tokens or config.orchestrator.sampling.max_tokens
+        view = [p.student_ids for p in prompts]
+        sampled = sample(config, engine, view, label, Role.STUDENT, longest)
+        conversations = [[pair] for pair in zip(prompts, sampled, strict=True)]
+    pairs = [pair for conversation in conversations for pair in conversation]
+    views = ([p.student_ids for p, _ in pairs], [p.teacher_ids for p, _ in pairs])
+    completions = [completion for _, completion in pairs]
     roles = Role.STUDENT, Role.TEACHER
     if policy.holds(Role.TEACHER):
         engine.sleep()
         doing = f"computing the KL on {label} prompts"
-        return _exact_kl(config, policy, completions, views, roles, budget, doing)
-    return _sampled_kl(engine, completions, views, roles)
+        kl = _exact_kl(config, policy, completions, views, roles, budget, doing)
+    else:
+        kl = _sampled_kl(engine, completions, views, roles)
+    return _by_conversation(kl, conversations)
+
+
+def _by_conversation(kl: SampledKL, conversations: Conversations) -> SampledKL:
+    """The KL of all samples, by conversation."""
+    ends = list(accumulate(map(len, conversations)))
+    parts = [slice(end - len(c), end) for end, c in zip(ends, conversations, strict=True)]
+    sums = [sum(kl.by_prompt.sums[part]) for part in parts]
+    tokens = [sum(kl.by_prompt.tokens[part]) for part in parts]
+    first = [_first_turn(c[0][1]) if c else Completion((), (), "length") for c in conversations]
+    return SampledKL(PromptSums(kl.by_prompt.mean, sums, tokens), first)
+
+
+def _first_turn(completion: Completion) -> Completion:
+    if not completion.inserted:
+        return completion
+    end = completion.inserted[0].at
+    return Completion(completion.token_ids[:end], completion.logprobs[:end], "eos")
 
 
 def drift_kl(
@@ -114,7 +145,8 @@ def _exact_kl(
 ) -> SampledKL:
     kl_N = token_kl(
         policy,
-        [c.token_ids for c in completions],
+        [c.sequence for c in completions],
+        predicted=[c.sampled_at for c in completions],
         prompts=views,
         roles=roles,
         temperature=config.orchestrator.sampling.temperature,
@@ -127,24 +159,25 @@ def _exact_kl(
 
 
 def _score(
-    engine: Engine, view: Sequence[Ids], completions: Sequence[Ids], role: Role
+    engine: Engine, view: Sequence[Ids], completions: Sequence[Completion], role: Role
 ) -> list[list[float]]:
-    logprobs = engine.score(view, completions, role)
+    """The log-probs of the sampled tokens."""
+    sequences = [c.sequence for c in completions]
+    logprobs = engine.score(view, sequences, role)
     scores = [TeacherScores(row) for row in logprobs]
-    check_scores(engine, scores, completions, lambda i: f"prompt {i} as the {role.value}")
-    return logprobs
+    check_scores(engine, scores, sequences, lambda i: f"prompt {i} as the {role.value}")
+    return [[row[i] for i in c.sampled_at] for row, c in zip(logprobs, completions, strict=True)]
 
 
 def _sampled_kl(
     engine: Engine, completions: list[Completion], views: Views, roles: tuple[Role, Role]
 ) -> SampledKL:
     """The one-sample estimate, from log-probs of the sampled tokens at temperature 1."""
-    ids = [c.token_ids for c in completions]
     first, second = (
-        [sum(logprobs) for logprobs in _score(engine, view, ids, role)]
+        [sum(logprobs) for logprobs in _score(engine, view, completions, role)]
         for view, role in zip(views, roles, strict=True)
     )
-    tokens = list(map(len, ids))
+    tokens = [len(c.token_ids) for c in completions]
     mean = (sum(first) - sum(second)) / sum(tokens)
     sums = [p - q for p, q in zip(first, second, strict=True)]
     return SampledKL(PromptSums(mean, sums, tokens), completions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minidistill.config import Config
+from minidistill.placement.limits import completion_tokens
 from minidistill.placement.model_shape import ModelShape, Shapes
 from minidistill.placement.placement import Placement
 
@@ -33,9 +34,10 @@ def step_work(config: Config, placement: Placement, shapes: Shapes) -> dict[str,
     """
     orchestrator = config.orchestrator
     rollouts, longest = orchestrator.batch_size, placement.max_length
-    completions = rollouts * orchestrator.sampling.max_tokens
+    longest_completion = completion_tokens(config, longest)
+    completions = rollouts * longest_completion
     groups = rollouts // orchestrator.rollouts_per_example
-    sampled = groups * (longest - orchestrator.sampling.max_tokens) + completions
+    sampled = groups * (longest - longest_completion) + completions
     shares = placement.attention.shares_prompts
     trained = sampled if shares else rollouts * longest
     scored = sampled if shares and placement.teacher.scorer == "trainer" else rollouts * longest

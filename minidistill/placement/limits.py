@@ -5,6 +5,8 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+from minidistill.config import Config
+
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts as `max_lora_rank`."""
 MAX_SEQUENCES = 256
@@ -24,6 +26,16 @@ CPU_MICRO_BATCH_TOKENS = 1024
 """The same on a CPU, unless a group of rollouts with one prompt has more."""
 SYNC_CHUNK_BYTES = 256 << 20
 """The trainer's buffer for a sync of all weights. A larger tensor is sent alone."""
+
+
+def completion_tokens(config: Config, max_length: int) -> int:
+    """Tokens that are sampled for a rollout at most: of a conversation, those of all its turns.
+
+    How many turns there are is read from `max_turns`, if an environment's args name it.
+    """
+    turns = [env.args.get("max_turns", 1) for env in config.orchestrator.env]
+    most = max([1, *(number for number in turns if type(number) is int)])
+    return min(most * config.orchestrator.sampling.max_tokens, max_length - 1)
 
 
 def fp32_copy_bytes(itemsize: int) -> int:

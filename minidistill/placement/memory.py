@@ -13,7 +13,7 @@ import torch
 
 from minidistill.config import Config
 from minidistill.placement.attention import FLASH
-from minidistill.placement.limits import fp32_copy_bytes
+from minidistill.placement.limits import completion_tokens, fp32_copy_bytes
 from minidistill.placement.model_shape import ModelShape, module_rank
 from minidistill.placement.placement import Placement
 from minidistill_kernels.op import chunk_tokens
@@ -38,7 +38,7 @@ def largest_micro_batch(config: Config, placement: Placement) -> MicroBatchSize:
     """The largest micro-batch that a step can have: every sequence has the longest length."""
     longest, orchestrator = placement.max_length, config.orchestrator
     together, group = largest_group(config, placement)
-    completions = together * orchestrator.sampling.max_tokens
+    completions = together * completion_tokens(config, longest)
     rank_tokens = orchestrator.batch_size // placement.ranks * group // together
     tokens = min(max(placement.micro_batch_tokens, longest), rank_tokens)
     return MicroBatchSize(tokens, longest, tokens * completions // group)
@@ -48,7 +48,7 @@ def largest_group(config: Config, placement: Placement) -> tuple[int, int]:
     """Sequences that share a prompt in a pass, and their tokens if they are the longest."""
     orchestrator = config.orchestrator
     together = orchestrator.rollouts_per_example if placement.attention.shares_prompts else 1
-    more = (together - 1) * orchestrator.sampling.max_tokens
+    more = (together - 1) * completion_tokens(config, placement.max_length)
     return together, placement.max_length + more
 
 
@@ -243,7 +243,7 @@ def _gathered_keys(config: Config, placement: Placement) -> float:
         return 1.0
     if placement.dtype == "float32":
         return 1.0
-    completion = config.orchestrator.sampling.max_tokens
+    completion = completion_tokens(config, placement.max_length)
     together, prompt = config.orchestrator.rollouts_per_example, placement.max_length - completion
     return (prompt + together * placement.max_length) / (prompt + together * completion)
 

@@ -14,8 +14,10 @@ from typing import Any
 from minidistill.config import Config
 from minidistill.placement.devices import DTYPES, Memory
 from minidistill.placement.flops import Work
+from minidistill.placement.limits import completion_tokens
 from minidistill.placement.machine import GIB, Machine
 from minidistill.placement.model_shape import ModelShape
+from minidistill.placement.placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +99,9 @@ def step_timing(memory: Memory, work: Mapping[str, Work], machine: Machine) -> T
         return None
     card, named = card_of(machine)
     sample = _sampling(memory, card)
-    scoring = _mean_flops(config, work["teacher"]) / (PREFILL * card.flops)
-    train = _mean_flops(config, work["train"]) / (TRAINING * card.flops * placement.ranks)
+    mean = {name: _mean_flops(config, placement, work[name]) for name in ("teacher", "train")}
+    scoring = mean["teacher"] / (PREFILL * card.flops)
+    train = mean["train"] / (TRAINING * card.flops * placement.ranks)
     busy = dict.fromkeys(memory.gpus, 0.0)
     in_trainer = placement.teacher.scorer == "trainer"
     scored_on = teacher.gpus if teacher else student.gpus
@@ -122,9 +125,9 @@ def step_timing(memory: Memory, work: Mapping[str, Work], machine: Machine) -> T
     return Timing(card, named, sample, scoring, train, step, idle)
 
 
-def _mean_flops(config: Config, work: Work) -> float:
+def _mean_flops(config: Config, placement: Placement, work: Work) -> float:
     """The operations of a stage's work if completions have their mean length."""
-    longest = config.orchestrator.batch_size * config.orchestrator.sampling.max_tokens
+    longest = config.orchestrator.batch_size * completion_tokens(config, placement.max_length)
     return work.flops * (1 - (1 - MEAN_COMPLETION) * longest / work.tokens)
 
 
@@ -134,7 +137,7 @@ def _sampling(memory: Memory, card: Card) -> float:
     config, engine, shape = memory.config, memory.placement.student, memory.shapes.student
     itemsize = DTYPES[memory.placement.dtype].itemsize
     orchestrator = config.orchestrator
-    longest = orchestrator.sampling.max_tokens
+    longest = completion_tokens(config, memory.placement.max_length)
     prompt = memory.placement.max_length - longest
     completion = MEAN_COMPLETION * longest
     rollouts = orchestrator.batch_size / engine.dp  # of one replica

@@ -118,4 +118,19 @@ def _line(step: int, rollout: Rollout, figures: TokenFigures, texts: TokenTexts)
         "mean_logprob_gap": finite(sum(gaps) / len(gaps)),
         "worst_logprob_gap": finite(max(gaps)),
         "tokens": texts(completion.token_ids),
+        **(_conversation(rollout, texts) if rollout.first else {}),
+    }
+
+
+def _conversation(rollout: Rollout, texts: TokenTexts) -> dict[str, Any]:
+    """Which sample of its conversation a rollout is, and what the environment wrote in it.
+
+    `at` is the number of sampled tokens before the inserted ones.
+    """
+    return {
+        "part": rollout.part,
+        "inserted": [
+            {"at": each.at, "ids": list(each.ids), "text": "".join(texts(each.ids))}
+            for each in rollout.completion.inserted
+        ],
     }

@@ -12,9 +12,11 @@ import numpy as np
 from minidistill.config import Config
 from minidistill.engines.base import Engine
 from minidistill.engines.checks import check_completions, check_scores, named
+from minidistill.envs.multi_turn import multi_turn
 from minidistill.envs.protocol import Environment
 from minidistill.placement.placement import Placement
 from minidistill.reporting.terminal.base import Display
+from minidistill.rollouts.conversations import Played, Player, errors_of, metrics_of
 from minidistill.seeding import stable_seed
 from minidistill.tasks.lengths import PromptLimit
 from minidistill.tasks.measuring import Measurer
@@ -68,27 +70,15 @@ class Collector:
         self.tasks = TaskSampler(environments, config.seed, tasks)
         self.measurer = Measurer(builder, config.orchestrator.overlong)
         self.limit = PromptLimit.of(config, placement.max_length)
+        self.conversing = multi_turn(environments)
+        """The environments that are multi-turn."""
 
     def collect(self, engine: Engine, step: int, version: int) -> tuple[list[Rollout], Metrics]:
         """The rollouts of a step, sampled by the weights of `version`, and each stage's time."""
-        metrics: Metrics = {}
         began = time.perf_counter()
         drawn = self.draw(step)
+        rollouts, metrics = self._sample(engine, drawn, step, version, began)
         metrics |= drawn.metrics
-        with self.display.phase("sample", len(drawn.requests), "rollouts") as advance:
-            completions = engine.generate(drawn.requests, drawn.params, Role.STUDENT, advance)
-        check_completions(engine, completions, len(drawn.jobs), drawn.params, named(drawn.jobs))
-        metrics |= sampling_metrics(completions, time.perf_counter() - began)
-        rollouts = [
-            self.rollout(p, s, c, version)
-            for (p, s), c in zip(drawn.jobs, completions, strict=True)
-        ]
-        if self.computes_rewards:
-            with self.display.phase("score", len(rollouts), "rollouts") as advance:
-                began = time.perf_counter()
-                rollouts, errors = self.reward(rollouts, advance, len(drawn.jobs))
-            metrics |= {"time/score": time.perf_counter() - began, "env/errors": len(errors)}
-            warn_of_errors(errors)
         if self.scores_teacher:
             repeats = RepeatCounter(engine)
             with self.display.phase("teacher", len(rollouts), "rollouts") as advance:
@@ -97,6 +87,84 @@ class Collector:
                 advance(len(rollouts))
             metrics |= {"time/teacher": time.perf_counter() - began} | repeats.metrics()
         return self.with_advantages(rollouts), metrics
+
+    def _sample(
+        self, engine: Engine, drawn: StepRequests, step: int, version: int, began: float
+    ) -> tuple[list[Rollout], Metrics]:
+        """The rollouts of a step with their rewards, and the metrics of both."""
+        jobs, talking = drawn.jobs, self.conversing
+        single = [i for i, (prompt, _) in enumerate(jobs) if prompt.env not in talking]
+        played: list[Played] = []
+        completions: list[Completion] = []
+        with self.display.phase("sample", len(jobs), "rollouts") as advance:
+            if single:
+                asked = [jobs[i] for i in single]
+                requests = [drawn.requests[i] for i in single]
+                completions = engine.generate(requests, drawn.params, Role.STUDENT, advance)
+                check_completions(engine, completions, len(asked), drawn.params, named(asked))
+            if talking:
+                played = self._play(engine, drawn, step, advance)
+        conversations = self._of_played(drawn, played, version)
+        sampled = [*completions, *(r.completion for r in conversations)]
+        metrics = sampling_metrics(sampled, time.perf_counter() - began) | metrics_of(played)
+        rollouts = [
+            self.rollout(*jobs[i], completion, version)
+            for i, completion in zip(single, completions, strict=True)
+        ]
+        errors = errors_of(played)
+        if self.computes_rewards and (single or not talking):
+            with self.display.phase("score", len(rollouts), "rollouts") as advance:
+                began = time.perf_counter()
+                rollouts, failed = self.reward(rollouts, advance, len(jobs), errors)
+            metrics["time/score"] = time.perf_counter() - began
+            errors += failed
+        if talking:
+            check_errors(errors, len(jobs), self.config.orchestrator.max_env_error_frac)
+            numbers = {(id(prompt), sample): number for number, (prompt, sample) in enumerate(jobs)}
+            rollouts = sorted(
+                [*rollouts, *conversations], key=lambda r: numbers[id(r.group), r.sample]
+            )
+        if self.computes_rewards or talking:
+            metrics["env/errors"] = len(errors)
+            warn_of_errors(errors)
+        return rollouts, metrics
+
+    def _play(
+        self, engine: Engine, drawn: StepRequests, step: int, advance: Advance
+    ) -> list[Played]:
+        """The step's conversations, in the order of its jobs."""
+        rows = [i for i, (prompt, _) in enumerate(drawn.jobs) if prompt.env in self.conversing]
+        player = Player(
+            self.builder,
+            self.conversing,
+            self.limit.sequence,
+            drawn.params,
+            lambda row, turn: stable_seed(self.config.seed, "train", step, rows[row], turn),
+            rewarded=self.computes_rewards,
+        )
+        limit, total = self.config.orchestrator.max_env_error_frac, len(drawn.jobs)
+        jobs = [drawn.jobs[row] for row in rows]
+        return player.play(engine, jobs, advance, lambda errors: check_errors(errors, total, limit))
+
+    def _of_played(
+        self, drawn: StepRequests, played: Sequence[Played], version: int
+    ) -> list[Rollout]:
+        """The samples of conversations as rollouts."""
+        jobs = [job for job in drawn.jobs if job[0].env in self.conversing]
+        return [
+            Rollout(
+                each.prompt,
+                sample,
+                each.completion,
+                each.text,
+                reward=conversation.reward if self.computes_rewards else None,
+                policy_version=version,
+                part=part,
+                first=prompt,
+            )
+            for (prompt, sample), conversation in zip(jobs, played, strict=True)
+            for part, each in enumerate(conversation.samples)
+        ]
 
     def draw(self, step: int) -> StepRequests:
         """What a step samples: its prompts and requests."""
@@ -170,18 +238,38 @@ class Collector:
     def score_with_teacher(self, engine: Engine, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with the log-probs that the teacher's engine gives their tokens."""
         prompts = [r.prompt.teacher_ids for r in rollouts]
-        completions = [r.completion.token_ids for r in rollouts]
+        sequences = [r.completion.sequence for r in rollouts]
+        name = named([(r.prompt, r.sample) for r in rollouts])
         if self._top_ids:
-            # the sampled token's column, then those of the likeliest ids
-            ids = [np.c_[list(r.completion.token_ids), r.completion.top_ids] for r in rollouts]
-            logps = engine.score_ids(prompts, completions, ids, Role.TEACHER)
+            ids = [_ids_to_score(r.completion) for r in rollouts]
+            logps = engine.score_ids(prompts, sequences, ids, Role.TEACHER)
             scores = [TeacherScores(row[:, 0].tolist(), row[:, 1:]) for row in logps]
         else:
-            scores = [
-                TeacherScores(row) for row in engine.score(prompts, completions, Role.TEACHER)
-            ]
-        check_scores(engine, scores, completions, named([(r.prompt, r.sample) for r in rollouts]))
-        return [replace(r, teacher=s) for r, s in zip(rollouts, scores, strict=True)]
+            scores = [TeacherScores(row) for row in engine.score(prompts, sequences, Role.TEACHER)]
+        check_scores(engine, scores, sequences, name)
+        return [
+            replace(r, teacher=_of_sampled(score, r.completion))
+            for r, score in zip(rollouts, scores, strict=True)
+        ]
+
+
+def _ids_to_score(completion: Completion) -> np.ndarray:
+    """For each token of the sequence its own id, then the likeliest ids if it was sampled."""
+    assert completion.top_ids is not None
+    sequence = np.array(completion.sequence)
+    # what was not sampled has no likeliest ids: its own, whose scores are left out again
+    ids = np.repeat(sequence[:, None], 1 + completion.top_ids.shape[1], axis=1)
+    ids[list(completion.sampled_at), 1:] = completion.top_ids
+    return ids
+
+
+def _of_sampled(scores: TeacherScores, completion: Completion) -> TeacherScores:
+    """The scores of a sequence, those of its sampled tokens only."""
+    if not completion.inserted:
+        return scores
+    places = list(completion.sampled_at)
+    top = None if scores.top is None else scores.top[places]
+    return TeacherScores([scores.logprobs[i] for i in places], top)
 
 
 def sampling_metrics(completions: Iterable[Completion], seconds: float) -> Metrics:

@@ -139,6 +139,7 @@ def build(prepared: Prepared, display: Display) -> Components:
                 prepared.builder,
                 engine,
                 display,
+                placement.max_length,
             )
         for environment in isolated:
             environment.check()
@@ -149,7 +150,8 @@ def build(prepared: Prepared, display: Display) -> Components:
         close_environments(environments)
         raise
     is_async = config.schedule == "async"
-    streams = not is_async and engine.streams and not engine.sleeps
+    # a conversation's group is complete with its last turn, so there is nothing to hand over before
+    streams = not (is_async or engine.sleeps or collector.conversing) and engine.streams
     least_tokens = STREAMED_TOKENS * placement.ranks
     return Components(
         placement=placement,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from minidistill.config import Config
+from minidistill.envs.multi_turn import multi_turn
+from minidistill.envs.protocol import Environment
 from minidistill.errors import UserError
 from minidistill.tasks.chat_template import ChatTemplate
+from minidistill.tasks.conversation import extends
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.types import Message, Prompt
 
@@ -44,6 +47,38 @@ def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prom
         logger.warning(
             f"teacher_tau and student_tau differ: the distillation term's fixed point is the "
             f"{kind} teacher q^{power:g}, not q"
+        )
+
+
+def check_conversations(
+    builder: PromptBuilder, environments: Mapping[str, Environment], prompts: Sequence[Prompt]
+) -> None:
+    """Check that multi-turn environments can be run. `prompts` has one of each environment.
+
+    Raises UserError if the chat template has no place for an answer, or if the teacher has its own.
+    """
+    conversing = multi_turn(environments)
+    if not conversing:
+        return
+    name = next(iter(conversing))
+    if builder.teacher is not builder.student:
+        raise UserError(
+            f"the environment {name!r} is multi-turn, and the teacher has a chat template of its "
+            "own: it would not read what the student's template writes between two turns",
+            where=builder.teacher.where,
+            fix="use a teacher with the student's chat template, or a single-turn environment",
+        )
+    if not builder.student.shows_turns:
+        raise UserError(
+            f"the environment {name!r} is multi-turn, and the chat template does not show answers",
+            where=builder.student.where,
+            fix="set model.chat_template to a file with another, or use a single-turn environment",
+        )
+    first = next(prompt for prompt in prompts if prompt.env == name)
+    if not extends(builder, first):
+        logger.warning(
+            "the chat template changes a turn when another follows, as those do that drop thinking "
+            "from earlier turns: each turn of a conversation is a training sample of its own"
         )
 
 

@@ -128,7 +128,9 @@ def _prepare(
     written = writer.environments(orchestrator.env, "orchestrator.env")
     made += written.values()
     environments |= written
-    preflight.check_prompts(config, builder, _first_prompts(environments, builder))
+    first = _first_prompts(environments, builder)
+    preflight.check_prompts(config, builder, first)
+    preflight.check_conversations(builder, environments, first)
     evaluated = environments
     if orchestrator.eval is not None and orchestrator.eval.env is not None:
         evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
@@ -138,6 +140,9 @@ def _prepare(
         evaluated |= written
     if orchestrator.eval is not None:
         check_rewards(config, evaluated, evaluated=True)
+        if evaluated is not environments:
+            first = _first_prompts(evaluated, builder)
+            preflight.check_conversations(builder, evaluated, first)
     limit = PromptLimit.of(config, plan.placement.max_length)
     eval_limit = PromptLimit.of(config, plan.placement.max_length, evaluation=True)
     measurer = Measurer(builder, orchestrator.overlong, phase)

@@ -193,7 +193,14 @@ class Session:
         """KL(student‖teacher) on held-out prompts."""
         assert self.evaluator is not None
         prompts = self.evaluator.held_out()
-        return teacher_kl(self.config, self.policy, self.engine, prompts, self.budget)
+        return teacher_kl(
+            self.config,
+            self.policy,
+            self.engine,
+            prompts,
+            self.budget,
+            conversations=self.evaluator.held_out_conversations(),
+        )
 
     @explain_out_of_memory("computing the KL on unrelated prompts", **SHORTER)
     def unrelated_kl(self) -> SampledKL | None:

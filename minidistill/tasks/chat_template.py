@@ -207,6 +207,27 @@ class ChatTemplate:
         before, mark, _ = self._try_to_render([*messages, _ANSWER]).rpartition(MARK)
         return before[len(prompt) :].strip() if mark and before.startswith(prompt) else ""
 
+    def around_marks(self, messages: Sequence[Message]) -> list[str]:
+        """What the template writes before, between and after the contents that are `MARK`."""
+        return self.render(messages).split(MARK)
+
+    def ids_after_mark(self, messages: Sequence[Message]) -> tuple[int, ...] | None:
+        """Token ids of what the template writes after the last content that is `MARK`.
+
+        Control tokens in the messages are encoded as in `view`. None if the tokenizer joins the end
+        of an answer with what follows.
+        """
+        before = "x"  # so that this is encoded as the middle of a text
+        text = before + self.around_marks(messages)[-1]
+        found = self.control_tokens_in(messages)
+        if found and self.settings.special_tokens_in_text != "allow":
+            hidden = before + self.around_marks(self._control_tokens.hidden(messages))[-1]
+            ids = self._control_tokens.encode(text, hidden, found)
+        else:
+            ids = self.encode(text)
+        start = self.encode(before)
+        return ids[len(start) :] if ids[: len(start)] == start else None
+
     @cached_property
     def end_of_turn(self) -> int | None:
         """The token that ends an assistant's turn, as the template writes it; None if it has none.

@@ -97,23 +97,25 @@ def check_errors(errors: Sequence[str], total: int, limit: float) -> None:
 def with_advantages(rollouts: Sequence[Rollout], std_norm: bool) -> list[Rollout]:
     """The rollouts with their advantages: reward minus the mean reward of the group.
 
-    A group is a run of consecutive rollouts of the same prompt; a group of one has advantage 0.
+    A group is a run of consecutive rollouts of the same prompt; a group of one has advantage 0. A
+    conversation counts once in the mean, however many samples it has.
     `std_norm` also divides by the group's population standard deviation, unless that is 0. Raises
     UserError (exit code 4) if the mean is not finite.
     """
     out = []
-    for _, rollouts_of_prompt in groupby(rollouts, key=lambda r: id(r.prompt)):
+    for _, rollouts_of_prompt in groupby(rollouts, key=lambda r: id(r.group)):
         group = list(rollouts_of_prompt)
         rewards = np.array([r.reward.value if r.reward else 0.0 for r in group])
+        once = rewards[[r.part == 0 for r in group]]
         with np.errstate(over="ignore", invalid="ignore"):
-            advantages = rewards - rewards.mean()
-            if std_norm and (deviation := rewards.std()) > 1e-8:
+            advantages = rewards - once.mean()
+            if std_norm and (deviation := once.std()) > 1e-8:
                 # an infinite one would make each advantage 0
                 advantages = advantages / (deviation if np.isfinite(deviation) else np.nan)
             fits = np.isfinite(advantages.astype(np.float32)).all()  # as the loss has them
         if not fits:  # finite rewards, whose sum or square may not be
             raise UserError(
-                f"the rewards of task {group[0].prompt.task.id} are too large for their mean: "
+                f"the rewards of task {group[0].group.task.id} are too large for their mean: "
                 f"{', '.join(f'{reward:g}' for reward in rewards)}",
                 where="orchestrator.env",
                 fix=f"scale the reward of {group[0].prompt.env!r}",

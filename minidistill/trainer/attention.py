@@ -30,6 +30,10 @@ from minidistill.trainer.shared_row import Segment, Span
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Arguments of attention functions that change the scores: caps, sinks, biases."""
+PARTIAL = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+"""Attention that also returns its log-sum-exps, with which parts are added up."""
+MIN_PREFIX = 512
+"""Tokens of a cached prefix from which attending to it on its own saves time."""
 
 
 def register() -> None:
@@ -109,7 +113,15 @@ class Block:
     """bool, (queries, keys). None if the queries are the keys, in order."""
 
 
-def blocks(segments: Sequence[Segment], prefix: int, device: torch.device) -> list[Block]:
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The blocks of a row, whose keys begin with those of `prefix` cached tokens."""
+
+    prefix: int
+    blocks: list[Block]
+
+
+def blocks(segments: Sequence[Segment], prefix: int, device: torch.device) -> Row:
     """The blocks of a row after a cached prefix.
 
     Completions of a prompt are one block as long as they are no longer together than what they
@@ -123,7 +135,7 @@ def blocks(segments: Sequence[Segment], prefix: int, device: torch.device) -> li
             group.append(segment)
         else:
             groups.append([segment])
-    return [_block(group, prefix, device) for group in groups]
+    return Row(prefix, [_block(group, prefix, device) for group in groups])
 
 
 def _block(group: Sequence[Segment], prefix: int, device: torch.device) -> Block:
@@ -258,12 +270,15 @@ def run_kernel(
 
 
 def attend_in_blocks(
-    query: Tensor, key: Tensor, value: Tensor, row: Sequence[Block], scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float | None
 ) -> Tensor:
     """Attention by SDPA on one block after the other, (1, T, heads, D)."""
+    long = row.prefix >= MIN_PREFIX and query.device.type == "cpu" and PARTIAL is not None
+    if long and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
+        return _attend_after_prefix(query, key, value, row, scale)
     grouped = query.shape[1] != key.shape[1]
     outputs = []
-    for block in row:
+    for block in row.blocks:
         start, stop = block.queries
         output = scaled_dot_product_attention(
             query[:, :, start:stop],
@@ -276,6 +291,41 @@ def attend_in_blocks(
         )
         outputs.append(output.transpose(1, 2))  # as it is in memory
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _attend_after_prefix(
+    query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float | None
+) -> Tensor:
+    """`attend_in_blocks` in two parts: all queries attend to the prefix at once, then each block to
+    the rest of its keys. A block would read a copy of the prefix, widened to all heads."""
+    assert PARTIAL is not None
+    heads, repeats, prefix = key.shape[1], query.shape[1] // key.shape[1], row.prefix
+
+    def attend_to(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The output and its log-sum-exps. Heads of the same keys are one head's queries."""
+        queries = query.reshape(1, heads, -1, query.shape[-1])
+        if mask is not None:
+            mask = mask.repeat(repeats, 1)
+        output, lse = PARTIAL(queries, key, value, attn_mask=mask, scale=scale)
+        output = output.float() if output.itemsize < 4 else output
+        return output.reshape(query.shape), lse.reshape(query.shape[:-1]).to(output.dtype)
+
+    before, before_lse = attend_to(query, key[:, :, :prefix], value[:, :, :prefix])
+    outputs = []
+    for block in row.blocks:
+        start, stop = block.queries
+        own = [(max(start, prefix), stop) for start, stop in block.keys if stop > prefix]
+        assert block.mask is not None, "what follows a prefix is masked"
+        mask = query.new_zeros(block.mask.shape).masked_fill_(~block.mask, -torch.inf)
+        at = slice(start, stop)
+        output, lse = attend_to(
+            query[:, :, at], _spans(key, own), _spans(value, own), mask[:, prefix:]
+        )
+        weight = torch.sigmoid(lse - before_lse[:, :, at])[..., None]
+        outputs.append(torch.lerp(before[:, :, at], output, weight).transpose(1, 2))
+    return torch.cat(outputs, dim=1).to(query.dtype)
 
 
 def _spans(states: Tensor, spans: Sequence[Span]) -> Tensor:

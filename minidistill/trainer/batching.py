@@ -59,20 +59,27 @@ def collate(
     pad_id: int,
     layout: Layout = Layout.PADDED,
     prefix: Sequence[int] = (),
+    predicted: Sequence[Sequence[int]] | None = None,
 ) -> Tokens:
-    """Join each prompt with its completion. Every prompt must begin with `prefix` and be longer."""
+    """Join each prompt with its completion. Every prompt must begin with `prefix` and be longer.
+
+    `predicted` has the places in each completion whose tokens are predicted, in ascending order; by
+    default all. The last token must be.
+    """
+    if predicted is None:
+        predicted = [range(len(completion)) for completion in completions]
     own = [tuple(prompt[len(prefix) :]) for prompt in prompts]
     if layout is Layout.SHARED:
-        return _share(own, completions, tuple(prefix))
+        return _share(own, completions, predicted, tuple(prefix))
     packed = layout is Layout.PACKED
     lengths = [len(p) + len(c) for p, c in zip(own, completions, strict=True)]
     starts, columns, rows = [], [], []
     offset = 0
-    for row, (prompt, completion) in enumerate(zip(own, completions, strict=True)):
+    for row, (prompt, places) in enumerate(zip(own, predicted, strict=True)):
         starts.append(offset)
         first = offset + len(prompt) - 1
-        columns.append(torch.arange(first, first + len(completion)))
-        rows.append(torch.full((len(completion),), 0 if packed else row))
+        columns.append(first + torch.tensor([*places], dtype=torch.int64))
+        rows.append(torch.full((len(places),), 0 if packed else row))
         offset += lengths[row] if packed else 0
     shape = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
     ids_BL = torch.full(shape, pad_id)
@@ -92,7 +99,7 @@ def collate(
         mask_BL,
         torch.cat(rows),
         torch.cat(columns),
-        _targets(completions),
+        _targets(completions, predicted),
         tuple(prefix),
     )
 
@@ -100,24 +107,27 @@ def collate(
 def _share(
     prompts: Sequence[tuple[int, ...]],
     completions: Sequence[Sequence[int]],
+    predicted: Sequence[Sequence[int]],
     prefix: tuple[int, ...],
 ) -> Tokens:
     row, columns = shared_row(prompts, completions, len(prefix))
-    columns_N = torch.tensor([column for each in columns for column in each])
+    chosen = [each[i] for each, places in zip(columns, predicted, strict=True) for i in places]
+    columns_N = torch.tensor(chosen)
     return Tokens(
         torch.tensor([row.ids]),
         torch.tensor([row.positions]),
         None,
         torch.zeros_like(columns_N),
         columns_N,
-        _targets(completions),
+        _targets(completions, predicted),
         prefix,
         tuple(row.segments),
     )
 
 
-def _targets(completions: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor([token for completion in completions for token in completion])
+def _targets(completions: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]]) -> Tensor:
+    pairs = zip(completions, predicted, strict=True)
+    return torch.tensor([completion[i] for completion, places in pairs for i in places])
 
 
 def split_by_tokens(

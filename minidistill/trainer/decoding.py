@@ -21,13 +21,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicLayer
 
 from minidistill.placement.attention import VARLEN
+from minidistill.trainer.attention import PARTIAL
 from minidistill.trainer.forward import KeysValues
 from minidistill.trainer.policy import Policy
 
 MIN_SAVED = 2048
 """Tokens in all rows. Reading fewer of them again costs less than attention in two parts."""
-PARTIAL = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-"""Attention that also returns its log-sum-exps, with which parts are added up."""
 
 
 def decodes_in_place(policy: Policy, cache: Any) -> bool:

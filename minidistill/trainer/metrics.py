@@ -89,7 +89,7 @@ def _advantages(rollouts: Sequence[Rollout]) -> Metrics:
 
 def _rewards(rollouts: Sequence[Rollout]) -> Metrics:
     """Means of the reward and of its metrics; empty if rewards are not computed."""
-    rewards = [r.reward for r in rollouts if r.reward is not None]
+    rewards = [r.reward for r in rollouts if r.reward is not None and r.part == 0]
     if not rewards:
         return {}
     metrics = {"reward/mean": sum(r.value for r in rewards) / len(rewards)}

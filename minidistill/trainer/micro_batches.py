@@ -101,7 +101,7 @@ class MicroBatches:
 
 def _row_part(rollout: Rollout, cached: int) -> RowPart:
     """A rollout's tokens in the pass of the role that reads more of its prompt."""
-    prompt, tokens = rollout.prompt, len(rollout.completion.token_ids)
+    prompt, tokens = rollout.prompt, len(rollout.completion.sequence)
     views = prompt.student_ids, prompt.teacher_ids
     student, teacher = map(len, views)
     longest = student if rollout.teacher is not None else max(student, teacher - cached)

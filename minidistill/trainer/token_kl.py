@@ -26,24 +26,29 @@ def token_kl(
     temperature: float,
     budget: TokenBudget,
     doing: str,
+    predicted: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """KL(p‖q) in nats of each completion token, (N,) fp32, in the order of `completions`.
 
-    p reads `prompts[0]` under `roles[0]`, q reads `prompts[1]` under `roles[1]`. `budget` bounds
-    the padded tokens of one pass. Raises UserError (exit code 3) if one sequence does not fit in
-    memory; `doing` says in it what the KL is for.
+    `predicted` has the places of the tokens that count, as for `collate`. p reads `prompts[0]`
+    under `roles[0]`, q reads `prompts[1]` under `roles[1]`. `budget` bounds the padded tokens of
+    one pass. Raises UserError (exit code 3) if one sequence does not fit in memory; `doing` says in
+    it what the KL is for.
     """
     longest = [
         max(len(first), len(second)) + len(completion)
         for first, second, completion in zip(*prompts, completions, strict=True)
     ]
     layout = policy.attention.prefix_layout
+    if predicted is None:
+        predicted = [range(len(completion)) for completion in completions]
 
     def run_batch(rows: list[int]) -> Sequence[Tensor]:
         hidden, heads = [], []
-        batch = [completions[i] for i in rows]
+        batch, places = [completions[i] for i in rows], [predicted[i] for i in rows]
         for view, role in zip(prompts, roles, strict=True):
-            tokens = collate([view[i] for i in rows], batch, pad_id=policy.pad_id, layout=layout)
+            own = [view[i] for i in rows]
+            tokens = collate(own, batch, pad_id=policy.pad_id, layout=layout, predicted=places)
             with policy.running_as(role):
                 hidden.append(hidden_states(policy, tokens))
                 heads.append(policy.head)
@@ -55,7 +60,7 @@ def token_kl(
             None if shared else heads[1],
             temperature=temperature,
         )
-        return kl_N.cpu().split([len(c) for c in batch])
+        return kl_N.cpu().split([len(each) for each in places])
 
     with policy.unsharded(*roles), policy.inference():
         return torch.cat(budget.run(longest, run_batch, doing, packed=layout is Layout.SHARED))

@@ -308,17 +308,17 @@ class Trainer:
 
     def _objective(self, rollouts: Sequence[Rollout], context: TeacherContext) -> DistillOutput:
         policy = self.policy
-        completions = [r.completion.token_ids for r in rollouts]
         student = collate(
             [r.prompt.student_ids for r in rollouts],
-            completions,
+            [r.completion.sequence for r in rollouts],
+            predicted=[r.completion.sampled_at for r in rollouts],
             pad_id=policy.pad_id,
             layout=policy.attention.layout,
         ).to(policy.device)
         teacher = self._teacher_inputs(rollouts, context)
         self.cost.count(student)
         student_NH = hidden_states(policy, student)
-        sizes = torch.tensor([len(c) for c in completions])
+        sizes = torch.tensor([len(r.completion.token_ids) for r in rollouts])
         advantage_N = torch.tensor([r.advantage for r in rollouts]).repeat_interleave(sizes)
         sampler_N = torch.tensor([p for r in rollouts for p in r.completion.logprobs])
         return self.estimator.loss_function(self.loss)(
@@ -357,7 +357,8 @@ class Trainer:
         prefix, states = context
         tokens = collate(
             [r.prompt.teacher_ids for r in rollouts],
-            [c.token_ids for c in completions],
+            [c.sequence for c in completions],
+            predicted=[c.sampled_at for c in completions],
             pad_id=policy.pad_id,
             layout=policy.attention.prefix_layout,
             prefix=prefix,

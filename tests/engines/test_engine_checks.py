@@ -89,7 +89,7 @@ class Parts:
         by_env = {prompts[0].env: prompts}
         self.prompts = prompts
         self.evaluator = Evaluator(
-            loaded.config, environments, by_env, builder, self.engine, display
+            loaded.config, environments, by_env, builder, self.engine, display, placement.max_length
         )
 
     def collect(self) -> None:

@@ -37,7 +37,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_environment_of_20_lines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [code] = blocks("python")
+    code, _ = blocks("python")
     assert len(code.splitlines()) <= 20
     monkeypatch.chdir(tmp_path)
     assert "Save this as `capitals.py`" in DOCUMENT
@@ -56,9 +56,33 @@ def test_the_environment_of_20_lines_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert {"reward/mean", "reward/words"} <= set(record)
 
 
+def test_the_environment_of_several_turns_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, code = blocks("python")
+    monkeypatch.chdir(tmp_path)
+    assert "Save this as\n`guessing.py`" in DOCUMENT
+    Path("guessing.py").write_text(code)
+    Path("run.toml").write_text(RUN.format(adv_tau=0.5) + blocks("toml")[1])
+    assert cli.main(["run", "run.toml", "--output_dir", "out"]) == EXIT_OK
+    lines = Path("out/rollouts/step_000001.jsonl").read_text().splitlines()
+    rollouts = [json.loads(line) for line in lines]
+    assert len(rollouts) == 4
+    for rollout in rollouts:
+        hints = [each["text"].split("<|user|>")[1] for each in rollout["inserted"]]
+        assert hints == ["That is no number.<|end|><|assistant|>"] * 2
+    [record] = [
+        line
+        for line in map(json.loads, Path("out/metrics.jsonl").read_text().splitlines())
+        if "reward/mean" in line
+    ]
+    assert record["reward/guesses"] == record["turns/mean"] == 3
+    assert record["turns/restarts"] == record["env/errors"] == 0
+
+
 def test_every_table_is_a_configuration(tmp_path: Path) -> None:
     tables = blocks("toml")
-    assert len(tables) == 7
+    assert len(tables) == 8
     for number, table in enumerate(tables):
         text = RUN.format(adv_tau=0 if "skip_verification" in table else 0.5)
         file = tmp_path / f"{number}.toml"

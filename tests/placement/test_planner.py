@@ -13,7 +13,11 @@ from minidistill.errors import UserError
 from minidistill.models.hub import load_model_config
 from minidistill.placement.engine_memory import CONTEXT, ENGINE_TOKENS, GRAPHS
 from minidistill.placement.estimate import Plan
-from minidistill.placement.limits import SYNC_CHUNK_BYTES, kv_bytes_per_token
+from minidistill.placement.limits import (
+    SYNC_CHUNK_BYTES,
+    completion_tokens,
+    kv_bytes_per_token,
+)
 from minidistill.placement.machine import Machine
 from minidistill.placement.model_shape import read_shape
 from minidistill.placement.planner import load_models, plan
@@ -306,3 +310,26 @@ def test_eager_attention_on_packed_sequences_scores_every_pair_of_a_row() -> Non
     device = planned(LARGE, 4, 80, flags).devices[-1]
     scores = 32 * 16384 * 16384 * (4 + 2)  # fp32 weights, and their copies in bfloat16
     assert device.phases["training"]["trainer: activations"] > scores
+
+
+@pytest.mark.parametrize("game", ["sokoban-turns", "frozen-lake"])
+@pytest.mark.parametrize(("overlay", "gpus"), [("", 4), ("", 2), ("@ qwen3-1.7b", 1)])
+def test_conversations_fit_on_cards_of_80_gb(game: str, overlay: str, gpus: int) -> None:
+    flags = overlay.replace("@ ", f"@ {CONFIGS}/overlays/") + (".toml" if overlay else "")
+    file = str(CONFIGS / f"{game}-qwen3-4b.toml")
+    fits = planned(file, gpus, 80, flags)
+    assert fits.fits
+    config = load_config([file]).config
+    assert completion_tokens(config, fits.placement.max_length) == 5 * 1024
+
+
+def test_the_tokens_of_a_conversation_are_those_of_its_turns() -> None:
+    """And of a single turn `max_tokens`, whatever else an environment takes."""
+    for flags, expected in (
+        ((), 1024),
+        (("--orchestrator.env.0.args.max_turns", "3"), 2047),
+        (("--orchestrator.env.0.args.max_turns", "1"), 1024),
+        (("--orchestrator.env.0.args.max_turns", "many"), 1024),
+    ):
+        config = load_config([LARGE, *flags]).config
+        assert completion_tokens(config, 2048) == expected

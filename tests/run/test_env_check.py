@@ -54,6 +54,8 @@ def broken(capsys: pytest.CaptureFixture[str], name: str, *argv: str) -> dict[st
         ("sokoban-env", *FEW, "--args.answer", "bare", "--args.symbols", "rg"),
         ("minidistill.envs.example:load", "--args", "{ largest = 9, num_eval_examples = 20 }"),
         ("jsonl", "--args.path", QUESTIONS, "--args.reward", LENGTH),
+        ("sokoban-env", *FEW, "--args.mode", "multi"),
+        ("frozen-lake-env", *FEW),
         ("self-prompts", "--args.path", QUESTIONS),
         (SOKOBAN, "--orchestrator.env.0.args.num_train_examples", "64"),
     ],

@@ -226,6 +226,11 @@ def test_attention_is_the_formula(
     module = torch.nn.Module()
     got, _ = attention.attend(module, query, key, value, None, scaling=scale, row_blocks=row)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    if prefix:
+        monkeypatch.setattr(attention, "MIN_PREFIX", prefix)
+        monkeypatch.setattr(attention, "scaled_dot_product_attention", None)  # not called
+        got, _ = attention.attend(module, query, key, value, None, scaling=scale, row_blocks=row)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     KernelCalls(monkeypatch)
     before = (key[:, :, :prefix], value[:, :, :prefix]) if prefix else None
     gathered = attention.GatheredKeys(before, attention.key_index(segments, prefix, cpu))
@@ -236,13 +241,13 @@ def test_attention_is_the_formula(
 
 
 def test_completions_of_a_prompt_are_one_block_while_they_are_short() -> None:
-    row = attention.blocks(TREE, 0, torch.device("cpu"))
+    row = attention.blocks(TREE, 0, torch.device("cpu")).blocks
     assert [block.queries for block in row] == [
         (0, 6), (6, 9), (9, 14), (14, 30), (30, 31), (31, 32), (32, 36),
     ]  # fmt: skip
     assert [block.keys for block in row][:3] == [((0, 6),), ((0, 9),), ((0, 14),)]
     assert row[3].keys == ((0, 9), (14, 30))
-    assert len(attention.blocks(TREE, 100, torch.device("cpu"))) == 5
+    assert len(attention.blocks(TREE, 100, torch.device("cpu")).blocks) == 5
 
 
 @pytest.mark.parametrize("without", ["", "enable_gqa"])

@@ -1,5 +1,6 @@
 """Sokoban: level generator, solver, prompts, and scoring of answers."""
 
-from minidistill.envs.sokoban.env import SokobanEnv, load
+from minidistill.envs.sokoban.env import SokobanEnv
+from minidistill.envs.sokoban.load import load
 
 __all__ = ["SokobanEnv", "load"]

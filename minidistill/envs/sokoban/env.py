@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Literal, overload
+from typing import overload
 
 from minidistill.envs.sokoban.board import KINDS, RG, XSB, Board
 from minidistill.envs.sokoban.difficulty import Difficulty
@@ -51,7 +51,7 @@ class Tasks(Sequence[Task]):
 
 
 class SokobanEnv:
-    """Single-turn Sokoban: the prompt shows a level, and the answer is the whole list of moves."""
+    """The tasks, and single-turn Sokoban: the answer is the whole list of moves."""
 
     scores_in_process = True  # playing an answer takes time in proportion to its length
 
@@ -66,15 +66,18 @@ class SokobanEnv:
         rules: bool,
         tagged: bool,
         weights: dict[str, float],
+        most_moves: int | None = None,
     ) -> None:
+        """`most_moves` is what a prompt asks for, None for the whole solution."""
         self.symbols, self.separator = symbols, separator
         self.rules, self.tagged, self.weights = rules, tagged, weights
+        self.most_moves = most_moves
         self.train = Tasks(self, "train", LevelSet(difficulty, seed, "train", num_train_examples))
         self.eval = Tasks(self, "eval", LevelSet(difficulty, seed, "eval", num_eval_examples))
 
     def messages(self, level: Level) -> tuple[dict[str, str], ...]:
         board = Board.parse(level.board).render(self.symbols, self.separator)
-        content = prompt_text(board, self.symbols, self.rules, self.tagged)
+        content = prompt_text(board, self.symbols, self.rules, self.tagged, self.most_moves)
         return ({"role": "user", "content": content},)
 
     def example_answer(self, task: Task) -> str:
@@ -105,108 +108,42 @@ class SokobanEnv:
             **parts,
             "parse_failures": float(moves is None),
             "illegal_moves": float(illegal),
-            "deadlocks": float(_deadlocked(board)),
+            "deadlocks": float(is_deadlocked(board)),
         }
         return Reward(sum(self.weights[name] * value for name, value in parts.items()), metrics)
 
 
-def _deadlocked(board: Board) -> bool:
+def is_deadlocked(board: Board) -> bool:
     """Whether a box is on a cell from which it can reach no goal."""
     floor = ((1 << board.width * board.height) - 1) & ~board.walls
     return bool(board.boxes & ~live_cells(floor, board.goals, board.width))
 
 
-def load(
-    num_train_examples: int = 1000,
-    num_eval_examples: int = 256,
-    seed: int = 0,
-    min_w: int = 6,
-    max_w: int = 6,
-    min_h: int = 6,
-    max_h: int = 6,
-    min_boxes: int = 1,
-    max_boxes: int = 1,
-    max_depth: int = 80,
-    min_moves: int = 1,
-    max_moves: int | None = None,
-    min_pushes: int = 1,
-    max_pushes: int | None = None,
-    min_boxes_off_goal: int = 1,
-    rules: Literal["prompt", "omit"] = "prompt",
-    symbols: str | dict[str, str] = "xsb",
-    answer: Literal["tag", "bare"] = "tag",
-    weights: dict[str, float] | None = None,
-) -> SokobanEnv:
-    """An environment of generated levels.
-
-    Sizes include the outer walls. `max_depth` and `max_moves` bound the shortest solution. A level
-    depends on the arguments and its index. A split's number of examples counts only as rounded up
-    to a power of two.
-    `symbols` is "xsb", "rg" (cells separated by spaces), or a table with the keys wall, player,
-    player_on_goal, box, box_on_goal, goal, floor. `weights` has the weight of each part of the
-    reward: solved, boxes_on_goal, format, length_vs_optimal. Raises UserError for values it cannot
-    use.
-    """
-    _require(rules in ("prompt", "omit"), "rules", rules, 'use "prompt" or "omit"')
-    _require(answer in ("tag", "bare"), "answer", answer, 'use "tag" or "bare"')
-    for name, count in (
-        ("num_train_examples", num_train_examples),
-        ("num_eval_examples", num_eval_examples),
-    ):
-        _require(isinstance(count, int) and count > 0, name, count, "use a whole number above 0")
-    _require(isinstance(seed, int), "seed", seed, "use a whole number")
-    difficulty = Difficulty(
-        min_w=min_w,
-        max_w=max_w,
-        min_h=min_h,
-        max_h=max_h,
-        min_boxes=min_boxes,
-        max_boxes=max_boxes,
-        max_depth=max_depth,
-        min_moves=min_moves,
-        max_moves=max_moves,
-        min_pushes=min_pushes,
-        max_pushes=max_pushes,
-        min_boxes_off_goal=min_boxes_off_goal,
-    )
-    return SokobanEnv(
-        difficulty,
-        num_train_examples,
-        num_eval_examples,
-        seed,
-        symbols=_symbol_table(symbols),
-        separator=" " if symbols == "rg" else "",
-        rules=rules == "prompt",
-        tagged=answer == "tag",
-        weights=_reward_weights(weights),
-    )
-
-
-def _symbol_table(symbols: object) -> dict[str, str]:
+def symbol_table(symbols: object) -> dict[str, str]:
     table = {"xsb": XSB, "rg": RG}.get(symbols) if isinstance(symbols, str) else symbols
     fix = f'use "xsb", "rg" or a table of {", ".join(KINDS)}; no symbol may begin another'
     if not isinstance(table, dict) or set(table) != set(KINDS):
-        raise _refusal("symbols", symbols, fix)
+        raise refusal("symbols", symbols, fix)
     chars = list(table.values())
-    _require(all(isinstance(c, str) and "\n" not in c for c in chars), "symbols", symbols, fix)
-    _require(not any(a.startswith(b) for a, b in permutations(chars, 2)), "symbols", symbols, fix)
+    require(all(isinstance(c, str) and "\n" not in c for c in chars), "symbols", symbols, fix)
+    require(not any(a.startswith(b) for a, b in permutations(chars, 2)), "symbols", symbols, fix)
     return {kind: table[kind] for kind in KINDS}
 
 
-def _reward_weights(weights: object) -> dict[str, float]:
+def reward_weights(weights: object) -> dict[str, float]:
     table = {} if weights is None else weights
     fix = f"use a table of numbers; the parts are {', '.join(WEIGHTS)}"
     if not isinstance(table, dict) or not set(table) <= set(WEIGHTS):
-        raise _refusal("weights", weights, fix)
+        raise refusal("weights", weights, fix)
     numbers = all(isinstance(w, int | float) and math.isfinite(w) for w in table.values())
-    _require(numbers, "weights", weights, fix)
+    require(numbers, "weights", weights, fix)
     return {**WEIGHTS, **table}
 
 
-def _require(condition: bool, name: str, value: object, fix: str) -> None:
+def require(condition: bool, name: str, value: object, fix: str) -> None:
     if not condition:
-        raise _refusal(name, value, fix)
+        raise refusal(name, value, fix)
 
 
-def _refusal(name: str, value: object, fix: str) -> UserError:
+def refusal(name: str, value: object, fix: str) -> UserError:
     return UserError(f"sokoban-env: {name} = {value!r} cannot be used", where="args", fix=fix)

@@ -22,9 +22,17 @@ _TOKEN = re.compile(
 )
 
 
-def prompt_text(board: str, symbols: dict[str, str], rules: bool, tagged: bool) -> str:
+def instruction(tagged: bool, most: int | None = None) -> str:
+    """How to answer. With `most`, an answer has at most so many moves, and others follow it."""
+    text = TAGGED if tagged else BARE
+    return text if most is None else text.replace("the moves", f"the next moves, at most {most}", 1)
+
+
+def prompt_text(
+    board: str, symbols: dict[str, str], rules: bool, tagged: bool, most: int | None = None
+) -> str:
     """The user message of a rendered board."""
-    task = f"{TASK} {TAGGED if tagged else BARE}"
+    task = f"{TASK} {instruction(tagged, most)}"
     if rules:
         legend = ", ".join(
             f"{'space' if char == ' ' else char} {kind.replace('_', ' ')}"

@@ -198,6 +198,7 @@ def _shown(row: dict[str, Any], kl: list[float] | None) -> ShownRollout:
     values: list[float | None] = [None] * len(tokens)
     if kl is not None and len(kl) == len(tokens):
         values = list(kl)
+    tokens, values = _with_inserted(tokens, values, row.get("inserted"))
     return ShownRollout(
         env=str(row.get("env") or ""),
         task=str(row.get("task_id") or ""),
@@ -207,3 +208,18 @@ def _shown(row: dict[str, Any], kl: list[float] | None) -> ShownRollout:
         tokens=tuple(zip(tokens, values, strict=True))[:MAX_TOKENS],
         hidden=max(0, len(tokens) - MAX_TOKENS),
     )
+
+
+def _with_inserted(
+    tokens: list[str], values: list[float | None], inserted: object
+) -> tuple[list[str], list[float | None]]:
+    """The tokens with what an environment wrote between them, which has no color."""
+    try:
+        pieces = [(int(each["at"]), str(each["text"])) for each in inserted or ()]  # type: ignore[attr-defined]
+    except (TypeError, KeyError, ValueError):
+        return tokens, values
+    for at, text in sorted(pieces, reverse=True):
+        if 0 <= at <= len(tokens):
+            tokens = [*tokens[:at], text, *tokens[at:]]
+            values = [*values[:at], None, *values[at:]]
+    return tokens, values

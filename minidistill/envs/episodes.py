@@ -1,0 +1,210 @@
+"""Many conversations at once, in rounds: each waits for the policy, has ended or has failed."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from minidistill.envs.guarded import check_messages
+from minidistill.envs.loop_thread import Clock, LoopThread
+from minidistill.envs.multi_turn import MultiTurnEnvironment
+from minidistill.envs.outcomes import Outcome, ScoringError, to_reward
+from minidistill.system.foreign import describe
+from minidistill.types import Message, Reward, Task, Turn
+
+MOST_TURNS = 1000
+"""Of a conversation. An environment that does not see that the room is used up would never end."""
+POLL_SECONDS = 0.05
+
+
+class Episode:
+    """One conversation of an environment with the policy."""
+
+    def __init__(self, environment: MultiTurnEnvironment, task: Task, rewarded: bool) -> None:
+        """Without `rewarded`, what the environment returns at the end is not read."""
+        self.environment, self.task, self.rewarded = environment, task, rewarded
+        self.asked: list[dict[str, Any]] | None = None
+        """The messages that it waits with for the policy's answer."""
+        self.outcome: Outcome | None = None
+        """At its end: its reward, or why it failed."""
+        self.turns: list[tuple[list[dict[str, Any]], Turn]] = []
+        """What it asked, and what was answered."""
+        self.attempt = 0
+        """Counts its starts: what an earlier one still does is ignored."""
+        self.answer: Callable[[Turn], None] = lambda turn: None
+        self.cancel: Callable[[], None] = lambda: None
+        self.clock: Clock | None = None
+        self.spent = 0.0
+        """Seconds of the environment in the turns before this one."""
+
+
+class EpisodeRounds:
+    """Runs episodes until all of them wait or have ended, then takes answers for the next round.
+
+    What an environment raises is a failure of the episode, whatever it is. So is a time-out. An
+    environment that blocks its loop fails for the episode that does it; its other episodes start
+    again in a new loop, and are given the answers that they have had.
+    """
+
+    def __init__(
+        self, episodes: Sequence[Episode], check: Callable[[], None] = lambda: None
+    ) -> None:
+        """`check` is called after each failure that took long, and may raise to stop."""
+        self.episodes, self._check = episodes, check
+        self._changed = threading.Condition()
+
+    def wait(self) -> list[Episode]:
+        """Those that wait for an answer, in order, when no other one runs. Empty at the end."""
+        with self._changed:
+            while running := [e for e in self.episodes if e.outcome is None and e.asked is None]:
+                for episode in running:
+                    if episode.clock is None:
+                        self._start(episode)
+                self._changed.wait(self._patience(running))
+                self._stop_late(running)
+            return [e for e in self.episodes if e.asked is not None]
+
+    def answer(self, episode: Episode, turn: Turn) -> None:
+        """Let an episode go on with the policy's answer to what it asked."""
+        with self._changed:
+            assert episode.asked is not None
+            assert episode.clock is not None
+            episode.turns.append((episode.asked, turn))
+            episode.asked = None
+            episode.clock.restart()
+        episode.answer(turn)
+
+    def fail(self, episode: Episode, why: str) -> None:
+        """End an episode that waits: its messages cannot be answered."""
+        with self._changed:
+            self._end(episode, ScoringError(why))
+
+    def close(self) -> None:
+        """End all episodes that are left."""
+        with self._changed:
+            for episode in self.episodes:
+                if episode.outcome is None:
+                    self._end(episode, ScoringError("the run ended"))
+
+    # -- with the lock ---------------------------------------------------------------------------
+
+    def _start(self, episode: Episode) -> None:
+        episode.attempt += 1
+        episode.spent = 0.0
+        thread = episode.environment.thread
+        episode.clock = Clock(thread)
+        playing = self._play(episode, episode.attempt, thread)
+        episode.cancel = thread.start(playing, episode.clock)
+
+    def _end(self, episode: Episode, outcome: Outcome) -> None:
+        episode.outcome, episode.asked = outcome, None
+        episode.attempt += 1
+        episode.cancel()
+
+    def _patience(self, running: Sequence[Episode]) -> float:
+        """Seconds until the first of them may be late."""
+        return max(POLL_SECONDS, min(left for e in running for left, _ in _limits(e)))
+
+    def _stop_late(self, running: Sequence[Episode]) -> None:
+        late = {
+            episode: why
+            for episode in running
+            if episode.outcome is None and episode.asked is None
+            for left, why in _limits(episode)
+            if not left > 0
+        }
+        blocking = {e.environment for e in late if e.clock is not None and e.clock.blocks}
+        for episode, why in late.items():
+            self._end(episode, ScoringError(why, slow=True))
+        for environment in blocking:
+            environment.leave_thread()
+            for episode in self.episodes:
+                if episode.environment is environment and episode.outcome is None:
+                    episode.asked, episode.clock = None, None  # starts again
+                    episode.attempt += 1
+        if late:
+            self._check()
+
+    # -- in the loop's thread --------------------------------------------------------------------
+
+    async def _play(self, episode: Episode, attempt: int, thread: LoopThread) -> None:
+        before = 0
+
+        async def policy(messages: Sequence[Message]) -> Turn:
+            nonlocal before
+            before += 1
+            return await self._ask(episode, attempt, thread, messages, before - 1)
+
+        outcome: Outcome
+        try:
+            value = await episode.environment.rollout(episode.task, policy)
+            if not before:
+                raise ScoringError("its conversation ended before the first turn")
+            outcome = to_reward(value) if episode.rewarded else Reward(0.0)
+        except ScoringError as error:
+            outcome = error
+        except BaseException as error:  # nothing that it raises is the user's: see `foreign_code`
+            outcome = ScoringError(describe(error))
+        with self._changed:
+            if attempt == episode.attempt:
+                episode.outcome, episode.asked = outcome, None
+                self._changed.notify()
+
+    async def _ask(
+        self,
+        episode: Episode,
+        attempt: int,
+        thread: LoopThread,
+        messages: Sequence[Message],
+        before: int,
+    ) -> Turn:
+        check_messages(messages, "a conversation")
+        asked = [copy.deepcopy(dict(message)) for message in messages]
+        if not asked:
+            raise TypeError("a conversation has no messages")
+        with self._changed:
+            if attempt != episode.attempt or asyncio.get_running_loop() is not thread.loop:
+                raise ScoringError("its conversation has ended")
+            if before >= MOST_TURNS:
+                raise ScoringError(f"it has not ended after {MOST_TURNS} turns")
+            if episode.asked is not None:
+                raise ScoringError("it asked for an answer while it waited for another")
+            if before < len(episode.turns):
+                return _repeated(episode, before, asked)
+            future: asyncio.Future[Turn] = thread.loop.create_future()
+
+            def answer(turn: Turn) -> None:
+                thread.call(lambda: None if future.done() else future.set_result(turn))
+
+            assert episode.clock is not None
+            episode.spent += episode.clock.seconds()
+            episode.asked, episode.answer = asked, answer
+            self._changed.notify()
+        return await future
+
+
+def _repeated(episode: Episode, before: int, asked: list[dict[str, Any]]) -> Turn:
+    """The answer that an earlier start has had."""
+    messages, turn = episode.turns[before]
+    if messages != asked:
+        raise ScoringError(
+            "another conversation blocked the environment, and this one did not repeat itself"
+        )
+    return turn
+
+
+def _limits(episode: Episode) -> list[tuple[float, str]]:
+    """Seconds that are left of each time limit, and what to say if there are none."""
+    environment = episode.environment
+    seconds = 0.0 if episode.clock is None else episode.clock.seconds()
+    turn, whole = environment.turn_timeout, environment.episode_timeout
+    return [
+        (turn - seconds, f"it took longer than turn_timeout = {turn:g} s, and was stopped"),
+        (
+            whole - episode.spent - seconds,
+            f"it took longer than episode_timeout = {whole:g} s, and was stopped",
+        ),
+    ]

@@ -1,0 +1,164 @@
+"""The environment `frozen-lake-env`: its arguments, tasks and conversations."""
+
+from __future__ import annotations
+
+import random
+from itertools import islice
+from typing import Literal
+
+from minidistill.envs.frozen_lake.lakes import Lake, lakes
+from minidistill.envs.multi_turn import Policy
+from minidistill.envs.sokoban.text import instruction, parse_moves
+from minidistill.errors import UserError
+from minidistill.types import Reward, Task
+
+RULES = """Frozen Lake: walk over the ice to the goal.
+Symbols: P player, _ ice, O hole, G goal.
+Moves: U up, D down, L left, R right. A move off the edge is not made. Who steps into a hole has \
+lost.{slippery}
+"""
+SLIPPERY = " The ice is slippery: a move may go to either side of where it was meant to go."
+TASK = "Reach the goal."
+TURNED = {"U": "LUR", "D": "RDL", "L": "DLU", "R": "URD"}
+"""Where a move goes on slippery ice, each with the same probability."""
+
+
+class FrozenLake:
+    """Multi-turn Frozen Lake. After each answer the lake is shown with the player on it."""
+
+    def __init__(
+        self,
+        train: list[Lake],
+        eval: list[Lake],
+        *,
+        seed: int,
+        rules: bool,
+        is_slippery: bool,
+        max_turns: int,
+        moves_per_turn: int | None,
+    ) -> None:
+        self.seed, self.rules, self.is_slippery = seed, rules, is_slippery
+        self.max_turns, self.moves_per_turn = max_turns, moves_per_turn
+        self.train = [self._task(f"train/{i}", lake) for i, lake in enumerate(train)]
+        self.eval = [self._task(f"eval/{i}", lake) for i, lake in enumerate(eval)]
+
+    def _task(self, id: str, lake: Lake) -> Task:
+        rules = RULES.format(slippery=SLIPPERY if self.is_slippery else "") + "\n"
+        how = instruction(tagged=True, most=self.moves_per_turn)
+        shown = lake.render(lake.start)
+        content = f"{rules if self.rules else ''}{TASK} {how}\n\n{shown}"
+        return Task(id, ({"role": "user", "content": content},), lake)
+
+    async def rollout(self, task: Task, policy: Policy) -> Reward:
+        """Play until the goal or a hole is reached, or the turns are used up. 1 for the goal."""
+        lake: Lake = task.answer
+        # the same for every conversation about a task, so that it can be repeated
+        ice = random.Random(f"ice {self.seed} {task.id}") if self.is_slippery else None
+        cell, messages = lake.start, list(task.messages)
+        turns = failures = blocked = moves = 0
+        while turns < self.max_turns and lake.kind(cell) == "_":
+            turn = await policy(messages)
+            if not turn.token_ids:  # no room for another turn
+                break
+            turns += 1
+            answer = parse_moves(turn.text, tagged=True)
+            failures += answer is None
+            refused = []
+            for number, move in enumerate((answer or "")[: self.moves_per_turn], 1):
+                moves += 1
+                after = lake.step(cell, ice.choice(TURNED[move]) if ice else move)
+                if after is None:
+                    refused.append(f"{move} (move {number})")
+                cell = after or cell
+                if lake.kind(cell) != "_":
+                    break
+            blocked += len(refused)
+            messages += [
+                {"role": "assistant", "content": turn.text},
+                {
+                    "role": "user",
+                    "content": f"{self._feedback(answer, refused)}\n\n{lake.render(cell)}",
+                },
+            ]
+        solved = lake.kind(cell) == "G"
+        return Reward(
+            float(solved),
+            {
+                "solved": float(solved),
+                "fell": float(lake.kind(cell) == "O"),
+                "length_vs_optimal": min(1.0, lake.moves / moves) if solved else 0.0,
+                "parse_failures": float(failures),
+                "blocked_moves": float(blocked),
+                "turns": float(turns),
+            },
+        )
+
+    def _feedback(self, answer: str | None, refused: list[str]) -> str:
+        """What became of an answer."""
+        if answer is None:
+            return f"No moves were found. {instruction(tagged=True, most=self.moves_per_turn)}"
+        notes = [f"Off the edge: {', '.join(refused)}."] if refused else []
+        if self.moves_per_turn is not None and len(answer) > self.moves_per_turn:
+            notes.append(f"Only the first {self.moves_per_turn} moves count.")
+        return " ".join([*notes, "You are on the ice, and not at the goal yet."])
+
+
+def load(
+    num_train_examples: int = 1000,
+    num_eval_examples: int = 256,
+    seed: int = 0,
+    size: int = 4,
+    holes: float = 0.2,
+    min_moves: int = 2,
+    is_slippery: bool = False,
+    rules: Literal["prompt", "omit"] = "prompt",
+    max_turns: int = 5,
+    moves_per_turn: int | None = None,
+) -> FrozenLake:
+    """An environment of generated lakes of `size` × `size` cells.
+
+    Each cell but start and goal is a hole with the probability `holes`. The goal can be reached, in
+    no fewer than `min_moves` moves. No lake of a split equals another one, or one of the other
+    split, up to rotations and reflections. Raises UserError for values it cannot use.
+    """
+    for name, count, least in (
+        ("num_train_examples", num_train_examples, 1),
+        ("num_eval_examples", num_eval_examples, 1),
+        ("size", size, 2),
+        ("min_moves", min_moves, 1),
+        ("max_turns", max_turns, 1),
+        ("moves_per_turn", 1 if moves_per_turn is None else moves_per_turn, 1),
+    ):
+        whole = type(count) is int and count >= least
+        _require(whole, name, count, f"use a whole number from {least}")
+    _require(size <= 16, "size", size, "use a size up to 16")
+    _require(type(seed) is int, "seed", seed, "use a whole number")
+    number = isinstance(holes, int | float) and 0 <= holes < 1
+    _require(number, "holes", holes, "use a share from 0 to below 1")
+    _require(isinstance(is_slippery, bool), "is_slippery", is_slippery, "use true or false")
+    _require(rules in ("prompt", "omit"), "rules", rules, 'use "prompt" or "omit"')
+    splits = {}
+    for split, count in (("train", num_train_examples), ("eval", num_eval_examples)):
+        splits[split] = list(islice(lakes(size, holes, min_moves, seed, split), count))
+        if len(splits[split]) < count:
+            raise UserError(
+                f"frozen-lake-env: there are only {len(splits[split])} lakes for the {split} split",
+                where="args",
+                fix=f"lower num_{split}_examples or min_moves, or raise size",
+            )
+    return FrozenLake(
+        splits["train"],
+        splits["eval"],
+        seed=seed,
+        rules=rules == "prompt",
+        is_slippery=is_slippery,
+        max_turns=max_turns,
+        moves_per_turn=moves_per_turn,
+    )
+
+
+def _require(condition: bool, name: str, value: object, fix: str) -> None:
+    if not condition:
+        raise UserError(
+            f"frozen-lake-env: {name} = {value!r} cannot be used", where="args", fix=fix
+        )

@@ -1,0 +1,58 @@
+"""A multi-turn environment that does in its second turn what a task's number says."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from minidistill.envs import Policy, Task
+
+Fault = Callable[[], Awaitable[Any]]
+
+
+class Echo:
+    """Says each answer's length and asks again. `faults` has what happens to some tasks."""
+
+    def __init__(self, faults: dict[str, Fault], count: int, turns: int) -> None:
+        self.faults, self.turns = faults, turns
+        tasks = [
+            Task(str(i), ({"role": "user", "content": f"Solve this puzzle. {i}"},))
+            for i in range(count + 4)
+        ]
+        self.train, self.eval = tasks[:count], tasks[count:]
+
+    async def rollout(self, task: Task, policy: Policy) -> Any:
+        messages: list[Any] = list(task.messages)
+        length = 0
+        for number in range(self.turns):
+            turn = await policy(messages)
+            length += len(turn.text)
+            if number == 1 and str(task.id) in self.faults:
+                return await self.faults[str(task.id)]()
+            reply = f"{len(turn.text)} letters. Give the moves."
+            messages += [
+                {"role": "assistant", "content": turn.text},
+                {"role": "user", "content": reply},
+            ]
+        return {"reward": float(length % 3), "letters": length}
+
+
+async def raising() -> float:
+    raise RuntimeError("the board is gone")
+
+
+async def hanging() -> float:
+    await asyncio.sleep(3600)
+    return 0.0
+
+
+async def not_a_number() -> float:
+    return math.nan
+
+
+def load(faults: dict[str, str] | None = None, count: int = 8, turns: int = 2) -> Echo:
+    """`faults` names a fault for the id of a task: "raise", "hang" or "NaN"."""
+    known = {"raise": raising, "hang": hanging, "NaN": not_a_number}
+    return Echo({id: known[name] for id, name in (faults or {}).items()}, count, turns)
