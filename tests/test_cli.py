@@ -50,6 +50,7 @@ HELP = [
     ("run", ["FILES…", "--key VALUE", "--resume"]),
     ("plan", ["FILES…", "--key VALUE", "--gpus N", "--gpu-memory GiB", "--json"]),
     ("config", ["FILES…", "--key VALUE", "--json"]),
+    ("env", ["check", "prompts"]),
     ("report", ["DIR"]),
     ("bench", ["NAME", "schedule"]),
 ]

@@ -31,6 +31,7 @@ ORDER = (
     "evaluation",
     "run",
     "error_output",
+    "cli_env",
     "cli",
     "__main__",
 )

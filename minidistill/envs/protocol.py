@@ -25,6 +25,8 @@ class Environment(Protocol):
     - `score_all(attempts, report)`: scores many completions at once: see `score_attempts`.
     - `check_ready()`: raises UserError if it cannot score now, because a server is not reached. It
       is called before anything is written.
+    - `example_answer(task)`: a completion that deserves the best reward, for `minidistill env
+      check`. By default it is the task's answer.
     - `async rollout(task, policy)`, in place of `score`: plays a conversation of several turns. See
       `MultiTurnEnvironment`.
     - `close()`: called at the end of the run, also if that ends before the first step.

@@ -30,6 +30,8 @@ BUILT_IN = {
     "frozen-lake-env": "minidistill.envs.frozen_lake:load",
     "jsonl": "minidistill.envs.jsonl:load",
     "dataset": "minidistill.envs.jsonl:load",
+    "self-prompts": "minidistill.envs.self_prompts:load",
+    "reasoning-gym": "minidistill.envs.reasoning_gym:load",
     "textarena": "minidistill.envs.text_arena:load",
 }
 

@@ -27,6 +27,7 @@ from minidistill.reporting.monitors import check_monitors
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.run import preflight
 from minidistill.run.resume import is_extended
+from minidistill.run.self_prompts import SelfPrompts
 from minidistill.tasks.chat_template import TemplateSettings
 from minidistill.tasks.contexts import Contexts
 from minidistill.tasks.lengths import PromptLimit
@@ -125,17 +126,24 @@ def _prepare(
     made += environments.values()
     check_rewards(config, environments)
     began = directory.began() if resume else None
+    builder = prompt_builder(config, tokenizer, began or datetime.now())
+    plan = _plan(loaded)
+    _check_memory(loaded, plan)
+    writer = SelfPrompts(config, tokenizer, builder, plan.placement, phase)
+    written = writer.environments(orchestrator.env, "orchestrator.env")
+    made += written.values()
+    environments |= written
     evaluated = environments
     if orchestrator.eval is not None and orchestrator.eval.env is not None:
         evaluated = load_environments(orchestrator.eval.env, "orchestrator.eval.env")
         made += evaluated.values()
-    contexts = Contexts.of(config, environments, evaluated)
-    builder = _prompt_builder(config, tokenizer, began or datetime.now(), contexts)
+        written = writer.environments(orchestrator.eval.env, "orchestrator.eval.env")
+        made += written.values()
+        evaluated |= written
+    builder.contexts = Contexts.of(config, environments, evaluated)
     first = _first_prompts(environments, builder)
     preflight.check_prompts(config, builder, first)
     preflight.check_conversations(builder, environments, first)
-    plan = _plan(loaded)
-    _check_memory(loaded, plan)
     if orchestrator.eval is not None:
         check_rewards(config, evaluated, evaluated=True)
         if evaluated is not environments:
@@ -200,14 +208,15 @@ def _each_once(*environments: Environment) -> list[Environment]:
     return list({id(environment): environment for environment in environments}.values())
 
 
-def _prompt_builder(
-    config: Config, tokenizer: Any, began: datetime, contexts: Contexts
-) -> PromptBuilder:
-    """Renders the run's prompts, with the date and time at which it `began`."""
+def prompt_builder(config: Config, tokenizer: Any, began: datetime) -> PromptBuilder:
+    """Renders the run's prompts, with the date and time at which it `began`.
+
+    Its `contexts` are the teacher's until the environments' are known.
+    """
     teacher, model = config.orchestrator.teacher_model, config.model
     return PromptBuilder(
         tokenizer,
-        contexts,
+        teacher.context,
         teacher.context_placement,
         teacher_tokenizer=load_teacher_tokenizer(config, tokenizer),
         settings=TemplateSettings(model.chat_template_kwargs, began, model.special_tokens_in_text),

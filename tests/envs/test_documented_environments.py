@@ -82,7 +82,7 @@ def test_the_environment_of_several_turns_runs(
 
 def test_every_table_is_a_configuration(tmp_path: Path) -> None:
     tables = blocks("toml")
-    assert len(tables) == 6
+    assert len(tables) == 8
     for number, table in enumerate(tables):
         text = RUN.format(adv_tau=0 if "skip_verification" in table else 0.5)
         file = tmp_path / f"{number}.toml"
@@ -93,13 +93,15 @@ def test_every_table_is_a_configuration(tmp_path: Path) -> None:
 def test_the_judge_can_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", "key")
     file = tmp_path / "judge.toml"
-    file.write_text(RUN.format(adv_tau=0.5) + blocks("toml")[-1])
+    [table] = [table for table in blocks("toml") if "judge" in table]
+    file.write_text(RUN.format(adv_tau=0.5) + table)
     [env] = load_config([str(file)]).config.orchestrator.env
     assert not build(env.args["reward"]).needs_answer
 
 
 def test_every_built_in_reward_is_documented() -> None:
-    rows = re.findall(r"(?m)^\| (`[a-z_`, ]+`) \|", DOCUMENT)
+    [section] = re.findall(r"(?ms)^## Built-in rewards\n(.*?)^## ", DOCUMENT)
+    rows = re.findall(r"(?m)^\| (`[a-z_`, ]+`) \|", section)
     assert set(re.findall("`([a-z_]+)`", " ".join(rows))) == set(BUILT_IN)
 
 

@@ -32,7 +32,10 @@ from support.paths import TESTS
 
 CONTEXT = multiprocessing.get_context("forkserver")
 FREE = 200  # the first of the file descriptors that no test inherits
-LIGHT = {"minidistill.envs.worker"}  # modules that are started sooner than forked
+LIGHT = {
+    "minidistill.envs.task_rows",
+    "minidistill.envs.worker",
+}  # modules that are started sooner than forked
 
 
 def start_server() -> None:

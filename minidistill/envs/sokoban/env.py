@@ -80,6 +80,11 @@ class SokobanEnv:
         content = prompt_text(board, self.symbols, self.rules, self.tagged, self.most_moves)
         return ({"role": "user", "content": content},)
 
+    def example_answer(self, task: Task) -> str:
+        """A completion with a shortest solution."""
+        level: Level = task.answer
+        return f"<answer>{level.solution}</answer>" if self.tagged else level.solution
+
     def score(self, task: Task, completion: str) -> Reward:
         """Play the answer and score the final board. Illegal moves are counted but not made."""
         level: Level = task.answer
