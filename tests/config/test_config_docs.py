@@ -50,8 +50,8 @@ def test_shipped_overlays_load_over_every_configuration(path: Path) -> None:
         for base in CONFIGS
         if load_config([str(base), "@", str(path)]).config == load_config([str(base)]).config
     ]
-    pure = [("pure.toml", name) for name in ("frozen-lake.toml", "own-prompts.toml")]
-    assert unchanged == (pure if path.name == "pure.toml" else [])
+    pure = ("frozen-lake.toml", "own-prompts.toml", "self-prompts.toml")
+    assert unchanged == ([(path.name, name) for name in pure] if path.name == "pure.toml" else [])
 
 
 def test_there_are_shipped_configurations() -> None:
