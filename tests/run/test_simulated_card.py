@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,11 +115,13 @@ def test_the_held_out_kl_is_halved(config: Path, tmp_path: Path) -> None:
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6)
 
 
-def test_a_held_out_prompt_that_does_not_fit_ends_the_run_with_advice(
+def test_a_prompt_that_does_not_fit_alone_ends_the_run_with_advice(
     config: Path, tmp_path: Path
 ) -> None:
+    """A held-out one, or one of the unrelated ones that follow."""
     code, output = run_on_card(config, tmp_path / "run", "held-out KL", TOO_LITTLE_KL_MIB, *KL)
     assert code == EXIT_ENVIRONMENT, output
-    assert "out of memory while computing the KL on held-out prompts, with one" in output
+    error = r"error: out of memory while computing the KL on [a-z-]+ prompts, with one sequence"
+    assert re.search(error, output), output
     assert "inference.gpu_memory_utilization" in output
     assert "Traceback" not in output
