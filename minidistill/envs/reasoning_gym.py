@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
+from minidistill.envs.arguments import argument_refusal, require_argument
 from minidistill.envs.registry import did_you_mean
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.seeding import stable_seed
@@ -201,10 +202,5 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _require(condition: bool, name: str, value: object, fix: str) -> None:
-    if not condition:
-        raise _refusal(name, value, fix)
-
-
-def _refusal(name: str, value: object, fix: str) -> UserError:
-    return UserError(f"{ID}: {name} = {value!r} cannot be used", where=f"args.{name}", fix=fix)
+_require = partial(require_argument, ID, names_argument=True)
+_refusal = partial(argument_refusal, ID, names_argument=True)

@@ -9,11 +9,15 @@ import random
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
+from minidistill.envs.arguments import require_argument
 from minidistill.envs.multi_turn import Policy
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.types import Reward, Task
+
+_require = partial(require_argument, "textarena")
 
 EVAL_SHARE = 4  # one start in four belongs to the eval split
 ATTEMPTS = 500
@@ -192,8 +196,3 @@ def load(
         _require(False, "game", game, f"use a game for one player ({error})")
     arena.add_tasks(seed, num_train_examples, num_eval_examples)
     return arena
-
-
-def _require(condition: bool, name: str, value: object, fix: str) -> None:
-    if not condition:
-        raise UserError(f"textarena: {name} = {value!r} cannot be used", where="args", fix=fix)

@@ -298,7 +298,6 @@ def _attend_after_prefix(
 ) -> Tensor:
     """`attend_in_blocks` in two parts: all queries attend to the prefix at once, then each block to
     the rest of its keys. A block would read a copy of the prefix, widened to all heads."""
-    assert PARTIAL is not None
     heads, repeats, prefix = key.shape[1], query.shape[1] // key.shape[1], row.prefix
 
     def attend_to(
@@ -308,7 +307,7 @@ def _attend_after_prefix(
         queries = query.reshape(1, heads, -1, query.shape[-1])
         if mask is not None:
             mask = mask.repeat(repeats, 1)
-        output, lse = PARTIAL(queries, key, value, attn_mask=mask, scale=scale)
+        output, lse = partial_attention(queries, key, value, mask, scale)
         output = output.float() if output.itemsize < 4 else output
         return output.reshape(query.shape), lse.reshape(query.shape[:-1]).to(output.dtype)
 
@@ -326,6 +325,15 @@ def _attend_after_prefix(
         weight = torch.sigmoid(lse - before_lse[:, :, at])[..., None]
         outputs.append(torch.lerp(before[:, :, at], output, weight).transpose(1, 2))
     return torch.cat(outputs, dim=1).to(query.dtype)
+
+
+def partial_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention to some of the keys, and its log-sum-exps, by `PARTIAL`."""
+    assert PARTIAL is not None
+    output, lse = PARTIAL(query, keys, values, attn_mask=mask, scale=scale)
+    return output, lse
 
 
 def _spans(states: Tensor, spans: Sequence[Span]) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicLayer
 
 from minidistill.placement.attention import VARLEN
-from minidistill.trainer.attention import PARTIAL
+from minidistill.trainer.attention import PARTIAL, partial_attention
 from minidistill.trainer.forward import KeysValues
 from minidistill.trainer.policy import Policy
 
@@ -95,7 +95,7 @@ class Shared:
         _, heads, queries, size = chosen.shape
         together = chosen.view(groups, -1, heads, queries, size).transpose(1, 2)
         together = together.reshape(groups, heads, -1, size)
-        output, lse = _partial(together, keys, values, self.mask, scale)
+        output, lse = partial_attention(together, keys, values, self.mask, scale)
         output = output.reshape(groups, heads, -1, queries, size).transpose(1, 2).flatten(0, 1)
         lse = lse.reshape(groups, heads, -1, queries).transpose(1, 2).flatten(0, 1)
         return (output, lse) if self.slots is None else (output[self.slots], lse[self.slots])
@@ -201,7 +201,7 @@ class Decoding:
                 query_BKRD, keys, values, attn_mask=mask, scale=scale
             )
             return output.reshape(rows, 1, heads, size)
-        output, lse = _partial(query_BKRD, keys, values, mask, scale)
+        output, lse = partial_attention(query_BKRD, keys, values, mask, scale)
         output = output.float() if output.itemsize < 4 else output
         for index, shared in enumerate(self.shared):
             part, part_lse = shared.attend(layer, query_BKRD, scale)
@@ -247,12 +247,3 @@ def _buffer(prompts: Tensor, copies: Sequence[int], before: int, room: int) -> T
             buffer[row : row + count, :, :before] = prompt
             row += count
     return buffer
-
-
-def _partial(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """Attention to some of the keys, and its log-sum-exps."""
-    assert PARTIAL is not None
-    output, lse = PARTIAL(query, keys, values, attn_mask=mask, scale=scale)
-    return output, lse

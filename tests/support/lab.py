@@ -120,3 +120,13 @@ def sample(loaded: LoadedConfig, engine: Any, builder: PromptBuilder) -> list[Ro
         for r, reward in zip(rollouts, rewards, strict=True)
     ]
     return with_advantages(scored, orchestrator.advantage.std_norm)
+
+
+def assert_same_gradients(
+    gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> None:
+    """Up to fp32's rounding, relative to the largest of them, which is not zero."""
+    scale = max(float(g.abs().max()) for g in expected.values())
+    assert scale > 1e-3
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=2e-6 * scale)

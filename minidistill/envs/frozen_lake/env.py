@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from itertools import islice
 from typing import Literal
 
+from minidistill.envs.arguments import require_argument
 from minidistill.envs.frozen_lake.lakes import Lake, lakes
 from minidistill.envs.multi_turn import Policy
 from minidistill.envs.sokoban.text import instruction, parse_moves
 from minidistill.errors import UserError
 from minidistill.types import Reward, Task
+
+_require = partial(require_argument, "frozen-lake-env")
 
 RULES = """Frozen Lake: walk over the ice to the goal.
 Symbols: P player, _ ice, O hole, G goal.
@@ -155,10 +159,3 @@ def load(
         max_turns=max_turns,
         moves_per_turn=moves_per_turn,
     )
-
-
-def _require(condition: bool, name: str, value: object, fix: str) -> None:
-    if not condition:
-        raise UserError(
-            f"frozen-lake-env: {name} = {value!r} cannot be used", where="args", fix=fix
-        )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minidistill.envs import jsonl
+from minidistill.envs.arguments import require_argument
 from minidistill.envs.jsonl import JsonlEnv
 from minidistill.envs.rewards import build
-from minidistill.errors import UserError
 
 ID = "self-prompts"
 CONTEXT = "context"
@@ -87,6 +88,4 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _require(condition: bool, name: str, value: object, fix: str) -> None:
-    if not condition:
-        raise UserError(f"{ID}: {name} = {value!r} cannot be used", where=f"args.{name}", fix=fix)
+_require = partial(require_argument, ID, names_argument=True)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from typing import overload
 
+from minidistill.envs.arguments import argument_refusal, require_argument
 from minidistill.envs.sokoban.board import KINDS, RG, XSB, Board
 from minidistill.envs.sokoban.difficulty import Difficulty
 from minidistill.envs.sokoban.level_set import LevelSet
 from minidistill.envs.sokoban.levels import Level
 from minidistill.envs.sokoban.moves import live_cells
 from minidistill.envs.sokoban.text import parse_moves, prompt_text
-from minidistill.errors import UserError
 from minidistill.types import Advance, Reward, Task
+
+require = partial(require_argument, "sokoban-env")
+refusal = partial(argument_refusal, "sokoban-env")
 
 WEIGHTS = {"solved": 1.0, "boxes_on_goal": 0.0, "format": 0.0, "length_vs_optimal": 0.0}
 
@@ -138,12 +142,3 @@ def reward_weights(weights: object) -> dict[str, float]:
     numbers = all(isinstance(w, int | float) and math.isfinite(w) for w in table.values())
     require(numbers, "weights", weights, fix)
     return {**WEIGHTS, **table}
-
-
-def require(condition: bool, name: str, value: object, fix: str) -> None:
-    if not condition:
-        raise refusal(name, value, fix)
-
-
-def refusal(name: str, value: object, fix: str) -> UserError:
-    return UserError(f"sokoban-env: {name} = {value!r} cannot be used", where="args", fix=fix)
