@@ -18,6 +18,7 @@ from minidistill.envs.protocol import Environment, check_ready, has_rewards
 from minidistill.envs.task_rows import first_tasks, rows_elsewhere, task_rows
 from minidistill.errors import EXIT_FAILED, UserError
 from minidistill.run import preflight
+from minidistill.run.program_check import check_program, program_of
 from minidistill.system.foreign import describe, foreign_code
 from minidistill.tasks.lengths import PromptLimit
 from minidistill.tasks.prompts import PromptBuilder
@@ -71,7 +72,13 @@ def check_environment(
         return report
     _check_equal(report, env, environment)
     _check_splits(report, splits)
-    _check_views(report, config, env, builder, splits)
+    if (program := program_of(environment)) is not None:
+        found, figures = check_program(config, env, program, builder, splits["train"][0])
+        for finding in found:
+            report.add(*finding)
+        report.figures.update(figures)
+    else:
+        _check_views(report, config, env, builder, splits)
     chosen = [task for tasks in splits.values() for task in tasks[:samples]]
     _check_rewards(report, env, environment, chosen)
     return report
