@@ -194,7 +194,9 @@ def test_several_answers_to_one_request(staged: Any) -> None:
     ],
 )
 def test_a_reward_that_is_none(staged: Any, last: str, said: str) -> None:
-    assert said in str(error(staged({"question": "Q", "last": last}).play()[0]))
+    failure = error(staged({"question": "Q", "last": last}).play()[0])
+    assert said in str(failure)
+    assert failure.kind == "reward"
 
 
 def by_words(task: Any, messages: list[Any], output: str) -> dict[str, float]:

@@ -13,7 +13,7 @@ import pytest
 from support.paths import ROOT
 
 from minidistill.envs.agent import load
-from minidistill.types import Turn
+from minidistill.types import Reward, Turn
 
 
 class Script:
@@ -46,7 +46,7 @@ def played(folder: Path, script: Script, package: str, program: str, **row: str)
 def test_an_agent_of_openai(tmp_path: Path) -> None:
     script = Script("Arr, matey! Sail north.")
     reward = played(tmp_path, script, "openai", "agent.py", prompt="Where to?")
-    assert reward == {"reward": 1.0, "words": 4}
+    assert reward == Reward(1.0, {"words": 4.0})
     [(messages, more)] = script.asked
     assert [message["role"] for message in messages] == ["system", "user"]
     assert "Captain Flint" in messages[0]["content"]
@@ -63,7 +63,7 @@ def test_an_agent_of_smolagents(tmp_path: Path) -> None:
     script = Script(call("convert", value=2, unit="kg"), call("final_answer", answer="4.41"))
     task = {"prompt": "How many pounds are 2 kg?", "answer": "4.41"}
     reward = played(tmp_path, script, "smolagents", "smol.py", **task)
-    assert reward == {"reward": 1.0, "steps": 3}
+    assert reward == Reward(1.0, {"steps": 3.0})
     (first, more), (second, _) = script.asked
     assert [tool["function"]["name"] for tool in more["tools"]] == ["convert", "final_answer"]
     assert first[0]["role"] == "system"

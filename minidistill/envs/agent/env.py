@@ -18,7 +18,7 @@ from minidistill.envs.agent.programs import Limits, Program, Programs
 from minidistill.envs.endpoint import Endpoint
 from minidistill.envs.jsonl.lines import Line
 from minidistill.envs.multi_turn import Policy
-from minidistill.envs.outcomes import ScoringError
+from minidistill.envs.outcomes import ScoringError, to_reward
 from minidistill.envs.strip import Strip
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.system.foreign import describe
@@ -85,19 +85,20 @@ class AgentEnvironment:
         most = self.settings.max_requests
         async with Endpoint(policy, most, end) as endpoint:
             variables, file = self._variables(task, endpoint)
+            settings, output = self.settings, ""
             try:
-                settings = self.settings
                 output = await self.programs.run(
                     settings.command, variables, settings.folder, program.append
                 )
             except ScoringError:
-                if exceeded:
-                    what = f"its program asked for more than {most} answers (max_requests)"
-                    raise ScoringError(what, kind="requests") from None
-                raise
+                if not exceeded:
+                    raise
             finally:
                 if file is not None:
                     file.unlink(missing_ok=True)
+        if exceeded:
+            what = f"its program asked for more than {most} answers (max_requests)"
+            raise ScoringError(what, kind="requests")
         if not endpoint.requests:
             raise ScoringError("its program ended without a request", kind="crashed")
         return await self._rewarded(task, endpoint.messages, output)
@@ -106,8 +107,13 @@ class AgentEnvironment:
         if self.reward is None:
             return 0.0
         if isinstance(self.reward, str):
-            return _last_line(output)
-        return await in_thread(self.reward, task, messages, output)
+            value: Any = _last_line(output)
+        else:
+            value = await in_thread(self.reward, task, messages, output)
+        try:
+            return to_reward(value)
+        except ScoringError as error:
+            raise ScoringError(str(error), kind="reward") from None
 
     def _variables(self, task: Task, endpoint: Endpoint) -> tuple[dict[str, str], Path | None]:
         """The program's environment variables, and the file of a task that is too large for one."""
