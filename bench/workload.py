@@ -148,9 +148,7 @@ def make_parser(name: str, text: str | None) -> argparse.ArgumentParser:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sizes of a case, and the number of threads."""
-    parser.add_argument(
-        "--model", default="smollm2", help="smollm2, smollm2-bf16, tiny or a folder"
-    )
+    parser.add_argument("--model", default="smollm2", help="smollm2[-bf16], tiny or a folder")
     parser.add_argument("--context", type=int, default=1000, metavar="N", help="tokens of context")
     parser.add_argument("--prompt", type=int, default=10, metavar="N", help="tokens of a prompt")
     parser.add_argument("--group", type=int, default=1, metavar="N", help="completions of a prompt")

@@ -21,20 +21,21 @@ ROWS = 4096
 
 
 class HalfWeights:
-    """Packed copies of frozen weights by the layer that owns them. A changed weight is packed anew."""
+    """Packed copies of frozen weights, by layer. A weight that has changed is packed anew."""
 
     def __init__(self) -> None:
-        self._packed: WeakKeyDictionary[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
+        self._packed: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()
 
     def of(self, layer: Any) -> Any:
-        """What `half_product` takes for the layer's weight and bias. None if float16 would change it."""
+        """What `half_product` takes for a layer. None if float16 would change its weight."""
         weight: Tensor = layer.weight
         if weight.requires_grad or weight.dtype != torch.float32:
             return None
-        version, packed = self._packed.get(layer, (None, None))
-        if version != weight._version:
+        now = weight.data_ptr(), weight._version
+        made_of, packed = self._packed.get(layer, (None, None))
+        if made_of != now:
             packed = _pack(weight.detach(), layer.bias) if _is_exact(weight.detach()) else None
-            self._packed[layer] = weight._version, packed
+            self._packed[layer] = now, packed
         return packed
 
 
