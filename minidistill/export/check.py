@@ -122,9 +122,10 @@ def in_vllm(
     """vLLM's log-probs. None if it is not installed, or cannot serve such an adapter."""
     if importlib.util.find_spec("vllm") is None:
         return None
-    rank = 0
+    rank, targets = 0, None
     if not merged:
         settings = read_json(folder / SETTINGS)
+        targets = settings["target_modules"]
         if settings.get("use_dora"):
             return None
         ranks = [settings["r"], *(settings.get("rank_pattern") or {}).values()]
@@ -139,6 +140,7 @@ def in_vllm(
         "tokenizer": str(folder),
         "adapter": None if merged else str(folder),
         "rank": rank,
+        "targets": targets,
         "dtype": str(dtype).removeprefix("torch."),
         "rows": [list(row) for row in rows],
         "cache_bytes": None if torch.cuda.is_available() else CPU_CACHE_BYTES // 4,

@@ -1,9 +1,9 @@
 """Log-probs of given tokens in vLLM, in a process of its own: `python -m …vllm_check FILE`.
 
 FILE has a JSON object: `model`, `revision`, `tokenizer`, `trust_remote_code`, `dtype`, `adapter` (a
-folder, or null), its largest `rank`, `cache_bytes` (null for vLLM's choice) and `rows` of token
-ids. The answer is written to FILE.out: the log-prob of each id but the first,
-given those before it.
+folder, or null), its largest `rank` and its `targets`, `cache_bytes` (null for vLLM's choice) and
+`rows` of token ids. The answer is written to FILE.out: the log-prob of each id but the first, given
+those before it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ def main(path: Path) -> None:
     job = json.loads(path.read_text())
     options: dict[str, Any] = {}
     if job["adapter"]:
-        options = {"enable_lora": True, "max_lora_rank": job["rank"]}
+        # not of the head: vLLM's CPU kernels cannot score prompts if it may have an adapter
+        options = {
+            "enable_lora": True,
+            "max_lora_rank": job["rank"],
+            "lora_target_modules": job["targets"],
+        }
     if job["cache_bytes"]:
         options |= {"kv_cache_memory_bytes": job["cache_bytes"]}
     longest = max(map(len, job["rows"])) + 1
