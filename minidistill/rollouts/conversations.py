@@ -25,6 +25,8 @@ class Played:
     reward: Reward | None = None
     error: str = ""
     turns: int = 0
+    text: str = ""
+    """The whole conversation, without its first messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ class Player:
 def _played(prompt: Prompt, conversation: Conversation, outcome: Outcome | None) -> Played:
     samples = conversation.samples
     if isinstance(outcome, Reward) and samples:
-        return Played(samples, outcome, turns=conversation.turns)
+        return Played(samples, outcome, turns=conversation.turns, text=conversation.text)
     why: object = outcome if isinstance(outcome, ScoringError) else "no room for its first turn"
     return Played(error=f"task {prompt.task.id} of {prompt.env}: {why}")
 

@@ -104,16 +104,14 @@ def _evaluate(session: Session) -> dict[str, Any]:
     """Everything that is measured before training."""
     assert session.evaluator is not None
     evaluator = session.evaluator
-    teacher_completions = session.teacher_completions()
+    teacher_texts = session.teacher_texts()
     held_out, unrelated = session.held_out_kl(), session.unrelated_kl()
     results: dict[str, Any] = {
         "rewards": {},
         "heldout_kl": held_out.mean,
         "heldout_by_prompt": asdict(held_out.by_prompt),
         "unrelated_by_prompt": None if unrelated is None else asdict(unrelated.by_prompt),
-        "completions": before_training(
-            session.builder, evaluator.held_out(), held_out.completions, teacher_completions
-        ),
+        "completions": before_training(evaluator.held_out(), held_out.texts, teacher_texts),
     }
     if session.config.orchestrator.teacher_model.eval_baseline:
         student = evaluator.run("student", _student_role(session), context=False)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import signal
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from minidistill.envs import Policy, Task
@@ -48,11 +51,24 @@ async def hanging() -> float:
     return 0.0
 
 
+async def slow() -> float:
+    await asyncio.sleep(0.15)
+    await asyncio.sleep(0.15)
+    return 0.0
+
+
+async def kill() -> float:
+    """Kill the process of the run if the file is there that the variable KILL names."""
+    if Path(os.environ.get("KILL", "never")).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0.0
+
+
 async def not_a_number() -> float:
     return math.nan
 
 
 def load(faults: dict[str, str] | None = None, count: int = 8, turns: int = 2) -> Echo:
-    """`faults` names a fault for the id of a task: "raise", "hang" or "NaN"."""
-    known = {"raise": raising, "hang": hanging, "NaN": not_a_number}
+    """`faults` names a fault for the id of a task: "raise", "hang", "slow", "kill" or "NaN"."""
+    known = {"raise": raising, "hang": hanging, "slow": slow, "kill": kill, "NaN": not_a_number}
     return Echo({id: known[name] for id, name in (faults or {}).items()}, count, turns)
