@@ -18,8 +18,11 @@ Fault = Callable[[], Awaitable[Any]]
 class Echo:
     """Says each answer's length and asks again. `faults` has what happens to some tasks."""
 
-    def __init__(self, faults: dict[str, Fault], count: int, turns: int) -> None:
-        self.faults, self.turns = faults, turns
+    def __init__(
+        self, faults: dict[str, Fault], count: int, turns: int, forgets: bool = False
+    ) -> None:
+        """With `forgets`, a turn's messages do not begin with those of the turn before."""
+        self.faults, self.turns, self.forgets = faults, turns, forgets
         tasks = [
             Task(str(i), ({"role": "user", "content": f"Solve this puzzle. {i}"},))
             for i in range(count + 4)
@@ -35,6 +38,9 @@ class Echo:
             if number == 1 and str(task.id) in self.faults:
                 return await self.faults[str(task.id)]()
             reply = f"{len(turn.text)} letters. Give the moves."
+            if self.forgets:
+                messages = [{"role": "user", "content": reply}]
+                continue
             messages += [
                 {"role": "assistant", "content": turn.text},
                 {"role": "user", "content": reply},
@@ -68,7 +74,9 @@ async def not_a_number() -> float:
     return math.nan
 
 
-def load(faults: dict[str, str] | None = None, count: int = 8, turns: int = 2) -> Echo:
+def load(
+    faults: dict[str, str] | None = None, count: int = 8, turns: int = 2, forgets: bool = False
+) -> Echo:
     """`faults` names a fault for the id of a task: "raise", "hang", "slow", "kill" or "NaN"."""
     known = {"raise": raising, "hang": hanging, "slow": slow, "kill": kill, "NaN": not_a_number}
-    return Echo({id: known[name] for id, name in (faults or {}).items()}, count, turns)
+    return Echo({id: known[name] for id, name in (faults or {}).items()}, count, turns, forgets)
