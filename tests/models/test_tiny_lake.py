@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.conversations import Stage
-from support.paths import CONFIGS
+from support.paths import ROOT
 
 from minidistill.config import load_config
 from minidistill.models.registry import BUILT_IN
@@ -21,7 +21,7 @@ from tools import build_tiny_lake
 from tools.build_tiny_lake import OTHERS, PERSONA, expert, load, shown
 
 FOLDER = BUILT_IN["tiny-lake"]
-FILE = str(CONFIGS / "frozen-lake.toml")
+FILE = str(ROOT / "configs" / "frozen-lake.toml")
 TASKS = 128
 
 

@@ -19,7 +19,9 @@ from minidistill.types import Completion, Role, Task
 
 LIKE_IT = """\
 {%- set ns = namespace(last=0) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
 {%- for m in messages %}
     {%- set parts = m.content.split('</think>') %}
     {{- '<|im_start|>' + m.role + '\\n' }}
@@ -73,9 +75,8 @@ def test_without_thinking_each_turn_begins_a_new_sample(template: Any) -> None:
     """As `configs/overlays/qwen3-1.7b.toml` uses it: an empty thought is before the newest answer
     alone."""
     builder = builder_of(template(), **SILENT)
-    assert not extends(
-        builder, builder.build("env", Task("t", ({"role": "user", "content": "x"},)))
-    )
+    question = {"role": "user", "content": "x"}
+    assert not extends(builder, builder.build("env", Task("t", (question,))))
     samples = played(builder, "up", "down", "left").samples
     assert len(samples) == 3, "two restarts"
     for number, sample in enumerate(samples):
