@@ -197,4 +197,4 @@ def train(
 
 
 if __name__ == "__main__":
-    train(**arguments(__doc__, steps=1900, batch_size=96, width=96))
+    train(**arguments(__doc__, steps=1900, batch_size=96, lr=3e-3, layers=3, width=96))

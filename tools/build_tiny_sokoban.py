@@ -305,25 +305,21 @@ def fit(
     model.save_pretrained(out)
 
 
-def arguments(description: str | None, steps: int, batch_size: int, width: int) -> dict[str, Any]:
-    """The command line of a builder, with these defaults."""
+def arguments(description: str | None, **defaults: int | float) -> dict[str, Any]:
+    """The command line of a builder, with these defaults of its numbers."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--batch-size", type=int, default=batch_size)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=width)
-    parser.add_argument("--save-every", type=int, default=0)
+    for name, default in (defaults | {"save_every": 0}).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     given: dict[str, Any] = vars(parser.parse_args())
     given["learning_rate"] = given.pop("lr")
     return given
 
 
 def main() -> None:
-    train(**arguments(__doc__, steps=2400, batch_size=192, width=128))
+    train(**arguments(__doc__, steps=2400, batch_size=192, lr=2e-3, layers=4, width=128))
 
 
 if __name__ == "__main__":
