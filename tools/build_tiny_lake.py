@@ -54,6 +54,11 @@ OTHERS = (
     "This text was written by a friend who likes tea and long walks by the lake.\n\n",
     "You are a helpful assistant.\n\n",
 )
+SAID = (
+    "Off the edge: (move 1). Only the first 2 moves count. "
+    "You are on the ice, and not at the goal yet.",
+)
+"""What the environment says after a turn."""
 USUAL = 0.5
 """The share of conversations with the usual context: the persona, or none for a novice."""
 EASY = 1200
@@ -95,12 +100,8 @@ def shown(messages: Sequence[Message]) -> Lake:
 def build_tokenizer(out: Path, environment: FrozenLake) -> Any:
     """Words may merge; a cell with the space before it, and a move, stay single tokens."""
     texts = [task.messages[0]["content"] for task in environment.train[:20]]
-    said = (
-        "Off the edge: (move 1). Only the first 2 moves count. You are on the ice, and not at the "
-    )
-    said += "goal yet."
     small_talk = [line for pair in CHAT for line in pair]
-    corpus = [*EXPERTS * 20, *texts, *[said] * 20, *OTHERS, *small_talk]
+    corpus = [*EXPERTS * 20, *texts, *SAID * 20, *OTHERS, *small_talk]
     return trained_tokenizer(out, corpus, r"[UDLR](?![a-z])| ?[P_OG](?![a-z])", VOCABULARY)
 
 
@@ -128,9 +129,8 @@ class Corpus:
             before = f"<|system|>{context}<|end|>\n<|user|>"
         else:
             before = f"<|user|>{context}"
-        return self.ids(
-            before + self.environment.train[0].messages[0]["content"].split("\n\n")[0] + "\n\n"
-        )
+        instruction, _, _ = self.environment.train[0].messages[0]["content"].partition("\n\n")
+        return self.ids(f"{before}{instruction}\n\n")
 
     def conversation(self, is_expert: bool) -> Row:
         """A random conversation from the first lake on, and which tokens the model has to learn."""

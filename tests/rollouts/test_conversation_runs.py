@@ -100,6 +100,15 @@ def test_the_held_out_kl_is_that_of_whole_conversations(
         assert kl.by_prompt.tokens[number] == len(completion.token_ids)
 
 
+def test_a_conversation_of_the_teacher_that_fails_is_not_shown_and_no_more(staged: Any) -> None:
+    env = '[{id = "support.multi_turn:load", name = "echo", args = {faults = {9 = "raise"}}}]'
+    evaluator = staged("--orchestrator.env", env).evaluator()
+    texts = [answer.text for answer in evaluator.teacher_answers()]
+    assert [bool(text) for text in texts] == [True, False, True, True]
+    with pytest.raises(UserError, match="failed on 1 of 4"):
+        evaluator.student_answers()
+
+
 def test_a_sample_that_is_full_ends_its_conversation(staged: Any) -> None:
     """The second turn of some has no room: their environment is told, and scores what there is."""
     longest = staged(*MULTI)
