@@ -150,13 +150,9 @@ class Corpus:
             answer = f"<answer>{player(shown(messages), self.rng)}</answer>"
             text = messages[-1]["content"]
             asked = f"\n<|user|>{text}" if ids else text.split("\n\n")[1]
-            for part, learn in (
-                (f"{asked}<|end|>\n<|assistant|>", False),
-                (f"{answer}<|end|>", own),
-            ):
-                new = self.ids(part)
-                ids.extend(new)
-                learned.extend([learn] * len(new))
+            before, said = self.ids(f"{asked}<|end|>\n<|assistant|>"), self.ids(f"{answer}<|end|>")
+            ids.extend(before + said)
+            learned.extend([False] * len(before) + [own] * len(said))
             return Turn(answer, token_ids=(1,))
 
         with suppress(StopIteration):  # it waits for nothing, so it needs no loop
