@@ -151,7 +151,8 @@ def test_a_failure_in_turn_2_drops_the_conversation_and_is_counted(
     rollouts, metrics = stage.collect()
     assert metrics["env/errors"] == 4
     assert {r.prompt.task.id for r in rollouts} == {"0", "1", "2", "4", "5", "6", "7"}
-    assert f"4 rollouts dropped: task 3 of echo: {words}" in caplog.text
+    assert "4 rollouts dropped: task 3 of echo: " in caplog.text
+    assert words in caplog.text
     strict = staged(*flags, "--orchestrator.max_env_error_frac", "0.12")
     with pytest.raises(UserError, match="failed on 4 of 32 rollouts") as caught:
         strict.collect()
