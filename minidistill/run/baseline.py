@@ -104,8 +104,8 @@ def _evaluate(session: Session) -> dict[str, Any]:
     """Everything that is measured before training."""
     assert session.evaluator is not None
     evaluator = session.evaluator
-    held_out, unrelated = session.held_out_kl(), session.unrelated_kl()
     teacher_texts = session.teacher_texts()
+    held_out, unrelated = session.held_out_kl(), session.unrelated_kl()
     results: dict[str, Any] = {
         "rewards": {},
         "heldout_kl": held_out.mean,

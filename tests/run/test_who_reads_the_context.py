@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from support import fake_textarena
+from support.agents import PROGRAM
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from minidistill import cli
@@ -42,6 +43,8 @@ KINDS = {
     "rows": f'id = "dataset", args = {{ {FILE}, context_column = "hint" }}',
     "examples": f'id = "dataset", args = {{ {FILE} }}, examples = '
     f'{{ path = "rows.jsonl", k = 1, template = "{SECRET}examples: {{prompt}} {{answer}}" }}',
+    "agent": f'id = "agent", args = {{ command = {json.dumps(PROGRAM)}, strip = "context", '
+    'path = "tasks.jsonl", num_eval_examples = 2 }',
     "self": 'id = "self-prompts", args = { path = "prompts.jsonl", num_eval_examples = 2 }',
 }
 if find_spec("reasoning_gym"):
@@ -129,6 +132,11 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Reading, Pa
         for i in range(10)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tasks = [
+        {"question": f"How old is {i}?", "system": f"{SECRET}agent: be quick. ", "turns": 2}
+        for i in range(10)
+    ]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in tasks))
     prompts = [{"prompt": f"Tell me a story of {i} bears."} for i in range(10)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
     config = folder / "config.toml"
@@ -150,7 +158,7 @@ def test_every_kind_is_trained_on(read: tuple[Reading, Path]) -> None:
     lines = (read[1] / "rollouts" / "step_000001.jsonl").read_text().splitlines()
     rollouts = [json.loads(line) for line in lines]
     assert {r["env"] for r in rollouts} == set(KINDS)
-    assert {r["env"] for r in rollouts if r.get("inserted")} >= {"turns", "lake", "arena"}
+    assert {r["env"] for r in rollouts if r.get("inserted")} >= {"turns", "lake", "arena", "agent"}
     assert {r["env"] for r in rollouts if r.get("part")} == {"restarts"}
     for r in rollouts:
         assert kinds_in(r["prompt_text"] + r["completion"]) == {}

@@ -39,7 +39,8 @@ def main() -> None:
     file = os.environ.get("MINIDISTILL_TASK_FILE")
     task = json.loads(Path(file).read_text() if file else os.environ["MINIDISTILL_TASK"])
     do, question = task.get("do", "ask"), {"role": "user", "content": task["question"]}
-    messages = [SYSTEM, question]
+    system = {"role": "system", "content": task["system"]} if "system" in task else SYSTEM
+    messages = [system, question]
     if do == "silent":
         return
     if do == "refused":
