@@ -210,6 +210,8 @@ def test_each_endpoint_has_its_own_key() -> None:
         ({"n": 0}, "n is no whole"),
         ({"n": True}, "n is no whole"),
         ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 0}, "max_completion_tokens"),
         ({"stop": [1]}, "stop"),
         ({"tools": [{"type": "retrieval"}]}, "function with a name"),
         ({"tool_choice": "any"}, "tool_choice"),
@@ -379,6 +381,14 @@ def test_bytes_that_no_client_would_send(data: bytes, status: int) -> None:
     if status != 200:
         error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
         assert {"message", "type", "param", "code"} == error.keys()
+
+
+def test_a_client_of_http_1_0_reads_until_the_connection_is_closed() -> None:
+    body = json.dumps(ASK).encode()
+    old = request(body, LENGTH(len(body))).replace(b"HTTP/1.1", b"HTTP/1.0")
+    answer = raw(old.replace(b"Connection: close\r\n", b""))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"Connection: close" in answer
 
 
 def test_a_body_is_not_read_without_the_key() -> None:

@@ -122,8 +122,10 @@ def parse_request(body: bytes) -> ChatRequest:
     tools, forced = _tools(given)
     top = _integer(given, "top_logprobs", 0, 0, 20)
     _require(not top, "top_logprobs: only those of the sampled tokens are known", "top_logprobs")
-    longest = _integer(given, "max_tokens", 0, 0, 1 << 31)
-    longest = _integer(given, "max_completion_tokens", longest, 0, 1 << 31)
+    longest = None
+    for key in ("max_tokens", "max_completion_tokens"):
+        if key in given:
+            longest = _integer(given, key, 1, 1, 1 << 31)
     stop = given.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     texts = isinstance(stop, list) and all(isinstance(text, str) and text for text in stop)
@@ -134,7 +136,7 @@ def parse_request(body: bytes) -> ChatRequest:
         messages=_messages(given.get("messages")),
         tools=tools,
         n=_integer(given, "n", 1, 1, MOST_CHOICES),
-        max_tokens=longest or None,
+        max_tokens=longest,
         stop=tuple(stop),
         stream=_flag(given, "stream"),
         stream_usage=_flag(options, "include_usage"),

@@ -79,6 +79,8 @@ async def read_head(reader: asyncio.StreamReader, patience: float) -> Head | Non
         if name in headers and name in ("content-length", "authorization", "transfer-encoding"):
             raise HttpError(400, f"the header {name} is there twice")
         headers[name] = value.strip()
+    if parts[2] == "HTTP/1.0":  # its clients read until the connection is closed
+        headers.setdefault("connection", "close")
     return Head(parts[0], parts[1].partition("?")[0], headers)
 
 
