@@ -24,14 +24,35 @@ class Strip:
         if self.part == "system":
             return [message for message in messages if message["role"] not in SYSTEM_ROLES]
         texts = [context, context.strip()]  # a file ends in a line break that a program may drop
+        if not texts[1]:
+            return [*messages]
         kept = []
         for message in messages:
-            content = message.get("content")
-            if content and texts[1] and texts[1] in content:
-                for text in texts:
-                    content = content.replace(text, "")
-                if message["role"] in SYSTEM_ROLES and not content.strip():
-                    continue
-                message = {**message, "content": content}
-            kept.append(message)
+            left = {**message}
+            if content := message.get("content"):
+                left["content"] = _without(texts, content)
+            if calls := message.get("tool_calls"):
+                left["tool_calls"] = [_call_without(texts, call) for call in calls]
+            gone = left != message and message["role"] in SYSTEM_ROLES
+            if not (gone and not left["content"].strip()):
+                kept.append(left)
         return kept
+
+
+def _call_without(texts: Sequence[str], call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = _without(texts, function["arguments"])
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _without(texts: Sequence[str], value: Any) -> Any:
+    """A value of JSON without these texts."""
+    match value:
+        case str():
+            for text in texts:
+                value = value.replace(text, "")
+        case dict():
+            value = {key: _without(texts, each) for key, each in value.items()}
+        case list():
+            value = [_without(texts, each) for each in value]
+    return value

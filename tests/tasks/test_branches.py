@@ -87,6 +87,20 @@ def test_the_student_does_not_read_the_context(end: str) -> None:
     assert seen(talk, Role.STUDENT) == seen(talk, Role.TEACHER)
 
 
+def test_the_context_is_left_out_of_calls_of_tools() -> None:
+    """As when an agent hands its instructions to another one. Names and roles stay."""
+
+    def messages(told: str, context: str) -> list[dict[str, Any]]:
+        arguments = {"told": [told.format(context)], "user": 1}
+        call = {"type": "function", "function": {"name": "user", "arguments": arguments}}
+        return [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    asked = messages("Do this: {}", CONTEXT)
+    assert Strip("context").student(asked, CONTEXT) == messages("Do this: {}", "")
+    assert asked == messages("Do this: {}", CONTEXT)
+    assert Strip("context").student(asked, "user") == asked
+
+
 def test_a_request_of_nothing_but_instructions_is_refused() -> None:
     with pytest.raises(UserError, match="no message"):
         talks(Strip("system")).ask([SYSTEM])
