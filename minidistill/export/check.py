@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from minidistill.models.registry import resolve
 from minidistill.models.weights import load_weights
 from minidistill.placement.limits import CPU_CACHE_BYTES
 from minidistill.system.files import read_json
+from minidistill.system.subprocesses import Subprocess
 
 TEXTS = (
     "What should I do if my bicycle's chain falls off while I ride up a hill?",
@@ -36,6 +35,7 @@ TEXTS = (
 )
 LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Of the mean KL of a token's log-probs, by the dtype that a program computes in."""
+CHECK = "minidistill.export.vllm_check"
 VLLM_SECONDS = 900.0
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -148,29 +148,25 @@ def in_vllm(
     with tempfile.TemporaryDirectory(prefix="minidistill-") as temporary:
         file = Path(temporary) / "job.json"
         file.write_text(json.dumps(job))
-        command = [sys.executable, "-m", "minidistill.export.vllm_check", str(file)]
         environment = {
-            **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",
         }
         if not torch.cuda.is_available():
             environment["TORCHDYNAMO_DISABLE"] = "1"
-        done = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=VLLM_SECONDS,
-            check=False,
-        )
+        process = Subprocess(CHECK, [str(file)], [], environment)
+        try:
+            code, why = process.popen.wait(VLLM_SECONDS), ""
+        except TimeoutExpired:
+            code, why = -1, f" within {VLLM_SECONDS:g} s"
+        finally:
+            words = process.last_words()
+            process.close()
         answer = file.with_name("job.json.out")
-        if done.returncode or not answer.is_file():
-            words = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        if code or not answer.is_file():
             raise UserError(
-                f"vLLM cannot load what was exported: {words[-1] if words else 'no output'}",
+                f"vLLM cannot load what was exported{why}{words}",
                 where=str(folder),
                 fix="see whether this vLLM supports the model; --no-vllm leaves this check out",
                 exit_code=EXIT_HEALTH,
