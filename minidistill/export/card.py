@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tomli
@@ -41,7 +43,7 @@ def model_card(
     }
     lines = ["---", *(_yaml(key, value) for key, value in head.items()), "---", ""]
     lines += [
-        f"# {printable(source.run.resolve().name)}",
+        f"# {_line(source.run.resolve().name)}",
         "",
         f"This {kind} makes {base} behave as if it had read a context that is not in its prompt. "
         "It was trained by reverse-KL on-policy context distillation with "
@@ -50,7 +52,7 @@ def model_card(
         "",
         "## Use",
         "",
-        *(line for command in commands for line in ("```bash", command, "```", "")),
+        *(line for command in commands for line in (*_code("bash", printable(command)), "")),
         "Leave the context out of the prompt. The tokenizer in this folder has the chat template "
         "of the training.",
         "",
@@ -98,7 +100,7 @@ def _results(board: Any) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    return printable(text).replace("|", "\\|").replace("\n", " ")
+    return _line(text).replace("|", "\\|")
 
 
 def _context(source: Source, *, quotes: bool) -> list[str]:
@@ -110,12 +112,16 @@ def _context(source: Source, *, quotes: bool) -> list[str]:
     facts = f"{len(text)} characters, SHA-256 `{digest}`."
     if not quotes:
         return [facts]
-    fence = "`" * max(3, 1 + max((len(run) for run in _backticks(text)), default=0))
-    return [facts, "", f"{fence}text", printable(text).strip("\n"), fence]
+    return [facts, "", *_code("text", printable(text).strip("\n"))]
 
 
-def _backticks(text: str) -> list[str]:
-    return re.findall(r"`+", text)
+def _code(language: str, text: str) -> list[str]:
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return [f"{fence}{language}", text, fence]
+
+
+def _line(text: str) -> str:
+    return " ".join(printable(text).split())
 
 
 def _settings(source: Source) -> dict[str, Any]:
@@ -125,7 +131,10 @@ def _settings(source: Source) -> dict[str, Any]:
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: clean(v) for k, v in value.items() if k not in _CONTEXTS}
-        return [clean(item) for item in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        path = os.path.expanduser(value) if isinstance(value, str) else ""
+        return Path(path).name if os.path.isabs(path) and os.path.exists(path) else value
 
     cleaned: dict[str, Any] = clean({k: v for k, v in data.items() if k not in _PLACES})
     return cleaned

@@ -23,7 +23,7 @@ from minidistill.export.check import Agreement
 from minidistill.export.source import Source, open_run
 from minidistill.models.hub import load_model_config, load_tokenizer
 from minidistill.models.registry import resolve
-from minidistill.system.files import remove, remove_leftovers, shown_path, temporary_name, writing
+from minidistill.system.files import remove, shown_path, temporary_name, writing
 
 CONVERTER = "convert_hf_to_gguf.py"
 
@@ -109,10 +109,10 @@ def _made_aside(target: Path) -> Iterator[Path]:
     aside = temporary_name(target)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target.parent)
         aside.mkdir()
         try:
             yield aside
+            _require_free(target)  # another export may have been faster
             if target.is_dir():
                 target.rmdir()  # empty
             os.replace(aside, target)
@@ -193,8 +193,7 @@ def usage(folder: str, base: str, source: Source, *, merged: bool) -> list[str]:
     if merged:
         return [
             f"vllm serve {shlex.quote(folder)} --served-model-name {shlex.quote(name)}",
-            f'python -c \'from transformers import pipeline; print(pipeline("text-generation", '
-            f"{json.dumps(folder)}))'",
+            _python("from transformers import pipeline", 'pipeline("text-generation", {})', folder),
         ]
     settings = json.loads((source.weights / SETTINGS).read_text())
     rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
@@ -202,9 +201,13 @@ def usage(folder: str, base: str, source: Source, *, merged: bool) -> list[str]:
     return [
         f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {fitting} "
         f"--lora-modules {shlex.quote(f'{name}={folder}')}",
-        f"python -c 'from peft import AutoPeftModelForCausalLM as M; "
-        f"print(M.from_pretrained({json.dumps(folder)}))'",
+        _python("from peft import AutoPeftModelForCausalLM as M", "M.from_pretrained({})", folder),
     ]
+
+
+def _python(imports: str, value: str, folder: str) -> str:
+    text = json.dumps(folder, ensure_ascii=False)  # Python reads no pairs of surrogates
+    return f"python -c {shlex.quote(f'{imports}; print({value.format(text)})')}"
 
 
 # -- other formats and places ----------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import shlex
 import stat
 from pathlib import Path
 from typing import Any
@@ -209,6 +212,89 @@ def test_pushing(
     assert export(run, tmp_path / "again", "--push", "me/mine") == 3
     assert "the hub cannot be reached" in capsys.readouterr().err
     assert (tmp_path / "again" / "README.md").is_file(), "what was exported is kept"
+
+
+def test_exports_beside_each_other(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second export begins and ends while the first one checks its folder."""
+    from minidistill.export import check
+
+    real, folder = check.in_transformers, tmp_path / "exports"
+    folder.mkdir()
+    mine = folder / "notes.0123abcd.tmp"
+    mine.write_text("mine")
+    others: list[str] = []
+
+    def load(*args: Any, **more: Any) -> Any:
+        if others:
+            assert export(run, folder / others.pop()) == 0
+        return real(*args, **more)
+
+    monkeypatch.setattr(check, "in_transformers", load)
+    others.append("second")
+    assert export(run, folder / "first") == 0
+    assert {p.name for p in folder.iterdir()} == {"first", "second", mine.name}
+    capsys.readouterr()
+    others.append("third")
+    assert export(run, folder / "third") == 2
+    assert "third is there already" in capsys.readouterr().err
+    assert {p.name for p in folder.iterdir()} == {"first", "second", "third", mine.name}
+
+
+def test_the_card_names_no_place_of_this_machine(run: Path, tmp_path: Path) -> None:
+    data = tmp_path / "tasks.jsonl"
+    data.write_text("{}\n")
+    file = run / "config.toml"
+    known = 'rules = "omit"\n'
+    more = f'path = "{data}"\ncommand = ["/no-such-program", "{data}", "a/b\\n"]\n'
+    text = file.read_text()
+    assert text.count(known) == 1
+    file.write_text(text.replace(known, known + more))
+    assert export(run, tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert 'path = "tasks.jsonl"' in card
+    assert '"a/b\\n"' in card
+
+
+def test_commands_name_any_folder(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also with quotes, other writing systems, and what would leave the card's code."""
+    name = "it's 😀 $(touch x) ```\n```"
+    odd = run.rename(run.parent / "my\n# run \u202e")
+    assert export(odd, tmp_path / name) == 0
+    card = (tmp_path / name / "README.md").read_text()
+    assert "\n# my # run\n" in card
+    serve, load = re.findall(r"(?ms)^````bash\n(.*?)\n````$", card)
+    assert shlex.split(serve)[-1] == f"{name}={name}"
+    *_, code = shlex.split(load)
+    assert ast.literal_eval(code[code.index('"') : code.rindex(")") - 1]) == name
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("import time; time.sleep(600)", "what was exported within 0.5 s"),
+        ("raise SystemExit('no such model')", "what was exported; last output: no such model"),
+        ("print('nothing')", "what was exported; last output: nothing"),
+    ],
+)
+def test_vllm_that_does_not_answer(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from minidistill.export import check
+
+    (tmp_path / "not_vllm.py").write_text(program)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(check, "CHECK", "not_vllm")
+    monkeypatch.setattr(check, "VLLM_SECONDS", 0.5 if "within" in said else 60.0)
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: object())
+    assert main(["export", str(run), "--to", str(tmp_path / "out")]) == 4
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.vllm
