@@ -1,0 +1,134 @@
+"""Loading an environment of verifiers, in whichever version is installed.
+
+The package is imported when the environment is loaded: `pip install 'minidistill[verifiers]'`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from minidistill.envs.arguments import require_argument
+from minidistill.envs.verifiers.classic import ClassicEnvironment
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.system.foreign import describe
+from minidistill.system.local_modules import find_in_current_directory
+
+logger = logging.getLogger(__name__)
+ID = "verifiers"
+OLDEST, NEWEST = (0, 1, 14), (0, 4)
+"""The versions that this was written for: from `OLDEST` to all of `NEWEST`."""
+INSTALL = "pip install 'minidistill[verifiers]'"
+_require = partial(require_argument, ID, names_argument=True)
+
+
+def load(
+    env: str,
+    env_args: dict[str, Any] | None = None,
+    num_train_examples: int = 1000,
+    num_eval_examples: int = 200,
+    seed: int = 0,
+    reward_errors: str = "fail",
+) -> Any:
+    """The installed environment `env`, loaded with `env_args`.
+
+    At most so many rows are used. If it has none for evaluation, rows are held out, by a hash with
+    `seed`. A reward function that raises makes its conversation fail; with `reward_errors = "zero"`
+    it gives 0, as verifiers has it, and is counted in the metric `reward_errors`. Raises UserError
+    if the package or the environment is missing, and for what cannot be played.
+    """
+    for name, count in (
+        ("num_train_examples", num_train_examples),
+        ("num_eval_examples", num_eval_examples),
+    ):
+        _require(type(count) is int and count > 0, name, count, "use a whole number above 0")
+    _require(type(seed) is int, "seed", seed, "use a whole number")
+    _require(isinstance(env, str) and bool(env), "env", env, "use the id of an environment")
+    zero = reward_errors == "zero"
+    _require(zero or reward_errors == "fail", "reward_errors", reward_errors, 'use "fail" or "zero"')
+    counts = num_train_examples, num_eval_examples
+    installed_version()
+    module = env.replace("-", "_").split("/")[-1].partition(".")[0]
+    find_in_current_directory(module)
+    with _handlers_restored():
+        loaded = _loaded(env, dict(env_args or {}))
+        return ClassicEnvironment(loaded, counts, seed, zero)
+
+
+def installed_version() -> tuple[int, ...]:
+    """The version of verifiers. Raises UserError if it is not there, or none that is known here."""
+    try:
+        text = version(ID)
+    except PackageNotFoundError:
+        raise UserError(
+            "the environment 'verifiers' needs a package that is not installed: verifiers",
+            where="id",
+            fix=INSTALL,
+            exit_code=EXIT_ENVIRONMENT,
+        ) from None
+    numbers = tuple(int(part) for part in text.split(".")[:3] if part.isdecimal())
+    if not OLDEST <= numbers or numbers[:2] > NEWEST:
+        oldest, newest = (".".join(map(str, numbers)) for numbers in (OLDEST, NEWEST))
+        raise UserError(
+            f"verifiers {text} is installed, and its interface is another one than that of "
+            f"{oldest} to {newest}",
+            where="id",
+            fix=INSTALL,
+            exit_code=EXIT_ENVIRONMENT,
+        )
+    return numbers
+
+
+def _loaded(env: str, args: dict[str, Any]) -> Any:
+    """The environment, by the package's own function."""
+    import datasets
+    import verifiers
+
+    datasets.disable_progress_bars()
+    load_environment = verifiers.load_environment  # which sets the package's logging up
+    _forward_logs()
+    try:
+        return load_environment(env, **args)
+    except ValueError as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        raise UserError(
+            f"verifiers: the environment {env!r} cannot be imported: {describe(error.__cause__)}",
+            where="args.env",
+            fix="install its package, or name a module in the current directory that has "
+            "load_environment",
+            exit_code=EXIT_ENVIRONMENT,
+        ) from error
+
+
+@contextlib.contextmanager
+def _handlers_restored() -> Iterator[None]:
+    """Set back the handlers of SIGINT and SIGTERM, which each environment of verifiers replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # it was set by no Python code
+                    signal.signal(number, handler)
+
+
+class _Forward(logging.Handler):
+    """Writes another package's records to the run's log alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger.debug(f"{record.name}: {record.getMessage()}")
+
+
+def _forward_logs() -> None:
+    """Keep the package's records from the terminal, unless VF_LOG_LEVEL asks for them."""
+    package = logging.getLogger(ID)
+    if not package.handlers:
+        package.addHandler(_Forward(logging.WARNING))
