@@ -78,6 +78,22 @@ class Turn:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     """The sampler's, in nats."""
+    prompt_tokens: int = 0
+    """How many tokens were read before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What an environment asks the policy in a conversation."""
+
+    messages: Sequence[Message]
+    """The whole conversation so far."""
+    tools: Sequence[Message] = ()
+    """The functions that the chat template describes, as OpenAI's API has them."""
+    max_tokens: int | None = None
+    """Of the answer, if it is to be shorter than the run's turns."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer, without being part of its text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +154,7 @@ class Completion:
     """Sampled token ids with the sampler's log-probs (nats, at the sampling temperature).
 
     That of a conversation has the tokens of all its turns. `stop` is "eos" (the end-of-sequence id
-    is the last token) or "length".
+    is the last token), "length", or "stop" if a program asked to end its answer at a text.
     """
 
     token_ids: tuple[int, ...]

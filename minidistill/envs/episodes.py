@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
 
 from minidistill.envs.guarded import check_messages
 from minidistill.envs.loop_thread import Clock, LoopThread
 from minidistill.envs.multi_turn import MultiTurnEnvironment
-from minidistill.envs.outcomes import Outcome, ScoringError, to_reward
+from minidistill.envs.outcomes import Outcome, RefusedError, ScoringError, to_reward
 from minidistill.system.foreign import describe
-from minidistill.types import Message, Reward, Task, Turn
+from minidistill.types import Message, Question, Reward, Task, Turn
 
 MOST_TURNS = 1000
 """Of a conversation. An environment that does not see that the room is used up would never end."""
@@ -26,15 +25,17 @@ class Episode:
     def __init__(self, environment: MultiTurnEnvironment, task: Task, rewarded: bool) -> None:
         """Without `rewarded`, what the environment returns at the end is not read."""
         self.environment, self.task, self.rewarded = environment, task, rewarded
-        self.asked: list[dict[str, Any]] | None = None
-        """The messages that it waits with for the policy's answer."""
+        self.asked: Question | None = None
+        """What it waits for the policy's answer to."""
         self.outcome: Outcome | None = None
         """At its end: its reward, or why it failed."""
-        self.turns: list[tuple[list[dict[str, Any]], Turn]] = []
+        self.turns: list[tuple[Question, Turn | RefusedError]] = []
         """What it asked, and what was answered."""
+        self.forgotten: list[Turn] = []
+        """Answers that nobody has read."""
         self.attempt = 0
         """Counts its starts: what an earlier one still does is ignored."""
-        self.answer: Callable[[Turn], None] = lambda turn: None
+        self.answer: Callable[[Turn | RefusedError], None] = lambda turn: None
         self.cancel: Callable[[], None] = lambda: None
         self.clock: Clock | None = None
         self.spent = 0.0
@@ -67,20 +68,20 @@ class EpisodeRounds:
                 self._stop_late(running)
             return [e for e in self.episodes if e.asked is not None]
 
-    def answer(self, episode: Episode, turn: Turn) -> None:
-        """Let an episode go on with the policy's answer to what it asked."""
+    def answer(self, episode: Episode, turn: Turn | RefusedError, to: Question) -> None:
+        """Let an episode go on with the policy's answer to what it asked.
+
+        An answer that comes too late is forgotten: the episode has ended, or waits for it no more.
+        """
         with self._changed:
-            assert episode.asked is not None
-            assert episode.clock is not None
+            if episode.asked is not to or episode.clock is None:
+                if isinstance(turn, Turn):
+                    episode.forgotten.append(turn)
+                return
             episode.turns.append((episode.asked, turn))
             episode.asked = None
             episode.clock.restart()
         episode.answer(turn)
-
-    def fail(self, episode: Episode, why: str) -> None:
-        """End an episode that waits: its messages cannot be answered."""
-        with self._changed:
-            self._end(episode, ScoringError(why))
 
     def close(self) -> None:
         """End all episodes that are left."""
@@ -131,17 +132,11 @@ class EpisodeRounds:
     # -- in the loop's thread --------------------------------------------------------------------
 
     async def _play(self, episode: Episode, attempt: int, thread: LoopThread) -> None:
-        before = 0
-
-        async def policy(messages: Sequence[Message]) -> Turn:
-            nonlocal before
-            before += 1
-            return await self._ask(episode, attempt, thread, messages, before - 1)
-
+        policy = _Policy(lambda *asked: self._ask(episode, attempt, thread, *asked), episode)
         outcome: Outcome
         try:
             value = await episode.environment.rollout(episode.task, policy)
-            if not before:
+            if not policy.asked:
                 raise ScoringError("its conversation ended before the first turn")
             outcome = to_reward(value) if episode.rewarded else Reward(0.0)
         except ScoringError as error:
@@ -158,13 +153,9 @@ class EpisodeRounds:
         episode: Episode,
         attempt: int,
         thread: LoopThread,
-        messages: Sequence[Message],
+        question: Question,
         before: int,
     ) -> Turn:
-        check_messages(messages, "a conversation")
-        asked = [copy.deepcopy(dict(message)) for message in messages]
-        if not asked:
-            raise TypeError("a conversation has no messages")
         with self._changed:
             if attempt != episode.attempt or asyncio.get_running_loop() is not thread.loop:
                 raise ScoringError("its conversation has ended")
@@ -173,27 +164,78 @@ class EpisodeRounds:
             if episode.asked is not None:
                 raise ScoringError("it asked for an answer while it waited for another")
             if before < len(episode.turns):
-                return _repeated(episode, before, asked)
+                return _repeated(episode, before, question)
             future: asyncio.Future[Turn] = thread.loop.create_future()
 
-            def answer(turn: Turn) -> None:
-                thread.call(lambda: None if future.done() else future.set_result(turn))
+            def resolve(turn: Turn | RefusedError) -> None:
+                if future.done():
+                    return
+                if isinstance(turn, Turn):
+                    future.set_result(turn)
+                else:
+                    future.set_exception(turn)
 
             assert episode.clock is not None
             episode.spent += episode.clock.seconds()
-            episode.asked, episode.answer = asked, answer
+            episode.asked = question
+            episode.answer = lambda turn: thread.call(resolve, turn)
             self._changed.notify()
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            with self._changed:
+                if attempt == episode.attempt:
+                    _take_back(episode, question)
+                    self._changed.notify()
+            raise
 
 
-def _repeated(episode: Episode, before: int, asked: list[dict[str, Any]]) -> Turn:
+class _Policy:
+    """See `Policy`."""
+
+    def __init__(self, ask: Callable[[Question, int], Awaitable[Turn]], episode: Episode) -> None:
+        self._ask, self._episode = ask, episode
+        self.asked = 0
+
+    async def __call__(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Message] = (),
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Turn:
+        check_messages(messages, "a conversation")
+        copied = [copy.deepcopy(dict(message)) for message in messages]
+        if not copied:
+            raise TypeError("a conversation has no messages")
+        question = Question(copied, copy.deepcopy([*tools]), max_tokens, tuple(stop))
+        self.asked += 1
+        return await self._ask(question, self.asked - 1)
+
+    def forget(self, turn: Turn) -> None:
+        self._episode.forgotten.append(turn)
+
+
+def _repeated(episode: Episode, before: int, asked: Question) -> Turn:
     """The answer that an earlier start has had."""
-    messages, turn = episode.turns[before]
-    if messages != asked:
+    question, turn = episode.turns[before]
+    if question != asked:
         raise ScoringError(
             "another conversation blocked the environment, and this one did not repeat itself"
         )
+    if isinstance(turn, RefusedError):
+        raise turn
     return turn
+
+
+def _take_back(episode: Episode, question: Question) -> None:
+    """Forget a question that the environment waits for no more, or the answer to it."""
+    if episode.asked is question:
+        episode.asked = None
+    for asked, turn in episode.turns:
+        if asked is question and isinstance(turn, Turn):
+            episode.forgotten.append(turn)
 
 
 def _limits(episode: Episode) -> list[tuple[float, str]]:

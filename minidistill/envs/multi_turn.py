@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, Protocol
 
 from minidistill.envs.loop_thread import LoopThread
 from minidistill.envs.protocol import Environment, check_ready, has_rewards, has_task
+from minidistill.envs.strip import Strip
 from minidistill.types import Message, Task, Turn
 
-Policy = Callable[[Sequence[Message]], Awaitable[Turn]]
-"""Takes the whole conversation so far, which ends where the policy's next answer begins."""
+
+class Policy(Protocol):
+    """Answers a conversation."""
+
+    async def __call__(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Message] = (),
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Turn:
+        """The next answer. `messages` are the whole conversation so far, which ends where it
+        begins. The others are those of `Question`.
+
+        Raises RefusedError for messages or tools that the chat template cannot take.
+        """
+
+    def forget(self, turn: Turn) -> None:
+        """Leave an answer out of training, because nobody has read it."""
 
 
 class MultiTurnEnvironment:
@@ -60,6 +79,18 @@ class MultiTurnEnvironment:
 
     def check_ready(self) -> None:
         check_ready(self.environment)
+
+    @property
+    def branches(self) -> bool:
+        """Whether an episode may lead several conversations at once: see `Conversations`."""
+        return self.strip is not None or bool(getattr(self.environment, "branches", False))
+
+    @property
+    def strip(self) -> Strip | None:
+        """How the student's view is made of what the environment asks. None: the student reads it
+        as it is, and the teacher reads it with the context added."""
+        strip: Strip | None = getattr(self.environment, "strip", None)
+        return strip
 
     @property
     def thread(self) -> LoopThread:

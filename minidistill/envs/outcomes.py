@@ -29,11 +29,16 @@ class ScoringError(Exception):
     """A completion could not be scored.
 
     `slow` says that this took long: a time limit was reached, or a process has to start again.
+    Failures with a `kind` are counted by it.
     """
 
-    def __init__(self, message: str, slow: bool = False) -> None:
+    def __init__(self, message: str, slow: bool = False, kind: str = "") -> None:
         super().__init__(message)
-        self.slow = slow
+        self.slow, self.kind = slow, kind
+
+
+class RefusedError(ScoringError):
+    """What a conversation asked cannot be answered, such as tools that no chat template takes."""
 
 
 class CannotScoreError(UserError):

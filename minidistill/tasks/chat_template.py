@@ -207,21 +207,35 @@ class ChatTemplate:
         before, mark, _ = self._try_to_render([*messages, _ANSWER]).rpartition(MARK)
         return before[len(prompt) :].strip() if mark and before.startswith(prompt) else ""
 
-    def around_marks(self, messages: Sequence[Message]) -> list[str]:
-        """What the template writes before, between and after the contents that are `MARK`."""
-        return self.render(messages).split(MARK)
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template shows tools, or the tokenizer has another one that does."""
+        named = self.tokenizer.chat_template
+        return "tools" in self.variables or (isinstance(named, dict) and "tool_use" in named)
 
-    def ids_after_mark(self, messages: Sequence[Message]) -> tuple[int, ...] | None:
+    def around_marks(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> list[str]:
+        """What the template writes before, between and after the contents that are `MARK`."""
+        return self.render(messages, tools).split(MARK)
+
+    def ids_after_mark(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> tuple[int, ...] | None:
         """Token ids of what the template writes after the last content that is `MARK`.
 
         Control tokens in the messages are encoded as in `view`. None if the tokenizer joins the end
         of an answer with what follows.
         """
         before = "x"  # so that this is encoded as the middle of a text
-        text = before + self.around_marks(messages)[-1]
-        found = self.control_tokens_in(messages)
+        text = before + self.around_marks(messages, tools)[-1]
+        found = self.control_tokens_in([*messages, *(tools or ())])
         if found and self.settings.special_tokens_in_text != "allow":
-            hidden = before + self.around_marks(self._control_tokens.hidden(messages))[-1]
+            data = (
+                self._control_tokens.hidden(messages),
+                tools and self._control_tokens.hidden(tools),
+            )
+            hidden = before + self.around_marks(*data)[-1]
             ids = self._control_tokens.encode(text, hidden, found)
         else:
             ids = self.encode(text)

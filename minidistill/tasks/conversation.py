@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from minidistill.envs.strip import Strip
+from minidistill.errors import UserError
 from minidistill.tasks.chat_template import MARK, ChatTemplate, tokenizer_code
 from minidistill.tasks.messages import plain_messages
 from minidistill.tasks.prompts import PromptBuilder
@@ -38,6 +40,8 @@ class _Open:
     prompt: Prompt
     around: tuple[list[str], list[str]]
     """What the template wrote around the answers, in the student's view and in the teacher's."""
+    tools: list[Message] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     inserted: list[Inserted] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -53,13 +57,14 @@ class _Open:
 class Conversation:
     """One conversation, asked for a turn at a time."""
 
-    def __init__(self, builder: PromptBuilder, prompt: Prompt) -> None:
-        """`prompt` is that of the task: the conversation begins with it as a rule."""
-        self.builder, self.first = builder, prompt
+    def __init__(self, builder: PromptBuilder, prompt: Prompt, strip: Strip | None = None) -> None:
+        """`prompt` is that of the task: the conversation begins with it as a rule, unless the
+        student's view is made with `strip`."""
+        self.builder, self.first, self.strip = builder, prompt, strip
         self.turns = 0
         self.full = False
         """It ended because its sample has no room for another turn."""
-        self._closed: list[Sample] = []
+        self._closed: list[_Open] = []
         self._open: _Open | None = None
         self._messages: list[dict[str, Any]] = []
         self._answers: list[str] = []
@@ -70,33 +75,62 @@ class Conversation:
     def samples(self) -> list[Sample]:
         """Those with at least one turn. A later one begins where the one before could not be
         extended."""
-        current = [self._open.close()] if self._open and self._open.completions else []
-        samples = [*self._closed, *current]
+        begun = [*self._closed, *([self._open] if self._open else [])]
+        samples = [each.close() for each in begun if each.completions]
         if self.full and samples:
             last = samples.pop()
             samples.append(replace(last, completion=replace(last.completion, stop="length")))
         return samples
 
-    def ask(self, messages: Sequence[Message]) -> None:
-        """Take the messages that the next turn answers. Raises UserError as `PromptBuilder`."""
-        plain = plain_messages(messages)
-        extension = self._extension(plain)
-        if extension is not None:
-            self._places.append(len(self._messages))
-            self._messages, self._next = plain, extension
+    def ask(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> None:
+        """Take the messages that the next turn answers. Raises UserError as `PromptBuilder`, and
+        for tools that the chat template does not show."""
+        if self.extend(messages, tools):
             return
+        if tools and not self.builder.student.takes_tools:
+            raise UserError(
+                "the model's chat template takes no tools",
+                where=self.builder.student.where,
+                fix="set model.chat_template to a file with one that does, or use no tools",
+            )
+        plain = plain_messages(messages)
         same = plain == plain_messages(self.first.task.messages)
         task = replace(self.first.task, messages=tuple(plain))
-        prompt = self.first if same else self._built(task)
+        usual = same and not tools and self.strip is None
+        prompt = self.first if usual else self._built(task, tools)
         if self._open is not None:
-            self._closed.append(self._open.close())
-        self._open = _Open(prompt, ([prompt.student_text], [prompt.teacher_text]))
+            self._closed.append(self._open)
+        self._open = _Open(prompt, ([prompt.student_text], [prompt.teacher_text]), [*tools])
         self._messages, self._answers, self._places = plain, [], []
         self._next = (), ""
 
-    def _built(self, task: Task) -> Prompt:
+    def extend(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> bool:
+        """Take the messages if they extend the sample exactly. Returns whether they do."""
+        plain = plain_messages(messages)
+        extension = self._extension(plain, [*tools])
+        if extension is None:
+            return False
+        self._places.append(len(self._messages))
+        self._messages, self._next = plain, extension
+        return True
+
+    def forget(self, turn: Turn) -> bool:
+        """Take an answer back, if it is the last of a sample. Returns whether it was."""
+        for each in [*self._closed, *([self._open] if self._open else [])]:
+            if each.turns and each.turns[-1] is turn:
+                each.turns.pop()
+                each.completions.pop()
+                del each.texts[-2:]
+                if each.inserted and each.inserted[-1].at == each.tokens:
+                    each.inserted.pop()
+                self.turns -= 1
+                return True
+        return False
+
+    def _built(self, task: Task, tools: Sequence[Message]) -> Prompt:
         """A prompt of the same conversation, whose context stays what it was."""
-        return self.builder.build(self.first.env, task, context=self.first.context)
+        context, strip = self.first.context, self.strip
+        return self.builder.build(self.first.env, task, tools, context=context, strip=strip)
 
     @property
     def ends_with_insertion(self) -> bool:
@@ -115,10 +149,11 @@ class Conversation:
         assert self._open is not None
         return self._open.prompt.ids(role, context=context) + self._after_prompt()
 
-    def take(self, completion: Completion) -> Turn:
-        """Take the sampled turn."""
+    def take(self, completion: Completion, stop: Sequence[str] = ()) -> Turn:
+        """Take the sampled turn. The text that its environment reads ends before a `stop`."""
         assert self._open is not None
         ids, messages = self._next
+        prompt_tokens = len(self._open.prompt.student_ids) + len(self._after_prompt())
         if ids:
             self._open.inserted.append(Inserted(self._open.tokens, ids))
         text = self.builder.decode(completion.token_ids)
@@ -126,18 +161,23 @@ class Conversation:
         self._open.texts += [messages, text]
         self._answers.append(text)
         self.turns += 1
-        return Turn(text, completion.truncated, completion.token_ids, completion.logprobs)
+        sampled = completion.token_ids, completion.logprobs
+        turn = Turn(before_stop(text, stop), completion.truncated, *sampled, prompt_tokens)
+        self._open.turns.append(turn)
+        return turn
 
     def _after_prompt(self) -> tuple[int, ...]:
         assert self._open is not None
         return _joined(self._open.completions, self._open.inserted).sequence + self._next[0]
 
-    def _extension(self, messages: list[dict[str, Any]]) -> tuple[tuple[int, ...], str] | None:
+    def _extension(
+        self, messages: list[dict[str, Any]], tools: list[Message]
+    ) -> tuple[tuple[int, ...], str] | None:
         """The ids between the last answer and the next one, and the messages that they show.
 
         None if they do not extend the sample exactly.
         """
-        if self._open is None or not self._open.completions:
+        if self._open is None or not self._open.completions or tools != self._open.tools:
             return None
         before = len(self._messages)
         answer = {"role": "assistant", "content": self._answers[-1]}
@@ -148,17 +188,16 @@ class Conversation:
             return None
         places = [*self._places, before]
         marked = [{**m, "content": MARK} if i in places else m for i, m in enumerate(messages)]
-        template = self.builder.student
-        student = self._around(template, marked, messages, self._open.around[0])
-        teacher = self._around(
-            self.builder.teacher,
-            self.builder.with_context(marked, self.first.context.text),
-            self.builder.with_context(messages, self.first.context.text),
-            self._open.around[1],
+        template, context = self.builder.student, self.first.context
+        marked_views = self.builder.views(marked, context, self.strip)
+        views = self.builder.views(messages, context, self.strip)
+        student, teacher = (
+            self._around(each, marked_views[i], views[i], self._open.around[i])
+            for i, each in enumerate((template, self.builder.teacher))
         )
         if student is None or teacher is None or student[-1] != teacher[-1]:
             return None
-        ids = template.ids_after_mark(marked)
+        ids = template.ids_after_mark(marked_views[0], tools)
         if ids is None:
             return None
         if last.token_ids[-1] == template.end_of_turn:
@@ -177,11 +216,14 @@ class Conversation:
         known: list[str],
     ) -> list[str] | None:
         """What a template writes around the answers; None if that or an answer has changed."""
-        around = template.around_marks(marked)
+        assert self._open is not None
+        around = template.around_marks(marked, self._open.tools)
         if len(around) != len(self._answers) + 1 or around[:-1] != known:
             return None
         pairs = zip_longest(around, self._answers, fillvalue="")
-        same = template.render(messages) == "".join(part for pair in pairs for part in pair)
+        same = template.render(messages, self._open.tools) == "".join(
+            part for pair in pairs for part in pair
+        )
         return around if same else None
 
     def _decodes_to(self, completion: Completion, text: str) -> bool:
@@ -191,6 +233,11 @@ class Conversation:
             ids.pop()
         with tokenizer_code("decode a completion", self.builder.student.where):
             return str(self.builder.tokenizer.decode(ids, skip_special_tokens=False)) == text
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the texts that end it."""
+    return text[: min((text.find(each) for each in stop if each in text), default=len(text))]
 
 
 def extends(builder: PromptBuilder, prompt: Prompt) -> bool:

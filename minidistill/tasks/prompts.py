@@ -13,6 +13,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from minidistill.envs.strip import Strip
 from minidistill.errors import EXIT_FAILED, UserError
 from minidistill.tasks.chat_template import (
     MARK,
@@ -93,16 +94,18 @@ class PromptBuilder:
         *,
         step: int = 0,
         context: Context | None = None,
+        strip: Strip | None = None,
     ) -> Prompt:
         """Both views of a task, with this context, or else the one that is drawn for the step.
 
-        Step 0 is for evaluations. Raises UserError if its messages have no place for the context,
-        or contain control tokens that cannot be encoded as text.
+        Step 0 is for evaluations. With `strip` the messages are the teacher's already. Raises
+        UserError if the messages have no place for the context, or contain control tokens that
+        cannot be encoded as text.
         """
         context = self.contexts.draw(env, task, step) if context is None else context
         plain = plain_messages(task.messages)
-        student_text, student_ids = self.student.view(plain, tools)
-        messages = self.with_context(plain, context.text)
+        own, messages = self.views(plain, context, strip)
+        student_text, student_ids = self.student.view(own, tools)
         teacher_text, teacher_ids = self.teacher.view(messages, tools)
         own_context_ids: tuple[int, ...] = ()
         if self.teacher is not self.student:
@@ -111,6 +114,21 @@ class PromptBuilder:
         self._say(f"task {task.id} of {env}", [*plain, *(tools or ())], "tasks")
         texts, ids = (student_text, teacher_text), (student_ids, teacher_ids)
         return Prompt(env, task, *texts, *ids, own_context_ids, context)
+
+    def views(
+        self, messages: list[dict[str, Any]], context: Context, strip: Strip | None
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The messages that the student reads, and those that the teacher reads."""
+        if strip is None:
+            return messages, self.with_context(messages, context.text)
+        student = strip.student(messages, context.text)
+        if not student:
+            raise UserError(
+                "without the part that is left out, a request has no message",
+                where="orchestrator.env",
+                fix="have the program send the task in a user message",
+            )
+        return student, messages
 
     def _say(self, place: str, data: Any, kind: str = "context") -> None:
         """Say once for each kind of place that it contains control tokens."""

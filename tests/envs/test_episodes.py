@@ -104,7 +104,7 @@ class Stage:
                 self.asked.append([self.episodes.index(e) for e in waiting])
                 for episode in waiting:
                     text = f"{self.episodes.index(episode)}.{len(episode.turns)}"
-                    rounds.answer(episode, Turn(text, token_ids=(1,)))
+                    rounds.answer(episode, Turn(text, token_ids=(1,)), episode.asked)
         finally:
             rounds.close()
         return [e.outcome for e in self.episodes]
@@ -131,7 +131,7 @@ def test_a_round_waits_for_every_conversation(staged: Any) -> None:
     stage = staged("", "", "")
     assert stage.play() == [WHOLE] * 3
     assert stage.asked == [[0, 1, 2]] * 3
-    messages = [messages for messages, _ in stage.episodes[1].turns]
+    messages = [question.messages for question, _ in stage.episodes[1].turns]
     assert [len(m) for m in messages] == [1, 3, 5]
     assert messages[2][:3] == messages[1]
     assert messages[2][3] == {"role": "assistant", "content": "1.1"}
