@@ -16,6 +16,7 @@ from typing import Any
 
 from minidistill.envs.arguments import require_argument
 from minidistill.envs.verifiers.classic import ClassicEnvironment
+from minidistill.envs.verifiers.taskset import TasksetEnvironment, load_config
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.system.foreign import describe
 from minidistill.system.local_modules import find_in_current_directory
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 ID = "verifiers"
 OLDEST, NEWEST = (0, 1, 14), (0, 4)
 """The versions that this was written for: from `OLDEST` to all of `NEWEST`."""
+ENDPOINTS = (0, 4)
+"""From here on an environment asks an endpoint for answers, and no object."""
 INSTALL = "pip install 'minidistill[verifiers]'"
 _require = partial(require_argument, ID, names_argument=True)
 
@@ -52,13 +55,13 @@ def load(
     _require(isinstance(env, str) and bool(env), "env", env, "use the id of an environment")
     zero = reward_errors == "zero"
     _require(zero or reward_errors == "fail", "reward_errors", reward_errors, 'use "fail" or "zero"')
-    counts = num_train_examples, num_eval_examples
-    installed_version()
-    module = env.replace("-", "_").split("/")[-1].partition(".")[0]
-    find_in_current_directory(module)
+    counts, args = (num_train_examples, num_eval_examples), dict(env_args or {})
+    installed = installed_version()
+    find_in_current_directory(env.replace("-", "_").split("/")[-1].partition(".")[0])
     with _handlers_restored():
-        loaded = _loaded(env, dict(env_args or {}))
-        return ClassicEnvironment(loaded, counts, seed, zero)
+        if installed >= ENDPOINTS:
+            return TasksetEnvironment(_config(env, args), counts, seed)
+        return ClassicEnvironment(_classic(env, args), counts, seed, zero)
 
 
 def installed_version() -> tuple[int, ...]:
@@ -85,7 +88,18 @@ def installed_version() -> tuple[int, ...]:
     return numbers
 
 
-def _loaded(env: str, args: dict[str, Any]) -> Any:
+def _config(env: str, args: dict[str, Any]) -> Any:
+    """The configuration of a task set, in the package's own classes."""
+    import verifiers.v1  # noqa: F401, which sets the package's logging up
+
+    _forward_logs()
+    try:
+        return load_config(env, args)
+    except ModuleNotFoundError as error:
+        raise _not_imported(env, error) from error
+
+
+def _classic(env: str, args: dict[str, Any]) -> Any:
     """The environment, by the package's own function."""
     import datasets
     import verifiers
@@ -98,13 +112,16 @@ def _loaded(env: str, args: dict[str, Any]) -> Any:
     except ValueError as error:
         if not isinstance(error.__cause__, ImportError):
             raise
-        raise UserError(
-            f"verifiers: the environment {env!r} cannot be imported: {describe(error.__cause__)}",
-            where="args.env",
-            fix="install its package, or name a module in the current directory that has "
-            "load_environment",
-            exit_code=EXIT_ENVIRONMENT,
-        ) from error
+        raise _not_imported(env, error.__cause__) from error
+
+
+def _not_imported(env: str, error: BaseException) -> UserError:
+    return UserError(
+        f"verifiers: the environment {env!r} cannot be imported: {describe(error)}",
+        where="args.env",
+        fix="install its package, or name a module in the current directory",
+        exit_code=EXIT_ENVIRONMENT,
+    )
 
 
 @contextlib.contextmanager
