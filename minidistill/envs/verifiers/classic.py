@@ -64,8 +64,7 @@ def _refuse(name: str, environment: Any) -> None:
     members = [environment, *getattr(environment, "env_map", {}).values()]
     if any(getattr(member, "tool_defs", None) for member in members):
         raise UserError(
-            f"verifiers: {name} gives the model tools, which conversations of an environment do not "
-            "have",
+            f"verifiers: {name} gives the model tools, which conversations here do not have",
             where="args",
             fix="use an environment without tools, or run it as a program with id = 'agent'",
         )

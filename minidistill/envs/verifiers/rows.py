@@ -21,7 +21,7 @@ NUMBERS = {"example_id", "idx"}
 
 @dataclass(frozen=True, slots=True)
 class Row(Task):
-    """A row as a task. `source` is what the environment takes of it: a row, or a task of its own."""
+    """A row as a task. `source` is what the environment takes: the row, or a task of its own."""
 
     source: Any = field(default=None, kw_only=True)
 
@@ -46,8 +46,8 @@ def split_rows(
 ) -> tuple[list[Row], list[Row]]:
     """At most so many training and held-out tasks. Equal rows are used once, and held out first.
 
-    With `held_out` None the hash of a row, with `seed`, decides which are held out. Raises UserError
-    for a split without any.
+    With `held_out` None the hash of a row, with `seed`, decides which are held out. Raises
+    UserError for a split without any.
     """
     most_train, most_eval = counts
     rest = _different(train)

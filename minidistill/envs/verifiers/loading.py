@@ -54,7 +54,9 @@ def load(
     _require(type(seed) is int, "seed", seed, "use a whole number")
     _require(isinstance(env, str) and bool(env), "env", env, "use the id of an environment")
     zero = reward_errors == "zero"
-    _require(zero or reward_errors == "fail", "reward_errors", reward_errors, 'use "fail" or "zero"')
+    _require(
+        zero or reward_errors == "fail", "reward_errors", reward_errors, 'use "fail" or "zero"'
+    )
     counts, args = (num_train_examples, num_eval_examples), dict(env_args or {})
     installed = installed_version()
     find_in_current_directory(env.replace("-", "_").split("/")[-1].partition(".")[0])
@@ -76,7 +78,7 @@ def installed_version() -> tuple[int, ...]:
             exit_code=EXIT_ENVIRONMENT,
         ) from None
     numbers = tuple(int(part) for part in text.split(".")[:3] if part.isdecimal())
-    if not OLDEST <= numbers or numbers[:2] > NEWEST:
+    if numbers < OLDEST or numbers[:2] > NEWEST:
         oldest, newest = (".".join(map(str, numbers)) for numbers in (OLDEST, NEWEST))
         raise UserError(
             f"verifiers {text} is installed, and its interface is another one than that of "
