@@ -50,7 +50,7 @@ def check_environment(
     if not all(counts.values()):
         return report
     _check_equal(report, env, environment)
-    _check_splits(report, splits)
+    _check_splits(report, splits, hidden=isinstance(environment, MultiTurnEnvironment))
     _check_views(report, config, env, builder, splits)
     chosen = [task for tasks in splits.values() for task in tasks[:samples]]
     if isinstance(environment, MultiTurnEnvironment):
@@ -82,8 +82,11 @@ def _check_equal(report: Report, env: EnvConfig, environment: Environment) -> No
     report.add("deterministic", True, f"{total} tasks are equal in another process")
 
 
-def _check_splits(report: Report, splits: dict[str, list[Task]]) -> None:
-    """Ids are unique, and neither an id nor a prompt is in both splits."""
+def _check_splits(report: Report, splits: dict[str, list[Task]], *, hidden: bool) -> None:
+    """Ids are unique, and neither an id nor a prompt is in both splits.
+
+    With `hidden` a prompt may be: what differs is in the answer, and shows in later turns.
+    """
     ids = {split: [task.id for task in tasks] for split, tasks in splits.items()}
     for split, of_split in ids.items():
         twice, times = Counter(of_split).most_common(1)[0]
@@ -93,7 +96,7 @@ def _check_splits(report: Report, splits: dict[str, list[Task]]) -> None:
     if shared := set(ids["train"]) & set(ids["eval"]):
         report.add("splits", False, f"the id {min(shared, key=str)!r} is in both splits")
         return
-    prompts = [{_messages(task): task.id for task in tasks} for tasks in splits.values()]
+    prompts = [{_content(task, hidden): task.id for task in tasks} for tasks in splits.values()]
     if both := prompts[0].keys() & prompts[1].keys():
         first = prompts[0][min(both)]
         what = f"{len(both)} prompts are in both splits, as that of the task {first!r}"
@@ -102,8 +105,9 @@ def _check_splits(report: Report, splits: dict[str, list[Task]]) -> None:
     report.add("splits", True, "ids are unique, and no id and no prompt is in both")
 
 
-def _messages(task: Task) -> str:
-    return repr([sorted(dict(message).items(), key=str) for message in task.messages])
+def _content(task: Task, hidden: bool) -> str:
+    messages = [sorted(dict(message).items(), key=str) for message in task.messages]
+    return repr((messages, task.answer if hidden else None))
 
 
 def _check_views(
