@@ -22,7 +22,7 @@ from support.verifiers_package import (
 from minidistill.envs.outcomes import ScoringError
 from minidistill.envs.registry import load_environment
 from minidistill.envs.verifiers.reward_errors import note_errors, noted_errors, rubrics_of
-from minidistill.envs.verifiers.rows import Source, plain_message, split_rows
+from minidistill.envs.verifiers.rows import Source, plain_prompt, split_rows
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.types import Message, Reward, Turn
 
@@ -39,9 +39,11 @@ class Scripted:
 
     def __init__(self, *answers: str) -> None:
         self.answers, self.asked = answers, list[Any]()
+        self.tools: Any = None
 
     async def __call__(self, messages: Sequence[Message], **options: Any) -> Turn:
         self.asked.append([dict(message) for message in messages])
+        self.tools = options.get("tools")
         if len(self.asked) > len(self.answers):
             return Turn("", truncated=True)
         return Turn(self.answers[len(self.asked) - 1], token_ids=(1,), logprobs=(0.0,))
@@ -121,6 +123,20 @@ def test_conversations_at_once_have_their_own_errors() -> None:
 
 
 @needs_classic
+def test_tools_are_called_and_answers_stay_as_they_were_sampled() -> None:
+    environment = load_environment("verifiers", guessing(tools=True))
+    call = 'Let me see.\n<tool_call>\n{"name": "look", "arguments": {"at": 5}}\n</tool_call>'
+    reward, policy = play(environment, "5", call, "5")
+    assert reward.value == 2.0
+    first, second = policy.asked
+    assert second[:-1] == [*first, {"role": "assistant", "content": call}]
+    assert (second[-1]["role"], second[-1]["content"]) == ("tool", "5 letters")
+    assert policy.tools[0]["function"]["name"] == "look"
+    assert set(policy.tools[0]["function"]["parameters"]["properties"]) == {"at"}
+    assert play(environment, "5", "<tool_call>nothing</tool_call>")[1].asked == [first]
+
+
+@needs_classic
 def test_an_environment_without_rewards_is_not_scored() -> None:
     environment = load_environment("verifiers", guessing(rewards=[], weights=[]))
     assert not environment.has_rewards
@@ -131,7 +147,6 @@ def test_an_environment_without_rewards_is_not_scored() -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ({"tools": True}, "gives the model tools"),
         ({"rewards": ["compared"], "weights": [1.0]}, "compare the answers of a group"),
         ({"numbers": 2}, "too few different rows for evaluation"),
     ],
@@ -279,7 +294,8 @@ def test_rows_are_used_once_and_held_out_first() -> None:
 
 def test_messages_lose_the_keys_without_a_value() -> None:
     plain = {"role": "assistant", "content": "yes"}
-    assert plain_message({**plain, "tool_calls": None, "name": None}) == plain
+    assert plain_prompt([{**plain, "tool_calls": None, "name": None}]) == (plain,)
+    assert plain_prompt("yes?") == ({"role": "user", "content": "yes?"},)
 
 
 class Rubric:

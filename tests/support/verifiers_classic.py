@@ -46,6 +46,15 @@ def nothing(answer: str) -> Any:
     return None
 
 
+def look(at: int) -> str:
+    """Look at a number.
+
+    Args:
+        at: the number
+    """
+    return f"{at} letters"
+
+
 def compared(completions: Any) -> list[float]:
     return [0.0 for _ in completions]
 
@@ -67,10 +76,12 @@ def load_environment(
         for i in range(1, numbers + 1)
     ]
     extra: dict[str, Any] = {"eval_dataset": Dataset.from_list(rows[:2])} if held_out else {}
-    if tools:
-        extra["tool_defs"] = [{"name": "look", "description": "", "parameters": {}}]
     functions = [FUNCTIONS[name] for name in rewards]
     rubric = vf.Rubric(funcs=functions, weights=list(weights)) if functions else None
+    if tools:
+        return vf.ToolEnv(
+            tools=[look], dataset=Dataset.from_list(rows), rubric=rubric, max_turns=turns
+        )
     environment = Guessing(
         dataset=Dataset.from_list(rows), rubric=rubric, max_turns=turns, fault=fault, **extra
     )

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from typing import Any
 
 from minidistill.envs.multi_turn import Policy
 from minidistill.envs.outcomes import ScoringError
+from minidistill.envs.verifiers.client import MODEL, client_class
 from minidistill.envs.verifiers.reward_errors import note_errors, noted_errors, rubrics_of
 from minidistill.envs.verifiers.rows import Row, Source, plain_prompt, split_rows
 from minidistill.errors import UserError
 from minidistill.system.foreign import describe
-from minidistill.types import Reward, Turn
-
-MODEL = "policy"
-"""The model's name, as the environment sees it."""
+from minidistill.types import Reward
 
 
 class ClassicEnvironment:
@@ -24,7 +20,7 @@ class ClassicEnvironment:
     def __init__(
         self, environment: Any, counts: tuple[int, int], seed: int, zero_errors: bool
     ) -> None:
-        """Raises UserError for what cannot be played: tools, rewards of a group, no rows."""
+        """Raises UserError for what cannot be played: rewards of a group, no rows."""
         self.environment, self.zero_errors = environment, zero_errors
         name = environment.env_id
         _refuse(name, environment)
@@ -39,7 +35,7 @@ class ClassicEnvironment:
         self.train, self.eval = split_rows(
             map(_source, train), held_out and map(_source, held_out), counts, seed, name
         )
-        self._client = _client_class()
+        self._client = client_class()
 
     async def rollout(self, task: Row, policy: Policy) -> Reward:
         """Play and score one row. What its own code raises is a failure of the conversation."""
@@ -62,12 +58,6 @@ class ClassicEnvironment:
 
 def _refuse(name: str, environment: Any) -> None:
     members = [environment, *getattr(environment, "env_map", {}).values()]
-    if any(getattr(member, "tool_defs", None) for member in members):
-        raise UserError(
-            f"verifiers: {name} gives the model tools, which conversations here do not have",
-            where="args",
-            fix="use an environment without tools, or run it as a program with id = 'agent'",
-        )
     if any(getattr(member.rubric, "has_group_rewards", False) for member in members):
         raise UserError(
             f"verifiers: {name} has rewards that compare the answers of a group, and each "
@@ -85,59 +75,3 @@ def _gives_rewards(rubric: Any) -> bool:
 
 def _source(row: dict[str, Any]) -> Source:
     return Source(plain_prompt(row["prompt"]), row.get("answer"), row, row)
-
-
-def _client_class() -> Any:
-    """A class of clients of verifiers that hand each request to a policy."""
-    from verifiers.clients import Client
-    from verifiers.errors import OverlongPromptError
-    from verifiers.types import Response, ResponseMessage, Usage
-
-    class PolicyClient(Client):  # type: ignore[misc]
-        """A client whose `client` is the policy of one conversation."""
-
-        def setup_client(self, config: Any) -> Policy:
-            raise TypeError("the policy of a run has no configuration")
-
-        async def to_native_tool(self, tool: Any) -> Any:
-            raise TypeError("it gives the model tools, which conversations do not have")
-
-        async def to_native_prompt(self, messages: Any) -> tuple[list[dict[str, Any]], dict]:
-            return list(plain_prompt(messages)), {}
-
-        async def get_native_response(
-            self,
-            prompt: list[dict[str, Any]],
-            model: str,
-            sampling_args: Any,
-            tools: Any = None,
-            **kwargs: Any,
-        ) -> Turn:
-            return await self.client(prompt)
-
-        async def raise_from_native_response(self, response: Turn) -> None:
-            if not response.token_ids:
-                raise OverlongPromptError("the conversation has no room for another turn")
-
-        async def from_native_response(self, response: Turn) -> Any:
-            length = len(response.token_ids)
-            message = ResponseMessage(
-                content=response.text,
-                finish_reason="length" if response.truncated else "stop",
-                is_truncated=response.truncated,
-            )
-            usage = Usage(  # of the prompt's length an environment is not told
-                prompt_tokens=0, reasoning_tokens=0, completion_tokens=length, total_tokens=length
-            )
-            return Response(
-                id=uuid.uuid4().hex,
-                created=int(time.time()),
-                model=MODEL,
-                usage=usage,
-                message=message,
-            )
-
-        async def close(self) -> None:
-            """The engine is the run's."""
-
-    return PolicyClient

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from minidistill.envs.endpoint.chat import plain_message
 from minidistill.errors import UserError
 from minidistill.seeding import stable_seed
 from minidistill.types import Task
@@ -71,19 +72,18 @@ def split_rows(
     )
 
 
-def plain_message(message: Any) -> dict[str, Any]:
+def without_empty(message: Any) -> dict[str, Any]:
     """A message of verifiers as a plain dict, without the keys that have no value."""
     if hasattr(message, "model_dump"):
         message = message.model_dump()
-    kept = {key: value for key, value in dict(message).items() if value is not None}
-    return {"content": "", **kept} if kept.get("role") != "assistant" else kept
+    return {key: value for key, value in dict(message).items() if value is not None}
 
 
 def plain_prompt(prompt: Any) -> tuple[dict[str, Any], ...]:
     """A prompt, which may be a text, as messages."""
     if isinstance(prompt, str):
         return ({"role": "user", "content": prompt},)
-    return tuple(plain_message(message) for message in prompt)
+    return tuple(plain_message(without_empty(message)) for message in prompt)
 
 
 def _different(rows: Iterable[Source]) -> dict[str, Source]:
