@@ -74,6 +74,8 @@ class _Watched:
     def __init__(self, environment: Any) -> None:
         self._environment = environment
         self.seconds: list[float] = []
+        self.full = 0
+        """Conversations that were told that they have no room for another turn."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._environment, name)
@@ -82,6 +84,7 @@ class _Watched:
         watch = _Watch(policy, self.seconds)
         value = await self._environment.rollout(task, watch)
         watch.stop()
+        self.full += watch.full
         return value
 
     def close(self) -> None:
@@ -91,11 +94,13 @@ class _Watched:
 class _Watch:
     def __init__(self, policy: Any, seconds: list[float]) -> None:
         self._policy, self._seconds, self._since = policy, seconds, time.perf_counter()
+        self.full = False
 
     async def __call__(self, messages: Sequence[Message], **asked: Any) -> Turn:
         self.stop()
         try:
             turn: Turn = await self._policy(messages, **asked)
+            self.full |= not turn.token_ids
             return turn
         finally:
             self._since = time.perf_counter()
@@ -131,6 +136,7 @@ def check_conversations(
     engine: Any = _Scripted(builder, plays)
     try:
         played = _play(config, builder, stage, engine, plays, range(len(plays)))
+        full = watched.full
         watched.seconds.clear()
         again = [_play(config, builder, stage, engine, plays, [n])[0] for n in range(len(plays))]
         seconds = list(watched.seconds)
@@ -146,7 +152,7 @@ def check_conversations(
     _check_repeats(report, plays, played, again)
     if environment.strip is None:
         _check_views(report, builder, played)
-    _check_room(report, config, played)
+    _check_room(report, config, played, full)
     _check_rewards(report, environment, plays, played)
     mean_ms, max_ms = 1000 * statistics.fmean(seconds), 1000 * max(seconds)
     report.figures.update({"turn_ms_mean": mean_ms, "turn_ms_max": max_ms})
@@ -232,8 +238,8 @@ def _check_views(report: Report, builder: PromptBuilder, played: Sequence[Played
     report.add("views", True, f"{shown} samples")
 
 
-def _check_room(report: Report, config: Config, played: Sequence[Played]) -> None:
-    """No conversation is ended by `seq_len`."""
+def _check_room(report: Report, config: Config, played: Sequence[Played], full: int) -> None:
+    """No conversation is ended by `seq_len`, which ends `full` of them."""
     samples = [sample for p in played for sample in p.samples]
     for view in ("student", "teacher"):
         lengths = [
@@ -242,12 +248,6 @@ def _check_room(report: Report, config: Config, played: Sequence[Played]) -> Non
         ]
         report.figures[f"{view}_sample_max"] = max(lengths)
     longest = report.figures["teacher_sample_max"]
-    most = config.orchestrator.sampling.max_tokens
-    full = sum(
-        len(s.prompt.teacher_ids) + len(s.completion.sequence) + most > config.seq_len
-        and s.completion.stop == "length"
-        for s in samples
-    )
     shown = f"at most {longest:g} tokens, of {config.seq_len} (seq_len)"
     report.add("room", not full, shown + (f": {full} have no room for a turn" if full else ""))
 

@@ -6,6 +6,7 @@ and the threads that they start inherit.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterator
@@ -51,7 +52,7 @@ def _nested(rubric: Any) -> Iterator[Any]:
 def _noting(function: Callable[..., Any]) -> Callable[..., Any]:
     name = getattr(function, "__name__", repr(function))
 
-    @functools.wraps(function)  # the signature says what it is given
+    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         with _noted(name):
             value = function(*args, **kwargs)
@@ -62,6 +63,9 @@ def _noting(function: Callable[..., Any]) -> Callable[..., Any]:
             return _checked(await value)
 
     setattr(call, _NOTED, True)
+    with contextlib.suppress(ValueError):  # a function may have none
+        # says what it is given: it is asked for many times for each score
+        call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return call
 
 
