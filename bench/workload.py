@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.smollm2 import smollm2
+from bench.smollm2 import NAMES, smollm2
 from minidistill.errors import UserError
 
 TEXT = """
@@ -148,7 +148,7 @@ def make_parser(name: str, text: str | None) -> argparse.ArgumentParser:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sizes of a case, and the number of threads."""
-    parser.add_argument("--model", default="smollm2", help="smollm2, tiny or a folder")
+    parser.add_argument("--model", default="smollm2", help="smollm2[-bf16], tiny or a folder")
     parser.add_argument("--context", type=int, default=1000, metavar="N", help="tokens of context")
     parser.add_argument("--prompt", type=int, default=10, metavar="N", help="tokens of a prompt")
     parser.add_argument("--group", type=int, default=1, metavar="N", help="completions of a prompt")
@@ -178,8 +178,8 @@ def named_model(name: str) -> str:
     """A folder, or a built-in model's name. Raises UserError if there is no such folder."""
     if name in ("tiny", "tiny-sokoban"):
         return "tiny-sokoban"
-    if name == "smollm2":
-        return str(smollm2())
+    if name in NAMES:
+        return str(smollm2(name))
     if not (Path(name) / "config.json").is_file():
         raise UserError(
             f"no model in {name}", where="--model", fix="give smollm2, tiny or a model's folder"

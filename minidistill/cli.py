@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from minidistill import __version__
 from minidistill.cli_env import add_env
+from minidistill.cli_export import add_export
 from minidistill.error_output import print_error, print_to_stderr
 from minidistill.errors import (
     EXIT_INTERRUPTED,
@@ -145,7 +146,7 @@ examples:
     )
     parser.add_argument("--version", action="version", version=f"minidistill {__version__}")
     commands = parser.add_subparsers(title="commands", prog="minidistill", metavar="COMMAND")
-    for add in (_add_run, _add_plan, _add_config, add_env, _add_report, _add_bench):
+    for add in (_add_run, _add_plan, _add_config, add_env, _add_report, add_export, _add_bench):
         add(commands)
     return parser, commands.choices
 

@@ -52,6 +52,7 @@ HELP = [
     ("config", ["FILES…", "--key VALUE", "--json"]),
     ("env", ["check", "prompts"]),
     ("report", ["DIR"]),
+    ("export", ["RUN", "--to", "--merge", "--base", "--gguf", "--push", "--no-vllm"]),
     ("bench", ["NAME", "schedule"]),
 ]
 
@@ -92,6 +93,8 @@ def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture
         (["report", "a", "b"], "report runs/"),
         (["report", "--x"], "report runs/"),
         (["report", "/nowhere"], "directory of a run"),
+        (["export"], "export runs/"),
+        (["export", "a", "--tox", "b"], "export runs/"),
         (["bench"], "minidistill bench kernels"),
         (["bench", "x"], "minidistill bench kernels"),
         (["--x"], "minidistill --help"),

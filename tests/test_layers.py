@@ -30,8 +30,10 @@ ORDER = (
     "rollouts",
     "evaluation",
     "run",
+    "export",
     "error_output",
     "cli_env",
+    "cli_export",
     "cli",
     "__main__",
 )

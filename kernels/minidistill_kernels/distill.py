@@ -72,7 +72,7 @@ def linear_distill(
         estimator: "full" (needs `h_t_NH`), "sampled" or "top_k".
         top_k: k of `top_k` with `h_t_NH`.
         valid: (N,) bool; rows that are False are not computed.
-        chunk: tokens at a time; None fits 64 MiB of fp32 logits on a CPU, 1 GiB on CUDA.
+        chunk: tokens at a time; None fits 32 MiB of fp32 logits on a CPU, 1 GiB on CUDA.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or device, has no rows, requires a gradient

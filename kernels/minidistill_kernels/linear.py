@@ -48,7 +48,7 @@ def linear_logprob(
         ids: (N,) int64 or int32; -100 is padding.
         valid: (N,) bool; rows that are False are not computed and are 0.
         return_entropy: also return the entropy of each row. Its backward pass raises.
-        chunk: tokens at a time; None fits 64 MiB of fp32 logits on a CPU, 1 GiB on CUDA. It has no
+        chunk: tokens at a time; None fits 32 MiB of fp32 logits on a CPU, 1 GiB on CUDA. It has no
             effect on CUDA without a gradient, where there are no logits unless the head has a bias
             or a cap.
 
@@ -121,7 +121,7 @@ def linear_reverse_kl(
         weight: (V, H) frozen head, same dtype, or a `Head`.
         teacher_weight: (V, H_t) the teacher's own frozen head, if it is not the student's.
         valid: (N,) bool; rows that are False are not computed and are 0.
-        chunk: tokens at a time; None fits 64 MiB of fp32 logits on a CPU, 1 GiB on CUDA.
+        chunk: tokens at a time; None fits 32 MiB of fp32 logits on a CPU, 1 GiB on CUDA.
 
     Returns:
         (N,) fp32 divergences in nats.

@@ -29,7 +29,7 @@ from minidistill_kernels.objective import Objective, Terms, TokenData, token_ter
 from minidistill_kernels.top_k import pick
 
 # Bytes of a chunk's fp32 logit buffer, by device; with a teacher there are two.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 # Numeric fields of an Objective, in the order of the op's `settings`.
 SETTINGS = (
     "adv_tau",
@@ -68,7 +68,7 @@ def chunk_tokens(
     """
     if chunk == 0:
         row = 4 * vocab * (3 if capped else 1)
-        chunk = max(64, CHUNK_BYTES.get(device.type, 64 << 20) // row // 64 * 64)
+        chunk = max(64, CHUNK_BYTES.get(device.type, 32 << 20) // row // 64 * 64)
     return min(tokens, chunk)
 
 

@@ -258,14 +258,17 @@ class Memory:
         placement, others = self.placement, self.placement.ranks - 1
         engines = cpu_engines(placement, self.shapes, self.itemsize)
         cache: MemoryBreakdown = {}
+        kept: MemoryBreakdown = {}
         if placement.student.in_trainer:
             size = embedded_cache(placement, self.config, self.itemsize)
             packed = packed_copy(self.shapes.student, self.itemsize, self.bytes)
             cache = _owned("engine", {"keys and values": size, "packed weights": packed})
+            if self.config.trainer.model.lora:  # in float16, of a frozen base
+                kept = _owned("engine", {"packed weights": packed // 2})
         return {
             "sampling": _all_ranks(self._resident, others) | engines | cache,
-            "training": _all_ranks(self._training, others) | engines,
-            "evaluating": _all_ranks(self._evaluating, others) | engines,
+            "training": _all_ranks(self._training, others) | engines | kept,
+            "evaluating": _all_ranks(self._evaluating, others) | engines | kept,
         }
 
 

@@ -1,9 +1,10 @@
-"""Copies of the weights for passes of few tokens on a CPU: the adapter folded in, packed.
+"""Packed copies of the weights for passes of few tokens on a CPU.
 
 A product with few rows reads a weight once and computes little. torch's own packs the weight anew
 each time, which takes longer than the product, and an adapter adds six small operations to each of
-its layers. So a call that samples makes a copy of one role's weights in the layout of oneDNN's
-kernels. The layers run it until the call ends.
+its layers. So a call that samples runs one role's layers from copies. Frozen weights that float16
+holds exactly are copied once a run (half_weights.py), and the adapter's products are added. Others
+are copied for each call, with the adapter folded in, in the layout of oneDNN's kernels.
 
 Only weights in full precision are folded: in 16 bit the sum would lose most of the adapter.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from minidistill.placement.limits import PACKED_SHARE
 from minidistill.placement.machine import Machine
+from minidistill.trainer.half_weights import HalfWeights, half_product
 from minidistill.trainer.lean_layers import plain_class
 from minidistill.trainer.policy import Policy
 
@@ -33,21 +35,24 @@ Product = Callable[[Tensor], Tensor]
 
 @contextlib.contextmanager
 def packed_weights(policy: Policy, rows: int) -> Iterator[Product]:
-    """Run the current role's layers from copies made for passes of `rows` tokens.
+    """Run the current role's layers from copies, for passes of `rows` tokens.
 
     Yields what gives the logits of hidden states. Layers that cannot be copied run as they are.
     """
-    head = policy.head
+    head, output = policy.head, policy.causal.get_output_embeddings()
     changed: list[Any] = []
     try:
         for module in dict.fromkeys(_linears(policy.causal.get_decoder())):
-            weight = _folded(module)
-            if weight is not None:
-                module.forward = _product(weight, _bias(module), rows)
+            run = _layer_product(policy.half_weights, module, rows)
+            if run is not None:
+                module.forward = run
                 changed.append(module)
-            del weight
-        run = _product(head.weight_VH.detach(), head.bias_V, rows)
-        yield lambda hidden: head.mapped(run(hidden))
+        packed = _half(policy.half_weights, output)
+        if packed is None:
+            logits = _product(head.weight_VH.detach(), head.bias_V, rows)
+        else:
+            logits = partial(half_product, packed=packed)
+        yield lambda hidden: head.mapped(logits(hidden))
     finally:
         for module in changed:
             del module.forward
@@ -78,32 +83,57 @@ def _linears(module: nn.Module) -> Iterator[Any]:
             yield from _linears(child)
 
 
-def _folded(module: Any) -> Tensor | None:
-    """The weight of a linear layer with its active adapters, (out, in). None if it is not plain."""
+def _layer_product(halves: HalfWeights, module: Any, rows: int) -> Product | None:
+    """The product of a linear layer with its active adapters. None if it is not a plain one."""
+    adapters = _adapters(module)
+    if adapters is None:
+        return None
+    base = getattr(module, "base_layer", module)
+    packed = _half(halves, base)
+    if packed is None:
+        weight = base.weight.detach()
+        for down_RI, up_OR, scale in adapters:
+            weight = torch.addmm(weight, up_OR, down_RI, alpha=scale)
+        return _product(weight, None if base.bias is None else base.bias.detach(), rows)
+    if not adapters:
+        return partial(half_product, packed=packed)
+    pairs = [(down.t().contiguous(), up.t().mul(scale)) for down, up, scale in adapters]
+    return partial(_adapted_product, packed, [(a, b.contiguous()) for a, b in pairs])
+
+
+def _half(halves: HalfWeights, layer: Any) -> Any:
+    return halves.of(layer) if layer.weight.numel() >= MIN_PACKED else None
+
+
+def _adapters(module: Any) -> list[tuple[Tensor, Tensor, float]] | None:
+    """A (R, I), B (O, R) and the scale of a linear layer's active adapters. None if more than their
+    products is to be added, or if the sum would be rounded to 16 bit."""
     from peft.tuners import lora
 
     if type(module) is nn.Linear:
-        return module.weight.detach()
-    if plain_class(module) is not lora.Linear:
+        return []
+    dtype = module.base_layer.weight.dtype
+    if plain_class(module) is not lora.Linear or module.merged:
         return None
-    base: Any = module.base_layer
-    weight = base.weight.detach()
-    active = [name for name in module.active_adapters if name in module.lora_A]
-    if module.merged or weight.dtype not in (torch.float32, torch.float64):
+    if dtype not in (torch.float32, torch.float64):
         return None
-    for name in () if module.disable_adapters else active:
+    pairs = []
+    for name in () if module.disable_adapters else module.active_adapters:
+        if name not in module.lora_A:
+            continue
         down, up = module.lora_A[name], module.lora_B[name]
-        if name in module.lora_variant or up.bias is not None or down.weight.dtype != weight.dtype:
+        if name in module.lora_variant or up.bias is not None or down.weight.dtype != dtype:
             return None
-        weight = torch.addmm(
-            weight, up.weight.detach(), down.weight.detach(), alpha=module.scaling[name]
-        )
-    return weight
+        pairs.append((down.weight.detach(), up.weight.detach(), module.scaling[name]))
+    return pairs
 
 
-def _bias(module: Any) -> Tensor | None:
-    bias = getattr(module, "base_layer", module).bias
-    return None if bias is None else bias.detach()
+def _adapted_product(packed: Any, pairs: list[tuple[Tensor, Tensor]], states: Tensor) -> Tensor:
+    output = half_product(states, packed)
+    states_TI, output_TO = states.flatten(0, -2), output.flatten(0, -2)
+    for down_IR, up_RO in pairs:
+        output_TO.addmm_(states_TI @ down_IR, up_RO)
+    return output
 
 
 def _product(weight: Tensor, bias: Tensor | None, rows: int) -> Product:

@@ -24,6 +24,7 @@ from minidistill.placement.attention import TRANSFORMERS_CHOICE, Attention
 from minidistill.placement.limits import fp32_copy_bytes
 from minidistill.trainer.distributed.fsdp import ShardedModels, full_tensor, sharded_like
 from minidistill.trainer.distributed.rank_group import RankGroup
+from minidistill.trainer.half_weights import HalfWeights
 from minidistill.trainer.head import PRODUCT, LogitMap
 from minidistill.trainer.modes import set_dropout
 from minidistill.types import Role
@@ -74,6 +75,8 @@ class Policy:
     """Whether these models can be sampled from in this process."""
     starts_as_base: bool = True
     """Before training, the student is the model as it was loaded, and not a trained adapter."""
+    half_weights: HalfWeights = field(default_factory=HalfWeights)
+    """Copies of the frozen weights, which sampling on a CPU makes."""
     _current: Any = None
     _averages: dict[str, Tensor] = field(default_factory=dict)
     """The averaged weights in fp32, if the model computes in half precision."""

@@ -15,6 +15,7 @@ from minidistill.placement.engine_memory import packed_copy
 from minidistill.placement.machine import Machine
 from minidistill.placement.model_shape import read_shape
 from minidistill.trainer import packed
+from minidistill.trainer.half_weights import HalfWeights, half_product
 from minidistill.trainer.packed import can_pack, packed_weights
 from minidistill.trainer.policy import Policy
 from minidistill.types import Role
@@ -35,21 +36,35 @@ def logits(policy: Policy, head: Callable[[torch.Tensor], torch.Tensor]) -> torc
     return head(policy.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
 
 
+def round_weights(policy: Policy) -> None:
+    """Make the weights those of a checkpoint that was published in bfloat16."""
+    for model in (policy.student, *policy.reference_models.values()):
+        for name, parameter in model.named_parameters():
+            if "lora" not in name:
+                parameter.copy_(parameter.bfloat16().float())
+
+
 def own_forwards(policy: Policy) -> list[Any]:
     return [m for m in policy.causal.modules() if "forward" in vars(m)]
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("published", ["float32", "bfloat16"])
 @pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
 def test_the_products_are_the_same(
-    configure: Any, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    configure: Any, flags: tuple[str, ...], published: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed, "MIN_PACKED", 0)  # the shipped model is small
     lab = make_lab(configure(*SMALL, *flags))
     policy, outputs = lab.policy, []
+    if published == "bfloat16":
+        round_weights(policy)
     for role in (Role.STUDENT, Role.TEACHER):
         with policy.inference(), policy.running_as(role):
             expected = logits(policy, policy.logits)
+            halved = policy.half_weights.of(policy.causal.get_output_embeddings()) is not None
+            trained = role is Role.STUDENT and flags[:1] == ("--no-trainer.model.lora",)
+            assert halved == (published == "bfloat16" and not trained)
             with packed_weights(policy, 8) as head:
                 packs = role is Role.TEACHER or not flags[-1].endswith("use_dora")
                 assert bool(own_forwards(policy)) == packs
@@ -71,6 +86,32 @@ def test_copies_are_of_the_current_weights(configure: Any) -> None:
     with packed_weights(policy, 8) as head:
         torch.testing.assert_close(logits(policy, head), now, rtol=0, atol=2e-5)
     assert float((now - before).abs().max()) > 1e-2
+
+
+@torch.no_grad()
+def test_float16_takes_only_weights_that_it_holds() -> None:
+    layer = torch.nn.Linear(96, 64).requires_grad_(False)
+    halves = HalfWeights()
+    assert halves.of(layer) is None, "float32 has more digits"
+    layer.weight.copy_(layer.weight.bfloat16().float())
+    states = torch.randn(3, 5, 96)
+    expected = layer.double()(states.double())
+    layer.float()
+    output = half_product(states, halves.of(layer))
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+    layer.weight.mul_(-2)
+    expected = 3 * layer.bias - 2 * expected.float()
+    torch.testing.assert_close(
+        half_product(states, halves.of(layer)), expected, rtol=1e-4, atol=1e-5
+    )
+    assert halves.of(layer) is halves.of(layer), "copied once"
+    for value in (1e5, float("nan"), float("inf")):
+        layer.weight[1, 2] = value
+        assert halves.of(layer) is None, value
+    layer.weight[1, 2] = 0.5
+    assert halves.of(layer) is not None
+    assert halves.of(layer.requires_grad_()) is None, "it will change"
+    assert halves.of(layer.requires_grad_(False).bfloat16()) is None
 
 
 def test_an_error_leaves_the_model_as_it_was(configure: Any) -> None:
