@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from minidistill.config.contexts import ContextConfig
-from minidistill.config.orchestrator import EnvConfig
+from minidistill.config.orchestrator import AGENT, EnvConfig
 from minidistill.config.problem import Problem
 from minidistill.config.schema import Config
 from minidistill.config.schema_tree import Path
@@ -29,6 +29,9 @@ def context_problems(config: Config) -> Iterator[Problem]:
         places += [((*path, i), env.context, env.contexts) for i, env in enumerate(envs)]
     for place, context, contexts in places:
         yield from _choices(place, context, contexts)
+    for path, envs in ((_ENV, orchestrator.env), (_EVAL_ENV, evaluated)):
+        for index, env in enumerate(envs):
+            yield from _of_program((*path, index), env)
     has_default = bool(teacher.context.strip()) or bool(teacher.contexts)
     without = [i for i, (_, env) in enumerate(tables) if not has_default and _takes_default(env)]
     blank = all(
@@ -52,7 +55,28 @@ def context_problems(config: Config) -> Iterator[Problem]:
 
 
 def _takes_default(env: EnvConfig) -> bool:
-    return env.context is None and env.contexts is None and env.examples is None
+    return (
+        not env.brings_context
+        and env.context is None
+        and env.contexts is None
+        and env.examples is None
+    )
+
+
+def _of_program(place: Path, env: EnvConfig) -> Iterator[Problem]:
+    """An agent's requests have what the teacher reads: it cannot be chosen here."""
+    if env.id != AGENT:
+        return
+    for key in ("contexts", "examples"):
+        if getattr(env, key) is not None:
+            what = f"{env.name!r} has {key}, but its program decides what its requests have"
+            yield Problem(what, f"remove {key}", ((*place, key),))
+    if env.brings_context and env.context is not None:
+        yield Problem(
+            f'{env.name!r} has a context, which strip = "system" does not read',
+            'set args.strip = "context", or remove it',
+            ((*place, "context"),),
+        )
 
 
 def _choices(

@@ -10,6 +10,8 @@ from pydantic import ConfigDict, Field
 from minidistill.config.base import Count, Fraction, Positive, PositiveFloat, Table, Text, Weight
 from minidistill.config.contexts import ContextConfig, ExamplesConfig
 
+AGENT = "agent"  # the environment of the user's own program
+
 
 class SamplingConfig(Table):
     """How the student samples in training."""
@@ -90,6 +92,11 @@ class EnvConfig(Table):
     """Seconds that a multi-turn environment may take in a conversation, all of its turns together.
     The time of sampling does not count."""
 
+    @property
+    def brings_context(self) -> bool:
+        """Whether what the teacher alone reads is in the requests of the environment's program."""
+        return self.id == AGENT and self.args.get("strip", "system") == "system"
+
 
 class EvalConfig(Table):
     """Evaluation on held-out problems; off unless the table is present."""
@@ -117,6 +124,7 @@ class AdvantageConfig(Table):
 
 _CONTEXT: list[Any] = [{"required": [key]} for key in ("context", "context_file", "contexts")]
 _EXAMPLES: Any = {"required": ["examples"]}
+_BRINGS: Any = {"required": ["id"], "properties": {"id": {"const": AGENT}}}
 
 
 class OrchestratorConfig(Table):
@@ -125,7 +133,7 @@ class OrchestratorConfig(Table):
     model_config = ConfigDict(
         json_schema_extra={  # without a context of the teacher, each environment has its own
             "if": {"properties": {"teacher_model": {"not": {"anyOf": _CONTEXT}}}},
-            "then": {"properties": {"env": {"items": {"anyOf": [*_CONTEXT, _EXAMPLES]}}}},
+            "then": {"properties": {"env": {"items": {"anyOf": [*_CONTEXT, _EXAMPLES, _BRINGS]}}}},
         }
     )
 

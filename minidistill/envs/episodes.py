@@ -119,7 +119,7 @@ class EpisodeRounds:
         }
         blocking = {e.environment for e in late if e.clock is not None and e.clock.blocks}
         for episode, why in late.items():
-            self._end(episode, ScoringError(why, slow=True))
+            self._end(episode, ScoringError(why, slow=True, kind="timed_out"))
         for environment in blocking:
             environment.leave_thread()
             for episode in self.episodes:
@@ -132,7 +132,11 @@ class EpisodeRounds:
     # -- in the loop's thread --------------------------------------------------------------------
 
     async def _play(self, episode: Episode, attempt: int, thread: LoopThread) -> None:
-        policy = _Policy(lambda *asked: self._ask(episode, attempt, thread, *asked), episode)
+        def forget(turn: Turn) -> None:
+            if attempt == episode.attempt:
+                episode.forgotten.append(turn)
+
+        policy = _Policy(lambda *asked: self._ask(episode, attempt, thread, *asked), forget)
         outcome: Outcome
         try:
             value = await episode.environment.rollout(episode.task, policy)
@@ -193,8 +197,10 @@ class EpisodeRounds:
 class _Policy:
     """See `Policy`."""
 
-    def __init__(self, ask: Callable[[Question, int], Awaitable[Turn]], episode: Episode) -> None:
-        self._ask, self._episode = ask, episode
+    def __init__(
+        self, ask: Callable[[Question, int], Awaitable[Turn]], forget: Callable[[Turn], object]
+    ) -> None:
+        self._ask, self._forget = ask, forget
         self.asked = 0
 
     async def __call__(
@@ -214,7 +220,7 @@ class _Policy:
         return await self._ask(question, self.asked - 1)
 
     def forget(self, turn: Turn) -> None:
-        self._episode.forgotten.append(turn)
+        self._forget(turn)
 
 
 def _repeated(episode: Episode, before: int, asked: Question) -> Turn:
@@ -233,6 +239,8 @@ def _take_back(episode: Episode, question: Question) -> None:
     """Forget a question that the environment waits for no more, or the answer to it."""
     if episode.asked is question:
         episode.asked = None
+        if episode.clock is not None:
+            episode.clock.restart()  # the time in which it waited does not count
     for asked, turn in episode.turns:
         if asked is question and isinstance(turn, Turn):
             episode.forgotten.append(turn)

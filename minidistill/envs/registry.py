@@ -34,6 +34,7 @@ BUILT_IN = {
     "reasoning-gym": "minidistill.envs.reasoning_gym:load",
     "textarena": "minidistill.envs.text_arena:load",
     "verifiers": "minidistill.envs.verifiers:load",
+    "agent": "minidistill.envs.agent:load",
 }
 
 

@@ -33,6 +33,8 @@ class SampledKL:
     by_prompt: PromptSums
     completions: list[Completion]
     """Of a conversation its first turn."""
+    prompts: Sequence[Prompt] = ()
+    """What was answered with these. That of a program is only known when it asks."""
 
     @property
     def mean(self) -> float:
@@ -74,17 +76,20 @@ def teacher_kl(
         kl = _exact_kl(config, policy, completions, views, roles, budget, doing)
     else:
         kl = _sampled_kl(engine, completions, views, roles)
-    return _by_conversation(kl, conversations)
+    return _by_conversation(kl, prompts, conversations)
 
 
-def _by_conversation(kl: SampledKL, conversations: Conversations) -> SampledKL:
+def _by_conversation(
+    kl: SampledKL, prompts: Sequence[Prompt], conversations: Conversations
+) -> SampledKL:
     """The KL of all samples, by conversation."""
     ends = list(accumulate(map(len, conversations)))
     parts = [slice(end - len(c), end) for end, c in zip(ends, conversations, strict=True)]
     sums = [sum(kl.by_prompt.sums[part]) for part in parts]
     tokens = [sum(kl.by_prompt.tokens[part]) for part in parts]
     first = [_first_turn(c[0][1]) if c else Completion((), (), "length") for c in conversations]
-    return SampledKL(PromptSums(kl.by_prompt.mean, sums, tokens), first)
+    asked = [c[0][0] if c else p for c, p in zip(conversations, prompts, strict=False)]
+    return SampledKL(PromptSums(kl.by_prompt.mean, sums, tokens), first, asked)
 
 
 def _first_turn(completion: Completion) -> Completion:

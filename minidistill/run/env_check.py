@@ -20,6 +20,7 @@ from minidistill.run import preflight
 from minidistill.run.env_answers import gives_examples, own_answer
 from minidistill.run.env_play import check_conversations
 from minidistill.run.env_report import Report
+from minidistill.run.program_check import check_program, program_of
 from minidistill.tasks.lengths import PromptLimit
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.types import Prompt, Reward, Task
@@ -51,6 +52,13 @@ def check_environment(
         return report
     _check_equal(report, env, environment)
     _check_splits(report, splits, hidden=isinstance(environment, MultiTurnEnvironment))
+    if (program := program_of(environment)) is not None:
+        found, figures = check_program(config, env, program, builder, splits["train"][0])
+        for finding in found:
+            report.add(*finding)
+        report.figures.update(figures)
+        report.add("rewards", None, "it plays conversations, and each gives its own reward")
+        return report
     _check_views(report, config, env, builder, splits)
     chosen = [task for tasks in splits.values() for task in tasks[:samples]]
     if isinstance(environment, MultiTurnEnvironment):

@@ -11,6 +11,7 @@ from typing import Any
 from minidistill.config import Config, LoadedConfig
 from minidistill.config.adapter import initial_adapter_digest
 from minidistill.envs.isolated import close_environments
+from minidistill.envs.multi_turn import multi_turn
 from minidistill.envs.protocol import Environment, check_ready, has_rewards
 from minidistill.envs.registry import load_environments
 from minidistill.evaluation.evaluator import held_out
@@ -168,7 +169,8 @@ def _prepare(
     if resume:
         directory.check_same_tasks(fingerprint)
     _tell_what_the_scoreboard_lacks(config, evaluated, by_env)
-    for environment in _scored(config, environments, evaluated):
+    played = [*multi_turn(environments).values(), *multi_turn(evaluated).values()]
+    for environment in _each_once(*_scored(config, environments, evaluated), *played):
         check_ready(environment)
     check_weights(config)  # last, because it may download them
     return Prepared(

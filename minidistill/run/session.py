@@ -27,7 +27,7 @@ from minidistill.trainer import checkpoint
 from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.health import Health
 from minidistill.trainer.metrics import by_group
-from minidistill.types import Completion, Metrics, Role, Rollout, TokenFigures
+from minidistill.types import Completion, Metrics, Prompt, Role, Rollout, TokenFigures
 
 logger = logging.getLogger(__name__)
 SHORTER = {
@@ -211,7 +211,10 @@ class Session:
 
     @explain_out_of_memory("computing the KL on unrelated prompts", **SHORTER)
     def unrelated_kl(self) -> SampledKL | None:
-        """KL(student‖teacher) on unrelated prompts; None if the context leaves no room for them."""
+        """KL(student‖teacher) on unrelated prompts; None if the context leaves no room for them, or
+        is in a program's requests alone."""
+        if not any(context.text for context in self.prepared.shown_contexts):
+            return None
         prompts = unrelated_prompts(self.builder, self.prepared.shown_contexts)
         longest = max(len(prompt.teacher_ids) for prompt in prompts)
         tokens = min(DRIFT_TOKENS, self.prepared.plan.placement.max_length - longest)
@@ -228,10 +231,8 @@ class Session:
         )
 
     @explain_out_of_memory("sampling the teacher's completions", **SHORTER)
-    def teacher_completions(self) -> list[Completion]:
+    def teacher_completions(self, prompts: Sequence[Prompt]) -> list[Completion]:
         """The teacher's completions of the held-out prompts that are kept, with the context."""
-        assert self.evaluator is not None
-        prompts = self.evaluator.held_out()
         view = [prompts[i].teacher_ids for i in kept(len(prompts))]
         max_tokens = self.config.orchestrator.sampling.max_tokens
         return sample(self.config, self.engine, view, "held-out", Role.TEACHER, max_tokens)

@@ -139,6 +139,8 @@ def _own(env: EnvConfig) -> Choices | None:
     """What the table of an environment says; None if it says nothing."""
     if env.contexts:
         return _listed(env.contexts, f"{env.name}/")
+    if env.brings_context:
+        return Choices([Context("", env.name, env.name)])
     if env.context is None:
         return None
     return Choices([Context(env.context, env.name, env.name)])

@@ -50,7 +50,7 @@ def test_shipped_overlays_load_over_every_configuration(path: Path) -> None:
         for base in CONFIGS
         if load_config([str(base), "@", str(path)]).config == load_config([str(base)]).config
     ]
-    pure = ("frozen-lake.toml", "own-prompts.toml", "self-prompts.toml")
+    pure = ("agent.toml", "frozen-lake.toml", "own-prompts.toml", "self-prompts.toml")
     assert unchanged == ([(path.name, name) for name in pure] if path.name == "pure.toml" else [])
 
 

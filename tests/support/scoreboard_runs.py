@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,7 +93,8 @@ class Runner:
         return self.run("student", None, context=False)
 
     def held_out_kl(self) -> SampledKL:
-        return measured(self.results.kl[self.trained], self.results.prompts, self.trained)
+        kl = measured(self.results.kl[self.trained], self.results.prompts, self.trained)
+        return replace(kl, prompts=self.held_out())
 
     def unrelated_kl(self) -> SampledKL:
         return measured(self.results.unrelated[self.trained], 16, self.trained)
@@ -101,8 +102,8 @@ class Runner:
     def drift_kl(self) -> float:
         return self.results.drift
 
-    def teacher_completions(self) -> list[Completion]:
-        return [completion(2)] * min(16, self.results.prompts)
+    def teacher_completions(self, prompts: list[Prompt]) -> list[Completion]:
+        return [completion(2)] * min(16, len(prompts))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.directory.log(step, metrics)

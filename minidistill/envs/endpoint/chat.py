@@ -121,7 +121,7 @@ def parse_request(body: bytes) -> ChatRequest:
     _require(isinstance(options, dict), "stream_options is no object", "stream_options")
     tools, forced = _tools(given)
     top = _integer(given, "top_logprobs", 0, 0, 20)
-    _require(not top, "only the log-probs of the sampled tokens are known", "top_logprobs")
+    _require(not top, "top_logprobs: only those of the sampled tokens are known", "top_logprobs")
     longest = _integer(given, "max_tokens", 0, 0, 1 << 31)
     longest = _integer(given, "max_completion_tokens", longest, 0, 1 << 31)
     stop = given.get("stop", [])

@@ -13,7 +13,7 @@ HEAD_BYTES = 1 << 14
 """Of a request's first line and headers."""
 BODY_BYTES = 1 << 24
 IDLE_SECONDS = 600.0
-"""That a connection may wait for its next request."""
+"""That a connection may wait for its next request, after one that had the key."""
 HEAD_SECONDS, BODY_SECONDS = 10.0, 60.0
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH")
 
@@ -48,10 +48,13 @@ class Head:
         return "close" not in self.headers.get("connection", "").lower()
 
 
-async def read_head(reader: asyncio.StreamReader) -> Head | None:
-    """The next request; None if there is no other. Raises HttpError, and OSError."""
+async def read_head(reader: asyncio.StreamReader, patience: float) -> Head | None:
+    """The next request; None if there is no other. Raises HttpError, and OSError.
+
+    It is to begin within `patience` seconds.
+    """
     try:
-        async with asyncio.timeout(IDLE_SECONDS):
+        async with asyncio.timeout(patience):
             first = await reader.read(1)
         if not first:
             return None

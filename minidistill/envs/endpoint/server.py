@@ -83,18 +83,22 @@ class Endpoint:
             return
         self._connections.add(task)
         try:
-            while await self._serve(reader, writer):
-                pass
+            patience = http.HEAD_SECONDS
+            while await self._serve(reader, writer, patience):
+                patience = http.IDLE_SECONDS
         except (OSError, EOFError, asyncio.CancelledError):
             pass  # the client has gone, or the episode has ended
         finally:
             self._connections.discard(task)
             writer.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request. Returns whether the connection stays open."""
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, patience: float
+    ) -> bool:
+        """Answer one request, which is to come within `patience` seconds. Returns whether the
+        connection stays open."""
         try:
-            head = await http.read_head(reader)
+            head = await http.read_head(reader, patience)
             if head is None:
                 return False
             self._check_key(head)

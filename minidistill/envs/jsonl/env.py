@@ -93,12 +93,7 @@ def load(
     "none". The other arguments say how rows are read: see `Source` and `Columns`. Raises UserError
     for a file or an argument it cannot use.
     """
-    counts = {"num_train_examples": num_train_examples, "num_eval_examples": num_eval_examples}
-    for argument, count in counts.items():
-        if count is not None and (not is_int(count) or count < 1):
-            raise refusal(argument, count, "use a whole number above 0")
-    if not is_int(seed):
-        raise refusal("seed", seed, "use a whole number")
+    check_counts(num_train_examples, num_eval_examples, seed)
     source = checked_source("path", path, format, split, name, revision, delimiter)
     wanted = checked_columns(columns, context_column, drop_reply)
     places: dict[str, str] = {}
@@ -110,11 +105,8 @@ def load(
         options: tuple[Any, ...] = (format, eval_split, name, revision, delimiter, "eval_split")
         held_out = checked_source(argument, place, *options)
         eval_lines = read_lines(held_out, wanted, places, prefix="eval/")
-        _refuse_shared_prompts(lines, eval_lines)
     scoring = _build_reward(reward, [*lines, *eval_lines])
-    train, evaluation = _shuffled(lines, seed), _shuffled(eval_lines, seed)[:num_eval_examples]
-    if not eval_lines:
-        train, evaluation = _split(train, num_eval_examples, path)
+    train, evaluation = in_splits(lines, eval_lines, path, seed, num_eval_examples)
     return JsonlEnv(train[:num_train_examples], evaluation, reward, scoring)
 
 
@@ -132,6 +124,32 @@ def read_dataset(path: str, args: dict[str, Any], what: str) -> list[Line]:
 
 
 # -- splitting ---------------------------------------------------------------------------------
+
+
+def check_counts(num_train_examples: object, num_eval_examples: object, seed: object) -> None:
+    """Raise UserError for numbers that cannot be used."""
+    counts = {"num_train_examples": num_train_examples, "num_eval_examples": num_eval_examples}
+    for argument, count in counts.items():
+        if count is not None and (not isinstance(count, int) or not is_int(count) or count < 1):
+            raise refusal(argument, count, "use a whole number above 0")
+    if not is_int(seed):
+        raise refusal("seed", seed, "use a whole number")
+
+
+def in_splits(
+    lines: Sequence[Line],
+    eval_lines: Sequence[Line],
+    path: str,
+    seed: int,
+    num_eval_examples: int | None,
+) -> tuple[list[Line], list[Line]]:
+    """Both splits, shuffled. Without `eval_lines`, some of `lines` are held out. Raises UserError
+    if a prompt is in both, or none is left."""
+    _refuse_shared_prompts(lines, eval_lines)
+    train = _shuffled(lines, seed)
+    if eval_lines:
+        return train, _shuffled(eval_lines, seed)[:num_eval_examples]
+    return _split(train, num_eval_examples, path)
 
 
 def _shuffled(lines: Sequence[Line], seed: int) -> list[Line]:
