@@ -7,12 +7,12 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 from support.verifiers_package import (
     INSTALLED,
+    give_taskset_a_name,
     guessing,
     needs_classic,
     needs_either,
@@ -26,12 +26,10 @@ from minidistill.envs.verifiers.rows import Source, plain_prompt, split_rows
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.types import Message, Reward, Turn
 
-SUPPORT = Path(__file__).parent.parent / "support"
-
 
 @pytest.fixture(autouse=True)
 def _local_task_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SUPPORT))
+    give_taskset_a_name(monkeypatch)
 
 
 class Scripted:

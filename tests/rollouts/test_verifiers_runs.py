@@ -9,17 +9,21 @@ from typing import Any
 import pytest
 from support.conversations import conversation_ids
 from support.runs import records, run
-from support.verifiers_package import guessing, needs_classic, needs_either
+from support.verifiers_package import (
+    give_taskset_a_name,
+    guessing,
+    needs_classic,
+    needs_either,
+)
 
 from minidistill.errors import EXIT_OK, UserError
 
-SUPPORT = Path(__file__).parent.parent / "support"
 pytestmark = needs_either
 
 
 @pytest.fixture(autouse=True)
 def _local_task_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SUPPORT))
+    give_taskset_a_name(monkeypatch)
 
 
 def table(**args: Any) -> tuple[str, str]:
