@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for key in ("rollouts_per_second", "sampled_per_second")
     }
     report = {
-        "verifiers": version("verifiers"),
+        "package": f"verifiers {version('verifiers')}",
         "steps": arguments.steps,
         "repeats": arguments.repeats,
         "threads": arguments.threads,
