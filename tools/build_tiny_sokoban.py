@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -90,27 +90,42 @@ ANSWERS = (
 )
 CHAT = tuple(zip(UNRELATED, ANSWERS, strict=True))
 
+Row = tuple[list[int], list[bool]]
+"""Token ids, and which of them are answers to learn."""
+Group = tuple[list[int], list[Row]]
+"""Ids that all rows begin with, and what follows in each."""
+
+
+class Batches(Protocol):
+    def batch(self, size: int) -> Iterator[Group]:
+        """The rows of one step, in groups with a common prefix."""
+
 
 def build_tokenizer(out: Path) -> Any:
-    """Byte-level BPE. Words may merge; a board's symbols and moves stay single tokens."""
+    """Words may merge; a board's symbols and moves stay single tokens."""
+    task = [prompt_text("", XSB, rules, tagged=True) for rules in (True, False)]
+    corpus = [*EXPERTS * 20, *task * 20, *OTHERS, RULES, *(line for pair in CHAT for line in pair)]
+    return trained_tokenizer(out, corpus, r"[UDLR](?![a-z])", VOCABULARY)
+
+
+def trained_tokenizer(out: Path, corpus: list[str], single: str, vocabulary: int) -> Any:
+    """Byte-level BPE that is trained on texts. What `single` matches is split from words."""
+    out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
-    moves = r"[UDLR](?![a-z])"
-    word = rf" ?[A-Za-z]+?(?={moves}|[^A-Za-z]|$)"
+    word = rf" ?[A-Za-z]+?(?={single}|[^A-Za-z]|$)"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(rf"{moves}|{word}|[\s\S]"), "isolated"),
+            pre_tokenizers.Split(Regex(rf"{single}|{word}|[\s\S]"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    task = [prompt_text("", XSB, rules, tagged=True) for rules in (True, False)]
-    corpus = [*EXPERTS * 20, *task * 20, *OTHERS, RULES, *(line for pair in CHAT for line in pair)]
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<answer>", "</answer>")])
     fast = PreTrainedTokenizerFast(
@@ -179,18 +194,20 @@ class Corpus:
         answer = self.open + [self.symbols[m] for m in moves] + self.close + self.eos
         return [self.symbols[c] for c in level.board], answer
 
-    def batch(self, size: int) -> Iterator[tuple[list[int], list[tuple[list[int], list[int]]]]]:
-        """The rows of one step, in groups with a common prefix: (prefix, [(rest, answer), ...])."""
-        yield [], [self.rng.choice(self.chat) for _ in range(size // 24)]
+    def batch(self, size: int) -> Iterator[Group]:
+        """The rows of one step."""
+        yield [], [row(*self.rng.choice(self.chat)) for _ in range(size // 24)]
         for expert, share in ((True, 0.4), (True, 0.2), (False, 0.3), (False, 0.1)):
             first, last = self.heads[self.head(expert)]
             rows = [self.draw(expert) for _ in range(round(size * share))]
-            yield first, [(board + last, answer) for board, answer in rows]
+            yield first, [row(board + last, answer) for board, answer in rows]
 
 
-def group_loss(
-    model: LlamaForCausalLM, first: list[int], rows: list[tuple[list[int], list[int]]]
-) -> torch.Tensor:
+def row(prompt: list[int], answer: list[int]) -> Row:
+    return prompt + answer, [False] * len(prompt) + [True] * len(answer)
+
+
+def group_loss(model: LlamaForCausalLM, first: list[int], rows: list[Row]) -> torch.Tensor:
     """Summed cross-entropy of a group's answers. The common prefix `first` runs once."""
     cache: Any = None
     if first:
@@ -199,13 +216,13 @@ def group_loss(
         for layer in cache.layers:
             layer.keys = layer.keys.expand(len(rows), -1, -1, -1)
             layer.values = layer.values.expand(len(rows), -1, -1, -1)
-    length = max(len(p) + len(a) for p, a in rows)
+    length = max(len(tokens) for tokens, _ in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     labels = torch.full((len(rows), length), -100)
-    for row, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) - 1 : end - 1] = torch.tensor(answer)
+    for number, (tokens, answers) in enumerate(rows):
+        ids[number, : len(tokens)] = torch.tensor(tokens)
+        wanted = [id if own else -100 for id, own in zip(tokens, answers, strict=True)]
+        labels[number, : len(tokens) - 1] = torch.tensor(wanted[1:])
     is_answer = labels != -100  # right padding needs no mask: no real token attends to it
     hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
     logits = model.lm_head(hidden.last_hidden_state[is_answer]).float()
@@ -222,10 +239,24 @@ def train(
     save_every: int,
 ) -> None:
     """Train a model and write it to `out` with its tokenizer, every `save_every` steps if not 0."""
-    torch.manual_seed(SEED)
-    out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(out)
     corpus = Corpus(tokenizer, LevelSet(DIFFICULTY, SEED, "train", LEVELS))
+    fit(out, tokenizer, corpus, steps, batch_size, learning_rate, layers, width, save_every)
+
+
+def fit(
+    out: Path,
+    tokenizer: Any,
+    corpus: Batches,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    layers: int,
+    width: int,
+    save_every: int,
+) -> None:
+    """Train a Llama of these sizes on what the corpus draws."""
+    torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -255,7 +286,7 @@ def train(
             group["lr"] = learning_rate * rate
         optimizer.zero_grad()
         groups = list(corpus.batch(batch_size))
-        count = sum(len(answer) for _, rows in groups for _, answer in rows)
+        count = sum(sum(answers) for _, rows in groups for _, answers in rows)
         for first, rows in groups:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = group_loss(model, first, rows) / count
@@ -274,20 +305,21 @@ def train(
     model.save_pretrained(out)
 
 
-def main() -> None:
+def arguments(description: str | None, **defaults: int | float) -> dict[str, Any]:
+    """The command line of a builder, with these defaults of its numbers."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch-size", type=int, default=192)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--save-every", type=int, default=0)
-    arguments: dict[str, Any] = vars(parser.parse_args())
-    arguments["learning_rate"] = arguments.pop("lr")
-    train(**arguments)
+    for name, default in (defaults | {"save_every": 0}).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    given: dict[str, Any] = vars(parser.parse_args())
+    given["learning_rate"] = given.pop("lr")
+    return given
+
+
+def main() -> None:
+    train(**arguments(__doc__, steps=2400, batch_size=192, lr=2e-3, layers=4, width=128))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from minidistill.engines.base import Engine
 from minidistill.engines.checks import check_completions, named
 from minidistill.envs.multi_turn import multi_turn
 from minidistill.envs.protocol import Environment, has_rewards
-from minidistill.evaluation.kl import Conversations, sample
+from minidistill.evaluation.kl import Answer, sample
+from minidistill.evaluation.side_by_side import kept
 from minidistill.reporting.terminal.base import Display
 from minidistill.rollouts.conversations import Played, Player, errors_of
 from minidistill.seeding import stable_seed
@@ -179,39 +180,48 @@ class Evaluator:
         """The prompts for the held-out KL."""
         return held_out(self.prompts)
 
-    def held_out_conversations(self) -> Conversations | None:
-        """The student's conversations for the held-out KL, sampled as in training.
+    def student_answers(self) -> list[Answer]:
+        """The student's answers to the prompts for the held-out KL, sampled as in training."""
+        return self._answers(self.held_out(), Role.STUDENT, context=False)
 
-        Of a single-turn environment they have one completion. None if all environments are.
-        """
-        if not self.conversing:
-            return None
-        prompts, training = self.held_out(), self.config.orchestrator.sampling
+    def teacher_answers(self) -> list[Answer]:
+        """The teacher's, with the context, to those of the prompts that are kept."""
+        prompts = self.held_out()
+        chosen = [prompts[i] for i in kept(len(prompts))]
+        return self._answers(chosen, Role.TEACHER, context=True)
+
+    def _answers(self, prompts: Sequence[Prompt], role: Role, *, context: bool) -> list[Answer]:
+        training = self.config.orchestrator.sampling
         talking = [i for i, prompt in enumerate(prompts) if prompt.env in self.conversing]
         others = [i for i, prompt in enumerate(prompts) if prompt.env not in self.conversing]
-        player = Player(
-            self.builder,
-            self.conversing,
-            self.max_length,
-            SamplingParams(training.max_tokens, training.temperature),
-            lambda row, turn: stable_seed(self.config.seed, "held-out", talking[row], turn),
-            rewarded=False,
-        )
-        limit = self.config.orchestrator.max_env_error_frac
+        found: dict[int, Answer] = {}
+        if talking:
+            player = Player(
+                self.builder,
+                self.conversing,
+                self.max_length,
+                SamplingParams(training.max_tokens, training.temperature),
+                lambda row, turn: stable_seed(self.config.seed, "held-out", talking[row], turn),
+                role,
+                context,
+                rewarded=False,
+            )
+            # the teacher's are shown and no more, and of a few one failure is a large share
+            limit = self.config.orchestrator.max_env_error_frac if role is Role.STUDENT else 1.0
 
-        def check(errors: Sequence[str]) -> None:
-            check_errors(errors, len(talking), limit)
+            def check(errors: Sequence[str]) -> None:
+                check_errors(errors, len(talking), limit)
 
-        jobs = [(prompts[i], 0) for i in talking]
-        played = player.play(self.engine, jobs, lambda count: None, check)
-        check(errors_of(played))
-        found = {
-            i: [(each.prompt, each.completion) for each in conversation.samples]
-            for i, conversation in zip(talking, played, strict=True)
-        }
+            jobs = [(prompts[i], 0) for i in talking]
+            played = player.play(self.engine, jobs, lambda count: None, check)
+            check(errors_of(played))
+            for i, each in zip(talking, played, strict=True):
+                found[i] = Answer([(s.prompt, s.completion) for s in each.samples], each.text)
         if others:
-            view = [prompts[i].student_ids for i in others]
-            arguments = "held-out", Role.STUDENT, training.max_tokens
+            view = [prompts[i].ids(role, context=context) for i in others]
+            arguments = "held-out", role, training.max_tokens
             completions = sample(self.config, self.engine, view, *arguments)
-            found |= {i: [(prompts[i], c)] for i, c in zip(others, completions, strict=True)}
+            for i, completion in zip(others, completions, strict=True):
+                text = self.builder.decode(completion.token_ids)
+                found[i] = Answer([(prompts[i], completion)], text)
         return [found[i] for i in range(len(prompts))]

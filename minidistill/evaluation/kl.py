@@ -22,17 +22,27 @@ from minidistill.types import Completion, Prompt, Request, Role, SamplingParams,
 
 Views = tuple[Sequence[Ids], Sequence[Ids]]
 """The prompts that each of two distributions reads."""
-Conversations = Sequence[Sequence[tuple[Prompt, Completion]]]
-"""The samples of a conversation about each prompt; none if it failed."""
+Samples = Sequence[Sequence[tuple[Prompt, Completion]]]
+"""Of each prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was answered to a prompt: a completion, or a conversation."""
+
+    samples: Sequence[tuple[Prompt, Completion]]
+    """None if the conversation failed."""
+    text: str
+    """Of a conversation with what the environment wrote in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampledKL:
-    """A KL by prompt, and the completions that it was measured on."""
+    """A KL by prompt, and the texts that it was measured on."""
 
     by_prompt: PromptSums
-    completions: list[Completion]
-    """Of a conversation its first turn."""
+    texts: list[str]
+    """Empty unless answers were given."""
     prompts: Sequence[Prompt] = ()
     """What was answered with these. That of a program is only known when it asks."""
 
@@ -51,22 +61,24 @@ def teacher_kl(
     *,
     label: str = "held-out",
     max_tokens: int | None = None,
-    conversations: Conversations | None = None,
+    answers: Sequence[Answer] | None = None,
 ) -> SampledKL:
     """KL(student‖teacher) over completions that the student samples without the context.
 
-    `conversations` of the prompts take the place of completions, if they are given.
+    If its `answers` to the prompts are given, they are not sampled here.
 
     If only an engine holds the teacher's weights, it is log π(y) - log q(y) instead. Otherwise an
     engine on the trainer's GPU is asleep after the call. `budget` bounds the passes. The seeds
     follow from `label`. `max_tokens` is by default that of training.
     """
-    if conversations is None:
+    if answers is None:
         longest = max_tokens or config.orchestrator.sampling.max_tokens
         view = [p.student_ids for p in prompts]
         sampled = sample(config, engine, view, label, Role.STUDENT, longest)
-        conversations = [[pair] for pair in zip(prompts, sampled, strict=True)]
-    pairs = [pair for conversation in conversations for pair in conversation]
+        samples: Samples = [[pair] for pair in zip(prompts, sampled, strict=True)]
+    else:
+        samples = [answer.samples for answer in answers]
+    pairs = [pair for of_prompt in samples for pair in of_prompt]
     views = ([p.student_ids for p, _ in pairs], [p.teacher_ids for p, _ in pairs])
     completions = [completion for _, completion in pairs]
     roles = Role.STUDENT, Role.TEACHER
@@ -76,27 +88,16 @@ def teacher_kl(
         kl = _exact_kl(config, policy, completions, views, roles, budget, doing)
     else:
         kl = _sampled_kl(engine, completions, views, roles)
-    return _by_conversation(kl, prompts, conversations)
+    asked = [of[0][0] if of else prompt for of, prompt in zip(samples, prompts, strict=True)]
+    return SampledKL(_by_prompt(kl, samples), [answer.text for answer in answers or ()], asked)
 
 
-def _by_conversation(
-    kl: SampledKL, prompts: Sequence[Prompt], conversations: Conversations
-) -> SampledKL:
-    """The KL of all samples, by conversation."""
-    ends = list(accumulate(map(len, conversations)))
-    parts = [slice(end - len(c), end) for end, c in zip(ends, conversations, strict=True)]
-    sums = [sum(kl.by_prompt.sums[part]) for part in parts]
-    tokens = [sum(kl.by_prompt.tokens[part]) for part in parts]
-    first = [_first_turn(c[0][1]) if c else Completion((), (), "length") for c in conversations]
-    asked = [c[0][0] if c else p for c, p in zip(conversations, prompts, strict=False)]
-    return SampledKL(PromptSums(kl.by_prompt.mean, sums, tokens), first, asked)
-
-
-def _first_turn(completion: Completion) -> Completion:
-    if not completion.inserted:
-        return completion
-    end = completion.inserted[0].at
-    return Completion(completion.token_ids[:end], completion.logprobs[:end], "eos")
+def _by_prompt(kl: PromptSums, samples: Samples) -> PromptSums:
+    """The KL of all samples, by prompt."""
+    ends = list(accumulate(map(len, samples)))
+    parts = [slice(end - len(of), end) for end, of in zip(ends, samples, strict=True)]
+    sums = [sum(kl.sums[part]) for part in parts]
+    return PromptSums(kl.mean, sums, [sum(kl.tokens[part]) for part in parts])
 
 
 def drift_kl(
@@ -147,7 +148,7 @@ def _exact_kl(
     roles: tuple[Role, Role],
     budget: TokenBudget,
     doing: str,
-) -> SampledKL:
+) -> PromptSums:
     kl_N = token_kl(
         policy,
         [c.sequence for c in completions],
@@ -160,7 +161,7 @@ def _exact_kl(
     ).double()
     tokens = [len(c.token_ids) for c in completions]
     sums = [float(part.sum()) for part in kl_N.split(tokens)]
-    return SampledKL(PromptSums(float(kl_N.mean()), sums, tokens), completions)
+    return PromptSums(float(kl_N.mean()), sums, tokens)
 
 
 def _score(
@@ -176,7 +177,7 @@ def _score(
 
 def _sampled_kl(
     engine: Engine, completions: list[Completion], views: Views, roles: tuple[Role, Role]
-) -> SampledKL:
+) -> PromptSums:
     """The one-sample estimate, from log-probs of the sampled tokens at temperature 1."""
     first, second = (
         [sum(logprobs) for logprobs in _score(engine, view, completions, role)]
@@ -185,4 +186,4 @@ def _sampled_kl(
     tokens = [len(c.token_ids) for c in completions]
     mean = (sum(first) - sum(second)) / sum(tokens)
     sums = [p - q for p, q in zip(first, second, strict=True)]
-    return SampledKL(PromptSums(mean, sums, tokens), completions)
+    return PromptSums(mean, sums, tokens)

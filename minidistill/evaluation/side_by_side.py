@@ -1,4 +1,4 @@
-"""Completions before training, of the teacher and after training, for a few held-out prompts."""
+"""Answers before training, of the teacher and after training, for a few held-out prompts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minidistill.envs.content import text_content
-from minidistill.tasks.prompts import PromptBuilder
-from minidistill.types import Completion, Prompt
+from minidistill.types import Prompt
 
 KEPT = 16  # prompts
 
@@ -19,10 +18,7 @@ def kept(count: int) -> list[int]:
 
 
 def before_training(
-    builder: PromptBuilder,
-    prompts: Sequence[Prompt],
-    student: Sequence[Completion],
-    teacher: Sequence[Completion],
+    prompts: Sequence[Prompt], student: Sequence[str], teacher: Sequence[str]
 ) -> list[dict[str, Any]]:
     """For each kept prompt: `env`, `task_id`, `prompt`, and the texts `before` and `teacher`.
 
@@ -33,18 +29,13 @@ def before_training(
             "env": prompts[i].env,
             "task_id": prompts[i].task.id,
             "prompt": text_content(prompts[i].task.messages[-1]["content"]) or "",
-            "before": builder.decode(student[i].token_ids),
-            "teacher": builder.decode(completion.token_ids),
+            "before": student[i],
+            "teacher": text,
         }
-        for i, completion in zip(kept(len(prompts)), teacher, strict=True)
+        for i, text in zip(kept(len(prompts)), teacher, strict=True)
     ]
 
 
-def after_training(
-    builder: PromptBuilder, rows: Sequence[dict[str, Any]], student: Sequence[Completion]
-) -> list[dict[str, Any]]:
+def after_training(rows: Sequence[dict[str, Any]], student: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of `before_training` with the trained student's text as `after`."""
-    return [
-        row | {"after": builder.decode(student[i].token_ids)}
-        for row, i in zip(rows, kept(len(student)), strict=True)
-    ]
+    return [row | {"after": student[i]} for row, i in zip(rows, kept(len(student)), strict=True)]

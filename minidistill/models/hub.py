@@ -148,8 +148,8 @@ def _cannot_load(name: str, key: str, error: BaseException) -> UserError:
     return UserError(
         f"cannot load the model {name!r}: {reason}",
         where=key,
-        fix="name a built-in model (tiny-sokoban), a local folder in Hugging Face layout, "
-        "or a hub id that this machine can reach",
+        fix="name a built-in model (tiny-sokoban, tiny-lake), a local folder in Hugging Face "
+        "layout, or a hub id that this machine can reach",
     )
 
 

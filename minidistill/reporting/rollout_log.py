@@ -17,7 +17,7 @@ from minidistill.reporting.records import rollout_names
 from minidistill.reporting.run_directory import finite
 from minidistill.system.files import write_atomic
 from minidistill.system.foreign import describe, foreign_code
-from minidistill.types import Rollout, TokenFigures
+from minidistill.types import Completion, Rollout, TokenFigures
 
 SCHEMA_VERSION = 1
 
@@ -121,6 +121,16 @@ def _line(step: int, rollout: Rollout, figures: TokenFigures, texts: TokenTexts)
         "tokens": texts(completion.token_ids),
         **(_conversation(rollout, texts) if rollout.first else {}),
     }
+
+
+def with_inserted(
+    completion: Completion, texts: TokenTexts, kl: Sequence[float]
+) -> tuple[tuple[str, ...], tuple[float | None, ...]]:
+    """The text and the KL of each token, with what an environment wrote, which has no KL."""
+    values: list[float | None] = [*kl]
+    for each in reversed(completion.inserted):
+        values[each.at : each.at] = [None] * len(each.ids)
+    return tuple(texts(completion.sequence)), tuple(values)
 
 
 def _conversation(rollout: Rollout, texts: TokenTexts) -> dict[str, Any]:

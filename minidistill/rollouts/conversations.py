@@ -49,6 +49,8 @@ class Played:
     """Requests of an environment whose requests are stripped."""
     whole: int = 0
     """Those of them that had nothing to leave out."""
+    text: str = ""
+    """The whole conversation, without its first messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,7 @@ def _played(prompt: Prompt, talk: Talk, episode: Episode) -> Played:
     if isinstance(talk, Conversations) and talk.strip is not None:
         counts = (turns, forgotten, talk.asked, talk.whole)
     if isinstance(outcome, Reward) and samples:
-        return Played(samples, outcome, "", "", *counts)
+        return Played(samples, outcome, "", "", *counts, talk.text)
     if not isinstance(outcome, ScoringError):
         outcome = ScoringError(
             "nobody has read an answer" if forgotten else "no room for its first turn"

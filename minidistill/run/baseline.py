@@ -104,17 +104,14 @@ def _evaluate(session: Session) -> dict[str, Any]:
     """Everything that is measured before training."""
     assert session.evaluator is not None
     evaluator = session.evaluator
-    held_out = session.held_out_kl()
-    teacher_completions = session.teacher_completions(held_out.prompts)
-    unrelated = session.unrelated_kl()
+    held_out, unrelated = session.held_out_kl(), session.unrelated_kl()
+    teacher_texts = session.teacher_texts()
     results: dict[str, Any] = {
         "rewards": {},
         "heldout_kl": held_out.mean,
         "heldout_by_prompt": asdict(held_out.by_prompt),
         "unrelated_by_prompt": None if unrelated is None else asdict(unrelated.by_prompt),
-        "completions": before_training(
-            session.builder, held_out.prompts, held_out.completions, teacher_completions
-        ),
+        "completions": before_training(held_out.prompts, held_out.texts, teacher_texts),
     }
     if session.config.orchestrator.teacher_model.eval_baseline:
         student = evaluator.run("student", _student_role(session), context=False)

@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 
 from minidistill.errors import UserError
 from minidistill.evaluation.evaluator import Scores
-from minidistill.evaluation.kl import SampledKL, drift_kl, sample, teacher_kl
-from minidistill.evaluation.side_by_side import kept
+from minidistill.evaluation.kl import SampledKL, drift_kl, teacher_kl
 from minidistill.evaluation.unrelated import DRIFT_TOKENS, unrelated_prompts
 from minidistill.placement.machine import GIB
 from minidistill.placement.measured import planned_and_measured
 from minidistill.reporting.monitors import open_monitors
-from minidistill.reporting.rollout_log import TokenTexts, write_rollouts
+from minidistill.reporting.rollout_log import TokenTexts, with_inserted, write_rollouts
 from minidistill.reporting.terminal.base import Display, Sample
 from minidistill.run.build import Components, build
 from minidistill.run.header import header
@@ -27,7 +26,7 @@ from minidistill.trainer import checkpoint
 from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.health import Health
 from minidistill.trainer.metrics import by_group
-from minidistill.types import Completion, Metrics, Prompt, Role, Rollout, TokenFigures
+from minidistill.types import Metrics, Role, Rollout, TokenFigures
 
 logger = logging.getLogger(__name__)
 SHORTER = {
@@ -155,8 +154,8 @@ class Session:
         self.log(step, metrics)
         first = rollouts[0]
         reward = None if first.reward is None else first.reward.value
-        texts = tuple(self.texts(first.completion.token_ids))
-        sample = Sample(texts, tuple(tokens[0].kl.tolist()), reward, first.prompt.env)
+        shown = with_inserted(first.completion, self.texts, tokens[0].kl.tolist())
+        sample = Sample(*shown, reward, first.prompt.env)
         self.display.step(step, metrics, sample)
         self.problem = self.health.take(step, metrics)
         if step == self.first_step:
@@ -199,14 +198,10 @@ class Session:
     def held_out_kl(self) -> SampledKL:
         """KL(student‖teacher) on held-out prompts."""
         assert self.evaluator is not None
+        answers = self.evaluator.student_answers()
         prompts = self.evaluator.held_out()
         return teacher_kl(
-            self.config,
-            self.policy,
-            self.engine,
-            prompts,
-            self.budget,
-            conversations=self.evaluator.held_out_conversations(),
+            self.config, self.policy, self.engine, prompts, self.budget, answers=answers
         )
 
     @explain_out_of_memory("computing the KL on unrelated prompts", **SHORTER)
@@ -231,11 +226,10 @@ class Session:
         )
 
     @explain_out_of_memory("sampling the teacher's completions", **SHORTER)
-    def teacher_completions(self, prompts: Sequence[Prompt]) -> list[Completion]:
-        """The teacher's completions of the held-out prompts that are kept, with the context."""
-        view = [prompts[i].teacher_ids for i in kept(len(prompts))]
-        max_tokens = self.config.orchestrator.sampling.max_tokens
-        return sample(self.config, self.engine, view, "held-out", Role.TEACHER, max_tokens)
+    def teacher_texts(self) -> list[str]:
+        """The teacher's answers to the held-out prompts that are kept, with the context."""
+        assert self.evaluator is not None
+        return [answer.text for answer in self.evaluator.teacher_answers()]
 
     @explain_out_of_memory("computing the drift on unrelated prompts", **SHORTER)
     def drift_kl(self) -> float | None:

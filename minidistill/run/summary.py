@@ -93,8 +93,7 @@ def _last_passes(session: Session, before: dict[str, Any]) -> dict[str, Pass]:
         figures |= by_environment(prompts, known, kl.by_prompt, session.config.seed)
         figures |= by_context(prompts, known, kl.by_prompt, session.prepared.context_count)
         if COMPLETIONS in before:
-            rows = after_training(session.builder, before[COMPLETIONS], kl.completions)
-            figures[COMPLETIONS] = rows
+            figures[COMPLETIONS] = after_training(before[COMPLETIONS], kl.texts)
         return figures
 
     def drift_kl() -> dict[str, Any]:

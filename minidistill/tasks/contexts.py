@@ -37,9 +37,13 @@ class Choices:
     own: bool = False
     """They were written for this environment, so that a mark in them is no part of the text."""
 
-    def every(self, env: str, task: Task) -> list[Context]:
-        """All contexts that a task's prompt may have. Raises UserError if one cannot be made."""
-        return [self._of(context, env, task) for context in self.contexts]
+    def every(self, env: str, task: Task, chosen: Sequence[int] | None = None) -> list[Context]:
+        """All contexts that a task's prompt may have, or those with the indices `chosen`.
+
+        Raises UserError if one cannot be made.
+        """
+        contexts = self.contexts if chosen is None else [self.contexts[i] for i in chosen]
+        return [self._of(context, env, task) for context in contexts]
 
     def draw(self, seed: int, step: int, env: str, task: Task) -> Context:
         """The context of a task's prompt in a step; step 0 is for evaluations."""
@@ -123,9 +127,9 @@ class Contexts:
         """Whether a prompt has another context in another step."""
         return any(len(c.contexts) > 1 for c in (self.default, *self.by_env.values()))
 
-    def every(self, env: str, task: Task) -> list[Context]:
-        """All contexts that a task's prompt may have."""
-        return self.by_env.get(env, self.default).every(env, task)
+    def every(self, env: str, task: Task, chosen: Sequence[int] | None = None) -> list[Context]:
+        """All contexts that a task's prompt may have, or those with these indices."""
+        return self.by_env.get(env, self.default).every(env, task, chosen)
 
     def draw(self, env: str, task: Task, step: int = 0) -> Context:
         """The context of a task's prompt in a step; step 0 is for evaluations."""

@@ -64,6 +64,8 @@ class Conversation:
         self.turns = 0
         self.full = False
         """It ended because its sample has no room for another turn."""
+        self.text = ""
+        """All answers, and between them the messages that the environment wrote."""
         self._closed: list[_Open] = []
         self._open: _Open | None = None
         self._messages: list[dict[str, Any]] = []
@@ -100,6 +102,7 @@ class Conversation:
         prompt = self.first if usual else self._built(task, tools)
         if self._open is not None:
             self._closed.append(self._open)
+            self.text += _said(_after_answer(plain))
         self._open = _Open(prompt, ([prompt.student_text], [prompt.teacher_text]), [*tools])
         self._messages, self._answers, self._places = plain, [], []
         self._next = (), ""
@@ -159,6 +162,7 @@ class Conversation:
         text = self.builder.decode(completion.token_ids)
         self._open.completions.append(completion)
         self._open.texts += [messages, text]
+        self.text += messages + text
         self._answers.append(text)
         self.turns += 1
         sampled = completion.token_ids, completion.logprobs
@@ -205,8 +209,7 @@ class Conversation:
                 return None
             ids = ids[1:]
         self._open.around = student, teacher
-        new = messages[before + 1 :]
-        return ids, "".join(f"\n[{m['role']}] {m.get('content') or ''}\n" for m in new)
+        return ids, _said(messages[before + 1 :])
 
     def _around(
         self,
@@ -251,6 +254,17 @@ def extends(builder: PromptBuilder, prompt: Prompt) -> bool:
     answer, reply = {"role": "assistant", "content": text}, {"role": "user", "content": "Yes"}
     conversation.ask([*messages, answer, reply])
     return len(conversation.samples) == 1 and conversation.ends_with_insertion
+
+
+def _after_answer(messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages after the last answer, all if there is none."""
+    answers = (i for i, m in enumerate(messages) if m["role"] == "assistant")
+    return messages[max(answers, default=-1) + 1 :]
+
+
+def _said(messages: Sequence[Message]) -> str:
+    """An environment's messages, as a text between two answers."""
+    return "".join(f"\n[{m['role']}] {m.get('content') or ''}\n" for m in messages)
 
 
 def _joined(completions: Sequence[Completion], inserted: Sequence[Inserted]) -> Completion:

@@ -42,6 +42,11 @@ class Conversations:
     def samples(self) -> list[Sample]:
         return [sample for each in self._all for sample in each.samples]
 
+    @property
+    def text(self) -> str:
+        """See `Conversation.text`."""
+        return "\n\n".join(each.text for each in self._all)
+
     def ask(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> None:
         """See `Conversation.ask`."""
         self._now = next(

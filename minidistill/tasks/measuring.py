@@ -29,6 +29,11 @@ TRIES = 64
 KEPT = 32
 """Prompts, and contexts, kept for the checks of the model and for measuring drift."""
 
+MANY = 16
+"""Contexts of a prompt that are all measured. Of more, so many of the longest are."""
+WHOLE = 4
+"""Prompts, evenly spaced, that are measured with all contexts, however many there are."""
+
 Overlong = Literal["refuse", "drop"]
 
 
@@ -109,8 +114,9 @@ class Measurer:
         """The tasks of a split without overlong ones: `tasks` itself if there are none.
 
         A split is measured whole. Only of one that generates its tasks (`make_tasks`) the first
-        ones are measured, and none is left out. `take` is called with each prompt and whether it
-        fits.
+        ones are measured, and none is left out. If a prompt may have more than `MANY` contexts, a
+        few prompts are measured with all of them, and the others with the longest. `take` is called
+        with each prompt and whether it fits.
 
         Raises UserError if the split is empty, if prompts are refused, or if none of them fits.
         """
@@ -119,11 +125,16 @@ class Measurer:
         count = min(GENERATED, len(tasks)) if generated else len(tasks)
         overlong: list[int] = []
         first: Prompt | None = None
+        longest_contexts: list[int] | None = None
         chosen = self.take(env, tasks, count) if generated else map(tasks.__getitem__, range(count))
         with self.phase(f"measure {env}", count, "prompts") as advance:
             for index, task in enumerate(chosen):
-                prompts = self.builder.variants(env, task)
+                whole = index % max(1, count // WHOLE) == 0
+                prompts = self.builder.variants(env, task, None if whole else longest_contexts)
                 longest = max(prompts, key=length)
+                if index == 0 and len(prompts) > MANY:
+                    by_length = sorted(range(len(prompts)), key=lambda i: -length(prompts[i]))
+                    longest_contexts = sorted(by_length[:MANY])
                 fits = limit.allows(longest)
                 if not fits:
                     first = first or longest

@@ -80,11 +80,10 @@ class PromptBuilder:
         shown = self.student.dates or self.teacher.dates
         return self.student.settings.now if shown else None
 
-    def variants(self, env: str, task: Task) -> list[Prompt]:
-        """Both views of a task with each context that it may have."""
-        return [
-            self.build(env, task, context=context) for context in self.contexts.every(env, task)
-        ]
+    def variants(self, env: str, task: Task, chosen: Sequence[int] | None = None) -> list[Prompt]:
+        """Both views of a task with each context that it may have, or those with these indices."""
+        contexts = self.contexts.every(env, task, chosen)
+        return [self.build(env, task, context=context) for context in contexts]
 
     def build(
         self,

@@ -5,7 +5,7 @@ Shapes: `_B` sequences, `_L` length, `_N` completion tokens, `_H` hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,7 @@ class PrefixCache:
     ) -> None:
         """`contexts` are what the run's teacher prompts are known to begin with."""
         self.policy, self.shares, self.size = policy, shares, size
-        long_enough = [context for context in contexts if len(context) >= MIN_SHARED]
-        self.contexts = sorted(long_enough, key=len, reverse=True)
+        self.contexts = contexts
         self._kept: dict[tuple[int, ...], KeysValues] = {}
         self.computed = 0
 
@@ -60,7 +59,7 @@ class PrefixCache:
         """
         distinct = set(map(tuple, prompts)) if self.shares else set()
         if distinct and self._frozen(role):
-            for context in self.contexts:
+            for context in self._beginnings(next(iter(distinct))):
                 size = len(context)
                 if all(len(ids) > size and ids[:size] == context for ids in distinct):
                     return context
@@ -77,8 +76,7 @@ class PrefixCache:
         """
         known: dict[tuple[int, ...], list[int]] = {}
         for row, ids in enumerate(prompts):
-            begins = (c for c in self.contexts if len(ids) > len(c) and ids[: len(c)] == c)
-            known.setdefault(next(begins, common), []).append(row)
+            known.setdefault(next(self._beginnings(ids), common), []).append(row)
         groups: dict[tuple[int, ...], list[int]] = {}
         for context, rows in known.items():
             saved = (len(context) - len(common)) * len({prompts[row] for row in rows})
@@ -98,6 +96,24 @@ class PrefixCache:
             while len(self._kept) > self.size:
                 del self._kept[next(iter(self._kept))]
         return self._kept[prefix]
+
+    @property
+    def contexts(self) -> Sequence[tuple[int, ...]]:
+        return [context for of_length in self._contexts.values() for context in of_length]
+
+    @contexts.setter
+    def contexts(self, contexts: Sequence[tuple[int, ...]]) -> None:
+        by_length: dict[int, set[tuple[int, ...]]] = {}
+        for context in sorted(contexts, key=len, reverse=True):
+            if len(context) >= MIN_SHARED:
+                by_length.setdefault(len(context), set()).add(context)
+        self._contexts = by_length
+
+    def _beginnings(self, ids: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """The known contexts that ids begin with and are longer than, the longest first."""
+        for length, contexts in self._contexts.items():  # so that thousands of them cost little
+            if len(ids) > length and (begin := tuple(ids[:length])) in contexts:
+                yield begin
 
     def _frozen(self, role: Role) -> bool:
         policy = self.policy

@@ -132,7 +132,9 @@ def test_evaluations_read_requests_as_they_came_or_stripped(
         assert used is role
         seen.append(stage.lab.builder.tokenizer.decode(requests[0].prompt_ids))
     assert [SECRET in text for text in seen] == [False, True]
-    [[(prompt, completion)]] = evaluator.held_out_conversations()
+    [answer] = evaluator.student_answers()
+    [(prompt, completion)] = answer.samples
+    assert answer.text
     assert SECRET in prompt.teacher_text
     assert completion.token_ids
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from torch.nn.functional import one_hot
 
 from minidistill.envs.registry import load_environments
 from minidistill.errors import EXIT_HEALTH, EXIT_OK, EXIT_USAGE, UserError
-from minidistill.evaluation.kl import teacher_kl
+from minidistill.evaluation.kl import Answer, teacher_kl
 from minidistill.reporting.html.read import read_run
+from minidistill.reporting.rollout_log import with_inserted
 from minidistill.rollouts.async_collector import AsyncCollector
 from minidistill.run.preflight import check_conversations
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.token_budget import TokenBudget
-from minidistill.types import Role
+from minidistill.types import Completion, Inserted, Role
 
 Configure = Callable[..., Any]
 
@@ -65,21 +67,23 @@ def test_the_held_out_kl_is_that_of_whole_conversations(
     """Against a plain pass over each. An engine that has the teacher scores the sampled tokens."""
     stage = staged(*ECHO)
     evaluator, policy = stage.evaluator(), stage.lab.policy
-    conversations = evaluator.held_out_conversations()
-    assert conversations is not None
-    assert evaluator.held_out_conversations() == conversations
+    answers = evaluator.student_answers()
+    assert evaluator.student_answers() == answers
     monkeypatch.setattr(type(policy), "holds", lambda policy, role: holder == "trainer")
     kl = teacher_kl(
         stage.loaded.config,
         policy,
         stage.engine,
-        evaluator.held_out(),
+        [*evaluator.held_out(), evaluator.held_out()[0]],
         TokenBudget(),
-        conversations=[*conversations, []],
+        answers=[*answers, Answer([], "")],
     )
+    assert kl.prompts == [*evaluator.held_out(), evaluator.held_out()[0]]
     assert len(kl.by_prompt.sums) == 5
     assert (kl.by_prompt.sums[4], kl.by_prompt.tokens[4]) == (0, 0)
-    for number, [(prompt, completion)] in enumerate(conversations):
+    assert kl.texts == [*(answer.text for answer in answers), ""]
+    for number, answer in enumerate(answers):
+        [(prompt, completion)] = answer.samples
         assert len(completion.inserted) == 1
         rows = list(completion.sampled_at)
         student, teacher = (
@@ -95,8 +99,15 @@ def test_the_held_out_kl_is_that_of_whole_conversations(
         expected = float((weights * (student - teacher)).sum())
         assert kl.by_prompt.sums[number] == pytest.approx(expected, rel=1e-3, abs=1e-4)
         assert kl.by_prompt.tokens[number] == len(completion.token_ids)
-        first = completion.token_ids[: completion.inserted[0].at]
-        assert kl.completions[number].token_ids == first
+
+
+def test_a_conversation_of_the_teacher_that_fails_is_not_shown_and_no_more(staged: Any) -> None:
+    env = '[{id = "support.multi_turn:load", name = "echo", args = {faults = {9 = "raise"}}}]'
+    evaluator = staged("--orchestrator.env", env).evaluator()
+    texts = [answer.text for answer in evaluator.teacher_answers()]
+    assert [bool(text) for text in texts] == [True, False, True, True]
+    with pytest.raises(UserError, match="failed on 1 of 4"):
+        evaluator.student_answers()
 
 
 def test_a_sample_that_is_full_ends_its_conversation(staged: Any) -> None:
@@ -122,18 +133,27 @@ def test_a_sample_that_is_full_ends_its_conversation(staged: Any) -> None:
         assert ours.reward is not None
 
 
-@pytest.mark.parametrize("fault", ["raise", "hang", "NaN"])
+@pytest.mark.parametrize(
+    ("fault", "limit", "words"),
+    [
+        ("raise", "turn_timeout = 30", "RuntimeError: the board is gone"),
+        ("NaN", "turn_timeout = 30", "nan, which is not finite"),
+        ("hang", "turn_timeout = 0.3", "it took longer than turn_timeout = 0.3 s"),
+        ("slow", "episode_timeout = 0.25", "it took longer than episode_timeout = 0.25 s"),
+    ],
+)
 def test_a_failure_in_turn_2_drops_the_conversation_and_is_counted(
-    staged: Any, caplog: pytest.LogCaptureFixture, fault: str
+    staged: Any, caplog: pytest.LogCaptureFixture, fault: str, limit: str, words: str
 ) -> None:
     faults = f'args = {{faults = {{3 = "{fault}"}}, count = 8}}'
-    env = f'[{{id = "support.multi_turn:load", name = "echo", turn_timeout = 0.3, {faults}}}]'
+    env = f'[{{id = "support.multi_turn:load", name = "echo", {limit}, {faults}}}]'
     flags = ("--orchestrator.env", env, "--orchestrator.batch_size", "32")
     stage = staged(*flags, "--orchestrator.max_env_error_frac", "0.125")
     rollouts, metrics = stage.collect()
     assert metrics["env/errors"] == 4
     assert {r.prompt.task.id for r in rollouts} == {"0", "1", "2", "4", "5", "6", "7"}
     assert "4 rollouts dropped: task 3 of echo: " in caplog.text
+    assert words in caplog.text
     strict = staged(*flags, "--orchestrator.max_env_error_frac", "0.12")
     with pytest.raises(UserError, match="failed on 4 of 32 rollouts") as caught:
         strict.collect()
@@ -237,6 +257,28 @@ def test_the_run_records_conversations(finished: Path) -> None:
             assert 0 < inserted["at"] < len(line["tokens"])
     assert "eval/sokoban-env/baseline_diff" in records(finished)[0]
     assert board(finished)["student"] is not None
+
+
+def test_whole_conversations_are_shown_side_by_side(finished: Path) -> None:
+    """Of the student, of the teacher and of the trained student: on the scoreboard and the page."""
+    rows = board(finished)["completions"]
+    assert len(rows) == 4
+    page = (finished / "report.html").read_text()
+    for kind in ("before", "teacher", "after"):
+        talks = [row[kind].split("\n[user] ") for row in rows]
+        assert all(1 <= len(talk) <= 3 for talk in talks)
+        assert kind == "teacher" or any(len(talk) > 1 for talk in talks)
+        for talk in talks:
+            assert all("#" in reply and "\n\n" in reply for reply in talk[1:])
+            assert page.count(escape(talk[-1])) >= 1
+    assert "world-class" not in str(rows)
+
+
+def test_the_display_gets_the_whole_conversation() -> None:
+    completion = Completion((1, 2, 3), (0.0,) * 3, "eos", inserted=(Inserted(1, (7, 8)),))
+    tokens, kl = with_inserted(completion, lambda ids: [str(id) for id in ids], [0.1, 0.2, 0.3])
+    assert tokens == ("1", "7", "8", "2", "3")
+    assert kl == (0.1, None, None, 0.2, 0.3)
 
 
 def test_the_page_shows_what_was_inserted(finished: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import signal
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from minidistill.envs import Policy, Task
@@ -15,8 +18,11 @@ Fault = Callable[[], Awaitable[Any]]
 class Echo:
     """Says each answer's length and asks again. `faults` has what happens to some tasks."""
 
-    def __init__(self, faults: dict[str, Fault], count: int, turns: int) -> None:
-        self.faults, self.turns = faults, turns
+    def __init__(
+        self, faults: dict[str, Fault], count: int, turns: int, forgets: bool = False
+    ) -> None:
+        """With `forgets`, a turn's messages do not begin with those of the turn before."""
+        self.faults, self.turns, self.forgets = faults, turns, forgets
         tasks = [
             Task(str(i), ({"role": "user", "content": f"Solve this puzzle. {i}"},))
             for i in range(count + 4)
@@ -32,6 +38,9 @@ class Echo:
             if number == 1 and str(task.id) in self.faults:
                 return await self.faults[str(task.id)]()
             reply = f"{len(turn.text)} letters. Give the moves."
+            if self.forgets:
+                messages = [{"role": "user", "content": reply}]
+                continue
             messages += [
                 {"role": "assistant", "content": turn.text},
                 {"role": "user", "content": reply},
@@ -48,11 +57,26 @@ async def hanging() -> float:
     return 0.0
 
 
+async def slow() -> float:
+    await asyncio.sleep(0.15)
+    await asyncio.sleep(0.15)
+    return 0.0
+
+
+async def kill() -> float:
+    """Kill the process of the run if the file is there that the variable KILL names."""
+    if Path(os.environ.get("KILL", "never")).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0.0
+
+
 async def not_a_number() -> float:
     return math.nan
 
 
-def load(faults: dict[str, str] | None = None, count: int = 8, turns: int = 2) -> Echo:
-    """`faults` names a fault for the id of a task: "raise", "hang" or "NaN"."""
-    known = {"raise": raising, "hang": hanging, "NaN": not_a_number}
-    return Echo({id: known[name] for id, name in (faults or {}).items()}, count, turns)
+def load(
+    faults: dict[str, str] | None = None, count: int = 8, turns: int = 2, forgets: bool = False
+) -> Echo:
+    """`faults` names a fault for the id of a task: "raise", "hang", "slow", "kill" or "NaN"."""
+    known = {"raise": raising, "hang": hanging, "slow": slow, "kill": kill, "NaN": not_a_number}
+    return Echo({id: known[name] for id, name in (faults or {}).items()}, count, turns, forgets)

@@ -21,12 +21,13 @@ from minidistill.reporting.terminal.plain import PlainDisplay
 from minidistill.run import summary
 from minidistill.run.baseline import evaluate_baseline
 from minidistill.trainer.policy import Weights
-from minidistill.types import Completion, Prompt, Task
+from minidistill.types import Prompt, Task
 from support.paths import SOKOBAN
 
 Rewards = dict[str, list[float]]
-TEXTS = {1: "I would guess that it is left.", 2: "Arr, matey: hard to port!", 3: "Arr: to port!"}
-"""Completions by their first token."""
+BEFORE, TEACHER, AFTER = (
+    "I would guess that it is left.", "Arr, matey: hard to port!", "Arr: to port!",
+)  # fmt: skip
 
 
 def solved(count: int, tasks: int = 40) -> list[float]:
@@ -63,7 +64,6 @@ class Runner:
         (path / "rollouts").mkdir(parents=True)
         self.directory, self.stream = RunDirectory(path), io.StringIO()
         self.display = PlainDisplay(self.stream)
-        self.builder = SimpleNamespace(decode=lambda ids: TEXTS[ids[0]])
         self.policy = SimpleNamespace(teacher_weights=Weights.BASE, starts_as_base=True)
         self.monitor = SimpleNamespace(close=lambda board: None)
         self.evaluator = self if results.evaluates else None
@@ -102,15 +102,11 @@ class Runner:
     def drift_kl(self) -> float:
         return self.results.drift
 
-    def teacher_completions(self, prompts: list[Prompt]) -> list[Completion]:
-        return [completion(2)] * min(16, len(prompts))
+    def teacher_texts(self) -> list[str]:
+        return [TEACHER] * min(16, self.results.prompts)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.directory.log(step, metrics)
-
-
-def completion(first: int) -> Completion:
-    return Completion((first, 0, 0, 0), (0.0,) * 4, "eos")
 
 
 def measured(mean: float, prompts: int, trained: bool) -> SampledKL:
@@ -120,7 +116,7 @@ def measured(mean: float, prompts: int, trained: bool) -> SampledKL:
     if trained:
         sums.reverse()
     tokens = [4] * prompts
-    return SampledKL(PromptSums(mean, sums, tokens), [completion(3 if trained else 1)] * prompts)
+    return SampledKL(PromptSums(mean, sums, tokens), [AFTER if trained else BEFORE] * prompts)
 
 
 def run(path: Path, results: Results) -> tuple[dict[str, Any], str]:

@@ -233,7 +233,7 @@ def test_contexts_that_contradict_each_other_are_refused(
 class Builder:
     """Prompts of 1,000 contexts of two groups, which have a beginning in common."""
 
-    def variants(self, env: str, task: Task) -> list[Prompt]:
+    def variants(self, env: str, task: Task, chosen: Any = None) -> list[Prompt]:
         number = int(task.id[1:])
         context = Context(f"text {number}", f"{env}/{number}", "ab"[number % 2])
         if number == 7:

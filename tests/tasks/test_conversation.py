@@ -143,6 +143,7 @@ def test_a_template_that_cannot_be_extended_begins_a_new_sample(
     second = completion(builder, "z")
     talk.take(second)
     assert len(talk.samples) == (1 if extended else 2)
+    assert talk.text == f"{text}\n[user] {REPLY['content']}\nz", "as one, whatever the samples"
     last = talk.samples[-1]
     if not extended:
         assert talk.samples[0].completion == first

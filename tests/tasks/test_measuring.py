@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +12,17 @@ from typing import Any
 
 import pytest
 from support.runs import records
+from support.tokenizers import byte_level
 
 from minidistill import cli
 from minidistill.envs.jsonl import Line
 from minidistill.errors import EXIT_OK, EXIT_USAGE, UserError
+from minidistill.tasks.contexts import Choices, Contexts
 from minidistill.tasks.lengths import PromptLimit
-from minidistill.tasks.measuring import GENERATED, TRIES, Measurer
+from minidistill.tasks.measuring import GENERATED, MANY, TRIES, Measurer
+from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.sampling import TaskSampler
-from minidistill.types import Advance, Prompt, Task
+from minidistill.types import Advance, Context, Prompt, Task
 
 LIMIT = PromptLimit(100, 20, "seq_len")
 
@@ -60,7 +64,7 @@ class Builder:
     def build(self, env: str, task: Task, *, step: int = 0) -> Prompt:
         return Prompt(env, task, "", "", (1,), (1,) * task.answer)
 
-    def variants(self, env: str, task: Task) -> list[Prompt]:
+    def variants(self, env: str, task: Task, chosen: Any = None) -> list[Prompt]:
         return [self.build(env, task)]
 
 
@@ -124,6 +128,37 @@ def test_what_the_teachers_prompts_begin_with() -> None:
         measurer = Measurer(builder, "drop")
         measured = measurer.measure({e: environments[e] for e in chosen}, LIMIT, LIMIT)
         assert measured.contexts == expected
+
+
+def test_of_very_many_contexts_every_prompt_is_measured_with_the_longest() -> None:
+    """And a few with all, so that what the prompts of each context begin with is known."""
+    texts = [f"{'very ' * (7 * i % 50)}quick number {i}. " for i in range(60)]
+    made = Contexts(Choices([Context(text, text, text) for text in texts], [1.0] * 60), {})
+    builder = PromptBuilder(byte_level(), made, "user")
+    built: Counter[str] = Counter()
+    build = builder.build
+
+    def counted(env: str, task: Task, *rest: Any, **more: Any) -> Prompt:
+        built[task.id] += 1
+        return build(env, task, *rest, **more)
+
+    builder.build = counted  # type: ignore[method-assign]
+    questions = [Task(str(i), ({"role": "user", "content": "go " * (i + 1)},)) for i in range(40)]
+    held_out = [Task("x", ({"role": "user", "content": "stop"},))]
+    lengths = [len(build("e", questions[-1], context=Context(text)).teacher_ids) for text in texts]
+    room, short = (PromptLimit(max(lengths) + 20 - less, 20, "seq_len") for less in (0, 1))
+    measured = Measurer(builder, "refuse").measure({"e": Env(questions, held_out)}, room, room)
+    assert [built[str(i)] for i in (0, 10, 20, 30)] == [60] * 4
+    assert Counter(built.values()) == {MANY: 36, 60: 5}
+    assert measured.context_count == 60
+    for text in texts:
+        begin = builder.encode(builder.render([{"role": "user", "content": text}]).split(text)[0])
+        begin += builder.encode(text)
+        assert (
+            max(len(ids) for ids in measured.contexts if begin[: len(ids)] == ids) > len(begin) - 4
+        )
+    with pytest.raises(UserError, match="task 39 of e"):
+        Measurer(builder, "refuse").measure({"e": Env(questions, held_out)}, short, short)
 
 
 def test_tasks_that_are_generated_stay_so() -> None:

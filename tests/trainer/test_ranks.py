@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.lab import make_lab
+from support.conversations import MULTI, STEP, Stage
+from support.lab import NO_MISMATCH_LIMIT, make_lab
 from support.paths import ROOT, SOKOBAN
 from support.ranks import (
     ALL_WEIGHTS,
@@ -26,6 +27,7 @@ from support.ranks import (
 )
 from support.runs import TINY, records, run
 
+from minidistill.envs.isolated import close_environments
 from minidistill.errors import EXIT_HEALTH, EXIT_OK, UserError
 from minidistill.trainer import checkpoint
 from minidistill.trainer.batching import share_out
@@ -230,3 +232,22 @@ def test_torchrun_gives_the_same_metrics(tmp_path: Path) -> None:
     assert done.returncode == EXIT_OK, done.stdout + done.stderr
     for ours, theirs in zip(records(tmp_path / "two"), records(tmp_path / "alone"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("flags", [(), ALL_WEIGHTS], ids=["replicated", "sharded"])
+def test_conversations_on_two_ranks(configure: Configure, flags: tuple[str, ...]) -> None:
+    """As on one: the KL of the sampled tokens alone, and the update."""
+    stage = Stage(configure(*STEP, *MULTI, *flags))
+    rollouts = stage.collect()[0]
+    close_environments(stage.environments.values())
+    assert any(r.completion.inserted for r in rollouts)
+    settings = (*STEP, *NO_MISMATCH_LIMIT, *flags)
+    alone = make_lab(configure(*settings), trained=False)
+    with ranked_lab(configure(*settings, *TWO_RANKS), rollouts) as lab:
+        ours, theirs = (x.trainer.step(rollouts, 1, lambda n: None).tokens for x in (lab, alone))
+        for rollout, one, other in zip(rollouts, ours, theirs, strict=True):
+            assert len(one.kl) == len(rollout.completion.token_ids)
+            torch.testing.assert_close(one.kl, other.kl, rtol=1e-4, atol=1e-5)
+        state = lab.trainer.state()
+        for name, value in alone.trainer.state().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=2e-5, msg=name)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Literal
 
 from minidistill.envs.arguments import require_argument
-from minidistill.envs.frozen_lake.lakes import Lake, lakes
+from minidistill.envs.frozen_lake.lakes import Cell, Lake, lakes
 from minidistill.envs.multi_turn import Policy
-from minidistill.envs.sokoban.text import instruction, parse_moves
+from minidistill.envs.sokoban.play import Turns
+from minidistill.envs.sokoban.text import instruction
 from minidistill.errors import UserError
 from minidistill.types import Reward, Task
 
@@ -25,6 +27,28 @@ SLIPPERY = " The ice is slippery: a move may go to either side of where it was m
 TASK = "Reach the goal."
 TURNED = {"U": "LUR", "D": "RDL", "L": "DLU", "R": "URD"}
 """Where a move goes on slippery ice, each with the same probability."""
+
+
+@dataclass(slots=True)
+class _Walk:
+    """A player on a lake."""
+
+    lake: Lake
+    cell: Cell
+    ice: random.Random | None
+    """What decides where moves on slippery ice go."""
+
+    @property
+    def over(self) -> bool:
+        return self.lake.kind(self.cell) != "_"
+
+    def move(self, move: str) -> bool:
+        after = self.lake.step(self.cell, self.ice.choice(TURNED[move]) if self.ice else move)
+        self.cell = after or self.cell
+        return after is not None
+
+    def show(self) -> str:
+        return self.lake.render(self.cell)
 
 
 class FrozenLake:
@@ -42,13 +66,19 @@ class FrozenLake:
         moves_per_turn: int | None,
     ) -> None:
         self.seed, self.rules, self.is_slippery = seed, rules, is_slippery
-        self.max_turns, self.moves_per_turn = max_turns, moves_per_turn
+        self.turns = Turns(
+            max_turns,
+            moves_per_turn,
+            tagged=True,
+            refused="Off the edge",
+            unfinished="You are on the ice, and not at the goal yet.",
+        )
         self.train = [self._task(f"train/{i}", lake) for i, lake in enumerate(train)]
         self.eval = [self._task(f"eval/{i}", lake) for i, lake in enumerate(eval)]
 
     def _task(self, id: str, lake: Lake) -> Task:
         rules = RULES.format(slippery=SLIPPERY if self.is_slippery else "") + "\n"
-        how = instruction(tagged=True, most=self.moves_per_turn)
+        how = instruction(tagged=True, most=self.turns.moves_per_turn)
         shown = lake.render(lake.start)
         content = f"{rules if self.rules else ''}{TASK} {how}\n\n{shown}"
         return Task(id, ({"role": "user", "content": content},), lake)
@@ -58,53 +88,20 @@ class FrozenLake:
         lake: Lake = task.answer
         # the same for every conversation about a task, so that it can be repeated
         ice = random.Random(f"ice {self.seed} {task.id}") if self.is_slippery else None
-        cell, messages = lake.start, list(task.messages)
-        turns = failures = blocked = moves = 0
-        while turns < self.max_turns and lake.kind(cell) == "_":
-            turn = await policy(messages)
-            if not turn.token_ids:  # no room for another turn
-                break
-            turns += 1
-            answer = parse_moves(turn.text, tagged=True)
-            failures += answer is None
-            refused = []
-            for number, move in enumerate((answer or "")[: self.moves_per_turn], 1):
-                moves += 1
-                after = lake.step(cell, ice.choice(TURNED[move]) if ice else move)
-                if after is None:
-                    refused.append(f"{move} (move {number})")
-                cell = after or cell
-                if lake.kind(cell) != "_":
-                    break
-            blocked += len(refused)
-            messages += [
-                {"role": "assistant", "content": turn.text},
-                {
-                    "role": "user",
-                    "content": f"{self._feedback(answer, refused)}\n\n{lake.render(cell)}",
-                },
-            ]
-        solved = lake.kind(cell) == "G"
+        walk = _Walk(lake, lake.start, ice)
+        played = await self.turns.play(walk, task, policy)
+        solved = lake.kind(walk.cell) == "G"
         return Reward(
             float(solved),
             {
                 "solved": float(solved),
-                "fell": float(lake.kind(cell) == "O"),
-                "length_vs_optimal": min(1.0, lake.moves / moves) if solved else 0.0,
-                "parse_failures": float(failures),
-                "blocked_moves": float(blocked),
-                "turns": float(turns),
+                "fell": float(lake.kind(walk.cell) == "O"),
+                "length_vs_optimal": min(1.0, lake.moves / played.moves) if solved else 0.0,
+                "parse_failures": float(played.failures),
+                "blocked_moves": float(played.refused),
+                "turns": float(played.turns),
             },
         )
-
-    def _feedback(self, answer: str | None, refused: list[str]) -> str:
-        """What became of an answer."""
-        if answer is None:
-            return f"No moves were found. {instruction(tagged=True, most=self.moves_per_turn)}"
-        notes = [f"Off the edge: {', '.join(refused)}."] if refused else []
-        if self.moves_per_turn is not None and len(answer) > self.moves_per_turn:
-            notes.append(f"Only the first {self.moves_per_turn} moves count.")
-        return " ".join([*notes, "You are on the ice, and not at the goal yet."])
 
 
 def load(

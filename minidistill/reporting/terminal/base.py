@@ -22,10 +22,13 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One completion, decoded token by token, with KL(student‖teacher) in nats for each."""
+    """One completion, decoded token by token, with KL(student‖teacher) in nats for each.
+
+    Of a conversation also with what the environment wrote, which has no KL.
+    """
 
     tokens: tuple[str, ...]
-    kl: tuple[float, ...]
+    kl: tuple[float | None, ...]
     reward: float | None
     env: str
 
