@@ -54,7 +54,7 @@ def export(run: Path, options: Options) -> int:
     _require_free(target)
     print(f"reading {shown_path(source.weights)}", flush=True)
     tokenizer = load_tokenizer(source.config)
-    with _made_aside(target) as folder:
+    with _made_aside(target) as folder, _reading(source):
         tokenizer.save_pretrained(folder)
         dtype = _base_dtype(source)
         rows = check.example_rows(tokenizer)
@@ -119,6 +119,22 @@ def _made_aside(target: Path) -> Iterator[Path]:
         except BaseException:
             remove(aside)
             raise
+
+
+@contextlib.contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    """Name the cause if the weights have gone: a run that goes on removes old checkpoints."""
+    try:
+        yield
+    except Exception as error:
+        if source.weights.is_dir():
+            raise
+        raise UserError(
+            f"{shown_path(source.weights)} has been removed while it was exported",
+            where=str(source.run),
+            fix="export again: the run goes on, and has saved later checkpoints",
+            exit_code=EXIT_ENVIRONMENT,
+        ) from error
 
 
 # -- writing ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,24 @@ def test_exports_beside_each_other(
     assert export(run, folder / "third") == 2
     assert "third is there already" in capsys.readouterr().err
     assert {p.name for p in folder.iterdir()} == {"first", "second", "third", mine.name}
+
+
+def test_a_run_that_goes_on_may_remove_what_is_exported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minidistill.export import command
+
+    real = command._trained
+
+    def trained(source: Any) -> Any:
+        model = real(source)
+        shutil.rmtree(source.weights)
+        return model
+
+    monkeypatch.setattr(command, "_trained", trained)
+    assert export(run, tmp_path / "out" / "expert") == 3
+    assert "has been removed while it was exported" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_card_names_no_place_of_this_machine(run: Path, tmp_path: Path) -> None:
