@@ -91,11 +91,13 @@ def export(run: Path, options: Options) -> int:
 
 
 def _base_name(source: Source) -> str:
-    """The base as others find it: its id on the hub, or its path from the current directory."""
+    """The base as others find it: its id on the hub, or the path of its folder.
+
+    The path is relative if the folder is below the current directory.
+    """
     if not source.base_is_local:
         return source.base
-    path = Path(resolve(source.base)).expanduser()
-    return os.path.relpath(path)
+    return shown_path(Path(os.path.abspath(Path(resolve(source.base)).expanduser())))
 
 
 def _require_free(target: Path) -> None:
@@ -190,20 +192,23 @@ def _check(
 def usage(folder: str, base: str, source: Source, *, merged: bool) -> list[str]:
     """How to serve it with vLLM, and how to load it in Python."""
     name = Path(folder).name
+    # an adapter's folder too: transformers loads its base, and the adapter with peft
+    code = (
+        "from transformers import pipeline; "
+        f'answer = pipeline("text-generation", {json.dumps(folder)}); '
+        'print(answer([{"role": "user", "content": "Hello!"}], max_new_tokens=64, '
+        "return_full_text=False))"
+    )
+    python = f"python -c {shlex.quote(code)}"
     if merged:
-        return [
-            f"vllm serve {shlex.quote(folder)} --served-model-name {shlex.quote(name)}",
-            f'python -c \'from transformers import pipeline; print(pipeline("text-generation", '
-            f"{json.dumps(folder)}))'",
-        ]
+        return [f"vllm serve {shlex.quote(folder)} --served-model-name {shlex.quote(name)}", python]
     settings = json.loads((source.weights / SETTINGS).read_text())
     rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
     fitting = next((r for r in check.VLLM_RANKS if r >= rank), rank)
     return [
         f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {fitting} "
         f"--lora-modules {shlex.quote(f'{name}={folder}')}",
-        f"python -c 'from peft import AutoPeftModelForCausalLM as M; "
-        f"print(M.from_pretrained({json.dumps(folder)}))'",
+        python,
     ]
 
 
