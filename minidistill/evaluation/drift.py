@@ -38,8 +38,8 @@ def _unchanged(board: Mapping[str, Any]) -> str | None:
     if teacher_kl is None:  # a program sends the context, and none of its requests is unrelated
         changed = LEVELS[min(level, len(LEVELS) - 1)]
         return (
-            f"The answers to unrelated prompts {changed} (drift KL {number(drift)}). They should stay "
-            "as they were if the context is for a task, and change if it is a persona."
+            f"The answers to unrelated prompts {changed} (drift KL {number(drift)}). They should "
+            "stay as they were if the context is for a task, and change if it is a persona."
         )
     return (
         "The context is for a task, so the answers to unrelated prompts should stay as they were, "

@@ -118,7 +118,8 @@ def test_an_unknown_arg_gets_a_suggestion(arg: str, meant: str) -> None:
 
 def test_a_built_in_environment_refuses_invalid_args() -> None:
     assert "'levels'" in refusal("sokoban-env", {"levels": 3}).what
-    assert refusal("jsonl", {"rewrd": "exact"}).fix.startswith("jsonl takes path and may take eval")
+    fix = refusal("jsonl", {"rewrd": "exact"}).fix
+    assert fix.startswith("did you mean 'reward'? jsonl takes path and may take eval")
     assert "min_w = 9" in refusal("sokoban-env", {"min_w": 9}).what
 
 
