@@ -193,9 +193,10 @@ def usage(folder: str, base: str, source: Source, *, merged: bool) -> list[str]:
     """How to serve it with vLLM, and how to load it in Python."""
     name = Path(folder).name
     # an adapter's folder too: transformers loads its base, and the adapter with peft
+    quoted = json.dumps(folder, ensure_ascii=False)  # Python reads no pairs of surrogates
     code = (
         "from transformers import pipeline; "
-        f'answer = pipeline("text-generation", {json.dumps(folder)}); '
+        f'answer = pipeline("text-generation", {quoted}); '
         'print(answer([{"role": "user", "content": "Hello!"}], max_new_tokens=64, '
         "return_full_text=False))"
     )
