@@ -10,6 +10,8 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,21 @@ def export(run: Path, options: Options) -> int:
     print("use it:")
     for command in usage(shown_path(target), base, source, merged=merged):
         print(printable("\n".join(f"  {line}" for line in command.splitlines())))
+    if _lacks_vllm_serve():
+        print(
+            "the vLLM that is installed here has no `vllm serve MODEL`: write "
+            "`python -m vllm.entrypoints.openai.api_server --model MODEL`"
+        )
     return EXIT_OK
+
+
+def _lacks_vllm_serve() -> bool:
+    """Whether vLLM is installed under another name, as its CPU build is: the command fails then."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return find_spec("vllm") is not None
+    return False
 
 
 # -- names and places ------------------------------------------------------------------------------
