@@ -14,7 +14,10 @@ NO_DEPS := $(if $(findstring vllm,$(LOCK)),--no-deps)
 # Environments at the ends of the ranges in pyproject.toml
 ENDS := oldest newest
 
-.PHONY: run test check bench soak setup lock docs $(ENDS:%=test-%)
+# Versions of the package verifiers, which do not go with vLLM's requirements
+VERIFIERS := 0.3 0.4
+
+.PHONY: run test check bench soak setup lock docs $(ENDS:%=test-%) $(VERIFIERS:%=test-verifiers-%)
 
 run: setup
 	$(BIN)/minidistill run $(CONFIG) $(ARGS)
@@ -31,6 +34,15 @@ $(ENDS:%=test-%): test-%: .venv-%/.ready
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m tools.install --requirement requirements-$*.lock
 	.venv-$*/bin/python -m tools.install --no-deps --editable .
+	@touch $@
+
+# Installed beside the environment, and found before it.
+$(VERIFIERS:%=test-verifiers-%): test-verifiers-%: .venv-verifiers-%/.ready
+	PYTHONPATH=$(CURDIR)/.venv-verifiers-$* $(BIN)/python -m pytest \
+	  tests/envs/test_verifiers.py tests/rollouts/test_verifiers_runs.py $(ARGS)
+
+.venv-verifiers-%/.ready: requirements-verifiers-%.lock setup
+	$(INSTALL) --no-deps --target .venv-verifiers-$* --requirement requirements-verifiers-$*.lock
 	@touch $@
 
 check: setup

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,13 +84,13 @@ def works(draws: Draws, args: argparse.Namespace, context: Tokens) -> Iterator[W
         return call
 
     for role in (Role.TEACHER, Role.STUDENT):
-        yield Work("sampling", role, lambda r=role: sampling(r))
+        yield Work("sampling", role, partial(sampling, role))
     for role in (Role.TEACHER, Role.STUDENT):
-        yield Work("scoring", role, lambda r=role: scoring(r, ()))
+        yield Work("scoring", role, partial(scoring, role, ()))
         yield Work(
             f"scoring after {len(context)} tokens of context",
             role,
-            lambda r=role: scoring(r, context),
+            partial(scoring, role, context),
         )
 
 

@@ -60,12 +60,13 @@ SCORING = (128, 2048)
 def cases(model: str, name: str, folder: Path) -> Iterator[tuple[int, Case]]:
     """The points of a sweep. Models with a larger vocabulary are made in the folder."""
     sweep = SWEEPS[name]
+    sizes: dict[str, Any] = {**sweep.sizes}
     for value in sweep.values:
         if name == "vocabulary":
             used = with_vocabulary(model, value, folder / str(value))
-            yield value, Case(used, **sweep.sizes)
+            yield value, Case(used, **sizes)
         else:
-            yield value, Case(model, **sweep.sizes | {name: value})
+            yield value, Case(model, **sizes | {name: value})
 
 
 def with_vocabulary(model: str, rows: int, folder: Path) -> str:
@@ -76,7 +77,7 @@ def with_vocabulary(model: str, rows: int, folder: Path) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=torch.float32)
     embedding = loaded.get_input_embeddings().weight
     if rows < len(embedding):
         raise UserError(

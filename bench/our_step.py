@@ -50,7 +50,7 @@ class OurRun:
             self._recorded = results
             record(*results)
 
-        session.record = remember  # type: ignore[method-assign]
+        session.record = remember  # type: ignore[method-assign,assignment]
         session.policy.eos_ids = frozenset()
 
     def step(self) -> Step:

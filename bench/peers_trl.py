@@ -40,7 +40,7 @@ def main(folder: Path, mode: str) -> None:
     )
     trainer.given = first["rollouts"]
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-    loaded = set_peft_model_state_dict(trainer.model, tensors)
+    loaded: Any = set_peft_model_state_dict(trainer.model, tensors)
     if loaded.unexpected_keys:
         raise SystemExit(f"the adapter has {loaded.unexpected_keys[0]}, TRL's model does not")
     trainer.train()
@@ -132,9 +132,8 @@ class Commands(TrainerCallback):
         now = time.perf_counter(), time.process_time()
         self.seconds = now[0] - self.began[0], now[1] - self.began[1]
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float], **unused: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        logs: dict[str, float] = more["logs"]
         if "grad_norm" not in logs:
             return  # the summary after the last step
         length = logs["completions/min_length"], logs["completions/max_length"]

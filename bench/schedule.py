@@ -118,7 +118,7 @@ def spread_lengths(folder: Path) -> list[str]:
     from minidistill.models.registry import resolve
 
     source = resolve("tiny-sokoban")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         model.base_model.norm.weight.mul_(2 / 3)
     model.save_pretrained(folder)

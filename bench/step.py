@@ -118,9 +118,9 @@ def show(result: Mapping[str, Any], profile: Profile, matrix: float, wall_matrix
         f"products run at {profile.products_per_second / wall_matrix:.0%} of the matrix peak; "
         "the training phase by kinds of operations:"
     )
-    for kind, share in profile.shares.items():
-        print(f"  {kind:22} {share:6.1%}")
-    largest = ", ".join(f"{name} {share:.1%}" for name, share in profile.largest.items())
+    for kind, part in profile.shares.items():
+        print(f"  {kind:22} {part:6.1%}")
+    largest = ", ".join(f"{name} {part:.1%}" for name, part in profile.largest.items())
     print(f"the largest: {largest}")
 
 

@@ -41,13 +41,14 @@ def _add_check(actions: Any) -> None:
         "check",
         help="check an environment against its contract",
         usage="minidistill env check ID [FILES…] [--args TABLE] [--args.KEY VALUE] [--key VALUE]… "
-        "[--samples N] [--json] [--traceback]",
+        "[--samples N] [--with-model] [--json] [--traceback]",
         description="""\
 Load an environment and check what a run relies on: that it gives the same tasks each time,
 that nothing is in both splits, that rewards are finite and tell right from wrong, how long a
-score takes, and that both views of its prompts fit and differ by the context. Exit code 1 if
-a check fails. Without FILES the template is that of the built-in model; instead of an ID, a
-TOML file checks all environments that it configures.""",
+score takes, and that both views of its prompts fit and differ by the context. Conversations
+are played with scripted answers. Exit code 1 if a check fails. Without FILES the template is
+that of the built-in model; instead of an ID, a TOML file checks all environments that it
+configures.""",
         epilog=f"""\
 examples:
   {_EXAMPLE} --args.rules omit
@@ -61,6 +62,9 @@ examples:
         metavar="N",
         default="8",
         help="tasks of each split whose answers are scored; 8 by default",
+    )
+    parser.add_argument(
+        "--with-model", action="store_true", help="have the model play conversations too"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -79,7 +83,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
     _before_torch()
     from minidistill.run.env_command import check_environments
 
-    return check_environments(rest, samples, as_data=options.json)
+    return check_environments(rest, samples, with_model=options.with_model, as_data=options.json)
 
 
 def _add_prompts(actions: Any) -> None:

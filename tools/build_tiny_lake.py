@@ -140,7 +140,7 @@ class Corpus:
         learned: list[bool] = []
         left = 1 if easy else self.rng.choice(TURNS)
 
-        async def policy(messages: Sequence[Message]) -> Turn:
+        async def answered(messages: Sequence[Message], **unused: Any) -> Turn:
             nonlocal left
             if not left:
                 return Turn("", truncated=True)
@@ -155,6 +155,7 @@ class Corpus:
             learned.extend([False] * len(before) + [own] * len(said))
             return Turn(answer, token_ids=(1,))
 
+        policy: Any = answered  # which forgets nothing
         with suppress(StopIteration):  # it waits for nothing, so it needs no loop
             self.environment.rollout(task, policy).send(None)
         return ids, learned

@@ -235,11 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["run", args.config, "--max_steps", str(args.steps)]
     command += ["--inference.engine", "vllm" if args.vllm else "embedded", *flags]
     folder = Path(tempfile.mkdtemp(prefix="compare-checkouts-"))
-    runs = [
-        finished_run(source, label, folder, command)
-        for label, source in (("before", args.before), ("after", args.after))
-    ]
-    agree = report(compare_runs(*runs, args.tolerance if args.vllm else 0.0), args.strict)
+    before = finished_run(args.before, "before", folder, command)
+    after = finished_run(args.after, "after", folder, command)
+    agree = report(compare_runs(before, after, args.tolerance if args.vllm else 0.0), args.strict)
     if agree or not any(folder.iterdir()):
         shutil.rmtree(folder)
     else:

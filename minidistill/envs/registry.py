@@ -33,6 +33,7 @@ BUILT_IN = {
     "self-prompts": "minidistill.envs.self_prompts:load",
     "reasoning-gym": "minidistill.envs.reasoning_gym:load",
     "textarena": "minidistill.envs.text_arena:load",
+    "verifiers": "minidistill.envs.verifiers:load",
     "agent": "minidistill.envs.agent:load",
 }
 

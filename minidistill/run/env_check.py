@@ -6,20 +6,21 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 from minidistill.config import Config
 from minidistill.config.orchestrator import EnvConfig
+from minidistill.engines.base import Engine
 from minidistill.envs.isolated import IsolatedEnvironment
+from minidistill.envs.multi_turn import MultiTurnEnvironment
 from minidistill.envs.outcomes import Attempt, Outcome, ScoringError, score_attempts
 from minidistill.envs.protocol import Environment, check_ready, has_rewards
 from minidistill.envs.task_rows import first_tasks, rows_elsewhere, task_rows
-from minidistill.errors import EXIT_FAILED, UserError
+from minidistill.errors import UserError
 from minidistill.run import preflight
+from minidistill.run.env_answers import gives_examples, own_answer
+from minidistill.run.env_play import check_conversations
+from minidistill.run.env_report import Report
 from minidistill.run.program_check import check_program, program_of
-from minidistill.system.foreign import describe, foreign_code
 from minidistill.tasks.lengths import PromptLimit
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.types import Prompt, Reward, Task
@@ -30,39 +31,18 @@ _ANSWERS = {"empty": "an empty answer", "wrong": "a wrong answer", "own": "the t
 """The completions that are scored. A wrong one is another task's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The outcome of one check. `passed` is None if it does not apply."""
-
-    name: str
-    passed: bool | None
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What was found of one environment."""
-
-    env: str
-    findings: list[Finding] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        return all(finding.passed is not False for finding in self.findings)
-
-    def add(self, name: str, passed: bool | None, detail: str) -> None:
-        self.findings.append(Finding(name, passed, detail))
-
-
 def check_environment(
     config: Config,
     env: EnvConfig,
     environment: Environment,
     builder: PromptBuilder,
     samples: int,
+    model: Engine | None = None,
 ) -> Report:
-    """Check `environment`, which `env` has loaded. `samples` tasks of each split are scored."""
+    """Check `environment`, which `env` has loaded. `samples` tasks of each split are scored.
+
+    Conversations about these are played, also by `model` if that is there.
+    """
     report = Report(env.name)
     splits = {"train": first_tasks(environment.train), "eval": first_tasks(environment.eval)}
     counts = {"train": len(environment.train), "eval": len(environment.eval)}
@@ -71,16 +51,20 @@ def check_environment(
     if not all(counts.values()):
         return report
     _check_equal(report, env, environment)
-    _check_splits(report, splits)
+    _check_splits(report, splits, hidden=isinstance(environment, MultiTurnEnvironment))
     if (program := program_of(environment)) is not None:
         found, figures = check_program(config, env, program, builder, splits["train"][0])
         for finding in found:
             report.add(*finding)
         report.figures.update(figures)
-    else:
-        _check_views(report, config, env, builder, splits)
+        report.add("rewards", None, "it plays conversations, and each gives its own reward")
+        return report
+    _check_views(report, config, env, builder, splits)
     chosen = [task for tasks in splits.values() for task in tasks[:samples]]
-    _check_rewards(report, env, environment, chosen)
+    if isinstance(environment, MultiTurnEnvironment):
+        check_conversations(report, config, env, environment, builder, chosen, model)
+    else:
+        _check_rewards(report, env, environment, chosen)
     return report
 
 
@@ -106,8 +90,11 @@ def _check_equal(report: Report, env: EnvConfig, environment: Environment) -> No
     report.add("deterministic", True, f"{total} tasks are equal in another process")
 
 
-def _check_splits(report: Report, splits: dict[str, list[Task]]) -> None:
-    """Ids are unique, and neither an id nor a prompt is in both splits."""
+def _check_splits(report: Report, splits: dict[str, list[Task]], *, hidden: bool) -> None:
+    """Ids are unique, and neither an id nor a prompt is in both splits.
+
+    With `hidden` a prompt may be: what differs is in the answer, and shows in later turns.
+    """
     ids = {split: [task.id for task in tasks] for split, tasks in splits.items()}
     for split, of_split in ids.items():
         twice, times = Counter(of_split).most_common(1)[0]
@@ -117,7 +104,7 @@ def _check_splits(report: Report, splits: dict[str, list[Task]]) -> None:
     if shared := set(ids["train"]) & set(ids["eval"]):
         report.add("splits", False, f"the id {min(shared, key=str)!r} is in both splits")
         return
-    prompts = [{_messages(task): task.id for task in tasks} for tasks in splits.values()]
+    prompts = [{_content(task, hidden): task.id for task in tasks} for tasks in splits.values()]
     if both := prompts[0].keys() & prompts[1].keys():
         first = prompts[0][min(both)]
         what = f"{len(both)} prompts are in both splits, as that of the task {first!r}"
@@ -126,8 +113,9 @@ def _check_splits(report: Report, splits: dict[str, list[Task]]) -> None:
     report.add("splits", True, "ids are unique, and no id and no prompt is in both")
 
 
-def _messages(task: Task) -> str:
-    return repr([sorted(dict(message).items(), key=str) for message in task.messages])
+def _content(task: Task, hidden: bool) -> str:
+    messages = [sorted(dict(message).items(), key=str) for message in task.messages]
+    return repr((messages, task.answer if hidden else None))
 
 
 def _check_views(
@@ -179,13 +167,10 @@ def _check_rewards(
     if not has_rewards(environment):
         report.add("rewards", None, "it has none")
         return
-    if getattr(environment, "rollout", None) is not None:
-        report.add("rewards", None, "it plays conversations, and each gives its own reward")
-        return
     check_ready(environment)
     if isinstance(environment, IsolatedEnvironment):
         environment.check()
-    own = [_own_answer(environment, task) for task in tasks]
+    own = [own_answer(environment, task) for task in tasks]
     by_kind = {
         "empty": [Attempt(task, "", 0) for task in tasks],
         "wrong": [Attempt(task, _other(own, i)) for i, task in enumerate(tasks)],
@@ -227,40 +212,13 @@ def _discriminating(
         if means["empty"] != means["wrong"]:
             return True, shown
         return None, f"{shown}; the tasks have no answer of their own to compare with"
-    if _gives_examples(environment):
+    if gives_examples(environment):
         if means["own"] > max(means["empty"], means["wrong"]):
             return True, shown
         return False, f"{shown}: the environment's example_answer is not the best"
     if means["own"] != means["wrong"]:
         return True, shown
     return False, f"{shown}: if answers have a form, give the environment example_answer(task)"
-
-
-def _gives_examples(environment: Any) -> bool:
-    return getattr(_inner(environment), "example_answer", None) is not None
-
-
-def _inner(environment: Any) -> Any:
-    return environment.environment if isinstance(environment, IsolatedEnvironment) else environment
-
-
-def _own_answer(environment: Any, task: Task) -> str | None:
-    """A completion with the task's own answer, None if there is none."""
-    if _gives_examples(environment):
-        with foreign_code(partial(_failed, task)):
-            example: str | None = _inner(environment).example_answer(task)
-        return example
-    plain = isinstance(task.answer, str | int | float) and not isinstance(task.answer, bool)
-    return str(task.answer) if plain else None
-
-
-def _failed(task: Task, error: BaseException) -> UserError:
-    return UserError(
-        f"the environment failed in example_answer of {task.id}: {describe(error)}",
-        where="orchestrator.env",
-        fix="fix the environment; --traceback shows where it was raised",
-        exit_code=EXIT_FAILED,
-    )
 
 
 def _other(own: Sequence[str | None], index: int) -> str:

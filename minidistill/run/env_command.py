@@ -13,14 +13,18 @@ from typing import Any
 from minidistill import logs
 from minidistill.config import LoadedConfig, load_config
 from minidistill.config.orchestrator import EnvConfig
+from minidistill.engines.base import Engine
 from minidistill.envs.isolated import close_environments
 from minidistill.envs.registry import load_environments
 from minidistill.envs.self_prompts import ID as SELF_PROMPTS
 from minidistill.errors import EXIT_FAILED, EXIT_OK, UserError, printable
 from minidistill.models.hub import load_tokenizer
+from minidistill.models.weights import check_weights
 from minidistill.placement.machine import Machine
 from minidistill.placement.planner import plan_run
-from minidistill.run.env_check import Report, check_environment
+from minidistill.run.base_engine import base_engine
+from minidistill.run.env_check import check_environment
+from minidistill.run.env_report import Report
 from minidistill.run.prepare import prompt_builder
 from minidistill.run.self_prompts import SelfPrompts
 from minidistill.tasks.contexts import Contexts
@@ -32,14 +36,17 @@ _ARGS = "orchestrator.env.0.args"
 _MARKS = {True: "ok", False: "FAILED", None: "-"}
 
 
-def check_environments(argv: Sequence[str], samples: int, *, as_data: bool) -> int:
+def check_environments(
+    argv: Sequence[str], samples: int, *, with_model: bool, as_data: bool
+) -> int:
     """Check the environment or the configuration that `argv` begins with, and print what is found.
 
+    With `with_model` the model plays conversations too, for which it is loaded.
     Returns exit code 1 if a check fails. Raises UserError if an environment cannot be loaded.
     """
     loaded = load_config(_flags(argv))
     with _notes():
-        reports = _reports(loaded, samples)
+        reports = _reports(loaded, samples, with_model)
     if as_data:
         rows = [{**dataclasses.asdict(report), "passed": report.passed} for report in reports]
         print(json.dumps(rows, indent=2))
@@ -92,10 +99,11 @@ def _flags(argv: Sequence[str]) -> list[str]:
     return flags
 
 
-def _reports(loaded: LoadedConfig, samples: int) -> list[Report]:
+def _reports(loaded: LoadedConfig, samples: int, with_model: bool) -> list[Report]:
     config = loaded.config
     tokenizer, builder = _views(loaded)
     reports = []
+    model = _model(loaded, tokenizer, builder) if with_model else None
     for where, envs in _tables(loaded):
         environments = load_environments(envs, where)
         try:
@@ -107,7 +115,8 @@ def _reports(loaded: LoadedConfig, samples: int) -> list[Report]:
             builder.contexts = Contexts.of(config, environments, {})
             for env in envs:
                 environment = environments[env.name]
-                reports.append(check_environment(config, env, environment, builder, samples))
+                report = check_environment(config, env, environment, builder, samples, model)
+                reports.append(report)
         finally:
             close_environments(environments.values())
     return reports
@@ -125,6 +134,12 @@ def _tables(loaded: LoadedConfig) -> list[tuple[str, list[EnvConfig]]]:
 def _views(loaded: LoadedConfig) -> tuple[Any, PromptBuilder]:
     tokenizer = load_tokenizer(loaded.config)
     return tokenizer, prompt_builder(loaded.config, tokenizer, datetime.now())
+
+
+def _model(loaded: LoadedConfig, tokenizer: Any, builder: PromptBuilder) -> Engine:
+    check_weights(loaded.config)
+    placement = plan_run(loaded, Machine.local()).placement
+    return base_engine(loaded.config, tokenizer, placement, builder.end_of_turn_ids)
 
 
 def _writer(loaded: LoadedConfig, tokenizer: Any, builder: PromptBuilder) -> SelfPrompts:

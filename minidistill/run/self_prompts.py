@@ -19,10 +19,8 @@ from typing import Any
 import torch
 
 from minidistill.config import Config
-from minidistill.config.adapter import without_initial_adapter
 from minidistill.config.orchestrator import EnvConfig
 from minidistill.engines.base import Engine
-from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.envs.protocol import Environment
 from minidistill.envs.registry import load_environments
 from minidistill.envs.self_prompts import ID, Choice, Settings
@@ -30,15 +28,14 @@ from minidistill.errors import UserError
 from minidistill.models.identity import model_identity
 from minidistill.models.weights import check_weights
 from minidistill.placement.placement import Placement
+from minidistill.run.base_engine import base_engine
 from minidistill.seeding import stable_seed
 from minidistill.system.files import cache_folder, shown_path, write_atomic, writing
 from minidistill.tasks.chat_template import ChatTemplate
 from minidistill.tasks.measuring import no_progress
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.tasks.user_turn import UserTurn
-from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.guards import explain_out_of_memory
-from minidistill.trainer.loading import load_policy
 from minidistill.types import Advance, Phase, Request, Role, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -137,17 +134,11 @@ class SelfPrompts:
     )
     def _sample(self, prompts: _Prompts, advance: Advance) -> None:
         """Load the model as it is before any training, and sample with it."""
-        # neither a copy of the weights nor another model for the teacher
-        teacher = dataclasses.replace(self.placement.teacher, scorer="engine")
         turns = prompts.turns
         ends = {turn.end_id for turn in turns} | {turns[0].template.end_of_turn}
-        policy = load_policy(
-            without_initial_adapter(self.config),
-            self.tokenizer,
-            dataclasses.replace(self.placement, teacher=teacher),
-            end_of_turn_ids=[end for end in ends if end is not None],
-        )
-        prompts.sample(EmbeddedEngine(policy, PrefixCache(policy, shares=False)), advance)
+        known = [end for end in ends if end is not None]
+        engine = base_engine(self.config, self.tokenizer, self.placement, known)
+        prompts.sample(engine, advance)
 
 
 def _turns(settings: Settings, context: str, template: ChatTemplate) -> list[UserTurn]:

@@ -151,7 +151,6 @@ def test_a_score_that_takes_longer_than_its_limit_fails(
     [
         ("NoRewards", "it has none"),
         ("NoAnswers", "no answer of their own"),
-        ("Conversations", "it plays conversations"),
     ],
 )
 def test_what_cannot_be_known_is_said_and_no_failure(

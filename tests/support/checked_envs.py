@@ -126,8 +126,3 @@ class Dated(Sound):
     def __init__(self, day: Any) -> None:
         super().__init__()
         self.train = [Task(f"{day.year}/{t.id}", t.messages, t.answer) for t in self.train]
-
-
-class Conversations(Sound):
-    async def rollout(self, task: Task, policy: Any) -> float:
-        return 1.0

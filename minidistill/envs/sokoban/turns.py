@@ -44,6 +44,13 @@ class SokobanTurns(SokobanEnv):
             turns, self.most_moves, self.tagged, "Not possible", "The puzzle is not solved yet."
         )
 
+    def example_answer(self, task: Task) -> list[str]:  # type: ignore[override]
+        """Answers that make the moves of a shortest solution."""
+        level: Level = task.answer
+        size = self.most_moves or len(level.solution)
+        parts = [level.solution[i : i + size] for i in range(0, len(level.solution), size)]
+        return [f"<answer>{part}</answer>" if self.tagged else part for part in parts]
+
     async def rollout(self, task: Task, policy: Policy) -> Reward:
         """Play until the level is solved or the turns are used up, and score the final board."""
         level: Level = task.answer
