@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from minidistill.reporting.formatting import clean, count, duration, kl_level, number, sparkline
+from minidistill.reporting.formatting import (
+    clean,
+    count,
+    duration,
+    kl_level,
+    number,
+    percent,
+    sparkline,
+)
 from minidistill.reporting.terminal import Display, Header, Sample, open_display
 from minidistill.reporting.terminal import plain as plain_module
 from minidistill.reporting.terminal.live import REFRESH_HZ, LiveDisplay
