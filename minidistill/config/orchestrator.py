@@ -95,7 +95,8 @@ class EnvConfig(Table):
     @property
     def brings_context(self) -> bool:
         """Whether what the teacher alone reads is in the requests of the environment's program."""
-        return self.id == AGENT and self.args.get("strip", "system") == "system"
+        # a value that is neither is refused when the environment is loaded
+        return self.id == AGENT and self.args.get("strip") != "context"
 
 
 class EvalConfig(Table):

@@ -125,10 +125,12 @@ def _check_args(id: str, factory: Callable[..., Any], args: dict[str, Any], wher
     try:
         signature.bind(**args)
     except TypeError as error:
+        unknown = [name for name in args if name not in signature.parameters]
+        close = _closest(unknown[0], signature.parameters) if unknown else None
         raise UserError(
             f"environment {id!r} does not take these args: {error}",
             where=where,
-            fix=arguments(id, signature),
+            fix=(f"did you mean {close!r}? " if close else "") + arguments(id, signature),
         ) from None
 
 
@@ -154,9 +156,15 @@ def arguments(name: str, signature: inspect.Signature) -> str:
 
 def did_you_mean(name: str, names: Collection[str]) -> str:
     """A question that names the one of `names` most similar to an unknown one, or ""."""
+    close = _closest(name, names)
+    return f"did you mean {close!r}? Or " if close else ""
+
+
+def _closest(name: str, names: Collection[str]) -> str | None:
+    """The one of `names` most similar to an unknown one, if one is similar."""
     by_spelling = {known.replace("_", "-"): known for known in names}
     close = difflib.get_close_matches(name.replace("_", "-"), by_spelling, n=1)
-    return f"did you mean {by_spelling[close[0]]!r}? Or " if close else ""
+    return by_spelling[close[0]] if close else None
 
 
 def import_function(path: str, where: str, kind: str = "environment") -> Callable[..., Any]:

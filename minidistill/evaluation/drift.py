@@ -14,13 +14,16 @@ CHANGES = (
     "but they have changed much",
 )
 """By the level of KL(base‖student), see `formatting.KL_LEVELS`. The last is for levels 3 and 4."""
+LEVELS = "are as they were", "are almost as they were", "have changed", "have changed much"
+"""The same, without a judgement."""
 
 
 def judge_drift(board: Mapping[str, Any], *, has_task: bool) -> dict[str, Any]:
     """`drift_judged_by` ("base" or "teacher") and `drift_verdict`, a text or None.
 
     A context for a task should change nothing elsewhere: the base is the measure. A persona, a
-    context without a task, should show everywhere: the teacher is.
+    context without a task, should show everywhere: the teacher is. Where the teacher's answers to
+    unrelated prompts are not known, the text says what changed and leaves the judgement.
     """
     judged_by = "base" if has_task else "teacher"
     text = _unchanged(board) if has_task else _followed(board)
@@ -32,13 +35,17 @@ def _unchanged(board: Mapping[str, Any]) -> str | None:
     level = kl_level(drift)
     if level is None:
         return None
-    text = (
+    if teacher_kl is None:  # a program sends the context, and none of its requests is unrelated
+        changed = LEVELS[min(level, len(LEVELS) - 1)]
+        return (
+            f"The answers to unrelated prompts {changed} (drift KL {number(drift)}). They should "
+            "stay as they were if the context is for a task, and change if it is a persona."
+        )
+    return (
         "The context is for a task, so the answers to unrelated prompts should stay as they were, "
-        f"{CHANGES[min(level, len(CHANGES) - 1)]} (drift KL {number(drift)})."
+        f"{CHANGES[min(level, len(CHANGES) - 1)]} (drift KL {number(drift)}). "
+        "How far they follow the context, the teacher KL, does not count."
     )
-    if teacher_kl is not None:
-        text += " How far they follow the context, the teacher KL, does not count."
-    return text
 
 
 def _followed(board: Mapping[str, Any]) -> str | None:

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +86,34 @@ def export(run: Path, options: Options) -> int:
     print("use it:")
     for command in usage(shown_path(target), base, source, merged=merged):
         print(printable("\n".join(f"  {line}" for line in command.splitlines())))
+    if _lacks_vllm_serve():
+        print(
+            "the vLLM that is installed here has no `vllm serve MODEL`: write "
+            "`python -m vllm.entrypoints.openai.api_server --model MODEL`"
+        )
     return EXIT_OK
+
+
+def _lacks_vllm_serve() -> bool:
+    """Whether vLLM is installed under another name, as its CPU build is: the command fails then."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return find_spec("vllm") is not None
+    return False
 
 
 # -- names and places ------------------------------------------------------------------------------
 
 
 def _base_name(source: Source) -> str:
-    """The base as others find it: its id on the hub, or its path from the current directory."""
+    """The base as others find it: its id on the hub, or the path of its folder.
+
+    The path is relative if the folder is below the current directory.
+    """
     if not source.base_is_local:
         return source.base
-    path = Path(resolve(source.base)).expanduser()
-    return os.path.relpath(path)
+    return shown_path(Path(os.path.abspath(Path(resolve(source.base)).expanduser())))
 
 
 def _require_free(target: Path) -> None:
@@ -206,24 +224,25 @@ def _check(
 def usage(folder: str, base: str, source: Source, *, merged: bool) -> list[str]:
     """How to serve it with vLLM, and how to load it in Python."""
     name = Path(folder).name
+    # an adapter's folder too: transformers loads its base, and the adapter with peft
+    quoted = json.dumps(folder, ensure_ascii=False)  # Python reads no pairs of surrogates
+    code = (
+        "from transformers import pipeline; "
+        f'answer = pipeline("text-generation", {quoted}); '
+        'print(answer([{"role": "user", "content": "Hello!"}], max_new_tokens=64, '
+        "return_full_text=False))"
+    )
+    python = f"python -c {shlex.quote(code)}"
     if merged:
-        return [
-            f"vllm serve {shlex.quote(folder)} --served-model-name {shlex.quote(name)}",
-            _python("from transformers import pipeline", 'pipeline("text-generation", {})', folder),
-        ]
+        return [f"vllm serve {shlex.quote(folder)} --served-model-name {shlex.quote(name)}", python]
     settings = json.loads((source.weights / SETTINGS).read_text())
     rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
     fitting = next((r for r in check.VLLM_RANKS if r >= rank), rank)
     return [
         f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {fitting} "
         f"--lora-modules {shlex.quote(f'{name}={folder}')}",
-        _python("from peft import AutoPeftModelForCausalLM as M", "M.from_pretrained({})", folder),
+        python,
     ]
-
-
-def _python(imports: str, value: str, folder: str) -> str:
-    text = json.dumps(folder, ensure_ascii=False)  # Python reads no pairs of surrogates
-    return f"python -c {shlex.quote(f'{imports}; print({value.format(text)})')}"
 
 
 # -- other formats and places ----------------------------------------------------------------------

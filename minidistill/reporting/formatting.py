@@ -63,7 +63,7 @@ def signed(value: Any) -> str:
 def percent(value: Any) -> str:
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return "–"
-    return f"{100 * value:.0f}%"
+    return f"{100 * value:z.0f}%"  # z: no -0
 
 
 def duration(seconds: float | None) -> str:

@@ -131,7 +131,7 @@ def effort(board: Board) -> str:
     """Steps, time, and number of tasks evaluated."""
     parts = []
     if board.get("steps") is not None:
-        parts.append(f"{clean(board['steps'])} steps")
+        parts.append(f"{clean(board['steps'])} step{'' if board['steps'] == 1 else 's'}")
     if isinstance(board.get("seconds"), (int, float)):
         parts.append(f"in {duration(board['seconds'])}")
     for key, unit in (("eval_tasks", "task"), ("heldout_kl_prompts", "prompt")):

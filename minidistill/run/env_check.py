@@ -46,7 +46,7 @@ def check_environment(
     report = Report(env.name)
     splits = {"train": first_tasks(environment.train), "eval": first_tasks(environment.eval)}
     counts = {"train": len(environment.train), "eval": len(environment.eval)}
-    sizes = ", ".join(f"{count} tasks in {split}" for split, count in counts.items())
+    sizes = ", ".join(f"{n} task{'' if n == 1 else 's'} in {split}" for split, n in counts.items())
     report.add("tasks", all(counts.values()), sizes)
     if not all(counts.values()):
         return report
@@ -107,7 +107,8 @@ def _check_splits(report: Report, splits: dict[str, list[Task]], *, hidden: bool
     prompts = [{_content(task, hidden): task.id for task in tasks} for tasks in splits.values()]
     if both := prompts[0].keys() & prompts[1].keys():
         first = prompts[0][min(both)]
-        what = f"{len(both)} prompts are in both splits, as that of the task {first!r}"
+        prompts_are = "1 prompt is" if len(both) == 1 else f"{len(both)} prompts are"
+        what = f"{prompts_are} in both splits, as that of the task {first!r}"
         report.add("splits", False, what)
         return
     report.add("splits", True, "ids are unique, and no id and no prompt is in both")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+SEAM = 16  # characters on either side of a seam, in a warning
 
 
 class PromptBuilder:
@@ -208,15 +209,20 @@ class PromptBuilder:
         messages, context = plain_messages(prompt.task.messages), prompt.context.text
         content = next((m.get("content") for m in messages if m["role"] == self.placement), None)
         if self.placement == "user":
-            left, right = context, content or ""
+            left, right, which, verb = context, content or "", "the prompt", "end"
         elif content is None:
             left, right = self.default_system, context
+            which, verb = "the chat template's own system message", "begin"
         else:
-            left, right = content, context
+            left, right, which, verb = content, context, "the prompt's system message", "begin"
         boundary = left[-1:] + right[:1]
         if len(boundary) < 2 or boundary[0].isspace() or not boundary[1].isalnum():
             return None
-        return f"no white space between the context and the text beside it ({boundary!r}): add some"
+        seam = left[-SEAM:] + right[:SEAM]
+        return (
+            f"no white space between the context and {which} ({seam!r}): "
+            f"{verb} the context with an empty line or a space"
+        )
 
 
 def _own_template(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> bool:

@@ -23,6 +23,9 @@ def load(folder: Path, text: str) -> bool:
 def test_the_system_message_of_a_program_is_its_context(tmp_path: Path) -> None:
     assert load(tmp_path, TEACHER + AGENT)
     assert load(tmp_path, TEACHER + AGENT + 'args = { strip = "system" }')
+    assert load(tmp_path, TEACHER + AGENT + 'args = { strip = "sytem" }'), (
+        "the environment refuses it"
+    )
     context = TEACHER + 'context = "Be brief."\n' + AGENT + 'args = { strip = "context" }'
     assert not load(tmp_path, context)
     assert not load(tmp_path, TEACHER + AGENT + 'context = "Hi."\nargs = { strip = "context" }')

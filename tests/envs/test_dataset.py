@@ -182,6 +182,15 @@ def test_an_argument_that_cannot_be_used_is_refused(name: str) -> None:
     assert refusal(write([{"prompt": "a"}, {"prompt": "b"}], "d.csv"), **args).where == where
 
 
+@pytest.mark.parametrize("key", ["prompt", "context"])
+def test_a_column_that_is_absent_is_named_beside_those_that_are_there(key: str) -> None:
+    rows = [{"prompt": "a", "passage": "b"}, {"prompt": "c", "passage": "d"}]
+    error = refusal(write(rows, "d.csv"), columns={key: "absent"})
+    assert "no `absent`" in error.what
+    assert error.fix.endswith("; it has prompt, passage")
+    assert "{" not in error.fix, "a line of JSON, which a CSV file does not have"
+
+
 @pytest.mark.parametrize(
     ("text", "what", "where"),
     [

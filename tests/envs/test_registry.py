@@ -108,9 +108,18 @@ def test_args_that_do_not_match_the_signature(echo: str, args: dict[str, Any]) -
     assert error.fix == "echo_env:make takes word and may take times"
 
 
+@pytest.mark.parametrize(
+    ("arg", "meant"), [("colums", "columns"), ("contextcolumn", "context_column"), ("zzz", "")]
+)
+def test_an_unknown_arg_gets_a_suggestion(arg: str, meant: str) -> None:
+    fix = refusal("dataset", {"path": "x.csv", arg: 1}).fix
+    assert fix.startswith(f"did you mean {meant!r}? dataset takes" if meant else "dataset takes")
+
+
 def test_a_built_in_environment_refuses_invalid_args() -> None:
     assert "'levels'" in refusal("sokoban-env", {"levels": 3}).what
-    assert refusal("jsonl", {"rewrd": "exact"}).fix.startswith("jsonl takes path and may take eval")
+    fix = refusal("jsonl", {"rewrd": "exact"}).fix
+    assert fix.startswith("did you mean 'reward'? jsonl takes path and may take eval")
     assert "min_w = 9" in refusal("sokoban-env", {"min_w": 9}).what
 
 

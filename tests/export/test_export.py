@@ -83,6 +83,27 @@ def test_the_context_is_quoted_if_that_is_asked_for(run: Path, tmp_path: Path) -
     assert CONTEXT in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("flags", [[], ["--merge"]], ids=["adapter", "merged"])
+def test_the_python_that_is_printed_gets_an_answer(
+    run: Path, tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(run, tmp_path / "out", *flags) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  python -c ")]
+    exec(shlex.split(line)[-1], {})
+    (answer,) = ast.literal_eval(capsys.readouterr().out)
+    assert isinstance(answer["generated_text"], str)
+
+
+def test_the_base_is_found_from_any_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert export(run, tmp_path / "out") == 0
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == BASE
+
+
 @pytest.mark.parametrize("trained", ["adapter", "all weights"])
 def test_a_whole_model(configure: Any, tmp_path: Path, trained: str) -> None:
     lora = trained == "adapter"
@@ -209,7 +230,7 @@ def test_pushing(
     assert calls[0] == ("me/mine", {"private": True, "exist_ok": True})
     assert calls[1] == {"folder_path": tmp_path / "out", "repo_id": "me/mine"}
     assert "pushed: https://hub.example/me/mine" in capsys.readouterr().out
-    assert 'from_pretrained("me/mine")' in (tmp_path / "out" / "README.md").read_text()
+    assert 'pipeline("text-generation", "me/mine")' in (tmp_path / "out" / "README.md").read_text()
     assert export(run, tmp_path / "again", "--push", "me/mine") == 3
     assert "the hub cannot be reached" in capsys.readouterr().err
     assert (tmp_path / "again" / "README.md").is_file(), "what was exported is kept"
@@ -289,7 +310,8 @@ def test_commands_name_any_folder(
     serve, load = re.findall(r"(?ms)^````bash\n(.*?)\n````$", card)
     assert shlex.split(serve)[-1] == f"{name}={name}"
     *_, code = shlex.split(load)
-    assert ast.literal_eval(code[code.index('"') : code.rindex(")") - 1]) == name
+    constants = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert name in constants
 
 
 @pytest.mark.parametrize(

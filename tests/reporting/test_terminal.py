@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from minidistill.reporting.formatting import clean, count, duration, kl_level, number, sparkline
+from minidistill.reporting.formatting import (
+    clean,
+    count,
+    duration,
+    kl_level,
+    number,
+    percent,
+    sparkline,
+)
 from minidistill.reporting.terminal import Display, Header, Sample, open_display
 from minidistill.reporting.terminal import plain as plain_module
 from minidistill.reporting.terminal.live import REFRESH_HZ, LiveDisplay
@@ -294,6 +302,7 @@ def test_formatting_of_numbers() -> None:
     texts = [number(v) for v in (0, 0.2314, 1912, 5_120_000, -3, 1e-6, 999.9, None, "x\x1b")]
     assert texts == ["0", "0.231", "1.91k", "5.12M", "-3", "1e-06", "1k", "–", "x"]
     assert [duration(v) for v in (None, 5, 62, 7500)] == ["–", "5s", "1m02s", "2h05m"]
+    assert [percent(v) for v in (0.5, -0.2, -0.001, None)] == ["50%", "-20%", "0%", "–"]
     assert [kl_level(v) for v in (None, float("nan"), 0.0, 0.02, 99.0)] == [None, None, 0, 1, 4]
     assert [count(n) for n in (64, 5120, 20_480)] == ["64", "5120", "20.5k"]
     assert sparkline([0.0, 7.0, float("nan"), 3.0]) == "▁█ ▄"

@@ -96,7 +96,7 @@ def test_the_environment_of_the_authors_page_passes(
     [
         ("SameId", "splits", "the id 'one' is twice in train"),
         ("SharedId", "splits", "the id 'ox' is in both splits"),
-        ("SharedPrompt", "splits", "1 prompts are in both splits, as that of the task 'ox'"),
+        ("SharedPrompt", "splits", "1 prompt is in both splits, as that of the task 'ox'"),
         ("NotFinite", "rewards", "6 of 6 scores of an empty answer fail: "),
         ("Raising", "rewards", "6 of 6 scores of an empty answer fail: IndexError"),
         ("Constant", "rewards", "a wrong answer 0.5, the task's own answer 0.5"),

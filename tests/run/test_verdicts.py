@@ -190,3 +190,9 @@ def test_what_the_scoreboard_will_lack_is_said_in_preflight(
     assert not (tmp_path / "run").exists()
     records = [r for r in caplog.records if r.message.startswith(text)]
     assert [r.levelno for r in records] == [level], json.dumps(caplog.messages)
+
+
+def test_drift_is_not_judged_where_the_teachers_answers_are_unknown() -> None:
+    verdict = judge_drift(figures(after=None), has_task=True)["drift_verdict"]
+    assert verdict.startswith("The answers to unrelated prompts have changed (drift KL 0.3). ")
+    assert "The context is for" not in verdict

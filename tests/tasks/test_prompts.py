@@ -197,20 +197,26 @@ def test_completions_are_decoded_without_special_tokens() -> None:
 @pytest.mark.parametrize(
     ("template", "placement", "context", "messages", "boundary"),
     [
-        ("chatml", "user", "Think.", (USER,), ".S"),
-        ("chatml", "user", "Think", (SYSTEM, USER), "kS"),
-        ("chatml", "user", "user", (USER,), "rS"),  # the template contains this word too
+        ("chatml", "user", "Think.", (USER,), "Think.Solve this."),
+        ("chatml", "user", "Think", (SYSTEM, USER), "ThinkSolve this."),
+        (
+            "chatml",
+            "user",
+            "user",
+            (USER,),
+            "userSolve this.",
+        ),  # the template contains this word too
         ("chatml", "user", "Think. ", (USER,), None),
         ("chatml", "user", "Think.\n", (USER,), None),
         ("chatml", "user", "Think.", ({"role": "user", "content": " x"},), None),
         ("chatml", "user", "Think.", ({"role": "user", "content": "#x"},), None),
         ("chatml", "user", "Think.", ({"role": "user", "content": ""},), None),
-        ("chatml", "user", "Think.", ({"role": "user", "content": [TEXT_PART]},), ".x"),
+        ("chatml", "user", "Think.", ({"role": "user", "content": [TEXT_PART]},), "Think.x"),
         ("chatml", "system", "Think.", (SYSTEM, USER), None),
-        ("chatml", "system", "Think.", ({"role": "system", "content": "Be."}, USER), ".T"),
+        ("chatml", "system", "Think.", ({"role": "system", "content": "Be."}, USER), "Be.Think."),
         ("chatml", "system", "\nThink.", ({"role": "system", "content": "Be."}, USER), None),
         ("chatml", "system", "Think.", (USER,), None),
-        ("default", "system", "Think.", (USER,), ".T"),
+        ("default", "system", "Think.", (USER,), "u are a default.Think."),
         ("default", "system", " Think.", (USER,), None),
         ("dropping", "user", "", (USER,), None),
     ],

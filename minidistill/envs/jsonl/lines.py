@@ -85,9 +85,8 @@ def _line(row: Row, columns: Columns, prefix: str) -> Line:
     values, place = row.values, row.place
     names = {key: columns.column(key) for key in (*KEYS, "context")}
     messages, reply = _messages(values, names, place, columns.drop_reply)
-    answer, id, context = (
-        None if (name := names[key]) is None else values.get(name)
-        for key in ("answer", "id", "context")
+    answer, id = (
+        None if (name := names[key]) is None else values.get(name) for key in ("answer", "id")
     )
     answer = reply if answer is None else answer
     if row.typed:
@@ -98,7 +97,7 @@ def _line(row: Row, columns: Columns, prefix: str) -> Line:
         id=f"{prefix}{row.number}" if id is None else _check_text(id, _name(names, "id"), place),
         messages=tuple(messages),
         answer=None if answer is None else _check_text(answer, _name(names, "answer"), place),
-        context=None if of_context is None else _context(context, of_context, place),
+        context=None if of_context is None else _context(values, of_context, place),
         data={key: value for key, value in values.items() if key not in names.values()},
         place=place,
     )
@@ -113,9 +112,10 @@ def _messages(
     if len(given) != 1:
         both = [f"`{name}`" for name in read.values()]
         what = f"both {' and '.join(both)}" if given else f"neither {' nor '.join(both)}"
-        if len(both) == 1:
-            what = f"no {both[0]}"
         fix = f"write {LINE}, or say in `columns` where they are; it has {', '.join(values)}"
+        if len(both) == 1:  # `columns` names it
+            what = f"no {both[0]}"
+            fix = f"write one, or name another column in `columns`; it has {', '.join(values)}"
         raise UserError(what, place, fix)
     key, name, value = given[0], read[given[0]], values[read[given[0]]]
     if key == "prompt" and not isinstance(value, list):
@@ -133,10 +133,12 @@ def _as_text(value: Any) -> Any:
     return str(value) if number else value
 
 
-def _context(value: Any, name: str, place: str) -> str:
+def _context(values: Mapping[str, Any], name: str, place: str) -> str:
     """A row's context: a text, or several of which each is a paragraph."""
+    value = values.get(name)
     if value is None:
-        raise UserError(f"the row has no `{name}`", place, "write its context, or remove the row")
+        fix = f"write its context, or correct the column's name; it has {', '.join(values)}"
+        raise UserError(f"the row has no `{name}`", place, fix)
     texts = value if isinstance(value, list) else [value]
     if not texts:
         raise UserError(f"`{name}` is empty", place, "write a text, or remove the row")
