@@ -16,6 +16,7 @@ other programs run. Writes bench/results/peers.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -68,8 +69,9 @@ class Peer:
 
     def step(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: what it said is read below
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
         self.answers.append(self._answer())
 
     def _answer(self) -> Answer:

@@ -229,7 +229,7 @@ def test_prompt_warnings(warnings_of: Callable[..., list[str]]) -> None:
     context = "--orchestrator.teacher_model.context"
     assert warnings_of() == []
     (boundary,) = warnings_of(context, "You are an expert")
-    assert "'tS'" in boundary
+    assert "'ou are an expertSolve this puzzl'" in boundary
     assert warnings_of(context, "You are an expert. ") == []
     (taus,) = warnings_of("--trainer.loss.teacher_tau", "1.0")
     assert "sharpened" in taus
