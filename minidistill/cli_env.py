@@ -80,7 +80,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
     if not rest or rest[0].startswith("--"):
         raise UserError("env check takes an environment's id, or a TOML file", fix=_EXAMPLE)
 
-    _before_torch()
+    before_torch()
     from minidistill.run.env_command import check_environments
 
     return check_environments(rest, samples, with_model=options.with_model, as_data=options.json)
@@ -105,13 +105,14 @@ def _prompts(options: argparse.Namespace, rest: list[str]) -> int:
         fix = "minidistill env prompts configs/self-prompts.toml"
         raise UserError("no configuration is given", fix=fix)
 
-    _before_torch()
+    before_torch()
     from minidistill.run.env_command import write_prompts
 
     return write_prompts(rest)
 
 
-def _before_torch() -> None:
+def before_torch() -> None:
+    """What a command that loads torch does first."""
     from minidistill.system.threads import settle_threads
 
     settle_threads()  # before torch loads OpenMP

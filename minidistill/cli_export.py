@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from minidistill.cli_env import before_torch
 from minidistill.errors import UserError
 
 _EXAMPLE = "minidistill export runs/mine --to exported/mine"
@@ -61,10 +62,7 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
         raise UserError("export takes the folder to write", "--to", _EXAMPLE)
     from pathlib import Path
 
-    from minidistill.system.threads import settle_threads
-
-    settle_threads()  # before torch loads OpenMP
-    import minidistill_kernels  # noqa: F401
+    before_torch()
     from minidistill.export.command import Options, export
 
     return export(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -23,7 +23,7 @@ from minidistill.export.source import Source
 from minidistill.models.auto import model_class
 from minidistill.models.registry import resolve
 from minidistill.models.weights import load_weights
-from minidistill.placement.limits import CPU_CACHE_BYTES
+from minidistill.placement.limits import CPU_CACHE_BYTES, LORA_RANKS
 from minidistill.system.files import read_json
 from minidistill.system.subprocesses import Subprocess
 
@@ -37,7 +37,6 @@ LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Of the mean KL of a token's log-probs, by the dtype that a program computes in."""
 CHECK = "minidistill.export.vllm_check"
 VLLM_SECONDS = 900.0
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +115,12 @@ def with_adapter(source: Source, folder: Path, dtype: torch.dtype) -> Any:
     return PeftModel.from_pretrained(base, folder).eval()
 
 
+def vllm_rank(settings: Mapping[str, Any]) -> int | None:
+    """vLLM's `max_lora_rank` for an adapter with these settings of PEFT; None if none fits."""
+    largest = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
+    return next((rank for rank in LORA_RANKS if rank >= largest), None)
+
+
 def in_vllm(
     folder: Path, source: Source, rows: Sequence[Sequence[int]], *, merged: bool, dtype: torch.dtype
 ) -> list[Tensor] | None:
@@ -128,11 +133,9 @@ def in_vllm(
         targets = settings["target_modules"]
         if settings.get("use_dora"):
             return None
-        ranks = [settings["r"], *(settings.get("rank_pattern") or {}).values()]
-        fitting = [r for r in VLLM_RANKS if r >= max(ranks)]
-        if not fitting:
+        if (fitting := vllm_rank(settings)) is None:
             return None
-        rank = fitting[0]
+        rank = fitting
     job = {
         "model": str(folder) if merged else resolve(source.base),
         "revision": None if merged else source.config.model.revision,

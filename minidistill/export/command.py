@@ -60,11 +60,13 @@ def export(run: Path, options: Options) -> int:
         tokenizer.save_pretrained(folder)
         dtype = _base_dtype(source)
         rows = check.example_rows(tokenizer)
-        expected = check.logprobs(_trained(source), rows)
+        model = _trained(source)
+        expected = check.logprobs(model, rows)
         if merged:
-            _write_model(source, folder, dtype)
+            _write_model(model, source, folder, dtype)
         else:
             _write_adapter(source, folder, base)
+        del model  # before others are loaded
         agreements = _check(folder, source, rows, expected, options, merged=merged)
         # the card goes with the folder to other places
         uses = usage(options.push or target.name, base, source, merged=merged)
@@ -185,9 +187,8 @@ def _write_adapter(source: Source, folder: Path, base: str) -> None:
     shutil.copyfile(source.weights / TENSORS, folder / TENSORS)
 
 
-def _write_model(source: Source, folder: Path, dtype: torch.dtype) -> None:
-    """The model with the adapter added in fp32, in the checkpoint's dtype."""
-    model = _trained(source)
+def _write_model(model: Any, source: Source, folder: Path, dtype: torch.dtype) -> None:
+    """The model with the adapter added in fp32, in the checkpoint's dtype. It changes the model."""
     if source.is_adapter:
         model = model.merge_and_unload(safe_merge=True)
     model.to(dtype).save_pretrained(folder)
@@ -236,8 +237,7 @@ def usage(folder: str, base: str, source: Source, *, merged: bool) -> list[str]:
     if merged:
         return [f"vllm serve {shlex.quote(folder)} --served-model-name {shlex.quote(name)}", python]
     settings = json.loads((source.weights / SETTINGS).read_text())
-    rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
-    fitting = next((r for r in check.VLLM_RANKS if r >= rank), rank)
+    fitting = check.vllm_rank(settings) or settings["r"]
     return [
         f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {fitting} "
         f"--lora-modules {shlex.quote(f'{name}={folder}')}",
