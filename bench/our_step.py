@@ -17,11 +17,11 @@ from typing import Any
 from bench.pair import use_threads
 from bench.workload import Case, write_case
 from minidistill.config import load_config
+from minidistill.driver.loop import train_step
+from minidistill.driver.prepare import prepare
+from minidistill.driver.session import Session, open_session
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal.base import Header, Sample
-from minidistill.run.loop import train_step
-from minidistill.run.prepare import prepare
-from minidistill.run.session import Session, open_session
 from minidistill.types import Advance, Metrics, Rollout, TokenFigures
 
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from minidistill.run.session import Session
+from minidistill.driver.session import Session
 from minidistill.types import Request, Role, SamplingParams
 
 PIECES = (

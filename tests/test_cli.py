@@ -16,8 +16,8 @@ from minidistill.system.foreign import Interrupted
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A replacement for the module of the training loop, which imports torch."""
-    module = types.ModuleType("minidistill.run.loop")
-    monkeypatch.setitem(sys.modules, "minidistill.run.loop", module)
+    module = types.ModuleType("minidistill.driver.loop")
+    monkeypatch.setitem(sys.modules, "minidistill.driver.loop", module)
     return module
 
 

@@ -29,15 +29,13 @@ ORDER = (
     "engines",
     "rollouts",
     "evaluation",
-    "run",
+    "driver",
     "export",
     "error_output",
-    "cli_env",
-    "cli_export",
     "cli",
     "__main__",
 )
-TOP_LEVEL_MODULES = 8  # in the package's folder, besides __init__ and __main__
+TOP_LEVEL_MODULES = 6  # in the package's folder, besides __init__ and __main__
 HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "wandb"}
 # These import only each other, and no torch
 LIGHT = {

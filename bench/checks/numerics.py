@@ -7,8 +7,8 @@ from torch import Tensor
 
 from bench.checks.models import SMALL, Job, load, make_prompts, randomize_adapter, warnings
 from bench.checks.report import Findings, Setting
+from minidistill.driver.model_checks import TOLERANCE, check_model
 from minidistill.placement.attention import Layout
-from minidistill.run.model_checks import TOLERANCE, check_model
 from minidistill.trainer.batching import collate
 from minidistill.trainer.forward import hidden_states, prefix_states
 from minidistill.trainer.token_budget import TokenBudget

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from minidistill import cli
+from minidistill.driver import loop
 from minidistill.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
-from minidistill.run import loop
 from minidistill.types import Task
 
 TOML = """\

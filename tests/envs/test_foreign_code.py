@@ -17,6 +17,7 @@ from support.runs import records
 
 from minidistill import cli
 from minidistill.config.orchestrator import EnvConfig
+from minidistill.driver import loop
 from minidistill.envs.isolated import close_environments
 from minidistill.envs.outcomes import Attempt, ScoringError, score_attempts, score_one
 from minidistill.envs.protocol import Environment, has_rewards, take_tasks
@@ -27,7 +28,6 @@ from minidistill.errors import (
     EXIT_OK,
     UserError,
 )
-from minidistill.run import loop
 from minidistill.system.foreign import (
     Interrupted,
     check_interrupted,

@@ -12,6 +12,7 @@ from support.paths import ROOT
 
 from minidistill import cli
 from minidistill.config import LoadedConfig, load_config
+from minidistill.driver.prepare import prepare
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.models.registry import BUILT_IN, SHIPPED_CONFIGS
 from minidistill.placement.estimate import Plan
@@ -19,7 +20,6 @@ from minidistill.placement.machine import GIB, Machine
 from minidistill.placement.planner import plan_run
 from minidistill.placement.render import flags as as_flags
 from minidistill.reporting.run_directory import RunDirectory
-from minidistill.run.prepare import prepare
 
 MODELS = (
     "Qwen/Qwen3-0.6B",
@@ -66,9 +66,9 @@ def prepared(
     folder: Path, loaded: LoadedConfig, on: Machine, patch: pytest.MonkeyPatch
 ) -> Plan | UserError:
     """The plan of a run on this machine, or how it is refused. Nothing is started or written."""
-    patch.setattr("minidistill.run.prepare.Machine.local", lambda: on)
+    patch.setattr("minidistill.driver.prepare.Machine.local", lambda: on)
     # the folders have the shipped model's weights, which are not those of their configurations
-    patch.setattr("minidistill.run.prepare.check_weights", lambda config: None)
+    patch.setattr("minidistill.driver.prepare.check_weights", lambda config: None)
     path = folder / "runs" / "never"
     try:
         plan = prepare(loaded, RunDirectory(path), resume=False).plan

@@ -15,11 +15,11 @@ import torch
 from safetensors.numpy import load_file
 
 from minidistill.config import LoadedConfig, load_config
+from minidistill.driver.resume import is_extended
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.reporting.rollout_log import TokenTexts, write_rollouts
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.run_path import choose_path
-from minidistill.run.resume import is_extended
 from minidistill.types import Completion, Prompt, Reward, Rollout, Task, TokenFigures
 
 CONFIG = """\

@@ -22,6 +22,8 @@ from support.runs import TINY, board, run
 from minidistill import logs
 from minidistill.config import Config
 from minidistill.config.schema import WandbConfig
+from minidistill.driver import loop, summary
+from minidistill.driver.summary import write_run_report
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK
 from minidistill.reporting.monitors import (
     background,
@@ -34,8 +36,6 @@ from minidistill.reporting.terminal import Display, Header, SafeDisplay
 from minidistill.reporting.terminal.bars import ProgressBars
 from minidistill.reporting.terminal.live import LiveDisplay
 from minidistill.reporting.terminal.plain import PlainDisplay
-from minidistill.run import loop, summary
-from minidistill.run.summary import write_run_report
 
 BRIEF = (
     "--max_steps", "2", "--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline",

@@ -19,13 +19,13 @@ from support.plain_forward import completion_logits
 from support.runs import board, records, run
 from torch.nn.functional import one_hot
 
+from minidistill.driver.preflight import check_conversations
 from minidistill.envs.registry import load_environments
 from minidistill.errors import EXIT_HEALTH, EXIT_OK, EXIT_USAGE, UserError
 from minidistill.evaluation.kl import Answer, teacher_kl
 from minidistill.reporting.html.read import read_run
 from minidistill.reporting.rollout_log import with_inserted
 from minidistill.rollouts.async_collector import AsyncCollector
-from minidistill.run.preflight import check_conversations
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.trainer.token_budget import TokenBudget
 from minidistill.types import Completion, Inserted, Role

@@ -11,7 +11,7 @@ import os
 os.environ |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 import minidistill.cli
-import minidistill.run.session
+import minidistill.driver.session
 import minidistill.trainer.build
 import minidistill.trainer.loading  # noqa: F401
 import support.forked  # noqa: F401

@@ -13,13 +13,13 @@ import pytest
 
 from minidistill import logs
 from minidistill.config import load_config
+from minidistill.driver import summary
+from minidistill.driver.baseline import evaluate_baseline
 from minidistill.evaluation.evaluator import Scores
 from minidistill.evaluation.intervals import PromptSums
 from minidistill.evaluation.kl import SampledKL
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal.plain import PlainDisplay
-from minidistill.run import summary
-from minidistill.run.baseline import evaluate_baseline
 from minidistill.trainer.policy import Weights
 from minidistill.types import Prompt, Task
 from support.paths import SOKOBAN

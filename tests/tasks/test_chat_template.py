@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from support.tokenizers import CHATML, byte_level
 
+from minidistill.driver import preflight
 from minidistill.errors import EXIT_USAGE, UserError
-from minidistill.run import preflight
 from minidistill.tasks.chat_template import ChatTemplate, TemplateSettings
 from minidistill.tasks.prompts import PromptBuilder
 from minidistill.types import Role, Task

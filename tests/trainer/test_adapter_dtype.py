@@ -14,11 +14,11 @@ from support.lab import NO_MISMATCH_LIMIT, SMALL_STEP, Lab, make_lab
 from support.ranks import TWO_RANKS, ranked_lab, train
 from support.runs import board, records, run
 
+from minidistill.driver.model_checks import check_model
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError
 from minidistill.placement.machine import GIB, Machine
 from minidistill.placement.placement import place
 from minidistill.placement.planner import load_models
-from minidistill.run.model_checks import check_model
 from minidistill.trainer import checkpoint
 from minidistill.trainer.batching import Tokens, collate
 from minidistill.trainer.forward import hidden_states

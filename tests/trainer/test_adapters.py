@@ -18,11 +18,11 @@ from support.plain_forward import completion_logprobs
 from support.runs import board, records, run
 
 from minidistill.config import LoadedConfig, load_config
+from minidistill.driver import loop
+from minidistill.driver.model_checks import check_model
 from minidistill.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, UserError
 from minidistill.models.hub import load_tokenizer
 from minidistill.models.registry import resolve
-from minidistill.run import loop
-from minidistill.run.model_checks import check_model
 from minidistill.trainer import checkpoint
 from minidistill.trainer.loading import load_policy
 from minidistill.trainer.token_budget import TokenBudget

@@ -12,12 +12,12 @@ import torch
 from support.lab import SMALL_STEP, Lab, make_lab
 from support.runs import run
 
+from minidistill.driver import build, model_checks, session
 from minidistill.engines import embedded
 from minidistill.engines.vllm.client import EngineFailed, RestartingProcess
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from minidistill.evaluation.evaluator import Evaluator
 from minidistill.rollouts.collector import Collector
-from minidistill.run import build, model_checks, session
 from minidistill.trainer import checkpoint, token_kl
 from minidistill.trainer.guards import is_out_of_memory
 from minidistill.trainer.token_budget import TokenBudget

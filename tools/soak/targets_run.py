@@ -112,9 +112,9 @@ class Records:
         return self.finished.hostile(random, file, self.finished.original / file)
 
     def run(self, value: dict[str, str]) -> None:
+        from minidistill.driver.resume import is_extended
         from minidistill.reporting.html import write_report
         from minidistill.reporting.run_directory import RunDirectory
-        from minidistill.run.resume import is_extended
 
         with self.finished.changed(value["file"], value["data"].encode("latin-1")) as path:
             write_report(path)

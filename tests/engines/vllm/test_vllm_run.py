@@ -11,9 +11,9 @@ import pytest
 from support.vllm import NEEDS_CPU_VLLM, SHORT, SOKOBAN, start, steps
 
 from minidistill import cli
+from minidistill.driver import build
 from minidistill.engines.vllm.engine import VllmEngine
 from minidistill.errors import EXIT_HEALTH, EXIT_INTERRUPTED, EXIT_OK
-from minidistill.run import build
 
 pytestmark = NEEDS_CPU_VLLM
 
@@ -88,7 +88,7 @@ def test_vllm_killed_in_mid_run_is_started_again(finished: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("number", "code"),
     [
-        (signal.SIGTERM, EXIT_INTERRUPTED),  # and SIGINT: tests/run/test_run.py
+        (signal.SIGTERM, EXIT_INTERRUPTED),  # and SIGINT: tests/driver/test_run.py
         (signal.SIGKILL, -signal.SIGKILL),
     ],
     ids=["SIGTERM", "SIGKILL"],
