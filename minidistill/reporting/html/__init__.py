@@ -9,6 +9,7 @@ from minidistill.errors import printable
 from minidistill.reporting.formatting import KL_LEVELS, clean, kl_level, number
 from minidistill.reporting.html.curves import charts
 from minidistill.reporting.html.read import read_run
+from minidistill.reporting.html.summary import summary_html
 from minidistill.reporting.scoreboard_rows import (
     bar,
     effort,
@@ -19,7 +20,7 @@ from minidistill.reporting.scoreboard_rows import (
 )
 from minidistill.system.files import write_atomic
 
-__all__ = ["write_report"]
+__all__ = ["summary_html", "write_report"]
 
 logger = logging.getLogger(__name__)
 
