@@ -25,7 +25,7 @@ def find_browser() -> str | None:
 
 
 class Browser:
-    """One page. `errors` has what it wrote on its console, `requests` the addresses it asked for."""
+    """One page. `errors` has what its console shows, `requests` the addresses it asked for."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers = commands, answers
