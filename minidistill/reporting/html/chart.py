@@ -10,7 +10,7 @@ from minidistill.reporting.formatting import number
 
 WIDTH, HEIGHT = 380, 210
 """As wide as a third of the page, or a phone's screen: text has its size on both."""
-LEFT, RIGHT, TOP, BOTTOM = 48, 22, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 54, 22, 12, 36
 MAX_POINTS = 240
 """Points of a curve; more are thinned out, because the page has about as many pixels."""
 SMOOTHED = 40

@@ -268,9 +268,13 @@ def _by_position(steps: Steps) -> Chart:
         "Mean KL(student‖teacher) by the position of the token in the completion, in nats. Where "
         "it stays high, the student has not learned what the context says.",
         "position, from",
-        [(number(first[name]), name.replace("-", " to ").strip()) for name in names],
+        [(number(first[name]), _positions(name)) for name in names],
         series,
     )
+
+
+def _positions(name: str) -> str:
+    return f"{name[:-1]} and more" if name.endswith("-") else name.replace("-", " to ")
 
 
 def _parts(steps: Sequence[int]) -> list[Sequence[int]]:
