@@ -57,12 +57,26 @@ def load_config(argv: Sequence[str], *, resume: bool = False) -> LoadedConfig:
     line and the key of each error.
     """
     files, flags = overrides.parse(argv)
+    return load_layers([*files, flags], resume=resume)
+
+
+def load_layers(
+    sources: Sequence[str | Sequence[overrides.Override]], *, resume: bool = False
+) -> LoadedConfig:
+    """The configuration of TOML files and overrides, of which a later one beats an earlier one.
+
+    Raises UserError as `load_config` does.
+    """
     layers = Layers()
-    for name in files:
-        data, origin = read_file(name)
-        layers.put((), data, origin)
-    _put_flags(layers, flags)
-    config, taken = _validate(layers, ", ".join(files), resume)
+    for source in sources:
+        if isinstance(source, str):
+            layers.put((), *read_file(source))
+        else:
+            _put_overrides(layers, source)
+    files = [source for source in sources if isinstance(source, str)]
+    written = {o.flag for source in sources if not isinstance(source, str) for o in source}
+    where = ", ".join(files) or (overrides.IN_PYTHON if overrides.IN_PYTHON in written else "")
+    config, taken = _validate(layers, where, resume)
     provenance = {
         dotted(path): layers.origins.get(path) or _taken_from(path, taken)
         for path, _ in leaves(json.loads(config.model_dump_json()))
@@ -126,19 +140,20 @@ def _children(node: Any) -> Iterable[Any]:
     return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
 
-def _put_flags(layers: Layers, flags: Sequence[overrides.Override]) -> None:
-    """Lay the command line over the files."""
-    for override in flags:
+def _put_overrides(layers: Layers, settings: Sequence[overrides.Override]) -> None:
+    """Lay the command line, or settings that Python gives, over the files."""
+    flags = {override.flag for override in settings}
+    for override in settings:
         _check_depth(override.value, override.flag)
         layers.put(override.path, override.value, lambda _, flag=override.flag: flag)  # type: ignore[misc]
     _use_template_file(layers.get(_TEMPLATE[:1]), FilePath(), layers.origins.get(_TEMPLATE, ""))
     for path, table in _context_tables(layers.data):
         context, file = (*path, "context"), (*path, "context_file")
         flag = layers.origins.get(file, "")
-        if not flag.startswith("--"):
+        if flag not in flags:
             continue
         # `read_file` has replaced a file's context_file by its context, which a flag's file beats
-        if not layers.origins.get(context, "").startswith("--"):
+        if layers.origins.get(context, "") not in flags:
             table.pop("context", None)
         _use_context_file(table, path, FilePath(), flag)
         if "context" in table:
