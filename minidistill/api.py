@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,7 +16,7 @@ from minidistill.config.load import load_layers
 from minidistill.config.overrides import Override, from_mapping
 from minidistill.error_output import as_user_error
 from minidistill.errors import EXIT_OK, UserError
-from minidistill.system.foreign import Interrupted, ctrl_c, is_interrupt, was_interrupted
+from minidistill.system.foreign import ctrl_c, is_interrupt, was_interrupted
 from minidistill.system.threads import settle_threads
 
 if TYPE_CHECKING:
@@ -87,8 +86,8 @@ def bake(
     """Bake a context into an adapter of a model, as `minidistill bake` does.
 
     `context` is the text, or a file with it; `prompts` is a file of prompts, and without one the
-    model writes them itself. `steps` is `max_steps`, `out` the run's directory. `settings`, `resume`
-    and `quiet` are those of `run`.
+    model writes them itself. `steps` is `max_steps`, `out` the run's directory. `resume`, `quiet`
+    and `settings` are those of `run`.
     """
     from minidistill.baking import bake_configuration
 

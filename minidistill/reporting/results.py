@@ -68,8 +68,9 @@ class Scoreboard:
 
         def figure(key: str) -> float | None:
             value = board.get(key)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            return float(value) if is_number and math.isfinite(value) else None
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                return None
+            return float(value) if math.isfinite(value) else None
 
         def count(key: str) -> int | None:
             value = figure(key)
