@@ -24,8 +24,8 @@ from minidistill.config.overrides import Override, from_mapping, parse
 from minidistill.driver.prepare import prompt_builder
 from minidistill.envs.registry import load_environment
 from minidistill.errors import UserError
-from minidistill.models.hub import load_tokenizer
 from minidistill.evaluation.intervals import MIN_TASKS
+from minidistill.models.hub import load_tokenizer
 from minidistill.placement.machine import Machine
 from minidistill.reporting.run_path import choose_path
 
@@ -33,7 +33,9 @@ DEFAULT = "bake's default"
 """Where a setting is from that neither an argument nor an override gives."""
 MODEL, STEPS, OUT = "--model", "--steps", "--out"
 _HELD_OUT_OF = 4
-"""A file of prompts gives up to this part of them for the figures, if they are enough."""
+"""One in so many prompts of a file is held out, if that makes enough of them."""
+AT_LEAST = 32
+"""Prompts that are enough where a model of a narrow task repeats itself."""
 _ROOM = 512
 """Tokens of `seq_len` for the prompt and the template, beside the context and the completion."""
 
@@ -167,7 +169,11 @@ def _layer(given: _Given, chosen: Defaults) -> list[Override]:
     steps = chosen.steps if given.steps is None else given.steps
     env: dict[str, Any] = {
         "id": "self-prompts",
-        "args": {"count": chosen.prompts, "max_tokens": chosen.prompt_tokens},
+        "args": {
+            "count": chosen.prompts,
+            "at_least": AT_LEAST,
+            "max_tokens": chosen.prompt_tokens,
+        },
     }
     if given.prompts is not None:
         env = {"id": "jsonl", "args": prompts_args(given.prompts)}
@@ -183,7 +189,7 @@ def _layer(given: _Given, chosen: Defaults) -> list[Override]:
         ("trainer.loss.teacher_tau", 1.0, DEFAULT),
         ("trainer.loss.student_tau", 1.0, DEFAULT),
         ("orchestrator.batch_size", chosen.batch_size, DEFAULT),
-        ("orchestrator.rollouts_per_example", 1, DEFAULT),
+        ("orchestrator.rollouts_per_example", 2, DEFAULT),
         ("orchestrator.sampling.max_tokens", chosen.max_tokens, DEFAULT),
         ("orchestrator.buffer.skip_verification", True, DEFAULT),
         ("orchestrator.teacher_model.context_placement", "system", DEFAULT),
@@ -212,7 +218,10 @@ def _of_prompts(given: _Given, loaded: LoadedConfig, chosen: Defaults) -> list[O
     if held_out < MIN_TASKS or "num_eval_examples" in env.args:
         return []
     args = {**prompts_args(given.prompts), "num_eval_examples": held_out}
-    return [_override("orchestrator.env", [{"id": "jsonl", "args": args}], PROMPTS)]
+    return [
+        _override("orchestrator.env", [{"id": "jsonl", "args": args}], PROMPTS),
+        _override("orchestrator.eval.env", None, DEFAULT),  # those of training
+    ]
 
 
 def _of_model(loaded: LoadedConfig, chosen: Defaults) -> list[Override]:

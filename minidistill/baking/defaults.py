@@ -30,7 +30,7 @@ CPU = Defaults(
     max_tokens=32,
     lr=1e-3,
     rank=16,
-    prompts=256,
+    prompts=160,
     prompt_tokens=64,
     held_out=32,
 )

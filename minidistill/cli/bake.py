@@ -27,7 +27,7 @@ again with `minidistill run`.""",
 examples:
   {_EXAMPLE}
   minidistill bake --model ./my-model --context persona.txt --prompts questions.txt --steps 60
-  minidistill bake --model tiny-sokoban --context expert.txt --out runs/expert --trainer.optim.lr 2e-3""",
+  minidistill bake --model my-model --context rules.md --out runs/rules --trainer.optim.lr 5e-4""",
     )
     parser.set_defaults(handler=_bake)
     parser.add_argument("--model", metavar="M", help="a hub id, a folder, or a built-in model")
