@@ -17,6 +17,7 @@ from minidistill.cli.bench import add_bench
 from minidistill.cli.config import add_config
 from minidistill.cli.env import add_env
 from minidistill.cli.export import add_export
+from minidistill.cli.init import add_init
 from minidistill.cli.parser import CommandParser, Handler
 from minidistill.cli.plan import add_plan
 from minidistill.cli.report import add_report
@@ -33,7 +34,17 @@ from minidistill.errors import (
 from minidistill.system.files import drop_output, open_standard_streams
 from minidistill.system.foreign import ctrl_c, is_interrupt, was_interrupted
 
-_COMMANDS = (add_run, add_bake, add_plan, add_config, add_env, add_report, add_export, add_bench)
+_COMMANDS = (
+    add_run,
+    add_bake,
+    add_init,
+    add_plan,
+    add_config,
+    add_env,
+    add_report,
+    add_export,
+    add_bench,
+)
 
 
 def entry() -> NoReturn:

@@ -9,7 +9,7 @@ from minidistill.cli.parser import Commands, before_torch
 from minidistill.error_output import print_to_stderr
 from minidistill.errors import UserError
 
-_EXAMPLE = 'minidistill bake --model Qwen/Qwen3-0.6B --context "You are an old pirate."'
+_EXAMPLE = 'minidistill bake --model Qwen/Qwen3-4B-Instruct-2507 --context "You are an old pirate."'
 
 
 def add_bake(commands: Commands) -> None:

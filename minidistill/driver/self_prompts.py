@@ -210,8 +210,8 @@ class _Prompts:
                     return
         if len(kept) < settings.at_least:
             raise UserError(
-                f"the model wrote {len(kept)} usable prompts, and {settings.at_least} are wanted: of "
-                f"{self.sampled} sampled texts it left out {self.choice.summary()}",
+                f"the model wrote {len(kept)} usable prompts, and {settings.at_least} are wanted: "
+                f"of {self.sampled} sampled texts it left out {self.choice.summary()}",
                 where=self.where,
                 fix="lower count in its args; or raise max_tokens if texts do not end, "
                 "temperature or the number of topics if they repeat each other; or use a model "

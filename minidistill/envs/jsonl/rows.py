@@ -20,8 +20,8 @@ LINE = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 ENDINGS = {".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 """The format of a file's name; that of all others is `jsonl`."""
 FORMATS = ("jsonl", *ENDINGS.values(), "text", "saved", "hub")
-"""`text` has one prompt a line, `saved` is a folder that `save_to_disk` has written, `hub` a data set
-by its name."""
+"""`text` has one prompt a line, `saved` is a folder that `save_to_disk` has written, `hub` a data
+set by its name."""
 WITH_SPLITS = ("saved", "hub")
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
 _LONGEST_CELL = 1 << 30  # characters; `csv` allows 131,072 by default

@@ -57,7 +57,8 @@ class Settings:
         listed = isinstance(texts, list | tuple) and all(isinstance(t, str) and t for t in texts)
         fix = f'use a list of texts, or "{CONTEXT}" for the subject of the context'
         _require(listed and (topics is None or len(topics) > 0), "topics", topics, fix)
-        return cls(count, at_least, float(temperature), max_tokens, seed, tuple(texts), about_context)
+        found = float(temperature), max_tokens, seed, tuple(texts), about_context
+        return cls(count, at_least, *found)
 
 
 def load(
@@ -74,9 +75,9 @@ def load(
     """The environment over the file `path` of prompts, which the run has sampled.
 
     `count`, `at_least`, `temperature`, `max_tokens`, `topics` and `seed` are the settings of the
-    sampling; see `Settings`. `reward`, `num_eval_examples` and `seed` are those of `jsonl`: the hash of a text
-    decides whether it is held out. Before there is a file, the environment has its reward and no
-    tasks. Raises UserError for an argument that it cannot use.
+    sampling; see `Settings`. `reward`, `num_eval_examples` and `seed` are those of `jsonl`: the
+    hash of a text decides whether it is held out. Before there is a file, the environment has its
+    reward and no tasks. Raises UserError for an argument that it cannot use.
     """
     given = {"count": count, "at_least": at_least}
     given |= {"temperature": temperature, "max_tokens": max_tokens}
