@@ -143,7 +143,6 @@ def _ask(question: str, check: Callable[[str], str], default: str | None = None)
             return check(answer)
         except UserError as error:
             print(printable(f"  {error.what}: {error.fix}"))
-            )
 
 
 def _model(answer: str) -> str:

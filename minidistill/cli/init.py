@@ -8,7 +8,7 @@ import sys
 from minidistill.cli.parser import Commands, before_torch
 from minidistill.errors import UserError
 
-_EXAMPLE = 'minidistill init my.toml --model Qwen/Qwen3-4B-Instruct-2507 --context "You are an old pirate."'
+_EXAMPLE = 'minidistill init my.toml --model Qwen/Qwen3-4B-Instruct-2507 --context "Be brief."'
 _FILE = "minidistill.toml"
 
 
