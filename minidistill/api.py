@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from minidistill.config import Config, LoadedConfig
 from minidistill.config.load import load_layers
 from minidistill.config.overrides import Override, from_mapping
 from minidistill.error_output import as_user_error
-from minidistill.errors import EXIT_OK, UserError
+from minidistill.errors import EXIT_FAILED, EXIT_OK, UserError
 from minidistill.system.foreign import ctrl_c, is_interrupt, was_interrupted
 from minidistill.system.threads import settle_threads
 
@@ -124,7 +123,7 @@ def _run(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> Run:
         if isinstance(error, SystemExit):  # of an environment's code: it would end the notebook
             raise RuntimeError(f"something called sys.exit({error.code!r})") from error
         problem = as_user_error(error)
-        if problem is None or problem is error:
+        if problem is error or problem.exit_code == EXIT_FAILED:  # nothing is known about it
             raise
         raise problem from error
     if code != EXIT_OK:
@@ -205,11 +204,14 @@ class Run:
 
     @property
     def samples(self) -> list[HeldOutSample]:
-        """Completions for held-out prompts: before, in context, and after training."""
+        """Completions for held-out prompts: before, in context, and after training; those that are
+        there yet."""
         from minidistill.reporting.results import HeldOutSample
+        from minidistill.reporting.run_directory import RunDirectory
 
         board = self.scoreboard
-        rows = [] if board is None else board.raw.get("completions") or []
+        known = RunDirectory(self.directory).read("baseline.json") if board is None else board.raw
+        rows = (known or {}).get("completions") or []
         keys = ("before", "teacher", "after")
         return [HeldOutSample(row["prompt"], *(row.get(key) for key in keys)) for row in rows]
 
@@ -267,4 +269,6 @@ class Run:
         return f"Run({str(self.directory)!r}, {self.status}{f', {verdict!r}' if verdict else ''})"
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(repr(self))}</pre>"
+        from minidistill.reporting.html import summary_html
+
+        return summary_html(self.directory)
