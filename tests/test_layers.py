@@ -33,6 +33,7 @@ ORDER = (
     "evaluation",
     "driver",
     "baking",
+    "baking",
     "export",
     "error_output",
     "api",

@@ -12,7 +12,7 @@ from typing import Any
 import tomli
 from pydantic import ValidationError
 
-from minidistill.config import overrides
+from minidistill.config import overrides, shipped
 from minidistill.config.adapter import with_initial_adapter
 from minidistill.config.checks import contradictions
 from minidistill.config.errors import from_validation, place
@@ -65,8 +65,9 @@ def load_layers(
 ) -> LoadedConfig:
     """The configuration of TOML files and overrides, of which a later one beats an earlier one.
 
-    Raises UserError as `load_config` does.
+    A file may also be the name of one that ships with the package. Raises UserError as `load_config` does.
     """
+    sources = [shipped.find(source) if isinstance(source, str) else source for source in sources]
     layers = Layers()
     for source in sources:
         if isinstance(source, str):
@@ -113,6 +114,7 @@ def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
     for path, table in _context_tables(data):
         _use_context_file(table, path, FilePath(name).parent, origin((*path, "context_file")))
     _use_template_file(data.get("model"), FilePath(name).parent, origin(_TEMPLATE))
+    shipped.find_beside(data, FilePath(name).parent)
     return data, origin
 
 
@@ -120,7 +122,8 @@ def _read_configuration(name: str) -> str:
     fix = f"{PATH_FIX}; a configuration has at most {LARGEST_FILE} bytes, long texts have files of "
     fix += "their own (context_file, chat_template, a file of prompts)"
     too_large = os.path.isfile(name) and os.path.getsize(name) > LARGEST_FILE
-    return read_text(FilePath(name), fix=fix if too_large else PATH_FIX, limit=LARGEST_FILE)
+    fix = fix if too_large else PATH_FIX + shipped.hint(name)
+    return read_text(FilePath(name), fix=fix, limit=LARGEST_FILE)
 
 
 def _check_depth(data: Any, where: str) -> None:
