@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TextIO, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 from minidistill.cli.parser import Commands, load_configuration
 from minidistill.error_output import as_user_error, print_to_stderr
 from minidistill.errors import EXIT_INTERRUPTED, UserError
-from minidistill.reporting.terminal.base import Display
-from minidistill.reporting.terminal.output import Output
 from minidistill.system.foreign import check_interrupted, is_interrupt, was_interrupted
-from minidistill.system.symbols import wants_ascii
 from minidistill.system.threads import settle_threads
+
+if TYPE_CHECKING:
+    from minidistill.reporting.terminal.base import Display
 
 INTERRUPTED = UserError("interrupted", fix="--resume continues", exit_code=EXIT_INTERRUPTED)
 
@@ -46,7 +46,9 @@ examples:
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.quiet:
+        from minidistill.reporting.terminal.output import Output
         from minidistill.reporting.terminal.quiet import QuietDisplay
+        from minidistill.system.symbols import wants_ascii
 
         output = cast(TextIO, Output(sys.stdout))
         return _train(options, rest, QuietDisplay(output, in_ascii=wants_ascii(output)))

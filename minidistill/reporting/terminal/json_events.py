@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,7 +44,7 @@ class JsonDisplay:
             directory=None if header.directory is None else str(header.directory),
             first_step=header.first_step,
             max_steps=header.max_steps,
-            settings=dict(header.rows),
+            settings=_settings(header.rows),
         )
 
     @contextmanager
@@ -100,6 +100,17 @@ class JsonDisplay:
         with self._lock:
             self._stream.write(line + "\n")
             self._stream.flush()
+
+
+def _settings(rows: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The header's rows by name. One without a name goes on with the row before."""
+    settings: dict[str, str] = {}
+    for name, value in rows:
+        if not name and settings:
+            name, before = settings.popitem()
+            value = f"{before}; {value}"
+        settings[name] = value
+    return settings
 
 
 def _plain(value: Any) -> Any:

@@ -81,7 +81,7 @@ class LiveDisplay:
             line = Text.assemble((f"evaluation at step {step}  ", "dim"), clean(env))
             for name, value in scores.items():
                 line.append(f"  {clean(name)} ", "dim").append(number(value), "bold")
-            if (seconds := metrics.get("time/eval")) is not None:
+            if (seconds := metrics.get("time/eval", 0.0)) >= 1:
                 line.append(f"  in {duration(seconds)}", "dim")
             self._console.print(line)
         self._region.end_evaluation(step, metrics)

@@ -129,7 +129,7 @@ class PlainDisplay:
     def evaluation(self, step: int, metrics: Metrics) -> None:
         for env, scores in evaluations(metrics).items():
             figures = [f"{name} {number(value)}" for name, value in scores.items()]
-            if (seconds := metrics.get("time/eval")) is not None:
+            if (seconds := metrics.get("time/eval", 0.0)) >= 1:
                 figures.append(f"in {duration(seconds)}")
             self._write("  ".join([f"evaluation at step {step}", env, *figures]))
         self._end_evaluation(step, metrics)
