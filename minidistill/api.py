@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias, cast
 
 import tomli
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pandas
 
     from minidistill.reporting.results import HeldOutSample, LoggedRollout, Scoreboard, Status
+    from minidistill.reporting.terminal.base import Display
 
 Layer: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 """A TOML file, the name of a configuration of the package, or settings as nested dicts."""
@@ -62,7 +64,7 @@ def run(
     """Train, as `minidistill run` does, and return the finished run.
 
     `config` and `settings` are those of `load_config`. `resume` continues the run in `output_dir`,
-    or the newest of this configuration. `quiet` shows warnings only. On Ctrl-C the run stops after
+    or the newest of this configuration. `quiet` shows the directory, warnings and the scoreboard only. On Ctrl-C the run stops after
     its step, is saved, and KeyboardInterrupt is raised: `resume` continues it. A second Ctrl-C
     stops at once; then the last checkpoint is what is continued.
 
@@ -116,7 +118,12 @@ def _run(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> Run:
     directories: list[Path] = []
     try:
         with ctrl_c():
-            code = loop.run(loaded, resume=resume, claimed=directories.append)
+            code = loop.run(
+                loaded,
+                resume=resume,
+                display=_quiet_display() if quiet else None,
+                claimed=directories.append,
+            )
     except BaseException as error:
         if is_interrupt(error) or was_interrupted():
             raise _interrupted(directories) from error
@@ -129,6 +136,15 @@ def _run(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> Run:
     if code != EXIT_OK:
         raise _interrupted(directories)
     return Run(directories[-1])
+
+
+def _quiet_display() -> Display:
+    from minidistill.reporting.terminal.output import Output
+    from minidistill.reporting.terminal.quiet import QuietDisplay
+    from minidistill.system.symbols import wants_ascii
+
+    output = cast(TextIO, Output(sys.stdout))
+    return QuietDisplay(output, in_ascii=wants_ascii(output))
 
 
 def _interrupted(directories: Sequence[Path]) -> KeyboardInterrupt:

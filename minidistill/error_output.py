@@ -6,6 +6,7 @@ import sys
 
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError, UserErrors
 from minidistill.system.files import drop_output, full_disk
+from minidistill.system.symbols import encodable
 
 
 def print_error(error: BaseException) -> int:
@@ -47,7 +48,7 @@ def as_user_error(error: BaseException) -> UserError:
 def print_to_stderr(text: str) -> None:
     """Print, or drop the text if nobody reads it: the exit code is that of the error."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(encodable(text, sys.stderr), file=sys.stderr, flush=True)
     except (OSError, ValueError):  # a ValueError if it is closed
         drop_output(sys.stderr)
 
