@@ -64,9 +64,10 @@ def run(
     """Train, as `minidistill run` does, and return the finished run.
 
     `config` and `settings` are those of `load_config`. `resume` continues the run in `output_dir`,
-    or the newest of this configuration. `quiet` shows the directory, warnings and the scoreboard only. On Ctrl-C the run stops after
-    its step, is saved, and KeyboardInterrupt is raised: `resume` continues it. A second Ctrl-C
-    stops at once; then the last checkpoint is what is continued.
+    or the newest of this configuration. `quiet` shows the run's directory, warnings and the
+    scoreboard only. On Ctrl-C the run stops after its step, is saved, and KeyboardInterrupt is
+    raised: `resume` continues it. A second Ctrl-C stops at once; then `resume` continues from the
+    last checkpoint.
 
     Raises UserError for errors that the user can fix; its `exit_code` is that of the command.
     """
@@ -90,6 +91,7 @@ def bake(
     model writes them itself. `steps` is `max_steps`, `out` the run's directory. `resume`, `quiet`
     and `settings` are those of `run`.
     """
+    _before_torch()
     from minidistill.baking import bake_configuration
 
     plan = bake_configuration(
@@ -104,9 +106,14 @@ def bake(
     return _run(plan.loaded, resume=resume, quiet=quiet)
 
 
-def _run(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> Run:
+def _before_torch() -> None:
     settle_threads()  # before torch loads OpenMP
-    import minidistill_kernels  # noqa: F401  # before transformers imports triton
+    # interpreted kernels have to be asked for before transformers imports triton
+    import minidistill_kernels  # noqa: F401
+
+
+def _run(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> Run:
+    _before_torch()
     from minidistill.driver import loop
     from minidistill.trainer.distributed.rank_group import launched_by_torchrun
 
@@ -273,8 +280,7 @@ class Run:
         The options are those of `minidistill export`; `vllm=False` does not load it in vLLM.
         Returns the folder. Raises UserError.
         """
-        settle_threads()
-        import minidistill_kernels  # noqa: F401  # before transformers imports triton
+        _before_torch()
         from minidistill.export.command import Options, export
 
         export(self.directory, Options(Path(to), merge, base, with_context, gguf, None, vllm))

@@ -141,7 +141,15 @@ def test_the_sdist_builds_the_same_wheel(built: Path, wheel: Path, tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the commands run."""
+    return tmp_path_factory.mktemp("elsewhere")
+
+
+@pytest.fixture(scope="module")
+def command(
+    wheel: Path, elsewhere: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., str]:
     """Runs a program of a new environment that has the wheel, in a folder of its own.
 
     The packages that it needs have the versions that are installed here.
@@ -160,8 +168,6 @@ def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         install += ["--python", str(python), "--index-strategy", "unsafe-best-match"]
     environment = {**(settings or {}), **os.environ}
     check_call([*install, "--constraint", str(limits), str(wheel)], env=environment)
-    elsewhere = folder / "elsewhere"
-    elsewhere.mkdir()
     clean = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
 
     def call(program: str, *arguments: str) -> str:
@@ -175,15 +181,19 @@ def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 
 
 @pytest.mark.slow
-def test_the_commands_run_from_the_wheel_alone(command: Callable[..., str]) -> None:
+def test_the_commands_run_from_the_wheel_alone(
+    command: Callable[..., str], elsewhere: Path
+) -> None:
     place = command("python", "-c", "import minidistill; print(minidistill.__file__)")
     assert "site-packages" in place
     assert not place.startswith(str(ROOT))
     out = command("minidistill", "run", "sokoban", "--max_steps", "2", *SETTINGS)
     assert "step 2/2" in out
+    prompts = elsewhere / "prompts.txt"
+    prompts.write_text("".join(f"What is {n} times {n}?\n" for n in range(24)))
     out = command(
         *("minidistill", "bake", "--model", "tiny-sokoban", "--context", "You are an expert."),
-        *("--steps", "2", "--out", "baked"),
+        *("--prompts", prompts.name, "--steps", "2", "--out", "baked"),
     )
     assert "step 2/2" in out
     code = (
