@@ -32,6 +32,7 @@ ORDER = (
     "driver",
     "export",
     "error_output",
+    "look",
     "cli",
     "__main__",
 )
