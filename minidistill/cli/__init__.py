@@ -16,6 +16,7 @@ from minidistill.cli.bench import add_bench
 from minidistill.cli.chat import add_chat
 from minidistill.cli.config import add_config
 from minidistill.cli.env import add_env
+from minidistill.cli.eval import add_eval
 from minidistill.cli.export import add_export
 from minidistill.cli.parser import CommandParser, Handler
 from minidistill.cli.plan import add_plan
@@ -33,7 +34,7 @@ from minidistill.errors import (
 from minidistill.system.files import drop_output, open_standard_streams
 from minidistill.system.foreign import ctrl_c, is_interrupt, was_interrupted
 
-_COMMANDS = (add_run, add_plan, add_config, add_env, add_report, add_export, add_bench, add_chat)
+_COMMANDS = (add_run, add_plan, add_config, add_env, add_report, add_export, add_bench, add_chat, add_eval)
 
 
 def entry() -> NoReturn:
