@@ -21,6 +21,7 @@ from minidistill.cli.export import add_export
 from minidistill.cli.parser import CommandParser, Handler
 from minidistill.cli.plan import add_plan
 from minidistill.cli.report import add_report
+from minidistill.cli.rollouts import add_rollouts
 from minidistill.cli.run import add_run
 from minidistill.error_output import print_error, print_to_stderr
 from minidistill.errors import (
@@ -34,7 +35,18 @@ from minidistill.errors import (
 from minidistill.system.files import drop_output, open_standard_streams
 from minidistill.system.foreign import ctrl_c, is_interrupt, was_interrupted
 
-_COMMANDS = (add_run, add_plan, add_config, add_env, add_report, add_export, add_bench, add_chat, add_eval)
+_COMMANDS = (
+    add_run,
+    add_plan,
+    add_config,
+    add_env,
+    add_report,
+    add_export,
+    add_bench,
+    add_chat,
+    add_eval,
+    add_rollouts,
+)
 
 
 def entry() -> NoReturn:

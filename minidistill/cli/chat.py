@@ -30,8 +30,10 @@ examples:
     )
     parser.set_defaults(handler=_chat)
     parser.add_argument(
-        "name", nargs="?", metavar="RUN|ADAPTER|MODEL", help="a run's directory, a PEFT folder, or "
-        "a model's folder or name"
+        "name",
+        nargs="?",
+        metavar="RUN|ADAPTER|MODEL",
+        help="a run's directory, a PEFT folder, or a model's folder or name",
     )
     parser.add_argument(
         "--side-by-side", action="store_true", help="the base, the base in context and the student"

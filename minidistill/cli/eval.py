@@ -30,8 +30,11 @@ examples:
     )
     parser.set_defaults(handler=_eval)
     parser.add_argument(
-        "names", nargs="*", metavar="RUN|ADAPTER|MODEL", help="a run's directory, a PEFT folder, "
-        "or a model's folder or name; differences are from the first"
+        "names",
+        nargs="*",
+        metavar="RUN|ADAPTER|MODEL",
+        help="a run's directory, a PEFT folder, "
+        "or a model's folder or name; differences are from the first",
     )
     parser.add_argument(
         "--env",

@@ -121,7 +121,7 @@ def _adapter(run: Path, *, finished: bool) -> tuple[Path, int | None]:
         ) from None
 
 
-# -- runs, adapters and models -----------------------------------------------------------------------
+# -- runs, adapters and models ---------------------------------------------------------------------
 
 
 def open_source(name: str, *, base: str | None = None, context: str | None = None) -> Source:
@@ -168,7 +168,10 @@ def with_context(config: Config, context: str) -> Config:
     teacher = orchestrator.teacher_model.model_copy(
         update={"context": context, "context_file": None, "contexts": None}
     )
-    update = {"teacher_model": teacher, "env": [e.model_copy(update=none) for e in orchestrator.env]}
+    update = {
+        "teacher_model": teacher,
+        "env": [e.model_copy(update=none) for e in orchestrator.env],
+    }
     return config.model_copy(update={"orchestrator": orchestrator.model_copy(update=update)})
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from minidistill.config.adapter import SETTINGS
-from minidistill.errors import EXIT_OK, UserError, bounded, printable
 from minidistill.error_output import print_to_stderr
+from minidistill.errors import EXIT_OK, UserError, bounded, printable
 from minidistill.export.check import vllm_rank
 from minidistill.export.source import Source, open_source
 from minidistill.look.chat import Chat
@@ -160,9 +160,7 @@ def _ask(talk: Chat, screen: Lines | Columns, question: str, ctrl_c: _CtrlC | No
     screen.begin()
     try:
         with contextlib.nullcontext() if ctrl_c is None else ctrl_c.answering():
-            answers = talk.ask(
-                question, screen.show, lambda: ctrl_c is not None and ctrl_c.take()
-            )
+            answers = talk.ask(question, screen.show, lambda: ctrl_c is not None and ctrl_c.take())
     except BaseException:
         if isinstance(screen, Columns):
             screen.close()
@@ -170,9 +168,7 @@ def _ask(talk: Chat, screen: Lines | Columns, question: str, ctrl_c: _CtrlC | No
     screen.end(answers)
 
 
-def _take(
-    talk: Chat, screen: Lines | Columns, line: str, ctrl_c: _CtrlC | None = None
-) -> bool:
+def _take(talk: Chat, screen: Lines | Columns, line: str, ctrl_c: _CtrlC | None = None) -> bool:
     """Answer a line, or do what its command says. Returns whether the chat goes on."""
     command, _, rest = line.partition(" ")
     if command in ("/exit", "/quit"):

@@ -29,7 +29,7 @@ from minidistill.system.files import write_atomic
 class Options:
     """What the command line asks for."""
 
-    asked: Asked = Asked()
+    asked: Asked
     base: str | None = None
     context: str | None = None
     with_context: bool = False
@@ -43,9 +43,7 @@ def run_evaluation(names: Sequence[str], options: Options) -> int:
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"there is no folder {out.absolute().parent}", "--out", "make it first")
     with notes_to_stderr():
-        sources = [
-            open_source(name, base=options.base, context=options.context) for name in names
-        ]
+        sources = [open_source(name, base=options.base, context=options.context) for name in names]
         for source in sources:
             if source.checkpoint is not None:
                 print(printable(describe(source)), file=sys.stderr)
@@ -174,7 +172,9 @@ def _legend(evaluation: Evaluation, *, differences: bool, several: bool) -> list
     if tasks < MIN_TASKS:
         lines = [lines[0].partition(";")[0] + f"; fewer than {MIN_TASKS} tasks give no interval"]
     if differences:
-        name = first.view if first.view == BASE.name and not several else _name(first, several=several)
+        name = (
+            first.view if first.view == BASE.name and not several else _name(first, several=several)
+        )
         lines.append(f"differences are from {name}, on the same tasks with the same seeds")
     if any(result.kl for result in evaluation.results):
         lines.append("KL: nats a token, to the base that reads the context, of held-out answers")

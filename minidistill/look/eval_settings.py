@@ -76,7 +76,11 @@ def align(sources: Sequence[Source], asked: Asked) -> list[Source]:
 
 
 def _aligned(
-    config: Config, settings: EvalConfig, envs: Sequence[EnvConfig], shared: dict[str, Any], seed: int
+    config: Config,
+    settings: EvalConfig,
+    envs: Sequence[EnvConfig],
+    shared: dict[str, Any],
+    seed: int,
 ) -> Config:
     orchestrator = config.orchestrator
     own = {env.name: env for env in orchestrator.env}

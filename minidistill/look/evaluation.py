@@ -305,9 +305,7 @@ def _beginnings(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
     return sorted({common_prefix(ids) for ids in (*groups.values(), all_of_them)})
 
 
-def _result(
-    name: str, view: str, scores: Scores, kl: PromptSums | None, seed: int
-) -> Result:
+def _result(name: str, view: str, scores: Scores, kl: PromptSums | None, seed: int) -> Result:
     figures = [value for values in scores.rewards.values() for value in values]
     known = [*figures, *(() if kl is None else (kl.mean, *kl.sums))]
     if not all(map(math.isfinite, known)):

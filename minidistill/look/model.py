@@ -60,8 +60,9 @@ def load(source: Source, *, teacher: bool = False, longest: int | None = None) -
         config = config.model_copy(update={"trainer_gpu_ids": [0] if machine.gpus else None})
         placement = plan(config, load_models(config), machine).placement
         refuse_adapters(config)
-        scorer = "trainer" if config.separate_teacher else "engine"
-        only = dataclasses.replace(placement.teacher, scorer=scorer)
+        only = placement.teacher  # neither a copy of the base nor a teacher that is not asked for
+        if config.separate_teacher is None:
+            only = dataclasses.replace(only, scorer="engine")
         with explain_out_of_memory("loading the model", **SMALLER_MODEL):
             policy = load_policy(
                 _trained(source, config),
@@ -86,9 +87,7 @@ def _settings(source: Source, *, teacher: bool) -> Config:
     """The source's configuration for one process that samples and scores, and trains nothing."""
     config = source.config
     model = config.trainer.model.model_copy(update={"lora": _lora(source)})
-    trainer = config.trainer.model_copy(
-        update={"model": model, "shard": False, "world_size": None}
-    )
+    trainer = config.trainer.model_copy(update={"model": model, "shard": False, "world_size": None})
     own = TeacherInferenceConfig(model=config.teacher_inference.model)
     frozen = config.orchestrator.teacher_model.model_copy(update={"update": "frozen"})
     return config.model_copy(

@@ -32,7 +32,9 @@ def find_contexts(config: Config) -> list[Context]:
     """The different contexts of a configuration that are the same for all tasks."""
     teacher, envs = config.orchestrator.teacher_model, config.orchestrator.env
     named = [("context", teacher.context)]
-    named += [(each.name or str(i), each.context) for i, each in enumerate(teacher.contexts or (), 1)]
+    named += [
+        (each.name or str(i), each.context) for i, each in enumerate(teacher.contexts or (), 1)
+    ]
     for env in envs:
         if env.examples is None:
             named.append((env.name, env.context or ""))
