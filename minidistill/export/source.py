@@ -6,6 +6,7 @@ A run is its directory, an adapter a PEFT folder, a model a folder or a hub's id
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -187,11 +188,17 @@ def _open_adapter(path: Path, base: str | None) -> Source:
         )
     if base is not None and isinstance(named, str) and _last(named) != _last(base):
         logger.warning(f"the adapter in {path} names {named} as its base, and --base is {base}")
-    config = _bare(base or str(named), _template(path))
+    config = _bare(base or _place(str(named), folder), _template(path))
     if base is None and settings.get("revision"):
         model = config.model.model_copy(update={"revision": settings["revision"]})
         config = config.model_copy(update={"model": model})
     return Source(path, config, folder, is_adapter=True, kind="adapter")
+
+
+def _place(named: str, folder: Path) -> str:
+    """The base that an adapter's settings name. `export` writes a folder's path from the adapter."""
+    beside = os.path.realpath(folder / named)
+    return beside if named.startswith(os.pardir) and os.path.isdir(beside) else named
 
 
 def _with_error(path: Path) -> Path:
