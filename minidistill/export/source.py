@@ -196,7 +196,7 @@ def _open_adapter(path: Path, base: str | None) -> Source:
 
 
 def _place(named: str, folder: Path) -> str:
-    """The base that an adapter's settings name. `export` writes a folder's path from the adapter."""
+    """The base that an adapter's settings name: `export` writes a folder's path from there."""
     beside = os.path.realpath(folder / named)
     return beside if named.startswith(os.pardir) and os.path.isdir(beside) else named
 
