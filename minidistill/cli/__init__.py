@@ -19,6 +19,7 @@ from minidistill.cli.config import add_config
 from minidistill.cli.env import add_env
 from minidistill.cli.eval import add_eval
 from minidistill.cli.export import add_export
+from minidistill.cli.init import add_init
 from minidistill.cli.parser import CommandParser, Handler
 from minidistill.cli.plan import add_plan
 from minidistill.cli.report import add_report
@@ -39,6 +40,7 @@ from minidistill.system.foreign import ctrl_c, is_interrupt, was_interrupted
 _COMMANDS = (
     add_run,
     add_bake,
+    add_init,
     add_plan,
     add_config,
     add_env,
