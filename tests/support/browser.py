@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -25,7 +26,7 @@ def find_browser() -> str | None:
 
 
 class Browser:
-    """One page. `errors` has what it wrote on its console, `requests` the addresses it asked for."""
+    """One page. `errors` has what its console shows, `requests` the addresses it asked for."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers = commands, answers
@@ -128,8 +129,12 @@ def open_browser(path: str) -> Iterator[Browser]:
     """Start a browser with a profile of its own, without a network."""
     theirs, commands = os.pipe()
     answers, theirs_too = os.pipe()
-    # the protocol is on the descriptors 3 and 4
-    shell = ["sh", "-c", f'exec "$@" 3<&{theirs} 4>&{theirs_too}', "sh"]
+    moved = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 10) for each in (theirs, theirs_too)]
+
+    def take_over() -> None:
+        for number, descriptor in enumerate(moved, 3):  # where the protocol is
+            os.dup2(descriptor, number)
+
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = (
             "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
@@ -138,13 +143,14 @@ def open_browser(path: str) -> Iterator[Browser]:
             "--host-resolver-rules=MAP * ~NOTFOUND",
         )  # fmt: skip
         process = subprocess.Popen(
-            [*shell, path, *options],
-            pass_fds=(theirs, theirs_too),
+            [path, *options],
+            preexec_fn=take_over,
+            close_fds=False,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(theirs)
-        os.close(theirs_too)
+        for descriptor in (theirs, theirs_too, *moved):
+            os.close(descriptor)
         try:
             yield Browser(commands, answers)
         finally:

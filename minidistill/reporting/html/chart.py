@@ -10,11 +10,11 @@ from minidistill.reporting.formatting import number
 
 WIDTH, HEIGHT = 380, 210
 """As wide as a third of the page, or a phone's screen: text has its size on both."""
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 54, 22, 12, 36
 MAX_POINTS = 240
 """Points of a curve; more are thinned out, because the page has about as many pixels."""
 SMOOTHED = 40
-"""Points from which on a curve is drawn as its moving mean, the points themselves faintly."""
+"""Points from which on a curve has no dots, and is drawn as its moving mean, the points faintly."""
 WINDOWS = 20
 """Windows of the moving mean in a curve, about."""
 
@@ -49,6 +49,11 @@ class Line:
     first: float
     last: float
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether one value says it all."""
+        return self.flat or self.first == self.last
+
 
 @dataclass(frozen=True, slots=True)
 class Chart:
@@ -79,7 +84,7 @@ class Chart:
         over = "steps" if self.x_name == "step" else self.x_name
         return f"{self.title} over {over}. " + " ".join(
             f"{line.name}: {number(line.first)}."
-            if line.flat or line.first == line.last
+            if line.is_constant
             else f"{line.name}: from {number(line.first)} to {number(line.last)}."
             for line in self.lines
         )
@@ -108,16 +113,23 @@ def draw(title: str, note: str, series: Sequence[Series], *, zero: bool = False)
 
 
 def draw_over(
-    title: str, note: str, x_name: str, names: Sequence[str], series: Sequence[Series]
+    title: str,
+    note: str,
+    x_name: str,
+    names: Sequence[tuple[str, str]],
+    series: Sequence[Series],
 ) -> Chart:
-    """A chart over what has names, such as positions: a point's x is the index of its name."""
+    """A chart over what has names, such as positions: a point's x is the index of its name.
+
+    `names` are (short name for the axis, name in the table) pairs.
+    """
     series = _with_values(series)
     if not series:
         return Chart(title, note, (), x_name)
     xs, ys = _scales(series, zero=True)
     every = math.ceil(len(names) / 7)  # labels that have room beside each other
-    ticks = tuple((xs(i), name) for i, name in enumerate(names) if i % every == 0)
-    lines, rows = _lines(series, xs, ys), _rows(series, names)
+    ticks = tuple((xs(i), name) for i, (name, _) in enumerate(names) if i % every == 0)
+    lines, rows = _lines(series, xs, ys), _rows(series, [name for _, name in names])
     return Chart(title, note, lines, x_name, ticks, ys.labelled(4), rows=rows)
 
 
@@ -145,7 +157,8 @@ def _lines(series: Sequence[Series], xs: _Scale, ys: _Scale) -> tuple[Line, ...]
         if len(points) >= SMOOTHED and not (s.flat or s.marked):
             path, faint = _path(thin(moving_mean(points)), xs, ys), path
         # A single point has no line that would show it.
-        dotted = thin(points) if s.marked or len(points) == 1 else []
+        marked = s.marked and len(points) <= SMOOTHED
+        dotted = points if marked or len(points) == 1 else []
         dots = tuple((xs(x), ys(y)) for x, y in dotted)
         lines.append(Line(s.name, path, faint, dots, s.flat, points[0][1], points[-1][1]))
     return tuple(lines)
@@ -241,11 +254,13 @@ def _scale(values: Sequence[float], start: float, end: float, pad: float) -> _Sc
 
 
 def _path(points: Points, xs: _Scale, ys: _Scale) -> str:
-    parts, pen = [], "M"
-    for x, y in points:
+    parts: list[str] = []
+    pen, alone = "M", False
+    for x, y in [*points, (0, math.nan)]:
         if math.isfinite(y):
             parts.append(f"{pen}{xs(x)} {ys(y)}")
-            pen = "L"
+            pen, alone = "L", pen == "M"
         else:
-            pen = "M"
+            parts.append("h0" if alone else "")  # a dot, for a point between gaps
+            pen, alone = "M", False
     return "".join(parts)

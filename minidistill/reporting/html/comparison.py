@@ -21,7 +21,7 @@ from minidistill.reporting.html.page import render, write_page
 from minidistill.reporting.html.read import Run, read_run
 from minidistill.reporting.html.report import ShownSample
 from minidistill.reporting.html.settings import differences
-from minidistill.reporting.scoreboard_rows import scoreboard_rows, side_by_side
+from minidistill.reporting.scoreboard_rows import scoreboard_rows, side_by_side, verdict
 
 logger = logging.getLogger(__name__)
 FILE = "comparison.html"
@@ -59,6 +59,7 @@ def comparison_page(runs: Sequence[Run], names: Sequence[str]) -> str:
         "comparison.html",
         title="Comparison of " + ", ".join(names),
         state="comparison",
+        pause=0,
         runs=list(zip(names, runs, strict=True)),
         notes=[f"{n}: {note}" for n, run in zip(names, runs, strict=True) for note in run.damage],
         figures=_figures(runs),
@@ -81,11 +82,13 @@ def labels(run_dirs: Sequence[Path]) -> list[str]:
 def _figures(runs: Sequence[Run]) -> list[tuple[str, tuple[str, ...]]]:
     """The rows of the table of results: a name, and each run's value."""
     boards = [dict(scoreboard_rows(run.board)) for run in runs]
+    for board in boards:
+        board.pop("drift", None)  # a sentence, whose figure has a row
     names = dict.fromkeys(name for board in boards for name in board)
     columns = [_course(run) | board for run, board in zip(runs, boards, strict=True)]
     return [
         (name, tuple(column.get(name, "–") for column in columns))
-        for name in ("state", "steps", "time", *names, "tokens a second")
+        for name in ("verdict", "state", "steps", "time", *names, "tokens a second")
     ]
 
 
@@ -93,6 +96,7 @@ def _course(run: Run) -> dict[str, str]:
     rates = [rate for values in run.steps.values() if (rate := step_rate(values)) is not None]
     last = f"{run.last_step or 0}" + (f" of {run.max_steps}" if run.max_steps else "")
     return {
+        "verdict": verdict(run.board) if run.board else "–",
         "state": run.state,
         "steps": last,
         "time": duration(run.board["seconds"])
@@ -113,7 +117,7 @@ def _charts(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Chart]:
             for name, each in zip(names, by_env, strict=True)
         ]
         note = "The student's mean reward on fixed tasks, before training at step 0."
-        yield draw(f"Evaluation: {clean(env)}", note, series)
+        yield draw(f"Evaluation: {clean(env)}", note, series, zero=True)
     for plot in PLOTS:
         for label, curve in plot.curves:
             series = [
@@ -139,7 +143,10 @@ def _samples(runs: Sequence[Run], names: Sequence[str]) -> list[ShownSample]:
         if len(rows) < 2:
             continue
         first = next(iter(rows.values()))
-        answers = [("before", "", first.before), ("in context", "", first.teacher)]
-        answers += [(name, "after", row.after) for name, row in rows.items()]
+        answers = [
+            ("before", "before training", first.before),
+            ("in context", "the teacher", first.teacher),
+        ]
+        answers += [(name, "after training", row.after) for name, row in rows.items()]
         shown.append(ShownSample(prompt, tuple(answers)))
     return shown

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minidistill.reporting.formatting import clean, evaluations
+from minidistill.reporting.formatting import clean, evaluations, number
 from minidistill.reporting.html.chart import Chart, Points, Series, draw, draw_over
 
 Values = Mapping[str, float]
@@ -90,6 +90,7 @@ LEARNING = (
         "Mean reward of the training rollouts. The tasks change from step to step, so single steps "
         "are noisy; evaluations use fixed tasks.",
         (("reward/mean", "reward/mean"),),
+        zero=True,
     ),
     Plot(
         "Loss",
@@ -236,14 +237,16 @@ def _evaluations(steps: Steps) -> Iterator[Chart]:
                 value = values[-1][1]
                 series.append(Series(name, [(0, value), (max(1, last), value)], flat=True))
             else:
-                series.append(Series(name, values, marked=True))
+                # before training it is the baseline
+                start = curves.get("baseline_student", []) if name == "student" else []
+                series.append(Series(name, [*start[:1], *values], marked=True))
         # the student first: it has the first color
         series.sort(key=lambda s: s.flat)
         note = (
             "Mean reward on fixed tasks. The dashed lines show student and teacher before "
             "training; the student should climb from the lower to the upper one."
         )
-        yield draw(f"Evaluation: {clean(env)}", note, series)
+        yield draw(f"Evaluation: {clean(env)}", note, series, zero=True)
 
 
 def _by_position(steps: Steps) -> Chart:
@@ -264,10 +267,14 @@ def _by_position(steps: Steps) -> Chart:
         "KL by position",
         "Mean KL(student‖teacher) by the position of the token in the completion, in nats. Where "
         "it stays high, the student has not learned what the context says.",
-        "position",
-        [f"{name}…" if name.endswith("-") else name.replace("-", "–") for name in names],
+        "position, from",
+        [(number(first[name]), _positions(name)) for name in names],
         series,
     )
+
+
+def _positions(name: str) -> str:
+    return f"{name[:-1]} and more" if name.endswith("-") else name.replace("-", " to ")
 
 
 def _parts(steps: Sequence[int]) -> list[Sequence[int]]:

@@ -25,7 +25,7 @@ LARGEST = 1_900_000
 """Bytes of a page."""
 LONGEST = (20_000, 4_000, 1_000, 200)
 """Characters of a text in the page: the first of these with which it is not too large."""
-NAME, LINE = 120, 1_000
+NAME, LINE = 80, 400
 """Characters of a name, and of a line of text."""
 MARK = '<meta name="generator" content="minidistill">'
 """In the first bytes of every page."""

@@ -109,8 +109,6 @@ def read_run(run_dir: Path, state: State | None = None) -> Run:
     notes = list(damage)
     if not steps:
         notes.append("There are no metrics yet.")
-    if not board:
-        notes.append("There is no scoreboard: the run has not finished.")
     stopped = state == "stopped"
     return Run(
         name=run_dir.resolve().name,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minidistill.reporting.formatting import duration, number
 from minidistill.reporting.html.curves import groups
-from minidistill.reporting.html.page import render, write_page
+from minidistill.reporting.html.page import is_page, render, write_page
 from minidistill.reporting.html.read import Run, State, read_run
 from minidistill.reporting.scoreboard_rows import (
     bar,
@@ -26,6 +26,8 @@ TILE = 24
 """Characters of a figure that is shown large; longer ones are lines of a list."""
 PACE_STEPS = 20
 """Steps whose mean time says when the run will end."""
+PAUSE = 10.0
+"""Seconds after which the page of a running one is loaded again, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +49,19 @@ class ShownSample:
     remark: str = ""
 
 
-def write_report(run_dir: Path, out: Path | None = None, *, state: State | None = None) -> Path:
+def write_report(
+    run_dir: Path, out: Path | None = None, *, state: State | None = None, pause: float = 0.0
+) -> Path:
     """Write a run's report to `out`, or `report.html` in its directory. Returns the path.
 
     The run may be in progress or have stopped at any point: the page leaves out files that are
     missing or damaged and says so; a warning names damaged ones. Without a `state` the run's files
-    say what it is. Raises UserError (exit code 2) if `run_dir` holds no run, or if `out` is a file
-    that is no report.
+    say what it is; the page of a running one expects the next after `pause` seconds. Raises
+    UserError (exit code 2) if `run_dir` holds no run, or if `out` is a file that is no report.
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir, state)
-    page = report_page(run)
+    page = report_page(run, pause)
     if out is None:
         write_atomic(run_dir / FILE, page)
     else:
@@ -68,8 +72,13 @@ def write_report(run_dir: Path, out: Path | None = None, *, state: State | None 
     return out or run_dir / FILE
 
 
-def report_page(run: Run) -> str:
-    """The report's HTML."""
+def has_report(run_dir: Path) -> bool:
+    """Whether the report of the finished run is there."""
+    return is_page(run_dir / FILE, "finished")
+
+
+def report_page(run: Run, pause: float = 0.0) -> str:
+    """The report's HTML. That of a running one loads itself again after `pause` seconds."""
     rows, shown = scoreboard_rows(run.board), samples(run)
     tiles = [_tile(name, value) for name, value in rows if _is_short(value)]
     return render(
@@ -77,7 +86,9 @@ def report_page(run: Run) -> str:
         run=run,
         title=run.name,
         state=run.state,
+        pause=round(max(pause, PAUSE, _step_seconds(run) or 0.0)),
         status=_status(run),
+        progress=min(1.0, (run.last_step or 0) / run.max_steps) if run.max_steps else None,
         bar=bar(run.board),
         tiles=tiles if run.board else _so_far(run),
         sentences=[row for row in rows if not _is_short(row[1])],
@@ -102,15 +113,22 @@ def _status(run: Run) -> str:
     """Where the run is, in words."""
     step, steps = run.last_step or 0, run.max_steps
     if run.state == "finished":
-        return f"finished · up to step {step}"
+        return f"up to step {step}"
     place = f"step {step} of {steps}" if steps else f"up to step {step}"
     if run.state == "stopped":
-        return f"stopped before its end · {place}"
+        return place
     if steps is not None and step >= steps:
-        return f"running · {place} · the last evaluation"
+        return f"{place} · the last evaluation"
+    seconds = _step_seconds(run)
+    left = "" if seconds is None or steps is None else duration(seconds * (steps - step))
+    return place + (f" · about {left} of steps left" if left else "")
+
+
+def _step_seconds(run: Run) -> float | None:
+    """The mean time of the last steps, None before the first."""
     times = [v["time/step"] for v in run.steps.values() if "time/step" in v][-PACE_STEPS:]
-    left = "" if not times or steps is None else duration(sum(times) / len(times) * (steps - step))
-    return f"running · {place}" + (f" · about {left} of steps left" if left else "")
+    times = [time for time in times if 0 <= time < math.inf]
+    return sum(times) / len(times) if times else None
 
 
 def _so_far(run: Run) -> list[Tile]:

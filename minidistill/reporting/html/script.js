@@ -4,9 +4,14 @@ const all = (selector, within = document) => [...within.querySelectorAll(selecto
 const root = document.documentElement, samples = all(".sample");
 
 function step(by) {
-  const top = root.clientHeight / 3;
-  const current = samples.findLastIndex((each) => each.getBoundingClientRect().top <= top);
+  let current = samples.indexOf(document.activeElement.closest(".sample"));
+  if (current < 0) {
+    const seen = (each) => each.offsetParent && each.getBoundingClientRect().top <= root.clientHeight / 3;
+    current = samples.findLastIndex(seen);
+  }
   const next = samples[Math.min(samples.length - 1, Math.max(0, current + by))];
+  const folded = next.closest("details");
+  if (folded) folded.open = true;
   next.scrollIntoView();
   next.focus({ preventScroll: true });
 }
@@ -49,7 +54,7 @@ for (const figure of all("figure")) {
 if (root.dataset.state === "running") {
   const written = document.querySelector("time"), age = document.getElementById("age");
   const silent = document.getElementById("silent"), key = "minidistill:" + location.pathname;
-  const every = 1000 * root.dataset.every, details = all("details");
+  const pause = +root.dataset.pause, details = all("details");
   try {
     const kept = JSON.parse(sessionStorage.getItem(key));
     if (kept && performance.getEntriesByType("navigation")[0]?.type === "reload") {
@@ -65,11 +70,13 @@ if (root.dataset.state === "running") {
     try { sessionStorage.setItem(key, JSON.stringify(state)); } catch { /* as above */ }
   });
   const loaded = Date.now();
-  setInterval(() => {
+  const tick = () => {
     const seconds = Math.max(0, Math.round((Date.now() - Date.parse(written.dateTime)) / 1000));
-    age.textContent = seconds < 120 ? `${seconds} s ago` : `${Math.round(seconds / 60)} min ago`;
-    silent.hidden = seconds * 1000 < Math.max(120000, 10 * every);
+    age.textContent = "· written " + (seconds < 120 ? `${seconds} s` : `${Math.round(seconds / 60)} min`) + " ago";
+    silent.hidden = seconds < Math.max(120, 5 * pause);
     const reading = !getSelection().isCollapsed || document.hidden;
-    if (!reading && Date.now() - loaded > every) location.reload();
-  }, 1000);
+    if (!reading && Date.now() - loaded > 1000 * Math.min(60, pause)) location.reload();
+  };
+  tick();
+  setInterval(tick, 1000);
 }
