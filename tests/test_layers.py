@@ -31,6 +31,7 @@ ORDER = (
     "evaluation",
     "driver",
     "export",
+    "doctor",
     "error_output",
     "cli",
     "__main__",
