@@ -32,6 +32,7 @@ ORDER = (
     "driver",
     "export",
     "doctor",
+    "completion",
     "error_output",
     "cli",
     "__main__",

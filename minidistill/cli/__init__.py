@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from minidistill import __version__
 from minidistill.cli.bench import add_bench
+from minidistill.cli.completion import add_completion
 from minidistill.cli.config import add_config
 from minidistill.cli.doctor import add_doctor
 from minidistill.cli.env import add_env
@@ -33,7 +34,17 @@ from minidistill.errors import (
 from minidistill.system.files import drop_output, open_standard_streams
 from minidistill.system.foreign import ctrl_c, is_interrupt, was_interrupted
 
-_COMMANDS = (add_run, add_plan, add_config, add_env, add_report, add_export, add_bench, add_doctor)
+_COMMANDS = (
+    add_run,
+    add_plan,
+    add_config,
+    add_env,
+    add_report,
+    add_export,
+    add_bench,
+    add_doctor,
+    add_completion,
+)
 
 
 def entry() -> NoReturn:

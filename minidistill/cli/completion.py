@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from minidistill.cli.parser import Commands
 from minidistill.errors import EXIT_OK, UserError
-
-if TYPE_CHECKING:
-    from minidistill.cli.parser import CommandParser
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -40,4 +36,5 @@ examples:
         return EXIT_OK
 
     parser.set_defaults(handler=handler)
+    parser.words = SHELLS
     parser.add_argument("shell", nargs="?", metavar="SHELL", help="bash, zsh or fish")

@@ -18,8 +18,8 @@ from minidistill import __version__
 from minidistill.doctor.catalog import CHECKS, Check
 from minidistill.doctor.isolated import make
 from minidistill.doctor.result import Result
-from minidistill.reporting.terminal.output import Output
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK
+from minidistill.reporting.terminal.output import Output
 
 STYLES = {"pass": "green", "fail": "bold red", "skipped": "dim"}
 STATUS, NAME = 9, 15  # cells, with the gap after them
