@@ -34,6 +34,8 @@ ORDER = (
     "driver",
     "baking",
     "export",
+    "doctor",
+    "completion",
     "error_output",
     "look",
     "api",

@@ -15,7 +15,9 @@ from minidistill import __version__
 from minidistill.cli.bake import add_bake
 from minidistill.cli.bench import add_bench
 from minidistill.cli.chat import add_chat
+from minidistill.cli.completion import add_completion
 from minidistill.cli.config import add_config
+from minidistill.cli.doctor import add_doctor
 from minidistill.cli.env import add_env
 from minidistill.cli.eval import add_eval
 from minidistill.cli.export import add_export
@@ -50,6 +52,8 @@ _COMMANDS = (
     add_chat,
     add_eval,
     add_rollouts,
+    add_doctor,
+    add_completion,
 )
 
 

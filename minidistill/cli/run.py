@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, TextIO, cast
 
@@ -15,7 +16,9 @@ from minidistill.system.threads import settle_threads
 if TYPE_CHECKING:
     from minidistill.reporting.terminal.base import Display
 
-INTERRUPTED = UserError("interrupted", fix="--resume continues", exit_code=EXIT_INTERRUPTED)
+INTERRUPTED = UserError(
+    "interrupted", fix="--resume continues from the last checkpoint", exit_code=EXIT_INTERRUPTED
+)
 
 
 def add_run(commands: Commands) -> None:
@@ -61,8 +64,9 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         try:
             return _train(options, rest, display)
         except BaseException as error:
-            interrupted = is_interrupt(error) or was_interrupted()
-            display.error(INTERRUPTED if interrupted else as_user_error(error))
+            if os.environ.get("RANK", "0") == "0":  # of several under torchrun one prints
+                interrupted = is_interrupt(error) or was_interrupted()
+                display.error(INTERRUPTED if interrupted else as_user_error(error))
             raise
 
 
