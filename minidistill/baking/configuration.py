@@ -23,6 +23,7 @@ from minidistill.config.overrides import Override, from_mapping, parse
 from minidistill.envs.registry import load_environment
 from minidistill.errors import UserError
 from minidistill.evaluation.intervals import MIN_TASKS
+from minidistill.models.hub import load_tokenizer
 from minidistill.placement.machine import Machine
 from minidistill.reporting.run_path import choose_path
 
