@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from minidistill import __version__
+from minidistill.cli.bake import add_bake
 from minidistill.cli.bench import add_bench
 from minidistill.cli.config import add_config
 from minidistill.cli.env import add_env
@@ -32,7 +33,7 @@ from minidistill.errors import (
 from minidistill.system.files import drop_output, open_standard_streams
 from minidistill.system.foreign import ctrl_c, is_interrupt, was_interrupted
 
-_COMMANDS = (add_run, add_plan, add_config, add_env, add_report, add_export, add_bench)
+_COMMANDS = (add_run, add_bake, add_plan, add_config, add_env, add_report, add_export, add_bench)
 
 
 def entry() -> NoReturn:

@@ -31,6 +31,7 @@ BUILT_IN = {
     "jsonl": "minidistill.envs.jsonl:load",
     "dataset": "minidistill.envs.jsonl:load",
     "self-prompts": "minidistill.envs.self_prompts:load",
+    "questions": "minidistill.envs.questions:load",
     "reasoning-gym": "minidistill.envs.reasoning_gym:load",
     "textarena": "minidistill.envs.text_arena:load",
     "verifiers": "minidistill.envs.verifiers:load",
