@@ -23,6 +23,16 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert sorted(named) == sorted([*pages, "index.md", "decisions/index.md"])
 
 
+def test_every_decision_is_listed() -> None:
+    folder = ROOT / "docs" / "decisions"
+    listed = re.findall(r"(?m)^- \[(\d{4})\]\(([^)]+)\): (.+)$", (folder / "index.md").read_text())
+    titles = [
+        (path.name[:4], path.name, path.read_text().splitlines()[0].removeprefix("# "))
+        for path in sorted(folder.glob("0*.md"))
+    ]
+    assert listed == titles
+
+
 @pytest.mark.skipif(find_spec("material") is None or find_spec("mkdocs") is None, reason=REASON)
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]

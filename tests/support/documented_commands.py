@@ -54,7 +54,9 @@ def _minidistill(args: list[str], folder: Path) -> None:
         # a run's adapter that is started from is not looked for in a resumed run
         resume = "--resume" in args or "--trainer.model.lora.init" in args
         load_config([_stand_in(word, folder) for word in rest], resume=resume)
-    elif args[:2] != ["env", "check"] and args[0] not in ("bake", "init", "eval", "bench"):
+    elif args[0] == "bake":
+        load_config([_stand_in("minimal.toml", folder), *rest])
+    elif args[:2] != ["env", "check"] and args[0] not in ("eval", "bench"):
         assert not rest, f"minidistill {args[0]} does not know {rest}"
 
 
