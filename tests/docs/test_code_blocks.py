@@ -17,7 +17,7 @@ from support.documents import Block, blocks, documents
 from support.paths import ROOT
 
 from minidistill import cli
-from minidistill.config import load_config
+from minidistill.config import load_config, shipped
 from minidistill.errors import EXIT_OK, UserError
 
 BLOCKS = [block for document in documents() for block in blocks(document)]
@@ -57,6 +57,10 @@ def test_a_configuration_loads(
     load_config(["minimal.toml", "block.toml"])
 
 
+def _is_there(name: str) -> bool:
+    return Path(name).exists() or name in shipped.names()
+
+
 @pytest.mark.parametrize("block", of("bash"))
 def test_commands_can_be_run(
     block: Block,
@@ -69,7 +73,7 @@ def test_commands_can_be_run(
     assert lines
     for words in lines:
         check_command(words, tmp_path)
-        if words[0] == "minidistill" and words[1] in QUICK and Path(words[2]).exists():
+        if words[0] == "minidistill" and words[1] in QUICK and _is_there(words[2]):
             assert cli.main(words[1:]) == EXIT_OK, capsys.readouterr().err
 
 
