@@ -1,9 +1,7 @@
 """Reverse-KL on-policy context distillation."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
+# A subprocess imports this before it has the path of the standard library: nothing is imported.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from minidistill.api import LoadedConfig, Run, UserError, bake, load_config, run
 
@@ -11,7 +9,7 @@ __version__ = "0.2.0"
 __all__ = ["LoadedConfig", "Run", "UserError", "bake", "load_config", "run"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """What Python uses, imported when it is asked for: the command's help needs none of it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias, cast
 
 import tomli
 
@@ -15,7 +15,7 @@ from minidistill.config import Config, LoadedConfig
 from minidistill.config.load import load_layers
 from minidistill.config.overrides import Override, from_mapping
 from minidistill.error_output import as_user_error
-from minidistill.errors import EXIT_OK, UserError
+from minidistill.errors import EXIT_FAILED, EXIT_OK, UserError
 from minidistill.system.foreign import ctrl_c, is_interrupt, was_interrupted
 from minidistill.system.threads import settle_threads
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas
 
     from minidistill.reporting.results import HeldOutSample, LoggedRollout, Scoreboard, Status
+    from minidistill.reporting.terminal.base import Display
 
 Layer: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 """A TOML file, the name of a configuration of the package, or settings as nested dicts."""
@@ -63,9 +64,10 @@ def run(
     """Train, as `minidistill run` does, and return the finished run.
 
     `config` and `settings` are those of `load_config`. `resume` continues the run in `output_dir`,
-    or the newest of this configuration. `quiet` shows warnings only. On Ctrl-C the run stops after
-    its step, is saved, and KeyboardInterrupt is raised: `resume` continues it. A second Ctrl-C
-    stops at once; then the last checkpoint is what is continued.
+    or the newest of this configuration. `quiet` shows the run's directory, warnings and the
+    scoreboard only. On Ctrl-C the run stops after its step, is saved, and KeyboardInterrupt is
+    raised: `resume` continues it. A second Ctrl-C stops at once; then `resume` continues from the
+    last checkpoint.
 
     Raises UserError for errors that the user can fix; its `exit_code` is that of the command.
     """
@@ -89,6 +91,7 @@ def bake(
     model writes them itself. `steps` is `max_steps`, `out` the run's directory. `resume`, `quiet`
     and `settings` are those of `run`.
     """
+    _before_torch()
     from minidistill.baking import bake_configuration
 
     plan = bake_configuration(
@@ -103,9 +106,14 @@ def bake(
     return _run(plan.loaded, resume=resume, quiet=quiet)
 
 
-def _run(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> Run:
+def _before_torch() -> None:
     settle_threads()  # before torch loads OpenMP
-    import minidistill_kernels  # noqa: F401  # before transformers imports triton
+    # interpreted kernels have to be asked for before transformers imports triton
+    import minidistill_kernels  # noqa: F401
+
+
+def _run(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> Run:
+    _before_torch()
     from minidistill.driver import loop
     from minidistill.trainer.distributed.rank_group import launched_by_torchrun
 
@@ -117,19 +125,33 @@ def _run(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> Run:
     directories: list[Path] = []
     try:
         with ctrl_c():
-            code = loop.run(loaded, resume=resume, claimed=directories.append)
+            code = loop.run(
+                loaded,
+                resume=resume,
+                display=_quiet_display() if quiet else None,
+                claimed=directories.append,
+            )
     except BaseException as error:
         if is_interrupt(error) or was_interrupted():
             raise _interrupted(directories) from error
         if isinstance(error, SystemExit):  # of an environment's code: it would end the notebook
             raise RuntimeError(f"something called sys.exit({error.code!r})") from error
         problem = as_user_error(error)
-        if problem is None or problem is error:
+        if problem is error or problem.exit_code == EXIT_FAILED:  # nothing is known about it
             raise
         raise problem from error
     if code != EXIT_OK:
         raise _interrupted(directories)
     return Run(directories[-1])
+
+
+def _quiet_display() -> Display:
+    from minidistill.reporting.terminal.output import Output
+    from minidistill.reporting.terminal.quiet import QuietDisplay
+    from minidistill.system.symbols import wants_ascii
+
+    output = cast(TextIO, Output(sys.stdout))
+    return QuietDisplay(output, in_ascii=wants_ascii(output))
 
 
 def _interrupted(directories: Sequence[Path]) -> KeyboardInterrupt:
@@ -205,11 +227,14 @@ class Run:
 
     @property
     def samples(self) -> list[HeldOutSample]:
-        """Completions for held-out prompts: before, in context, and after training."""
+        """Completions for held-out prompts: before, in context, and after training; those that are
+        there yet."""
         from minidistill.reporting.results import HeldOutSample
+        from minidistill.reporting.run_directory import RunDirectory
 
         board = self.scoreboard
-        rows = [] if board is None else board.raw.get("completions") or []
+        known = RunDirectory(self.directory).read("baseline.json") if board is None else board.raw
+        rows = (known or {}).get("completions") or []
         keys = ("before", "teacher", "after")
         return [HeldOutSample(row["prompt"], *(row.get(key) for key in keys)) for row in rows]
 
@@ -255,8 +280,7 @@ class Run:
         The options are those of `minidistill export`; `vllm=False` does not load it in vLLM.
         Returns the folder. Raises UserError.
         """
-        settle_threads()
-        import minidistill_kernels  # noqa: F401  # before transformers imports triton
+        _before_torch()
         from minidistill.export.command import Options, export
 
         export(self.directory, Options(Path(to), merge, base, with_context, gguf, None, vllm))
@@ -267,4 +291,6 @@ class Run:
         return f"Run({str(self.directory)!r}, {self.status}{f', {verdict!r}' if verdict else ''})"
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(repr(self))}</pre>"
+        from minidistill.reporting.html import summary_html
+
+        return summary_html(self.directory)

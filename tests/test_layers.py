@@ -33,9 +33,11 @@ ORDER = (
     "evaluation",
     "driver",
     "baking",
-    "baking",
     "export",
+    "doctor",
+    "completion",
     "error_output",
+    "look",
     "api",
     "cli",
     "__main__",
@@ -122,8 +124,8 @@ def test_the_package_itself_imports_only_its_api_and_only_when_that_is_used() ->
     on what Python uses: it imports `__version__` alone from there."""
     package = modules()["minidistill"]
     assert imported_modules("minidistill") == {"minidistill.api"}
-    at_import = imports(package, at_import=True)
-    assert at_import == {"__future__", "typing"}
+    # a subprocess imports it before its path is known
+    assert not imports(package, at_import=True)
     for name, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "minidistill":

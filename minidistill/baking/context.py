@@ -27,7 +27,7 @@ def read_context(context: str | Path) -> str:
         empty = f"the context {path} is empty"
     else:
         text, empty = context, "the context is empty"
-        if os.path.isdir(_expanded(context)):
+        if context.strip() and os.path.isdir(_expanded(context)):
             raise UserError(f"the context {context} is a folder", FLAG, "name a file in it")
         if looks_like_path(context):
             raise UserError(
@@ -42,7 +42,7 @@ def read_context(context: str | Path) -> str:
 
 
 def looks_like_path(text: str) -> bool:
-    """Whether a text is meant as a path: one word with a separator, or with a text file's ending."""
+    """Whether a text is meant as a path: one word with a separator or a text file's ending."""
     text = text.strip()
     if not text or re.search(r"\s", text):
         return False

@@ -12,6 +12,39 @@ from minidistill.config.toml import dotted, inline, to_toml
 
 INLINE = ("args", "chat_template_kwargs")
 """Tables that are written on one line."""
+_LAST = ("teacher_model", "env", "eval")
+"""Of `[orchestrator]`: its long tables."""
+_COMMENTS = {
+    "max_steps": "optimizer steps",
+    "seq_len": "longest context + prompt + completion, in tokens",
+    "model.name": "a hub id, a folder, or a built-in model",
+    "trainer.model.lora": "The adapter: a higher rank holds more.",
+    "trainer.optim": "Lower lr if the KL jumps, raise it if it hardly falls.",
+    "trainer.loss": "Weights of the reward, the teacher (distillation) and the student's entropy.",
+    "orchestrator.batch_size": "completions in a step",
+    "orchestrator.rollouts_per_example": "completions of each prompt",
+    "orchestrator.sampling.max_tokens": "of a completion: long enough to show the behavior",
+    "orchestrator.buffer.skip_verification": "no rewards in training",
+    "orchestrator.teacher_model": "What the student should learn to do without reading it.",
+    "orchestrator.teacher_model.eval_baseline": "score both roles first: is there a gap to close?",
+    "orchestrator.eval": "Before and after training, on prompts that it is not trained on.",
+    "orchestrator.eval.interval": "only before and after",
+    "orchestrator.eval.env": "Questions that people ask. They ship with the package.",
+}
+_TRAINED_ON = {
+    "self-prompts": "What it is trained on: prompts that the model writes itself.",
+    "jsonl": "What it is trained on: your prompts.",
+}
+
+
+def commented(data: Mapping[str, Any], title: str) -> str:
+    """The settings of a run as a document, with a comment where one helps."""
+    orchestrator = data["orchestrator"]
+    last = [key for key in _LAST if key in orchestrator]
+    order = [key for key in orchestrator if key not in last] + last
+    data = {**data, "orchestrator": {key: orchestrator[key] for key in order}}
+    trained = _TRAINED_ON.get(str(orchestrator["env"][0].get("id")), "What it is trained on.")
+    return document(data, title, {**_COMMENTS, "orchestrator.env": trained})
 
 
 def document(data: Mapping[str, Any], title: str, comments: Mapping[str, str]) -> str:

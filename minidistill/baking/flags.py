@@ -12,11 +12,11 @@ _FLAGS = {
     "model.name": "--model",
     "orchestrator.teacher_model.context": "--context",
     "orchestrator.env.0.args.path": "--prompts",
+    "orchestrator.env.0": "--prompts",
     "max_steps": "--steps",
     "output_dir": "--out",
 }
 _KEY = re.compile(rf"(?<![\w.-])(--)?({'|'.join(map(re.escape, _FLAGS))})(?![\w.-]*\w)")
-_PATH = re.compile(r"\bargs\.path\b")
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def naming_flags() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        for problem in (error, *error.problems):
+        for problem in error.problems:
             problem.where = in_flags(problem.where)
             problem.fix = in_flags(problem.fix)
         raise

@@ -9,7 +9,7 @@ from minidistill.cli.parser import Commands, before_torch
 from minidistill.error_output import print_to_stderr
 from minidistill.errors import UserError
 
-_EXAMPLE = 'minidistill bake --model Qwen/Qwen3-0.6B --context "You are an old pirate."'
+_EXAMPLE = 'minidistill bake --model Qwen/Qwen3-4B-Instruct-2507 --context "You are an old pirate."'
 
 
 def add_bake(commands: Commands) -> None:
@@ -27,7 +27,7 @@ again with `minidistill run`.""",
 examples:
   {_EXAMPLE}
   minidistill bake --model ./my-model --context persona.txt --prompts questions.txt --steps 60
-  minidistill bake --model tiny-sokoban --context expert.txt --out runs/expert --trainer.optim.lr 2e-3""",
+  minidistill bake --model my-model --context rules.md --out runs/rules --trainer.optim.lr 5e-4""",
     )
     parser.set_defaults(handler=_bake)
     parser.add_argument("--model", metavar="M", help="a hub id, a folder, or a built-in model")

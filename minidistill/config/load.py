@@ -52,8 +52,9 @@ class LoadedConfig:
 def load_config(argv: Sequence[str], *, resume: bool = False) -> LoadedConfig:
     """The configuration that a command line names, of a run that is resumed if `resume`.
 
-    `argv` holds TOML files (`a.toml`, `@ b.toml`; a later file beats an earlier one) and dotted
-    overrides (`--trainer.loss.adv_tau 0`; they beat the files). Raises UserError with the file, the
+    `argv` holds TOML files (`a.toml`, `@ b.toml`; a later file beats an earlier one), or names of
+    those that ship with the package (`sokoban`, `@ pure`), and dotted overrides
+    (`--trainer.loss.adv_tau 0`; they beat the files). Raises UserError with the file, the
     line and the key of each error.
     """
     files, flags = overrides.parse(argv)
@@ -65,7 +66,8 @@ def load_layers(
 ) -> LoadedConfig:
     """The configuration of TOML files and overrides, of which a later one beats an earlier one.
 
-    A file may also be the name of one that ships with the package. Raises UserError as `load_config` does.
+    A file may also be the name of one that ships with the package. Raises UserError as
+    `load_config` does.
     """
     sources = [shipped.find(source) if isinstance(source, str) else source for source in sources]
     layers = Layers()

@@ -86,7 +86,7 @@ def _plain(value: Any, key: str, depth: int = 0) -> Any:
     if value is None or type(value) in (str, bool, int, float):
         return value
     raise UserError(
-        f"a setting cannot be a {type(value).__name__}",
+        f"a setting cannot be of the type {type(value).__name__}",
         where=key,
         fix="give a string, a number, a boolean, a list or a dict",
     )

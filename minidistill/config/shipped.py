@@ -9,7 +9,7 @@ from typing import Any
 
 from minidistill.errors import UserError
 
-_FILES = {
+_FILES: dict[str, tuple[str, ...]] = {
     "jsonl": ("path", "eval_path"),
     "dataset": ("path", "eval_path"),
     "self-prompts": ("path",),

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from minidistill.driver.build import Components, build
 from minidistill.driver.header import header
@@ -19,6 +20,7 @@ from minidistill.evaluation.kl import SampledKL, drift_kl, teacher_kl
 from minidistill.evaluation.unrelated import DRIFT_TOKENS, unrelated_prompts
 from minidistill.placement.machine import GIB
 from minidistill.placement.measured import planned_and_measured
+from minidistill.reporting.html import LiveReport
 from minidistill.reporting.monitors import open_monitors
 from minidistill.reporting.rollout_log import TokenTexts, with_inserted, write_rollouts
 from minidistill.reporting.terminal.base import Display, Sample
@@ -51,6 +53,7 @@ def open_session(prepared: Prepared, display: Display) -> Iterator[Session]:
         logger.debug("the run ended with an error", exc_info=error)
         raise
     finally:
+        session.report.close()
         components.close()
         session.monitor.close(None)
 
@@ -68,6 +71,7 @@ class Session:
         self.budget = components.budget
         self.texts = TokenTexts(prepared.tokenizer)
         self.first_step = 1
+        self._history: tuple[dict[str, Any], ...] = ()
         self.health = Health(self.config.health, self.directory.path / "rollouts")
         self.problem: UserError | None = None
         """Why the run must not go on after the last step, if it must not."""
@@ -85,6 +89,7 @@ class Session:
             self.directory,
             self.first_step,
             prepared.context_count,
+            self._history,
         )
         if not prepared.resume:
             facts = {"header": run_header.rows, "tasks": prepared.fingerprint}
@@ -95,7 +100,9 @@ class Session:
             self.directory.create(prepared.loaded, facts)
         self.engine.sync(self.first_step - 1)
         self.monitor = open_monitors(self.config, self.directory.path)
+        self.report = LiveReport(self.directory.path)
         display.open(run_header)
+        self.report.refresh()
         logger.debug(f"started at step {self.first_step}: {shlex.join(sys.argv[1:])}")
 
     @explain_out_of_memory(
@@ -111,7 +118,8 @@ class Session:
             check_nothing_was_saved(self.config, self.directory)
         step = saved["step"] if saved else 0
         records.rewind(saved)
-        self.health.replay(records.all())
+        self._history = tuple(records.all())
+        self.health.replay(self._history)
         self.first_step = step + 1
         self._seconds_before = saved["seconds"] if saved else 0.0
         if saved:
@@ -164,6 +172,7 @@ class Session:
     def log(self, step: int, metrics: Metrics) -> None:
         self.directory.log(step, metrics)
         self.monitor.log(step, metrics)
+        self.report.refresh()
 
     # -- evaluation ----------------------------------------------------------------------------
 
@@ -255,4 +264,5 @@ class Session:
     def save_checkpoint(self, step: int) -> None:
         progress = {**self.directory.records.flush(), "seconds": self.seconds}
         root = self.directory.path / "checkpoints"
-        checkpoint.save(self.trainer, root, step, progress, self.config.ckpt.keep)
+        path = checkpoint.save(self.trainer, root, step, progress, self.config.ckpt.keep)
+        self.display.checkpoint(step, path)
