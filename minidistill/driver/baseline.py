@@ -82,8 +82,7 @@ def evaluate_baseline(session: Session) -> None:
         metrics[f"eval/{name}/baseline_teacher/avg"] = teacher_reward
         metrics[f"eval/{name}/baseline_diff"] = teacher_reward - student_reward
     session.log(0, metrics)
-    if results["rewards"]:
-        session.display.baseline(metrics)
+    session.display.baseline(metrics)
     for warning in _warnings(session, results):
         logger.warning(warning)
 

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from minidistill.driver.build import Components, build
 from minidistill.driver.header import header
@@ -70,6 +71,7 @@ class Session:
         self.budget = components.budget
         self.texts = TokenTexts(prepared.tokenizer)
         self.first_step = 1
+        self._history: tuple[dict[str, Any], ...] = ()
         self.health = Health(self.config.health, self.directory.path / "rollouts")
         self.problem: UserError | None = None
         """Why the run must not go on after the last step, if it must not."""
@@ -87,6 +89,7 @@ class Session:
             self.directory,
             self.first_step,
             prepared.context_count,
+            self._history,
         )
         if not prepared.resume:
             facts = {"header": run_header.rows, "tasks": prepared.fingerprint}
@@ -115,7 +118,8 @@ class Session:
             check_nothing_was_saved(self.config, self.directory)
         step = saved["step"] if saved else 0
         records.rewind(saved)
-        self.health.replay(records.all())
+        self._history = tuple(records.all())
+        self.health.replay(self._history)
         self.first_step = step + 1
         self._seconds_before = saved["seconds"] if saved else 0.0
         if saved:
@@ -260,4 +264,5 @@ class Session:
     def save_checkpoint(self, step: int) -> None:
         progress = {**self.directory.records.flush(), "seconds": self.seconds}
         root = self.directory.path / "checkpoints"
-        checkpoint.save(self.trainer, root, step, progress, self.config.ckpt.keep)
+        path = checkpoint.save(self.trainer, root, step, progress, self.config.ckpt.keep)
+        self.display.checkpoint(step, path)
