@@ -93,6 +93,10 @@ class RunDirectory:
         # A run that passed this limit, or that a guard stopped, goes on with another.
         ignored.add("orchestrator.max_env_error_frac")
         ignored |= {key for key in {*before, *now} if key.startswith(("wandb", "health."))}
+        # they decide how many steps are done, and not what a step is
+        ignored |= {key for key in {*before, *now} if key.startswith("early_stopping")}
+        if now.get("ckpt.best") is None:  # the checkpoints of another choice may have gone
+            ignored.add("ckpt.best")
         ignored |= {k for k in now if k not in before and loaded.provenance.get(k) == "default"}
         return {
             key: (before.get(key), now.get(key))
