@@ -108,6 +108,23 @@ class WandbConfig(Table):
     """Keep the log on disk for a later `wandb sync`."""
 
 
+class TensorboardConfig(Table):
+    """TensorBoard's event files in the run's directory; off unless the table is present
+    (`--tensorboard`)."""
+
+    flush_seconds: PositiveFloat = 10.0
+    """How long events may wait before they are on disk."""
+
+
+class TrackioConfig(Table):
+    """trackio, which keeps runs on this machine; off unless the table is present (`--trackio`)."""
+
+    project: Text = "minidistill"
+    """Project to log to."""
+    name: Text | None = None
+    """Name of the run, to which an id is added; by default the output directory's."""
+
+
 class LoraConfig(Table):
     """The adapter that is trained."""
 
@@ -323,6 +340,8 @@ class Config(Table):
     silence: SilenceConfig = SILENCE
     health: HealthConfig = HealthConfig()
     wandb: WandbConfig | None = None
+    tensorboard: TensorboardConfig | None = None
+    trackio: TrackioConfig | None = None
     trainer: TrainerConfig = TrainerConfig()
     orchestrator: OrchestratorConfig
     inference: InferenceConfig = InferenceConfig()

@@ -85,6 +85,7 @@ def evaluate_baseline(session: Session) -> None:
     if results["rewards"] and "reward" in session.asked:
         metrics[REWARD] = pooled_mean(results["rewards"]["baseline_student"])
     session.log(0, metrics)
+    session.monitor.samples(0, results.get("completions") or [])
     session.selection.take(0, metrics)
     if results["rewards"]:
         session.display.baseline(metrics)

@@ -105,7 +105,8 @@ class Selection:
 
     def described(self) -> str:
         """What the best is, for a scoreboard."""
-        assert self.best is not None and self._by is not None
+        assert self.best is not None
+        assert self._by is not None
         order = "lowest" if self._by == "heldout_kl" else "highest"
         count = f"{self.evaluations} evaluation{'s' * (self.evaluations > 1)}"
         return f"{order} {NAMES[self._by]} of {count}, {number(self.best.value)}"

@@ -104,7 +104,7 @@ class Session:
                 facts["began"] = self.builder.began.isoformat()
             self.directory.create(prepared.loaded, facts)
         self.engine.sync(self.first_step - 1)
-        self.monitor = open_monitors(self.config, self.directory.path)
+        self.monitor = open_monitors(self.config, self.directory.path, self.first_step)
         display.open(run_header)
         logger.debug(f"started at step {self.first_step}: {shlex.join(sys.argv[1:])}")
 

@@ -185,7 +185,7 @@ def show_finished(directory: RunDirectory, display: Display, config: Config) -> 
         write_run_report(directory)
     if listed and FILE not in listed:  # it was killed before its monitors had the scoreboard
         check_monitors(config)
-        _end(directory, board, open_monitors(config, directory.path))
+        _end(directory, board, open_monitors(config, directory.path, board["steps"] + 1))
     further = "A larger --max_steps extends it"
     if board.get(STOPPED):
         further = "It stopped early: a larger --early_stopping.patience continues it"
@@ -226,6 +226,7 @@ def _whole_board(directory: RunDirectory) -> dict[str, Any] | None:
 
 def _end(directory: RunDirectory, board: dict[str, Any], monitor: Monitor) -> None:
     """Send the scoreboard to the monitors, and list it: the run has all of its parts then."""
+    monitor.samples(board["steps"], board.get(COMPLETIONS) or [])
     monitor.close({key: value for key, value in board.items() if key != COMPLETIONS})
     directory.records.add_files((METRICS, FILE))
     directory.records.flush()

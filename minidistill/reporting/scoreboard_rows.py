@@ -80,7 +80,7 @@ def scoreboard_rows(board: Board) -> list[Row]:
         rows.append(("drift KL", number(get("drift_kl"))))
     if get("drift_verdict"):
         rows.append(("drift", clean(get("drift_verdict"))))
-    for name, key in (("weights", "weights"), ("stopped early", "stopped_early")):
+    for name, key in (("weights", "weights"), ("end", "stopped_early")):
         if get(key):
             rows.append((name, clean(get(key))))
     if isinstance(missing := get("missing"), list) and missing:

@@ -79,6 +79,9 @@ class LiveDisplay:
             for name, value in scores.items():
                 line.append(f"  {clean(name)} ", "dim").append(number(value), "bold")
             self._console.print(line)
+        if (kl := metrics.get("eval/heldout_kl")) is not None:
+            line = Text.assemble((f"evaluation at step {step}  held-out KL ", "dim"))
+            self._console.print(line.append(number(kl), "bold"))
         self._region.end_evaluation()
 
     def baseline(self, metrics: Metrics) -> None:

@@ -80,6 +80,8 @@ class PlainDisplay:
         for env, scores in evaluations(metrics).items():
             figures = [f"{name} {number(value)}" for name, value in scores.items()]
             self._write("  ".join([f"evaluation at step {step}", env, *figures]))
+        if (kl := metrics.get("eval/heldout_kl")) is not None:
+            self._write(f"evaluation at step {step}  held-out KL {number(kl)}")
         self._pace.start_step()
 
     def baseline(self, metrics: Metrics) -> None:
