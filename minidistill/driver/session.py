@@ -219,12 +219,23 @@ class Session:
 
     @explain_out_of_memory("computing the KL on held-out prompts", **SHORTER)
     def held_out_kl(self) -> SampledKL:
-        """KL(student‖teacher) on held-out prompts."""
+        """KL(student‖teacher) on held-out prompts.
+
+        Where evaluations compute it too, the context is read once. Sharded ranks do without: they
+        have to read the same prefixes in each step.
+        """
         assert self.evaluator is not None
+        often = "heldout_kl" in self.asked and self.policy.sharded is None
         answers = self.evaluator.student_answers()
         prompts = self.evaluator.held_out()
         return teacher_kl(
-            self.config, self.policy, self.engine, prompts, self.budget, answers=answers
+            self.config,
+            self.policy,
+            self.engine,
+            prompts,
+            self.budget,
+            answers=answers,
+            prefixes=self.trainer.prefixes if often else None,
         )
 
     @explain_out_of_memory("computing the KL on unrelated prompts", **SHORTER)

@@ -5,13 +5,26 @@ from __future__ import annotations
 import json
 import sqlite3
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of an offline file: a header of 7 bytes, then LevelDB's log format."""
+def wandb_records(path: Path) -> list[Any]:
+    """The records of an offline file of a run that has ended. The package writes it in a process
+    of its own."""
+    deadline = time.monotonic() + 30
+    while True:
+        records = list(_wandb_records(path))
+        if any(record.HasField("exit") for record in records):
+            return records
+        assert time.monotonic() < deadline, "the run has not ended"
+        time.sleep(0.05)
+
+
+def _wandb_records(path: Path) -> Iterator[Any]:
+    """A header of 7 bytes, then LevelDB's log format."""
     from wandb.proto import wandb_internal_pb2
 
     new_record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
