@@ -13,7 +13,7 @@ COLUMNS = {"prompt": "prompt", "before": "before", "teacher": "in context", "aft
 """What is shown of a sample, and under which name."""
 
 
-def table(rows: Sequence[Sample]) -> tuple[list[str], list[list[str]]]:
+def table(rows: Sequence[Sample]) -> tuple[list[Any], list[list[str]]]:
     """The names of the columns that the samples have, and a text for each of them."""
     keys = [key for key in COLUMNS if any(key in row for row in rows)]
     texts = [[printable(str(row.get(key, ""))) for key in keys] for row in rows]
