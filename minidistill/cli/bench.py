@@ -29,6 +29,7 @@ examples:
   minidistill bench engines --model smollm2""",
     )
     parser.set_defaults(handler=_bench)
+    parser.words = _BENCHMARKS
     parser.add_argument(
         "benchmark",
         nargs="?",

@@ -25,6 +25,11 @@ FILES…         TOML files; a later file beats an earlier one
 class CommandParser(argparse.ArgumentParser):
     """Raises UserError where argparse would print and exit."""
 
+    takes_settings = False
+    """Whether settings are among its arguments, for completion in a shell."""
+    words: tuple[str, ...] = ()
+    """What its argument may be, for completion; empty: a path."""
+
     def __init__(self, **settings: Any) -> None:
         super().__init__(
             allow_abbrev=False,
@@ -42,6 +47,7 @@ class CommandParser(argparse.ArgumentParser):
         They are not declared: argparse cannot tell the value of an undeclared option from a file.
         What it does not know it leaves in its order.
         """
+        self.takes_settings = True
         self.add_argument_group("configuration", _CONFIGURATION)
 
 

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from typing import TYPE_CHECKING, TextIO, cast
 
 from minidistill.cli.parser import Commands, load_configuration
-from minidistill.error_output import print_to_stderr
-from minidistill.system.foreign import check_interrupted
+from minidistill.error_output import as_user_error, print_to_stderr
+from minidistill.errors import EXIT_INTERRUPTED, UserError
+from minidistill.system.foreign import check_interrupted, is_interrupt, was_interrupted
 from minidistill.system.threads import settle_threads
+
+if TYPE_CHECKING:
+    from minidistill.reporting.terminal.base import Display
+
+INTERRUPTED = UserError(
+    "interrupted", fix="--resume continues from the last checkpoint", exit_code=EXIT_INTERRUPTED
+)
 
 
 def add_run(commands: Commands) -> None:
     parser = commands.add_parser(
         "run",
         help="train",
-        usage="minidistill run FILES… [--key VALUE]… [--resume] [--traceback]",
+        usage="minidistill run FILES… [--key VALUE]… [--resume] [--quiet | --json] [--traceback]",
         description="Train with the configuration in the files and on the command line.",
         epilog="""\
 examples:
@@ -28,12 +38,42 @@ examples:
     parser.add_argument(
         "--resume", action="store_true", help="continue from the run directory's latest checkpoint"
     )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
+        "--quiet", action="store_true", help="print the directory, warnings and the scoreboard only"
+    )
+    shown.add_argument(
+        "--json", action="store_true", help="print events, one JSON object a line, and nothing else"
+    )
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.quiet:
+        from minidistill.reporting.terminal.output import Output
+        from minidistill.reporting.terminal.quiet import QuietDisplay
+        from minidistill.system.symbols import wants_ascii
+
+        output = cast(TextIO, Output(sys.stdout))
+        return _train(options, rest, QuietDisplay(output, in_ascii=wants_ascii(output)))
+    if not options.json:
+        return _train(options, rest, None)
+    from minidistill.reporting.terminal.json_events import JsonDisplay, events_alone
+
+    with events_alone() as stream:
+        display = JsonDisplay(stream)
+        try:
+            return _train(options, rest, display)
+        except BaseException as error:
+            if os.environ.get("RANK", "0") == "0":  # of several under torchrun one prints
+                interrupted = is_interrupt(error) or was_interrupted()
+                display.error(INTERRUPTED if interrupted else as_user_error(error))
+            raise
+
+
+def _train(options: argparse.Namespace, rest: list[str], display: Display | None) -> int:
     loaded = load_configuration("run", rest, resume=options.resume)
     settle_threads()  # before torch loads OpenMP
-    if sys.stderr.isatty():  # the first thing to see, seconds before the next
+    if display is None and sys.stderr.isatty():  # the first thing to see, seconds before the next
         print_to_stderr("loading torch and transformers")
     # Interpreted kernels have to be asked for before transformers imports triton.
     import minidistill_kernels  # noqa: F401
@@ -48,6 +88,6 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
     check_interrupted()  # while packages were imported
     try:
-        return run(loaded, resume=options.resume)
+        return run(loaded, resume=options.resume, display=display)
     except SystemExit as error:  # of an environment's code: never a success
         raise RuntimeError(f"something called sys.exit({error.code!r})") from error

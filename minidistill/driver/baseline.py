@@ -87,8 +87,7 @@ def evaluate_baseline(session: Session) -> None:
     session.log(0, metrics)
     session.monitor.samples(0, results.get("completions") or [])
     session.selection.take(0, metrics)
-    if results["rewards"]:
-        session.display.baseline(metrics)
+    session.display.baseline(metrics)
     for warning in _warnings(session, results):
         logger.warning(warning)
 

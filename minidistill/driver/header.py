@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from minidistill.config import Config
 from minidistill.config.adapter import adapter_folder
 from minidistill.config.orchestrator import OrchestratorConfig
@@ -33,8 +36,12 @@ def header(
     directory: RunDirectory,
     first_step: int,
     context_count: int = 1,
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> Header:
-    """Model, mode, teacher, devices and output. `placement` is the started run's."""
+    """Model, mode, teacher, devices and output. `placement` is the started run's.
+
+    `history` has the records of the steps before `first_step`.
+    """
     config = plan.config
     loss, orchestrator, lora = config.trainer.loss, config.orchestrator, config.trainer.model.lora
     trained = sum(p.numel() for _, p in policy.parameters)
@@ -84,7 +91,15 @@ def header(
         ("tasks", _tasks(orchestrator)),
         ("output", shown_path(directory.path)),
     ]
-    return Header("minidistill", tuple(rows), config.max_steps, first_step)
+    return Header(
+        "minidistill",
+        tuple(rows),
+        config.max_steps,
+        first_step,
+        directory.path,
+        None if orchestrator.eval is None else orchestrator.eval.interval,
+        tuple(history),
+    )
 
 
 def _selection_rows(config: Config) -> list[tuple[str, str]]:

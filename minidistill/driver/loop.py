@@ -7,7 +7,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 from minidistill import logs
@@ -20,7 +21,12 @@ from minidistill.driver.summary import finish, show_finished
 from minidistill.errors import EXIT_INTERRUPTED, EXIT_OK
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.run_path import claim_path
-from minidistill.reporting.terminal import SafeDisplay, lasting_output, open_display
+from minidistill.reporting.terminal import (
+    Display,
+    SafeDisplay,
+    lasting_output,
+    open_display,
+)
 from minidistill.rollouts.stream_collector import StreamCollector
 from minidistill.system.foreign import Interrupted, check_interrupted, handling
 from minidistill.trainer.step import StepResult
@@ -29,26 +35,39 @@ from minidistill.types import Metrics
 logger = logging.getLogger(__name__)
 
 
-def run(loaded: LoadedConfig, *, resume: bool) -> int:
-    """Execute a run and return its exit code. Raises UserError for errors the user can fix."""
+def run(
+    loaded: LoadedConfig,
+    *,
+    resume: bool,
+    display: Display | None = None,
+    claimed: Callable[[Path], None] = lambda path: None,
+) -> int:
+    """Execute a run and return its exit code. Raises UserError for errors the user can fix.
+
+    `display` shows it; by default what suits standard output. `claimed` is called with the run's
+    directory, before anything is checked or written.
+    """
     with (
         lasting_output(),
-        contextlib.closing(SafeDisplay(open_display())) as display,
-        logs.to_terminal(display.note),
+        contextlib.closing(SafeDisplay(display or open_display())) as shown,
+        logs.to_terminal(shown.note),
         _hangups(),
         claim_path(loaded, resume) as path,
     ):
+        claimed(path)
         directory = RunDirectory(path)
         if resume:
             loaded = with_recorded_adapter(loaded, directory)
         with logs.to_file(directory.log_path):
             same = resume and not is_extended(loaded, directory)
-            if same and show_finished(directory, display, loaded.config):
-                return EXIT_OK
-            prepared = prepare(loaded, directory, resume, display.phase)
-            with open_session(prepared, display) as session, _interrupts() as interrupt:
-                check_interrupted()
-                return _run(session, interrupt)
+            code = EXIT_OK
+            if not (same and show_finished(directory, shown, loaded.config)):
+                prepared = prepare(loaded, directory, resume, shown.phase)
+                with open_session(prepared, shown) as session, _interrupts() as interrupt:
+                    check_interrupted()
+                    code = _run(session, interrupt)
+            shown.end(code, path)
+            return code
 
 
 def _run(session: Session, interrupt: Interrupt) -> int:
@@ -86,8 +105,11 @@ def train_step(session: Session, step: int) -> None:
     sync_began = time.perf_counter()
     session.engine.sync(step)
     now = time.perf_counter()
-    timings = {"time/sync": now - sync_began, "time/step": now - step_began}
-    session.record(step, result.rollouts, result.tokens, metrics | timings)
+    seconds = now - step_began
+    tokens = sum(len(r.completion.token_ids) for r in result.rollouts)
+    metrics |= {"time/sync": now - sync_began, "time/step": seconds}
+    metrics["perf/tokens_per_second"] = tokens / seconds
+    session.record(step, result.rollouts, result.tokens, metrics)
 
 
 def _plain_step(session: Session, step: int) -> tuple[StepResult, Metrics]:
@@ -126,6 +148,9 @@ class Interrupt:
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Interrupt]:
     interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield interrupt
+        return
     before = {
         signum: signal.signal(signum, interrupt.handle)
         for signum in (signal.SIGINT, signal.SIGTERM)

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from minidistill.driver.build import Components, build
 from minidistill.driver.header import header
@@ -20,6 +21,7 @@ from minidistill.evaluation.kl import SampledKL, drift_kl, teacher_kl
 from minidistill.evaluation.unrelated import DRIFT_TOKENS, unrelated_prompts
 from minidistill.placement.machine import GIB
 from minidistill.placement.measured import planned_and_measured
+from minidistill.reporting.html import LiveReport
 from minidistill.reporting.monitors import open_monitors
 from minidistill.reporting.rollout_log import TokenTexts, with_inserted, write_rollouts
 from minidistill.reporting.terminal.base import Display, Sample
@@ -57,6 +59,7 @@ def open_session(prepared: Prepared, display: Display) -> Iterator[Session]:
         logger.debug("the run ended with an error", exc_info=error)
         raise
     finally:
+        session.report.close()
         components.close()
         session.monitor.close(None)
 
@@ -75,6 +78,7 @@ class Session:
         self.texts = TokenTexts(prepared.tokenizer)
         self.first_step, self.last_step = 1, 0
         """The first that this process trains, and the last that is trained."""
+        self._history: tuple[dict[str, Any], ...] = ()
         self.health = Health(self.config.health, self.directory.path / "rollouts")
         self.selection, self.asked = Selection(self.config), asked(self.config)
         self.scores: Scores | None = None
@@ -95,6 +99,7 @@ class Session:
             self.directory,
             self.first_step,
             prepared.context_count,
+            self._history,
         )
         if not prepared.resume:
             facts = {"header": run_header.rows, "tasks": prepared.fingerprint}
@@ -105,7 +110,9 @@ class Session:
             self.directory.create(prepared.loaded, facts)
         self.engine.sync(self.first_step - 1)
         self.monitor = open_monitors(self.config, self.directory.path, self.first_step)
+        self.report = LiveReport(self.directory.path)
         display.open(run_header)
+        self.report.refresh()
         logger.debug(f"started at step {self.first_step}: {shlex.join(sys.argv[1:])}")
 
     @explain_out_of_memory(
@@ -121,8 +128,9 @@ class Session:
             check_nothing_was_saved(self.config, self.directory)
         step = saved["step"] if saved else 0
         records.rewind(saved)
-        self.health.replay(records.all())
-        self.selection.replay(records.all())
+        self._history = tuple(records.all())
+        self.health.replay(self._history)
+        self.selection.replay(self._history)
         self.first_step, self.last_step = step + 1, step
         if self.selection.best is not None:
             checkpoint.check_saved(root, self.selection.best.step, WITHOUT_BEST)
@@ -178,6 +186,7 @@ class Session:
     def log(self, step: int, metrics: Metrics) -> None:
         self.directory.log(step, metrics)
         self.monitor.log(step, metrics)
+        self.report.refresh()
 
     # -- evaluation ----------------------------------------------------------------------------
 
@@ -293,7 +302,9 @@ class Session:
     def save_checkpoint(self, step: int) -> None:
         progress = {**self.directory.records.flush(), "seconds": self.seconds}
         root = self.directory.path / "checkpoints"
-        checkpoint.save(self.trainer, root, step, progress, self.config.ckpt.keep, self._best_step)
+        keep = self.config.ckpt.keep
+        path = checkpoint.save(self.trainer, root, step, progress, keep, self._best_step)
+        self.display.checkpoint(step, path)
 
     @explain_out_of_memory(
         "restoring the best checkpoint",

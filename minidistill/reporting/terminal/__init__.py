@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TextIO, cast
 
@@ -10,6 +9,7 @@ from minidistill.reporting.terminal.base import Display, Header, Sample
 from minidistill.reporting.terminal.output import Output, lasting_output
 from minidistill.reporting.terminal.plain import PlainDisplay
 from minidistill.reporting.terminal.safe import SafeDisplay
+from minidistill.system.symbols import wants_ascii
 
 __all__ = ["Display", "Header", "SafeDisplay", "Sample", "lasting_output", "open_display"]
 
@@ -17,13 +17,12 @@ __all__ = ["Display", "Header", "SafeDisplay", "Sample", "lasting_output", "open
 def open_display(stream: TextIO | None = None) -> Display:
     """The display for `stream` (default: standard output), whose reader may go away.
 
-    Plain wherever a live region would not work: no terminal, a dumb one, or an encoding without
-    the block characters.
+    Plain wherever a live region would not work: no terminal, a dumb one, or one without UTF-8.
     """
     stream = cast(TextIO, Output(sys.stdout if stream is None else stream))
-    encoding = (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "")
-    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
-    if not stream.isatty() or dumb or not encoding.startswith("utf"):
+    if wants_ascii(stream):
+        return PlainDisplay(stream, in_ascii=True)
+    if not stream.isatty():
         return PlainDisplay(stream)
     from minidistill.reporting.terminal.live import LiveDisplay
 

@@ -16,6 +16,11 @@ from rich.text import Text
 from minidistill.reporting.formatting import clean, count, duration, number
 from minidistill.types import Advance
 
+LONG = 3.0
+"""Seconds that a phase still takes, from which on they are shown."""
+NARROW = 70
+"""Cells in which a phase's rate and its remaining time do not fit together."""
+
 
 class ProgressBars:
     """Rich's progress bars with the figures of a training run. Safe to call from any thread."""
@@ -23,11 +28,12 @@ class ProgressBars:
     def __init__(self) -> None:
         self._name = Column(no_wrap=True, overflow="ellipsis")
         self._count = Column(no_wrap=True, overflow="ellipsis", justify="right")
+        self._narrow = False
         self._progress = Progress(
-            _Figure(lambda task: task.description, self._name),
+            _Figure(_name, self._name),
             BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8)),
             _Figure(_count, self._count),
-            _Figure(_rate, Column(no_wrap=True, justify="right")),
+            _Figure(self._rate, Column(no_wrap=True, justify="right")),
             expand=True,
             auto_refresh=False,
             get_time=time.monotonic,
@@ -49,7 +55,9 @@ class ProgressBars:
                 self._phases[name] = self._progress.add_task(clean(name), visible=False)
             self._recent.add(name)
             task = self._phases[name]
-        self._progress.reset(task, total=total, visible=True, unit=clean(unit), style="dim")
+        self._progress.reset(
+            task, total=total, visible=True, unit=clean(unit), style="dim", seconds=None
+        )
         start = time.monotonic()
         try:
             yield partial(self._progress.advance, task)
@@ -71,10 +79,29 @@ class ProgressBars:
         return sum(task.visible for task in self._progress.tasks)
 
     def render(self, width: int) -> RenderableType:
+        self._narrow = width < NARROW
         # Long names must not push the figures out of a narrow terminal.
-        self._name.max_width = max(6, width // 4)
+        self._name.max_width = max(6, width // 3 - 2)
         self._count.max_width = max(12, width // 3)
         return self._progress
+
+    def _rate(self, task: Task) -> str:
+        """Units per second over the whole phase, and the time that a long one still takes.
+
+        Rich's own rate begins at the first report: a phase that reports once, at its end, has none.
+        """
+        if "rate" in task.fields:
+            return str(task.fields["rate"])
+        ended = task.fields.get("seconds")
+        seconds = ended or task.elapsed
+        if not task.completed or not seconds:
+            return ""
+        rate = f"{number(task.completed / seconds)}/s"
+        left = seconds * ((task.total or 0) / task.completed - 1)
+        if ended is not None or left < LONG:
+            return rate
+        eta = f"eta {duration(left)}"
+        return eta if self._narrow else f"{rate} {eta}"
 
 
 class _Figure(ProgressColumn):
@@ -88,20 +115,14 @@ class _Figure(ProgressColumn):
         return Text(self._text(task), task.fields["style"])
 
 
+def _name(task: Task) -> str:
+    """A phase's name, short enough that a narrow terminal tells the evaluations apart."""
+    return task.description.replace("evaluate ", "eval ", 1)
+
+
 def _count(task: Task) -> str:
     figures = f"{count(int(task.completed))}/{count(int(task.total or 0))}"
     return f"{figures} {task.fields['unit']}".rstrip()
-
-
-def _rate(task: Task) -> str:
-    """Units per second over the whole phase.
-
-    Rich's own rate begins at the first report: a phase that reports once, at its end, has none.
-    """
-    if "rate" in task.fields:
-        return str(task.fields["rate"])
-    seconds = task.fields.get("seconds") or task.elapsed
-    return f"{number(task.completed / seconds)}/s" if task.completed and seconds else ""
 
 
 def _steps_per_second(rate: float | None) -> str:

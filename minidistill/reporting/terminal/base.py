@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from minidistill.types import Advance, Metrics
@@ -18,6 +19,12 @@ class Header:
     rows: tuple[tuple[str, str], ...]
     max_steps: int
     first_step: int
+    directory: Path | None = None
+    """The run's."""
+    eval_interval: int | None = None
+    """Steps between two evaluations, 0 for one at the end only; None: there is none."""
+    history: tuple[Mapping[str, Any], ...] = ()
+    """The records of the steps before `first_step`, as in `metrics.jsonl`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +61,14 @@ class Display(Protocol):
     def baseline(self, metrics: Metrics) -> None:
         """Show the evaluation before step 1, `eval/{env}/baseline_student/avg` and the like."""
 
+    def checkpoint(self, step: int, path: Path) -> None:
+        """A step's checkpoint is complete."""
+
     def scoreboard(self, board: Mapping[str, Any]) -> None:
         """Show the result of the run."""
+
+    def end(self, exit_code: int, directory: Path) -> None:
+        """The run has ended without an error. All of its files are written."""
 
     def note(self, text: str, warning: bool = False) -> None:
         """Show a line of text; allowed before `open` and after `close`."""

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -14,8 +15,9 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from minidistill.reporting.formatting import clean, evaluations, number
+from minidistill.reporting.formatting import clean, duration, evaluations, number
 from minidistill.reporting.terminal.base import Header, Sample
+from minidistill.reporting.terminal.echo import Echo
 from minidistill.reporting.terminal.panels import render_baseline, render_header, render_scoreboard
 from minidistill.reporting.terminal.region import LiveRegion
 from minidistill.types import Advance, Metrics
@@ -48,13 +50,14 @@ class LiveDisplay:
         self._console = console or Console(file=stream, markup=False, emoji=False, highlight=False)
         self._region = LiveRegion()
         self._live: Live | None = None
+        self._echo = Echo(stream)
+        # An exception that never reaches `close` must not leave the cursor or the echo off.
+        atexit.register(self.close)
 
     def open(self, header: Header) -> None:
         self._console.print(render_header(header))
         self._region.open(header)
         self._live = _Live(self._region, console=self._console, refresh_per_second=REFRESH_HZ)
-        # An exception that never reaches `close` must not leave the cursor hidden.
-        atexit.register(self.close)
         self._live.start()
 
     def phase(self, name: str, total: int, unit: str) -> AbstractContextManager[Advance]:
@@ -78,20 +81,29 @@ class LiveDisplay:
             line = Text.assemble((f"evaluation at step {step}  ", "dim"), clean(env))
             for name, value in scores.items():
                 line.append(f"  {clean(name)} ", "dim").append(number(value), "bold")
+            if (seconds := metrics.get("time/eval", 0.0)) >= 1:
+                line.append(f"  in {duration(seconds)}", "dim")
             self._console.print(line)
         if (kl := metrics.get("eval/heldout_kl")) is not None:
             line = Text.assemble((f"evaluation at step {step}  held-out KL ", "dim"))
             self._console.print(line.append(number(kl), "bold"))
-        self._region.end_evaluation()
+        self._region.end_evaluation(step, metrics)
 
     def baseline(self, metrics: Metrics) -> None:
-        self._console.print(render_baseline(metrics))
-        self._region.end_evaluation()
+        if evaluations(metrics):
+            self._console.print(render_baseline(metrics))
+        self._region.end_evaluation(0, metrics)
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        """The region has no room for it."""
 
     def scoreboard(self, board: Mapping[str, Any]) -> None:
         # The result is the last thing on the screen, with no region below it.
         self.close()
         self._console.print(render_scoreboard(board))
+
+    def end(self, exit_code: int, directory: Path) -> None:
+        """The scoreboard has said it."""
 
     def note(self, text: str, warning: bool = False) -> None:
         line = Text.assemble(("warning: ", "bold yellow")) if warning else Text()
@@ -99,6 +111,9 @@ class LiveDisplay:
 
     def close(self) -> None:
         live, self._live = self._live, None
-        if live is not None:
+        try:
+            if live is not None:
+                live.stop()
+        finally:
+            self._echo.restore()
             atexit.unregister(self.close)
-            live.stop()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
 from minidistill.system.files import drop_output
+from minidistill.system.symbols import encodable
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +26,7 @@ class Output:
     def write(self, text: str) -> int:
         if not self._gone:
             try:
-                # in an old encoding an arrow becomes a ?: what a library prints is no failure
-                encoding = getattr(self._stream, "encoding", None) or "utf-8"
-                self._stream.write(text.encode(encoding, "replace").decode(encoding))
+                self._stream.write(encodable(text, self._stream))
             except (OSError, ValueError) as error:  # a ValueError for a closed stream
                 self._drop(error)
         return len(text)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -47,7 +50,10 @@ class LiveRegion:
     def open(self, header: Header) -> None:
         with self._lock:
             self._title, self._step = clean(header.title), max(0, header.first_step - 1)
-            self._pace = Pace(header.max_steps)
+            self._pace = Pace(header.max_steps, eval_interval=header.eval_interval)
+            self._pace.replay(header.history)
+            for record in header.history:
+                self._add_to_curves(record)
             self.bars.start(self._step, header.max_steps)
 
     def end_step(self, step: int, metrics: Metrics, sample: Sample | None) -> None:
@@ -56,12 +62,16 @@ class LiveRegion:
             self.bars.end_step(step, self._pace.max_steps, self._pace.steps_per_second)
             self._step, self._metrics = step, dict(metrics)
             self._sample = sample or self._sample
-            for key, curve in self._curves.items():
-                if key in metrics:
-                    curve.append(metrics[key])
+            self._add_to_curves(metrics)
 
-    def end_evaluation(self) -> None:
+    def _add_to_curves(self, metrics: Mapping[str, Any]) -> None:
+        for key, curve in self._curves.items():
+            if key in metrics:  # a record has null for what was not finite
+                curve.append(math.nan if metrics[key] is None else metrics[key])
+
+    def end_evaluation(self, step: int, metrics: Metrics) -> None:
         with self._lock:
+            self._pace.evaluated(step, metrics.get("time/eval"))
             self._pace.start_step()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -94,7 +104,7 @@ class LiveRegion:
         values = {name: self._metrics.get(key) for name, key in FIGURES}
         values["tokens/s"] = tokens_per_second(self._metrics)
         figures = [(name, number(value)) for name, value in values.items() if value is not None]
-        if (seconds := self._pace.seconds_left(self._step)) is not None:
+        if (seconds := self._pace.countdown(self._step)) is not None:
             figures.append(("eta", duration(seconds)))
         return figures
 

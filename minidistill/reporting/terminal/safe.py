@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from minidistill.reporting.terminal.base import Display, Header, Sample
@@ -47,8 +48,14 @@ class SafeDisplay:
     def baseline(self, metrics: Metrics) -> None:
         self._try(lambda: self.display.baseline(metrics))
 
+    def checkpoint(self, step: int, path: Path) -> None:
+        self._try(lambda: self.display.checkpoint(step, path))
+
     def scoreboard(self, board: Mapping[str, Any]) -> None:
         self._try(lambda: self.display.scoreboard(board))
+
+    def end(self, exit_code: int, directory: Path) -> None:
+        self._try(lambda: self.display.end(exit_code, directory))
 
     def note(self, text: str, warning: bool = False) -> None:
         self._try(lambda: self.display.note(text, warning))
