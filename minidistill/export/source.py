@@ -112,7 +112,7 @@ def _adapter(run: Path, *, finished: bool) -> tuple[Path, int | None]:
     try:
         return adapter_folder(str(run)), None
     except UserError as error:
-        if steps or (run / "model").is_dir():
+        if finished or steps or (run / "model").is_dir():
             error.where = str(run)
             raise
         raise UserError(
