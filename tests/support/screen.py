@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
-import pty
 import re
 import select
 import signal
@@ -87,26 +87,30 @@ def in_terminal(
     returns what to type next. Returns the exit code, the screen, and whether the terminal echoes
     what is typed at the end.
     """
-    process, terminal = pty.fork()
+    terminal, end = os.openpty()
+    process = os.fork()
     if process == 0:
+        os.close(terminal)
+        os.login_tty(end)
         _be(program, width)
-    data, typed, deadline = b"", 0, time.monotonic() + 100
-    echoes = True
+    text, typed, status = "", 0, None
+    deadline = time.monotonic() + 100
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     while True:
-        assert time.monotonic() < deadline, data
+        assert time.monotonic() < deadline, text
         if select.select([terminal], [], [], 0.05)[0]:
-            try:
-                part = os.read(terminal, 1 << 16)
-            except OSError:  # the program has ended
-                break
-            data += part
-            if dump := os.environ.get("DUMP"):
-                open(dump, "wb").write(data)
-        echoes = bool(termios.tcgetattr(terminal)[3] & termios.ECHO)
-        if keys := see(data.decode(errors="replace"), typed):
+            text += decoder.decode(os.read(terminal, 1 << 16))
+            continue
+        if status is not None:
+            break
+        if status is None:
+            ended, code = os.waitpid(process, os.WNOHANG)
+            status = code if ended else None
+        if status is None and (keys := see(text, typed)):
             typed += os.write(terminal, keys)
-    screen = Screen(width)
-    screen.feed(data.decode(errors="replace"))
+    echoes = bool(termios.tcgetattr(end)[3] & termios.ECHO)
     os.close(terminal)
-    _, status = os.waitpid(process, 0)
+    os.close(end)
+    screen = Screen(width)
+    screen.feed(text)
     return os.waitstatus_to_exitcode(status), screen, echoes
