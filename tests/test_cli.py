@@ -55,7 +55,7 @@ HELP = [
     ("export", ["RUN", "--to", "--merge", "--base", "--gguf", "--push", "--no-vllm"]),
     ("bench", ["NAME", "schedule"]),
     ("doctor", ["--quick", "--json"]),
-    ("completion", ["bash|zsh|fish"]),
+    ("completion", ["SHELL", "bash"]),
 ]
 
 
