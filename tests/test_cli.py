@@ -47,13 +47,15 @@ def test_module_runs_as_a_command() -> None:
 
 
 HELP = [
-    ("run", ["FILES…", "--key VALUE", "--resume"]),
+    ("run", ["FILES…", "--key VALUE", "--resume", "--quiet", "--json"]),
     ("plan", ["FILES…", "--key VALUE", "--gpus N", "--gpu-memory GiB", "--json"]),
     ("config", ["FILES…", "--key VALUE", "--json"]),
     ("env", ["check", "prompts"]),
     ("report", ["RUN", "--out FILE"]),
     ("export", ["RUN", "--to", "--merge", "--base", "--gguf", "--push", "--no-vllm"]),
     ("bench", ["NAME", "schedule"]),
+    ("doctor", ["--quick", "--json"]),
+    ("completion", ["SHELL", "bash"]),
 ]
 
 
@@ -126,7 +128,7 @@ def test_run_passes_the_configuration_to_the_loop(
     minimal_config: str, loop: types.ModuleType
 ) -> None:
     calls = []
-    loop.run = lambda loaded, *, resume: calls.append((loaded, resume)) or 4  # type: ignore[attr-defined]
+    loop.run = lambda loaded, *, resume, display: calls.append((loaded, resume)) or 4  # type: ignore[attr-defined]
     assert cli.main(["run", minimal_config, "--resume", "--seed", "5"]) == 4
     ((loaded, resume),) = calls
     assert resume is True
@@ -151,8 +153,8 @@ def test_files_and_overrides_keep_their_order(
         argv = [*arguments[:position], "--json", "--traceback", *arguments[position:]]
         assert cli.main(["config", *argv]) == 2
     assert loads == [arguments] * (len(arguments) + 1)
-    assert cli.main(["run", "--json", "--resume", "--", "--resume"]) == 2
-    assert loads[-1] == ["--json", "--", "--resume"]  # and load_config refuses these
+    assert cli.main(["run", "--js", "--resume", "--", "--resume"]) == 2
+    assert loads[-1] == ["--js", "--", "--resume"]  # and load_config refuses these
     capsys.readouterr()
 
 

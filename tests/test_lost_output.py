@@ -113,9 +113,9 @@ def test_what_an_old_encoding_lacks_is_no_lost_reader(encoding: str, tmp_path: P
         contextlib.redirect_stdout(stream),
         lasting_output(),
     ):
-        print("a → b")
+        print("a → b 漢")
         print("after")
-    assert file.read_text(encoding=encoding) == "a ? b\nafter\n"
+    assert file.read_text(encoding=encoding) == "a -> b ?\nafter\n"
 
 
 def test_dropping_output_leaves_no_descriptor(tmp_path: Path) -> None:

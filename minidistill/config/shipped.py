@@ -48,8 +48,9 @@ def find(name: str) -> str:
 
 
 def is_plain(name: str) -> bool:
-    """Whether `name` has neither a folder nor an ending, as those of shipped configurations."""
-    return name == os.path.basename(name) and name.strip(".") != "" and "." not in name
+    """Whether `name` has no folder and no `.toml`, as the names of shipped configurations."""
+    has_folder = name != os.path.basename(name) or name in ("", ".", "..")
+    return not has_folder and not name.endswith(".toml")
 
 
 def hint(name: str) -> str:

@@ -156,7 +156,7 @@ def _say_what_answers(model: Model, talk: Chat, contexts: int, *, all_of_it: boo
 # -- questions -------------------------------------------------------------------------------------
 
 
-def _ask(talk: Chat, screen: Lines | Columns, question: str, ctrl_c: _CtrlC | None = None) -> None:
+def _ask(talk: Chat, screen: Lines | Columns, question: str, ctrl_c: CtrlC | None = None) -> None:
     screen.begin()
     try:
         with contextlib.nullcontext() if ctrl_c is None else ctrl_c.answering():
@@ -168,7 +168,7 @@ def _ask(talk: Chat, screen: Lines | Columns, question: str, ctrl_c: _CtrlC | No
     screen.end(answers)
 
 
-def _take(talk: Chat, screen: Lines | Columns, line: str, ctrl_c: _CtrlC | None = None) -> bool:
+def _take(talk: Chat, screen: Lines | Columns, line: str, ctrl_c: CtrlC | None = None) -> bool:
     """Answer a line, or do what its command says. Returns whether the chat goes on."""
     command, _, rest = line.partition(" ")
     if command in ("/exit", "/quit"):
@@ -191,7 +191,7 @@ def _converse(talk: Chat, screen: Lines | Columns) -> None:
     """Questions on a terminal, with line editing, until /exit or the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # `input` uses it
-    ctrl_c = _CtrlC()
+    ctrl_c = CtrlC()
     with ctrl_c.handled():
         while True:
             try:
@@ -211,7 +211,7 @@ def _converse(talk: Chat, screen: Lines | Columns) -> None:
                 print_to_stderr(f"error: {error}")
 
 
-class _CtrlC:
+class CtrlC:
     """Ctrl-C ends an answer, a second one while it does not end the chat; at the prompt it clears
     the line."""
 
@@ -267,7 +267,10 @@ def server_line(source: Source) -> str:
             where="--server",
             fix=f"merge it: minidistill export {source.run} --to DIR --merge, and serve DIR",
         )
-    if model.chat_template is not None:
+    template = source.weights / "chat_template.jinja"
+    if model.chat_template is not None and template.is_file():
+        more += ["--chat-template", shown_path(Path(os.path.abspath(template)))]
+    elif model.chat_template is not None:
         print_to_stderr(
             "the chat template is not the base's own: save it to a file, and add --chat-template "
             "FILE. `minidistill export` writes it as chat_template.jinja"

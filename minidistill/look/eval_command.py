@@ -18,9 +18,10 @@ from minidistill.evaluation.intervals import MIN_TASKS
 from minidistill.export.source import open_source
 from minidistill.look.chat_command import describe
 from minidistill.look.eval_settings import Asked, align
-from minidistill.look.evaluation import Evaluation, Figure, Result, evaluate
+from minidistill.look.evaluation import evaluate
+from minidistill.look.figures import Evaluation, Figure, Result
 from minidistill.look.notes import notes_to_stderr
-from minidistill.look.views import BASE
+from minidistill.look.views import STUDENT
 from minidistill.reporting.formatting import number, signed
 from minidistill.system.files import write_atomic
 
@@ -119,8 +120,8 @@ def show(evaluation: Evaluation, console: Console) -> None:
     results = evaluation.results
     first = results[0]
     differences = [_difference(result, first) for result in results]
-    several = len({result.name for result in results}) > 1
-    columns: list[tuple[str, list[str]]] = [("", [_name(r, several=several) for r in results])]
+    names = _names(results)
+    columns: list[tuple[str, list[str]]] = [("", names)]
     if any(result.score for result in results):
         columns.append(("score", [_shown(result.score) for result in results]))
     if any(score for score, _ in differences):
@@ -137,17 +138,23 @@ def show(evaluation: Evaluation, console: Console) -> None:
         table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
     if len({env for result in results for env in result.by_env}) > 1:
-        for result in results:
+        for name, result in zip(names, results, strict=True):
             scores = ", ".join(f"{env} {number(f.mean)}" for env, f in result.by_env.items())
-            console.print(Text(printable(f"{_name(result, several=several)}: {scores}")))
-    for line in _legend(evaluation, differences=len(results) > 1, several=several):
+            console.print(Text(printable(f"{name}: {scores}")))
+    for line in _legend(evaluation, names):
         console.print(Text(printable(line), "dim"))
 
 
-def _name(result: Result, *, several: bool) -> str:
-    if not several:
-        return result.view
-    return result.name if result.view == "student" else f"{result.name} ({result.view})"
+def _names(results: Sequence[Result]) -> list[str]:
+    """What the rows are called: short if that tells them apart."""
+    given = list(dict.fromkeys(result.name for result in results))
+    if len(given) < 2:
+        return [result.view for result in results]
+    ends = [Path(name).name for name in given]
+    short = dict(zip(given, ends if len(set(ends)) == len(ends) else given, strict=True))
+    return [
+        short[r.name] if r.view == STUDENT.name else f"{short[r.name]} ({r.view})" for r in results
+    ]
 
 
 def _shown(figure: Figure | None, *, sign: bool = False) -> str:
@@ -160,22 +167,18 @@ def _shown(figure: Figure | None, *, sign: bool = False) -> str:
     return f"{text}\n{write(figure.interval.low)} to {write(figure.interval.high)}"
 
 
-def _legend(evaluation: Evaluation, *, differences: bool, several: bool) -> list[str]:
+def _legend(evaluation: Evaluation, names: Sequence[str]) -> list[str]:
     tasks = sum(map(len, evaluation.environments.values()))
     each = f", {evaluation.samples} samples each" if evaluation.samples > 1 else ""
-    first = evaluation.results[0]
+    intervals = "below each figure its 95% interval"
+    if tasks < MIN_TASKS:
+        intervals = f"fewer than {MIN_TASKS} tasks give no interval"
     lines = [
         f"{tasks} held-out tasks of {', '.join(evaluation.environments)}{each}, temperature "
-        f"{evaluation.temperature:g}, at most {evaluation.max_tokens} tokens; below each figure "
-        "its 95% interval"
+        f"{evaluation.temperature:g}, at most {evaluation.max_tokens} tokens; {intervals}"
     ]
-    if tasks < MIN_TASKS:
-        lines = [lines[0].partition(";")[0] + f"; fewer than {MIN_TASKS} tasks give no interval"]
-    if differences:
-        name = (
-            first.view if first.view == BASE.name and not several else _name(first, several=several)
-        )
-        lines.append(f"differences are from {name}, on the same tasks with the same seeds")
+    if len(names) > 1:
+        lines.append(f"differences are from {names[0]}, on the same tasks with the same seeds")
     if any(result.kl for result in evaluation.results):
         lines.append("KL: nats a token, to the base that reads the context, of held-out answers")
     return lines

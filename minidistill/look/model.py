@@ -79,8 +79,9 @@ def load(source: Source, *, teacher: bool = False, longest: int | None = None) -
 
 def _began(source: Source) -> datetime:
     """The present that templates show: that of the run's start."""
-    began = RunDirectory(source.run).began() if source.kind == "run" else None
-    return began or datetime.now()
+    if source.kind == "run" and (source.run / "env.json").is_file():
+        return RunDirectory(source.run).began() or datetime.now()
+    return datetime.now()
 
 
 def _settings(source: Source, *, teacher: bool) -> Config:

@@ -17,6 +17,7 @@ from minidistill.reporting.records import rollout_names
 from minidistill.reporting.run_directory import RESOLVED
 from minidistill.system.files import InvalidJsonError, parse_json, read_text
 
+BOARD = "scoreboard.json"
 LARGEST = 1 << 30
 """Bytes of a step's lines."""
 RESTORE = "restore it from a copy"
@@ -74,8 +75,13 @@ def read_rollouts(
         raise UserError(what, "--step", f"give one of {known}")
     if step is not None:
         steps = [step]
-    elif task is None and worst is None:
-        steps = steps[-1:]
+    else:
+        # a run in progress writes the tensors of a step after its lines
+        unfinished = not (run / BOARD).exists()
+        if unfinished and len(steps) > 1 and not (run / rollout_names(steps[-1])[1]).exists():
+            steps.pop()
+        if task is None and worst is None:
+            steps = steps[-1:]
     chosen: list[Recorded] = []
     for each in steps:
         found = read_step(run, each)
@@ -100,9 +106,6 @@ def _steps(run: Path) -> list[int]:
     folder = run / "rollouts"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     steps = sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
-    # a run in progress writes the tensors of a step after its lines
-    if len(steps) > 1 and not (run / rollout_names(steps[-1])[1]).exists():
-        steps.pop()
     if not steps:
         raise UserError(
             f"the run in {run} has recorded no rollouts yet",

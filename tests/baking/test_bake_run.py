@@ -60,19 +60,18 @@ def test_one_line_makes_a_run_that_can_be_edited_and_repeated(
     assert len(kl_by_step(run)) == 2
     assert kl_by_step(run) == kl_by_step(Path(f"{run}-2"))
 
-    # resumed by the same line, with more steps
+    # the same line starts another run, and with --resume goes on with the last one
     assert bake("--out", str(run)) == EXIT_USAGE
-    more = ["bake", "--model", "tiny-sokoban", "--context", CONTEXT, *SMALL, "--steps", "3"]
-    assert cli.main([*more, "--out", str(run), "--resume"]) == EXIT_OK
-    assert json.loads((run / "scoreboard.json").read_text())["steps"] == 3
-    assert load_config([str(run / "config.toml")]).config.max_steps == 3
+    assert "choose another --out, or continue with --resume" in capsys.readouterr().err
+    assert bake("--resume") == EXIT_OK
+    assert f"{run}-2 is already finished: 2 steps" in capsys.readouterr().out
 
 
 def test_a_model_that_repeats_itself_writes_fewer_prompts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert bake("--steps", "1", "--orchestrator.env.0.args.count", "60") == EXIT_OK
-    assert "(60 are wanted, but it repeats itself)" in capsys.readouterr().err
+    assert "(60 are wanted, but it repeats itself)" in capsys.readouterr().out
     [file] = Path("cache/minidistill/self-prompts").iterdir()
     assert 8 <= len(file.read_text().splitlines()) < 60
     few = ["--orchestrator.env.0.args.count", "60", "--orchestrator.env.0.args.at_least", "60"]

@@ -83,13 +83,15 @@ def browser() -> Iterator[Browser]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     hostile, usual = hostile_run(folder / "<b>hostile"), finished_run(folder / "sokoban")
+    running = finished_run(folder / "running")
+    (running / "scoreboard.json").unlink()
     fragment = folder / "summary.html"
     fragment.write_text(f"<!doctype html><meta charset=utf-8>{summary_html(hostile)}")
     return {
         "hostile": write_report(hostile),
         "usual": write_report(usual),
         "comparison": write_comparison([hostile, usual], folder / "comparison.html"),
-        "running": write_report(usual, folder / "running.html", state="running"),
+        "running": write_report(running, folder / "running.html", unfinished="running"),
         "summary": fragment,
     }
 

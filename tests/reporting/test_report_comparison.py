@@ -13,7 +13,8 @@ from minidistill import cli
 from minidistill.errors import EXIT_OK, EXIT_USAGE, UserError
 from minidistill.reporting.html import summary_html, write_comparison
 from minidistill.reporting.html.comparison import labels
-from minidistill.reporting.html.curves import PLOTS, groups, points, step_rate
+from minidistill.reporting.html.curves import groups, points
+from minidistill.reporting.html.plots import PLOTS, step_rate
 from minidistill.reporting.html.settings import differences
 
 
@@ -126,6 +127,7 @@ def test_the_command(
         (["a", "--out", "a/metrics.jsonl"], "is there already, and is no report"),
         (["a", "b", "--out", "a/metrics.jsonl"], "is there already, and is no report"),
         (["a", "b", "--out", "a"], "is there already, and is no report"),
+        (["a", "--out", "nowhere/x.html"], "nowhere is no folder"),
         (["a", "empty"], "is not a run directory"),
         (["a", *[f"r{i}" for i in range(8)]], "9 runs cannot be compared"),
     ],

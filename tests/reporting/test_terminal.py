@@ -29,7 +29,6 @@ from minidistill.reporting.formatting import (
     sparkline,
 )
 from minidistill.reporting.terminal import Display, Header, Sample, open_display
-from minidistill.reporting.terminal import plain as plain_module
 from minidistill.reporting.terminal.live import REFRESH_HZ, LiveDisplay
 from minidistill.reporting.terminal.pace import Pace
 from minidistill.reporting.terminal.panels import render_scoreboard
@@ -205,13 +204,14 @@ def test_phases_that_no_longer_occur_disappear() -> None:
     assert "once" not in last
 
 
-def test_closing_twice_shows_the_cursor_once_and_later_notes_are_printed() -> None:
+def test_closing_twice_shows_the_cursor_and_later_notes_are_printed() -> None:
     display, stream = live_display()
     display.open(HEADER)
     display.close()
     display.close()
     display.note("after")
-    assert stream.getvalue().count("\x1b[?25h") == 1
+    written = stream.getvalue()
+    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
     assert stream.getvalue().endswith("after\n")
 
 
@@ -255,15 +255,8 @@ def test_characters_outside_the_encoding_are_replaced() -> None:
     raw = io.BytesIO()
     display = PlainDisplay(io.TextIOWrapper(raw, encoding="ascii"))
     show_run(display, "漢字")
-    assert b"4.93 ? 0.11" in raw.getvalue()
-
-
-def test_a_long_phase_prints_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain_module, "HEARTBEAT_SECONDS", 0.0)
-    display, stream = plain_display()
-    with display.phase("evaluate student", 64, "rollouts") as advance:
-        advance(16)
-    assert stream.getvalue() == "  evaluate student 16/64 rollouts\n"
+    assert b"4.93 -> 0.11" in raw.getvalue()
+    assert b"model  ??" in raw.getvalue()
 
 
 def test_a_step_does_no_work_per_token() -> None:

@@ -202,8 +202,8 @@ def moving_mean(points: Points) -> Points:
         sums.append(sums[-1] + y)
     means = []
     for i, (x, _) in enumerate(points):
-        near = min(reach, i, len(points) - 1 - i)
-        means.append((x, (sums[i + near + 1] - sums[i - near]) / (2 * near + 1)))
+        start, end = max(0, i - reach), min(len(points), i + reach + 1)
+        means.append((x, (sums[end] - sums[start]) / (end - start)))
     return means
 
 

@@ -10,14 +10,9 @@ from typing import Any
 from minidistill.errors import UserError, bounded
 from minidistill.reporting.formatting import clean, duration, number
 from minidistill.reporting.html.chart import Chart, Series, draw
-from minidistill.reporting.html.curves import (
-    PLOTS,
-    evaluation_curves,
-    points,
-    step_rate,
-    with_final_kl,
-)
+from minidistill.reporting.html.curves import evaluation_curves, points, with_final_kl
 from minidistill.reporting.html.page import render, write_page
+from minidistill.reporting.html.plots import PLOTS, step_rate
 from minidistill.reporting.html.read import Run, read_run
 from minidistill.reporting.html.report import ShownSample
 from minidistill.reporting.html.settings import differences

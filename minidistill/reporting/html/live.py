@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from minidistill.reporting.html.read import State
+from minidistill.errors import UserError
+from minidistill.reporting.html.read import Unfinished
 from minidistill.reporting.html.report import PAUSE, has_report, write_report
 from minidistill.system.foreign import describe
 
@@ -36,13 +37,14 @@ class LiveReport:
         self._due = ended + self._pause
 
     def close(self) -> None:
-        """Write it for the last time, as that of a run that has stopped, unless it has finished."""
+        """Write it for the last time: unless the run has finished, it has stopped."""
         if self._due is not None and not self._failed and not has_report(self._run_dir):
             self._write("stopped")
 
-    def _write(self, state: State) -> None:
+    def _write(self, state: Unfinished) -> None:
         try:
-            write_report(self._run_dir, state=state, pause=self._pause)
+            write_report(self._run_dir, unfinished=state, pause=self._pause)
         except Exception as error:
             self._failed = True
-            logger.warning(f"no live report: {describe(error)}", exc_info=error)
+            reason = error.what if isinstance(error, UserError) else describe(error)
+            logger.warning(f"no live report: {reason}", exc_info=error)

@@ -57,8 +57,11 @@ def render(template: str, **values: Any) -> str:
 def write_page(path: Path, page: str) -> None:
     """Write a page, never in place of a file that is none.
 
-    Raises UserError (exit code 2) for another file there, and (exit code 3) for a full disk.
+    Raises UserError (exit code 2) for another file there or a folder that is missing, and (exit
+    code 3) for a full disk.
     """
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder", "--out", "make it, or choose another --out")
     if path.exists() and not is_page(path):
         raise UserError(
             f"{path} is there already, and is no report",

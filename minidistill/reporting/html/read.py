@@ -20,7 +20,8 @@ LAST_STEP = 10**9
 LOG_LINES = 12
 """Lines of the log that are shown of a run that stopped."""
 
-State = Literal["running", "finished", "stopped"]
+Unfinished = Literal["running", "stopped"]
+State = Unfinished | Literal["finished"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,11 @@ class Run:
         return f"minidistill {shlex.join(words)} --resume"
 
 
-def read_run(run_dir: Path, state: State | None = None) -> Run:
+def read_run(run_dir: Path, unfinished: Unfinished | None = None) -> Run:
     """Read the files that exist. Raises UserError (exit code 2) if there are none.
 
-    Without a `state`, the run's lock and its scoreboard say what it is.
+    `unfinished` is the state of a run without a whole scoreboard; without it the run's lock says
+    whether it is running.
     """
     if not any((run_dir / name).is_file() for name in RUN_FILES):
         raise UserError(
@@ -94,15 +96,19 @@ def read_run(run_dir: Path, state: State | None = None) -> Run:
             where=str(run_dir),
             fix="give the output directory of a run; it contains metrics.jsonl and config.toml",
         )
+    state: State
     damage: list[str] = []
     steps = _steps(run_dir / "metrics.jsonl", damage)
     board = read_object(run_dir / "scoreboard.json", damage)
     completions = board.get("completions")
     if not completions and not board:
         completions = read_object(run_dir / "baseline.json", damage).get("completions")
-    if state is None:
-        ended = bool(board) and not board.get("missing")
-        state = "finished" if ended else "running" if is_locked(run_dir) else "stopped"
+    if board and not board.get("missing"):
+        state = "finished"
+    elif unfinished is None:
+        state = "running" if is_locked(run_dir) else "stopped"
+    else:
+        state = unfinished
     env = read_object(run_dir / "env.json", damage)
     settings = read_object(run_dir / "config.resolved.json", damage)
     rollouts = tuple(selected(run_dir / "rollouts", damage))

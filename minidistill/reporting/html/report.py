@@ -10,7 +10,7 @@ from pathlib import Path
 from minidistill.reporting.formatting import duration, number
 from minidistill.reporting.html.curves import groups
 from minidistill.reporting.html.page import is_page, render, write_page
-from minidistill.reporting.html.read import Run, State, read_run
+from minidistill.reporting.html.read import Run, Unfinished, read_run
 from minidistill.reporting.scoreboard_rows import (
     bar,
     effort,
@@ -50,23 +50,28 @@ class ShownSample:
 
 
 def write_report(
-    run_dir: Path, out: Path | None = None, *, state: State | None = None, pause: float = 0.0
+    run_dir: Path,
+    out: Path | None = None,
+    *,
+    unfinished: Unfinished | None = None,
+    pause: float = 0.0,
 ) -> Path:
     """Write a run's report to `out`, or `report.html` in its directory. Returns the path.
 
     The run may be in progress or have stopped at any point: the page leaves out files that are
-    missing or damaged and says so; a warning names damaged ones. Without a `state` the run's files
-    say what it is; the page of a running one expects the next after `pause` seconds. Raises
-    UserError (exit code 2) if `run_dir` holds no run, or if `out` is a file that is no report.
+    missing or damaged and says so; a warning names damaged ones. `unfinished` is the state of a run
+    without a whole scoreboard; without it the run's lock says whether it is running. The page of a
+    running one is loaded again after `pause` seconds or more. Raises UserError (exit code 2) if
+    `run_dir` holds no run, or if `out` is a file that is no report.
     """
     run_dir = Path(run_dir)
-    run = read_run(run_dir, state)
+    run = read_run(run_dir, unfinished)
     page = report_page(run, pause)
     if out is None:
         write_atomic(run_dir / FILE, page)
     else:
         write_page(out, page)
-    if state is None:  # the run itself would say it again and again
+    if unfinished is None:  # the run itself would say it again and again
         for damage in run.damage:
             logger.warning(f"{run_dir}: {damage}")
     return out or run_dir / FILE

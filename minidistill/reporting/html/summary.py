@@ -57,7 +57,8 @@ def summary_html(directory: Path | str) -> str:
         parts.append(f'<table style="border-collapse:collapse;border:0">{body}</table>')
     if text := effort(run.board):
         parts.append(f'<div style="{SOFT};margin-top:.4em">{_text(text)}</div>')
-    return f'<div style="max-width:60em;overflow-wrap:anywhere;font-variant-numeric:tabular-nums">{"".join(parts)}</div>'
+    style = "max-width:60em;overflow-wrap:anywhere;font-variant-numeric:tabular-nums"
+    return f'<div style="{style}">{"".join(parts)}</div>'
 
 
 def _text(value: Any) -> str:
