@@ -169,11 +169,17 @@ def test_rollouts_have_the_figures_of_their_tokens(finished: Run) -> None:
         assert rollout.completion in "".join(rollout.tokens)
         assert str(finished.context) in rollout.teacher_prompt
         assert str(finished.context) not in rollout.prompt
-        count = len(rollout.tokens)
-        assert len(rollout.student_logprobs) == len(rollout.kl) == count
-        assert len(rollout.token_ids) == len(rollout.teacher_logprobs) == count
-    with pytest.raises(UserError, match="has no rollouts of step 7: it has those of steps 1 to 6"):
+        assert len(rollout.tokens) == len(rollout.kl) == len(rollout.gaps)
+    assert finished.rollouts() == finished.rollouts(6)
+    with pytest.raises(UserError, match="has no rollouts of step 7"):
         finished.rollouts(7)
+
+
+def test_a_question_to_what_was_trained(finished: Run) -> None:
+    answers = finished.chat(finished.samples[0].prompt)
+    assert list(answers) == ["base", "base in context", "student"]
+    assert all(answer.startswith("<answer>") for answer in answers.values())
+    assert answers["base in context"] == finished.samples[0].teacher, "it is sure of itself"
 
 
 def test_metrics_as_a_data_frame(finished: Run) -> None:
