@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias, cast
 
@@ -115,7 +117,7 @@ def _run(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> Run:
         )
     directories: list[Path] = []
     try:
-        with ctrl_c():
+        with ctrl_c(), _outside_of_event_loops():
             code = loop.run(
                 loaded,
                 resume=resume,
@@ -134,6 +136,19 @@ def _run(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> Run:
     if code != EXIT_OK:
         raise _interrupted(directories)
     return Run(directories[-1])
+
+
+@contextlib.contextmanager
+def _outside_of_event_loops() -> Iterator[None]:
+    """Hide the event loop in which a notebook's cells run: it would forbid the run its own ones."""
+    loop = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
+    try:
+        yield
+    finally:
+        if loop is not None:
+            asyncio.set_event_loop(loop)
+        asyncio._set_running_loop(loop)
 
 
 def _quiet_display() -> Display:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import signal
@@ -225,6 +226,23 @@ def after(step: int, do: Callable[[], object], monkeypatch: pytest.MonkeyPatch) 
         real(session, number)
 
     monkeypatch.setattr(loop, "train_step", train_step)
+
+
+def test_a_cell_of_a_notebook_runs_within_an_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines that are servers, agents and judges have event loops of their own."""
+
+    async def cell() -> bool:
+        before = asyncio.get_running_loop()
+        assert run(tmp_path / "run", max_steps=1).status == "finished"
+        await asyncio.sleep(0)
+        return asyncio.get_running_loop() is asyncio.get_event_loop() is before
+
+    asked: list[float] = []
+    after(1, lambda: asked.append(asyncio.run(asyncio.sleep(0, 1.0))), monkeypatch)
+    assert asyncio.run(cell())
+    assert asked == [1.0]
 
 
 def test_ctrl_c_saves_the_step_and_resume_continues(
