@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minidistill.config import Config, load_config
-from minidistill.errors import UserError
+from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.system.threads import settle_threads
 
 if TYPE_CHECKING:
@@ -140,13 +140,17 @@ class Run:
     @property
     def adapter(self) -> Path | None:
         """The folder of the latest adapter, as PEFT reads it; None before the first checkpoint, and
-        for a run that trains every weight."""
-        from minidistill.config.adapter import adapter_folder
+        for a run that trains every weight. Raises UserError if all checkpoints are damaged."""
+        before_torch()
+        from minidistill.export.source import open_run
 
         try:
-            return adapter_folder(str(self.directory))
-        except UserError:
-            return None
+            source = open_run(self.directory)
+        except UserError as error:
+            if error.exit_code == EXIT_ENVIRONMENT:  # damaged
+                raise
+            return None  # nothing is saved yet
+        return source.weights if source.is_adapter else None
 
     @property
     def report(self) -> Path:
