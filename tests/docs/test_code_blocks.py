@@ -7,13 +7,14 @@ import importlib
 import json
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.configs import MINIMAL
 from support.documented_commands import check_command, command_lines
-from support.documents import Block, blocks, documents
+from support.documents import Block, blocks, documents, prose
 from support.paths import ROOT
 
 from minidistill import cli
@@ -37,6 +38,17 @@ def of(language: str) -> list[Any]:
 def test_every_block_says_what_it_is() -> None:
     known = {"bash", "toml", "python", "json", "jsonl", "text"}
     assert [block.place for block in BLOCKS if block.language not in known] == []
+
+
+def test_no_code_is_indented_instead_of_fenced() -> None:
+    for document in documents():
+        lines = prose(document).splitlines()
+        indented = [
+            number
+            for number, (before, line) in enumerate(pairwise(lines), start=2)
+            if line.startswith("    ") and (not before.strip() or before.startswith("#"))
+        ]
+        assert not indented, f"{document.name}: fence the code in lines {indented}"
 
 
 @pytest.mark.parametrize("block", of("toml"))
