@@ -107,6 +107,28 @@ def test_a_template_without_system_messages_has_the_context_before_the_prompt() 
     overrides += ["--orchestrator.teacher_model.context_placement", "system"]
     teacher = bake(overrides=overrides).loaded.config.orchestrator.teacher_model
     assert teacher.context_placement == "system"
+    flags = ["--orchestrator.teacher_model.context_placement", "user"]
+    assert (
+        bake(overrides=flags).loaded.config.orchestrator.teacher_model.context == f"{CONTEXT}\n\n"
+    )
+
+
+def test_a_model_that_thinks_answers_at_once() -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>"
+        "{% if enable_thinking is defined and not enable_thinking %}\n{% endif %}{% endif %}"
+    )
+    Path("template.jinja").write_text(template)
+    flags = ["--model.chat_template", "template.jinja"]
+    assert bake(overrides=flags).loaded.config.model.chat_template_kwargs == {
+        "enable_thinking": False
+    }
+    flags += ["--model.chat_template_kwargs.enable_thinking", "true"]
+    assert bake(overrides=flags).loaded.config.model.chat_template_kwargs == {
+        "enable_thinking": True
+    }
+    assert bake().loaded.config.model.chat_template_kwargs == {}
 
 
 def test_a_long_context_has_room() -> None:
@@ -162,7 +184,7 @@ def test_what_looks_like_a_path_is_no_context(path: str) -> None:
     assert error.where == "--context"
 
 
-@pytest.mark.parametrize("context", ["", "  \n", "empty.txt", Path("missing"), "folder"])
+@pytest.mark.parametrize("context", ["", " \n", "\udce4 x", "empty.txt", Path("missing"), "folder"])
 def test_contexts_that_cannot_be_used(context: str | Path) -> None:
     Path("empty.txt").write_text("\n")
     Path("folder").mkdir()
