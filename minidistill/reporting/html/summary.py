@@ -50,7 +50,7 @@ def summary_html(directory: Path | str) -> str:
     if rows := scoreboard_rows(run.board):
         cell = "padding:.1em 1.2em .1em 0;text-align:left;vertical-align:top;background:none"
         body = "".join(
-            f'<tr style="background:none"><th scope="row" style="{cell};font-weight:400;{SOFT}">'
+            f'<tr style="background:none"><th scope="row" style="{cell};min-width:7em;font-weight:400;{SOFT}">'
             f'{_text(name)}</th><td style="{cell}">{_text(value)}</td></tr>'
             for name, value in rows
         )
