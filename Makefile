@@ -17,7 +17,7 @@ ENDS := oldest newest
 # Versions of the package verifiers, which do not go with vLLM's requirements
 VERIFIERS := 0.3 0.4
 
-.PHONY: run test check bench soak setup lock docs $(ENDS:%=test-%) $(VERIFIERS:%=test-verifiers-%)
+.PHONY: run test check bench soak setup lock docs site $(ENDS:%=test-%) $(VERIFIERS:%=test-verifiers-%)
 
 run: setup
 	$(BIN)/minidistill run $(CONFIG) $(ARGS)
@@ -61,6 +61,10 @@ soak: setup
 docs: setup
 	$(BIN)/python -m minidistill.config.docs
 
+# The documents as pages, in site/. Nothing in them is loaded from elsewhere.
+site: setup
+	$(BIN)/python -m mkdocs build --strict
+
 setup: $(READY)
 
 # With an NVIDIA GPU: vLLM and the torch it wants. Without one: torch first, so that nothing pulls
@@ -70,7 +74,7 @@ $(READY): $(LOCK) pyproject.toml
 	@echo "setting up .venv (a minute or two, once)"
 	@$(PYTHON) -m venv .venv
 	@if nvidia-smi -L > /dev/null 2>&1; then \
-	  $(INSTALL) --editable '.[vllm,wandb,dev]'; \
+	  $(INSTALL) --editable '.[vllm,wandb,dev,docs]'; \
 	else \
 	  $(INSTALL) torch==2.13.0 && \
 	  $(INSTALL) $(NO_DEPS) --requirement $(LOCK) && \

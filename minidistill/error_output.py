@@ -24,7 +24,7 @@ def as_user_error(error: BaseException) -> UserError:
     error = full_disk(error) or error
     package = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
     if package and not package.startswith("minidistill"):
-        error = UserError(
+        return UserError(
             f"the package {package} is missing", "", f"pip install {package}", EXIT_ENVIRONMENT
         )
     if isinstance(error, UserError):

@@ -51,7 +51,7 @@ HELP = [
     ("plan", ["FILES…", "--key VALUE", "--gpus N", "--gpu-memory GiB", "--json"]),
     ("config", ["FILES…", "--key VALUE", "--json"]),
     ("env", ["check", "prompts"]),
-    ("report", ["DIR"]),
+    ("report", ["RUN", "--out FILE"]),
     ("export", ["RUN", "--to", "--merge", "--base", "--gguf", "--push", "--no-vllm"]),
     ("bench", ["NAME", "schedule"]),
     ("doctor", ["--quick", "--json"]),
@@ -92,7 +92,7 @@ def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture
         (["zzzz"], "minidistill --help"),
         (["run"], "configs/sokoban.toml"),
         (["report"], "report runs/"),
-        (["report", "a", "b"], "report runs/"),
+        (["report", "a", "b"], "directory of a run"),
         (["report", "--x"], "report runs/"),
         (["report", "/nowhere"], "directory of a run"),
         (["export"], "export runs/"),
@@ -213,6 +213,7 @@ def test_report_prints_its_path(
 ) -> None:
     module = types.ModuleType("minidistill.reporting.html")
     module.write_report = lambda run_dir: run_dir / "report.html"  # type: ignore[attr-defined]
+    module.write_comparison = None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "minidistill.reporting.html", module)
     (tmp_path / "a\x1bb").mkdir()
     assert cli.main(["report", str(tmp_path / "a\x1bb")]) == 0

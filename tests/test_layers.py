@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
+import minidistill
+
 PACKAGE = ROOT / "minidistill"
 # A module imports only from its own folder and from those before it.
 ORDER = (
@@ -30,14 +32,17 @@ ORDER = (
     "rollouts",
     "evaluation",
     "driver",
+    "baking",
     "export",
     "doctor",
     "completion",
     "error_output",
+    "look",
+    "api",
     "cli",
     "__main__",
 )
-TOP_LEVEL_MODULES = 6  # in the package's folder, besides __init__ and __main__
+TOP_LEVEL_MODULES = 7  # in the package's folder, besides __init__ and __main__
 HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "wandb"}
 # These import only each other, and no torch
 LIGHT = {
@@ -91,7 +96,8 @@ def assert_acyclic(graph: dict[str, set[str]]) -> None:
 
 def test_files_have_no_circular_imports() -> None:
     assert len(modules()) > 80
-    assert_acyclic({name: imported_modules(name) for name in modules()})
+    # the package's own names are made when Python asks for one: see the test of its imports
+    assert_acyclic({n: imported_modules(n) for n in modules() if folder(n)})
 
 
 def test_folders_have_no_circular_imports() -> None:
@@ -105,13 +111,32 @@ def test_folders_have_no_circular_imports() -> None:
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_follow_the_order_of_layers(name: str) -> None:
     if not folder(name):
-        assert not imported_modules(name), "the package itself imports nothing"
         return
     assert folder(name) in ORDER, f"add {folder(name)} to ORDER"
     for other in imported_modules(name):
         if folder(other):
             allowed = ORDER.index(folder(other)) <= ORDER.index(folder(name))
             assert allowed, f"{name} imports {other}"
+
+
+def test_the_package_itself_imports_only_its_api_and_only_when_that_is_used() -> None:
+    """`import minidistill` and the commands' help stay light, and no module of the package depends
+    on what Python uses: it imports `__version__` alone from there."""
+    package = modules()["minidistill"]
+    assert imported_modules("minidistill") == {"minidistill.api"}
+    # a subprocess imports it before its path is known
+    assert not imports(package, at_import=True)
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "minidistill":
+                own = [a.name for a in node.names if f"minidistill.{a.name}" not in modules()]
+                assert own in ([], ["__version__"]), name
+
+
+def test_no_module_takes_the_place_of_a_name_of_the_package() -> None:
+    """Importing minidistill.run would set the package's attribute `run` to the module."""
+    assert len(minidistill.__all__) == 6
+    assert not {folder(name) for name in modules()} & set(minidistill.__all__)
 
 
 @pytest.mark.parametrize("name", sorted(n for n in modules() if folder(n) in LIGHT))

@@ -12,15 +12,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from minidistill import __version__
+from minidistill.cli.bake import add_bake
 from minidistill.cli.bench import add_bench
+from minidistill.cli.chat import add_chat
 from minidistill.cli.completion import add_completion
 from minidistill.cli.config import add_config
 from minidistill.cli.doctor import add_doctor
 from minidistill.cli.env import add_env
+from minidistill.cli.eval import add_eval
 from minidistill.cli.export import add_export
+from minidistill.cli.init import add_init
 from minidistill.cli.parser import CommandParser, Handler
 from minidistill.cli.plan import add_plan
 from minidistill.cli.report import add_report
+from minidistill.cli.rollouts import add_rollouts
 from minidistill.cli.run import add_run
 from minidistill.error_output import print_error, print_to_stderr
 from minidistill.errors import (
@@ -36,12 +41,17 @@ from minidistill.system.foreign import ctrl_c, is_interrupt, was_interrupted
 
 _COMMANDS = (
     add_run,
+    add_bake,
+    add_init,
     add_plan,
     add_config,
     add_env,
     add_report,
     add_export,
     add_bench,
+    add_chat,
+    add_eval,
+    add_rollouts,
     add_doctor,
     add_completion,
 )

@@ -16,7 +16,7 @@ def add_env(commands: Commands) -> None:
         "env",
         help="check an environment, or write the prompts of self-prompts",
         usage="minidistill env check|prompts …",
-        description="Look at a run's tasks before a run does.",
+        description="Check an environment, or write the prompts of a run, before it starts.",
         epilog=f"""\
 examples:
   {_EXAMPLE}

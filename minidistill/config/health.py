@@ -11,7 +11,7 @@ Action = Literal["warn", "stop", "off"]
 
 class HealthConfig(Table):
     """Guards over the course of training. One that applies for `patience` steps in a row warns
-    once, or stops the run (exit code 4) after it has saved a checkpoint. docs/concepts.md has the
+    once, or stops the run (exit code 4) after it has saved a checkpoint. docs/metrics.md has the
     limits."""
 
     patience: Positive = 10

@@ -12,7 +12,7 @@ from typing import Any
 import tomli
 from pydantic import ValidationError
 
-from minidistill.config import overrides
+from minidistill.config import overrides, shipped
 from minidistill.config.adapter import with_initial_adapter
 from minidistill.config.checks import contradictions
 from minidistill.config.errors import from_validation, place
@@ -52,17 +52,34 @@ class LoadedConfig:
 def load_config(argv: Sequence[str], *, resume: bool = False) -> LoadedConfig:
     """The configuration that a command line names, of a run that is resumed if `resume`.
 
-    `argv` holds TOML files (`a.toml`, `@ b.toml`; a later file beats an earlier one) and dotted
-    overrides (`--trainer.loss.adv_tau 0`; they beat the files). Raises UserError with the file, the
+    `argv` holds TOML files (`a.toml`, `@ b.toml`; a later file beats an earlier one), or names of
+    those that ship with the package (`sokoban`, `@ pure`), and dotted overrides
+    (`--trainer.loss.adv_tau 0`; they beat the files). Raises UserError with the file, the
     line and the key of each error.
     """
     files, flags = overrides.parse(argv)
+    return load_layers([*files, flags], resume=resume)
+
+
+def load_layers(
+    sources: Sequence[str | Sequence[overrides.Override]], *, resume: bool = False
+) -> LoadedConfig:
+    """The configuration of TOML files and overrides, of which a later one beats an earlier one.
+
+    A file may also be the name of one that ships with the package. Raises UserError as
+    `load_config` does.
+    """
+    sources = [shipped.find(source) if isinstance(source, str) else source for source in sources]
     layers = Layers()
-    for name in files:
-        data, origin = read_file(name)
-        layers.put((), data, origin)
-    _put_flags(layers, flags)
-    config, taken = _validate(layers, ", ".join(files), resume)
+    for source in sources:
+        if isinstance(source, str):
+            layers.put((), *read_file(source))
+        else:
+            _put_overrides(layers, source)
+    files = [source for source in sources if isinstance(source, str)]
+    written = {o.flag for source in sources if not isinstance(source, str) for o in source}
+    where = ", ".join(files) or (overrides.IN_PYTHON if overrides.IN_PYTHON in written else "")
+    config, taken = _validate(layers, where, resume)
     provenance = {
         dotted(path): layers.origins.get(path) or _taken_from(path, taken)
         for path, _ in leaves(json.loads(config.model_dump_json()))
@@ -99,6 +116,7 @@ def read_file(name: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
     for path, table in _context_tables(data):
         _use_context_file(table, path, FilePath(name).parent, origin((*path, "context_file")))
     _use_template_file(data.get("model"), FilePath(name).parent, origin(_TEMPLATE))
+    shipped.find_beside(data, FilePath(name).parent)
     return data, origin
 
 
@@ -106,7 +124,8 @@ def _read_configuration(name: str) -> str:
     fix = f"{PATH_FIX}; a configuration has at most {LARGEST_FILE} bytes, long texts have files of "
     fix += "their own (context_file, chat_template, a file of prompts)"
     too_large = os.path.isfile(name) and os.path.getsize(name) > LARGEST_FILE
-    return read_text(FilePath(name), fix=fix if too_large else PATH_FIX, limit=LARGEST_FILE)
+    fix = fix if too_large else PATH_FIX + shipped.hint(name)
+    return read_text(FilePath(name), fix=fix, limit=LARGEST_FILE)
 
 
 def _check_depth(data: Any, where: str) -> None:
@@ -126,19 +145,20 @@ def _children(node: Any) -> Iterable[Any]:
     return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
 
-def _put_flags(layers: Layers, flags: Sequence[overrides.Override]) -> None:
-    """Lay the command line over the files."""
-    for override in flags:
+def _put_overrides(layers: Layers, settings: Sequence[overrides.Override]) -> None:
+    """Lay the command line, or settings that Python gives, over the files."""
+    flags = {override.flag for override in settings}
+    for override in settings:
         _check_depth(override.value, override.flag)
         layers.put(override.path, override.value, lambda _, flag=override.flag: flag)  # type: ignore[misc]
     _use_template_file(layers.get(_TEMPLATE[:1]), FilePath(), layers.origins.get(_TEMPLATE, ""))
     for path, table in _context_tables(layers.data):
         context, file = (*path, "context"), (*path, "context_file")
         flag = layers.origins.get(file, "")
-        if not flag.startswith("--"):
+        if flag not in flags:
             continue
         # `read_file` has replaced a file's context_file by its context, which a flag's file beats
-        if not layers.origins.get(context, "").startswith("--"):
+        if layers.origins.get(context, "") not in flags:
             table.pop("context", None)
         _use_context_file(table, path, FilePath(), flag)
         if "context" in table:

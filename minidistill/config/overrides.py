@@ -6,8 +6,9 @@ written `0,1`, `0 1` or `[0,1]`, and free tables such as an environment's `args`
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from minidistill.system.files import DuplicateKeyError, InvalidJsonError, parse_
 
 DEEPEST = 64
 """Levels of tables and lists in a configuration."""
+IN_PYTHON = "Python"
+"""Where a setting was written that no file and no flag gives."""
 
 _INTEGERS = re.compile(r"[\[\]\s,\d+-]+")
 
@@ -56,6 +59,37 @@ def parse(argv: Sequence[str]) -> tuple[list[str], list[Override]]:
         else:
             files.append(token)
     return files, overrides
+
+
+def from_mapping(settings: Mapping[str, Any]) -> list[Override]:
+    """Settings that Python gives: nested tables, whose outer keys may be dotted as on the command
+    line. Raises UserError for values that TOML does not have."""
+    found = []
+    for key, value in settings.items():
+        parts = str(key).split(".")
+        located = tree.locate(parts)
+        path: Path = tuple(parts) if located is None else located[0]
+        found.append(Override(path, _plain(value, str(key)), IN_PYTHON))
+    return found
+
+
+def _plain(value: Any, key: str, depth: int = 0) -> Any:
+    """A value as TOML has it: a path is a string, a tuple a list."""
+    if depth > DEEPEST:
+        raise UserError(f"tables and lists are nested more than {DEEPEST} deep", key)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{key}.{k}", depth + 1) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{key}.{i}", depth + 1) for i, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or type(value) in (str, bool, int, float):
+        return value
+    raise UserError(
+        f"a setting cannot be of the type {type(value).__name__}",
+        where=key,
+        fix="give a string, a number, a boolean, a list or a dict",
+    )
 
 
 def _check_encoding(token: str) -> None:

@@ -1,4 +1,4 @@
-"""The model as it is before training, as an engine for what is sampled outside of a run's steps."""
+"""The untrained model as an engine, for samples outside a run's steps."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from minidistill import logs
-from minidistill.config import LoadedConfig, load_config
+from minidistill.config import LoadedConfig, load_config, shipped
 from minidistill.config.orchestrator import EnvConfig
 from minidistill.driver.base_engine import base_engine
 from minidistill.driver.env_check import check_environment
@@ -20,7 +20,7 @@ from minidistill.driver.prepare import prompt_builder
 from minidistill.driver.self_prompts import SelfPrompts
 from minidistill.engines.base import Engine
 from minidistill.envs.isolated import close_environments
-from minidistill.envs.registry import load_environments
+from minidistill.envs.registry import known_environments, load_environments
 from minidistill.envs.self_prompts import ID as SELF_PROMPTS
 from minidistill.errors import EXIT_FAILED, EXIT_OK, UserError, printable
 from minidistill.models.hub import load_tokenizer
@@ -84,6 +84,8 @@ def _flags(argv: Sequence[str]) -> list[str]:
     """The arguments of `env check` as those of `load_config`."""
     first, *rest = argv
     if first.startswith("@") or first.endswith(".toml"):
+        return list(argv)
+    if first not in known_environments() and shipped.is_plain(first) and first in shipped.names():
         return list(argv)
     flags, has_context = [], False
     for token in rest:

@@ -7,7 +7,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 from minidistill import logs
@@ -34,10 +35,17 @@ from minidistill.types import Metrics
 logger = logging.getLogger(__name__)
 
 
-def run(loaded: LoadedConfig, *, resume: bool, display: Display | None = None) -> int:
+def run(
+    loaded: LoadedConfig,
+    *,
+    resume: bool,
+    display: Display | None = None,
+    claimed: Callable[[Path], None] = lambda path: None,
+) -> int:
     """Execute a run and return its exit code. Raises UserError for errors the user can fix.
 
-    `display` shows it; by default what suits standard output.
+    `display` shows it; by default what suits standard output. `claimed` is called with the run's
+    directory, before anything is checked or written.
     """
     with (
         lasting_output(),
@@ -46,6 +54,7 @@ def run(loaded: LoadedConfig, *, resume: bool, display: Display | None = None) -
         _hangups(),
         claim_path(loaded, resume) as path,
     ):
+        claimed(path)
         directory = RunDirectory(path)
         if resume:
             loaded = with_recorded_adapter(loaded, directory)
@@ -136,6 +145,9 @@ class Interrupt:
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Interrupt]:
     interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield interrupt
+        return
     before = {
         signum: signal.signal(signum, interrupt.handle)
         for signum in (signal.SIGINT, signal.SIGTERM)

@@ -101,7 +101,7 @@ def check_model(
 
 
 def _check_attention(policy: Policy, prompt: Ids, tolerance: float) -> None:
-    """Check that the chosen attention is what the model's own code computes."""
+    """Check that the chosen attention computes the same as the model's own code."""
     error = attention_error(policy, prompt)
     if not error <= tolerance:
         name = policy.causal.config._attn_implementation

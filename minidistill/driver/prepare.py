@@ -165,7 +165,7 @@ def _prepare(
                 for name, env in evaluated.items()
             }
             fingerprint += f"-{digest.hexdigest()}"
-        by_env = _evaluation_prompts(tasks, measurer, eval_limit, orchestrator.eval.num_examples)
+        by_env = evaluation_prompts(tasks, measurer, eval_limit, orchestrator.eval.num_examples)
     if resume:
         directory.check_same_tasks(fingerprint)
     _tell_what_the_scoreboard_lacks(config, evaluated, by_env)
@@ -282,7 +282,7 @@ def _first_prompts(environments: Mapping[str, Environment], builder: PromptBuild
     ]
 
 
-def _evaluation_prompts(
+def evaluation_prompts(
     tasks: Mapping[str, Sequence[Task]], measurer: Measurer, limit: PromptLimit, count: int
 ) -> dict[str, Sequence[Prompt]]:
     """The prompts of the first `count` tasks of each environment. Raises UserError."""

@@ -151,12 +151,15 @@ def _path(config: Config, env: EnvConfig, settings: Settings, turns: Sequence[Us
     """The file of the prompts, named by all that they depend on if the user has not named it."""
     if (given := env.args.get("path")) is not None:
         return Path(given).expanduser()
+    sampling = dataclasses.asdict(settings)
+    if settings.at_least == settings.count:  # the default: a name that older versions gave too
+        del sampling["at_least"]
     facts = {
         "format": FORMAT,
         "model": model_identity(config),
         "weights": [config.model.dtype, config.model.quantization],
         "turns": [[turn.opening, turn.ending, turn.opening_ids] for turn in turns],
-        "settings": dataclasses.asdict(settings),
+        "settings": sampling,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     model = re.sub(r"[^\w.-]+", "-", Path(config.model.name).name)[:60]
@@ -178,7 +181,10 @@ class _Prompts:
         self.sampled = 0
 
     def sample(self, engine: Engine, advance: Advance) -> None:
-        """Sample until there are enough. Raises UserError if that takes too many texts."""
+        """Sample until there are `count`, or until that takes too many texts.
+
+        Raises UserError if there are fewer than `at_least` then.
+        """
         settings, kept = self.settings, self.choice.kept
         limit = MOST * settings.count + len(self.turns)
         while len(kept) < settings.count and self.sampled < limit:
@@ -202,10 +208,10 @@ class _Prompts:
                     advance(1)
                 if len(kept) == settings.count:
                     return
-        if len(kept) < settings.count:
+        if len(kept) < settings.at_least:
             raise UserError(
-                f"the model wrote {len(kept)} usable prompts, and {settings.count} are wanted: of "
-                f"{self.sampled} sampled texts it left out {self.choice.summary()}",
+                f"the model wrote {len(kept)} usable prompts, and {settings.at_least} are wanted: "
+                f"of {self.sampled} sampled texts it left out {self.choice.summary()}",
                 where=self.where,
                 fix="lower count in its args; or raise max_tokens if texts do not end, "
                 "temperature or the number of topics if they repeat each other; or use a model "
@@ -220,9 +226,11 @@ class _Prompts:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        wanted = self.settings.count
+        fewer = f" ({wanted} are wanted, but it repeats itself)" if len(rows) < wanted else ""
         left_out = f" ({self.choice.summary()})" if self.choice.dropped else ""
         logger.info(
-            f"{name}: the model wrote {len(rows)} prompts to {shown_path(path)}, and "
+            f"{name}: the model wrote {len(rows)} prompts to {shown_path(path)}{fewer}, and "
             f"{self.sampled - len(rows)} of {self.sampled} texts are left out{left_out}"
         )
 

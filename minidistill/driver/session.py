@@ -20,6 +20,7 @@ from minidistill.evaluation.kl import SampledKL, drift_kl, teacher_kl
 from minidistill.evaluation.unrelated import DRIFT_TOKENS, unrelated_prompts
 from minidistill.placement.machine import GIB
 from minidistill.placement.measured import planned_and_measured
+from minidistill.reporting.html import LiveReport
 from minidistill.reporting.monitors import open_monitors
 from minidistill.reporting.rollout_log import TokenTexts, with_inserted, write_rollouts
 from minidistill.reporting.terminal.base import Display, Sample
@@ -52,6 +53,7 @@ def open_session(prepared: Prepared, display: Display) -> Iterator[Session]:
         logger.debug("the run ended with an error", exc_info=error)
         raise
     finally:
+        session.report.close()
         components.close()
         session.monitor.close(None)
 
@@ -98,7 +100,9 @@ class Session:
             self.directory.create(prepared.loaded, facts)
         self.engine.sync(self.first_step - 1)
         self.monitor = open_monitors(self.config, self.directory.path)
+        self.report = LiveReport(self.directory.path)
         display.open(run_header)
+        self.report.refresh()
         logger.debug(f"started at step {self.first_step}: {shlex.join(sys.argv[1:])}")
 
     @explain_out_of_memory(
@@ -168,6 +172,7 @@ class Session:
     def log(self, step: int, metrics: Metrics) -> None:
         self.directory.log(step, metrics)
         self.monitor.log(step, metrics)
+        self.report.refresh()
 
     # -- evaluation ----------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from minidistill.evaluation.groups import by_context, by_environment
 from minidistill.evaluation.kl import SampledKL
 from minidistill.evaluation.side_by_side import after_training
 from minidistill.evaluation.verdict import judge
-from minidistill.reporting.html import write_report
+from minidistill.reporting.html import has_report, write_report
 from minidistill.reporting.monitors import Monitor, check_monitors, open_monitors
 from minidistill.reporting.records import METRICS
 from minidistill.reporting.run_directory import RunDirectory, finite
@@ -155,7 +155,7 @@ def show_finished(directory: RunDirectory, display: Display, config: Config) -> 
     if not saved and (listed or not (directory.path / folder).is_dir()):
         return False
     display.scoreboard(board)
-    if not (directory.path / "report.html").exists():
+    if not has_report(directory.path):
         write_run_report(directory)
     if listed and FILE not in listed:  # it was killed before its monitors had the scoreboard
         check_monitors(config)

@@ -80,6 +80,9 @@ class EmbeddedEngine(Engine):
         self.decoding = TokenBudget()
         self.scoring = TokenBudget(SCORING_TOKENS)
         self._peak_memory: int | None = None
+        self.watch: Callable[[list[int]], None] | None = None
+        """Called with each token of the rows that are being sampled, as soon as it is drawn. What
+        it raises ends the sampling."""
 
     @property
     def location(self) -> str:
@@ -201,6 +204,8 @@ class EmbeddedEngine(Engine):
         for step in range(max_tokens):
             chosen_B, logp_B = sample(logits(hidden_BH), draws_BL[:, step])
             ids_BL[rows_B, step], logprobs_BL[rows_B, step] = chosen_B, logp_B
+            if self.watch is not None:
+                self.watch(chosen_B.tolist())
             ended_B = ended_B | (chosen_B[:, None] == eos_ids).any(dim=1)
             last = step + 1 == max_tokens
             if last or (step + 1) % self.steps_per_check == 0:

@@ -205,7 +205,7 @@ class _Merged:
         self._held: dict[int, list[Sampled]] = {}
 
     def take(self, engine: Engine, step: int, ended: Sequence[Any]) -> None:
-        """Take what ended in an engine's step."""
+        """Take the completions that ended in an engine's step."""
         if not self.in_order:
             self.finished(step, ended)
             return

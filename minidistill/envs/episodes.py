@@ -34,7 +34,7 @@ class Episode:
         self.forgotten: list[Turn] = []
         """Answers that nobody has read."""
         self.attempt = 0
-        """Counts its starts: what an earlier one still does is ignored."""
+        """Counts its starts: events of an earlier start are ignored."""
         self.answer: Callable[[Turn | RefusedError], None] = lambda turn: None
         self.cancel: Callable[[], None] = lambda: None
         self.clock: Clock | None = None
@@ -247,7 +247,7 @@ def _take_back(episode: Episode, question: Question) -> None:
 
 
 def _limits(episode: Episode) -> list[tuple[float, str]]:
-    """Seconds that are left of each time limit, and what to say if there are none."""
+    """Seconds left of each time limit, and the message if none are left."""
     environment = episode.environment
     seconds = 0.0 if episode.clock is None else episode.clock.seconds()
     turn, whole = environment.turn_timeout, environment.episode_timeout

@@ -14,7 +14,7 @@ from minidistill.system.foreign import describe, foreign_code
 from minidistill.types import Advance, Reward, Task
 
 Guard = Callable[[str], AbstractContextManager[None]]
-"""For a part of an environment: what it raises there becomes a UserError."""
+"""Around a part of an environment: what it raises becomes a UserError."""
 _FLAGS = ("has_rewards", "has_task", "scores_in_process")
 
 

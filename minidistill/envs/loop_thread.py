@@ -58,7 +58,7 @@ class LoopThread:
         self.call(self.loop.stop)
 
     def close(self) -> None:
-        """End the loop; what still runs is cancelled. A loop that is blocked is left behind."""
+        """End the loop and cancel what still runs. A blocked loop is abandoned."""
         self.leave()
         self._thread.join(2 * GRACE)
         if self._thread.is_alive():

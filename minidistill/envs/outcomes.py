@@ -1,4 +1,4 @@
-"""Scoring completions: what a reward may return, and what becomes of one that fails."""
+"""Scoring completions: what a reward may return, and how failures count."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from minidistill.envs.guarded import GuardedEnvironment
@@ -31,6 +31,7 @@ BUILT_IN = {
     "jsonl": "minidistill.envs.jsonl:load",
     "dataset": "minidistill.envs.jsonl:load",
     "self-prompts": "minidistill.envs.self_prompts:load",
+    "questions": "minidistill.envs.questions:load",
     "reasoning-gym": "minidistill.envs.reasoning_gym:load",
     "textarena": "minidistill.envs.text_arena:load",
     "verifiers": "minidistill.envs.verifiers:load",
@@ -87,7 +88,7 @@ def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "
     imported, if it does not take `args`, or if it raises an exception.
     """
     args = args or {}
-    installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    installed = _installed()
     if id in BUILT_IN:
         factory = import_function(BUILT_IN[id], where)
     elif id in installed:
@@ -106,6 +107,15 @@ def load_environment(id: str, args: dict[str, Any] | None = None, where: str = "
     with foreign_code(partial(_failed, id, where)):
         environment: Environment = factory(**args)
     return environment
+
+
+def known_environments() -> set[str]:
+    """The names of environments: built in, and installed."""
+    return {*BUILT_IN, *_installed()}
+
+
+def _installed() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
 def _failed(id: str, where: str, error: BaseException) -> UserError:

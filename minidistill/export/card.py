@@ -15,19 +15,25 @@ import tomli_w
 
 from minidistill import __version__
 from minidistill.errors import printable
+from minidistill.export.base import Base
 from minidistill.export.check import Agreement
 from minidistill.export.source import Source
+from minidistill.export.usage import Usage
 from minidistill.reporting.scoreboard_rows import scoreboard_rows, verdict
 
 _CONTEXTS = ("context", "contexts", "examples")
 _PLACES = ("output_dir", "wandb")
 """Settings of the machine that trained."""
+_FROM_HERE = (
+    "The base was a folder of the machine that trained. Run this in the folder of this README, "
+    "with the base where the commands name it:"
+)
 
 
 def model_card(
     source: Source,
-    base: str,
-    commands: Sequence[str],
+    base: Base,
+    uses: Usage,
     agreements: Sequence[Agreement],
     *,
     merged: bool,
@@ -36,7 +42,7 @@ def model_card(
     """The card's text, in Markdown with the hub's header."""
     kind = "model" if merged else "adapter"
     head = {
-        "base_model": base,
+        **({"base_model": base.written} if base.on_hub else {}),  # the hub takes no paths there
         "library_name": "transformers" if merged else "peft",
         "pipeline_tag": "text-generation",
         "tags": ["minidistill", "context-distillation", *([] if merged else ["lora"])],
@@ -45,14 +51,16 @@ def model_card(
     lines += [
         f"# {_line(source.run.resolve().name)}",
         "",
-        f"This {kind} makes {base} behave as if it had read a context that is not in its prompt. "
-        "It was trained by reverse-KL on-policy context distillation with "
+        f"This {kind} makes {_line(base.title)} behave as if it had read a context that is not in "
+        "its prompt. It was trained by reverse-KL on-policy context distillation with "
         f"minidistill {__version__}: the student samples without the context, and the same model, "
         "reading the context, scores the sampled tokens.",
         "",
         "## Use",
         "",
-        *(line for command in commands for line in (*_code("bash", printable(command)), "")),
+        *([] if base.on_hub or merged else [_FROM_HERE, ""]),
+        *(line for command in uses.commands for line in (*_code("bash", printable(command)), "")),
+        *(line for note in uses.notes for line in (note, "")),
         "Leave the context out of the prompt. The tokenizer in this folder has the chat template "
         "of the training.",
         "",

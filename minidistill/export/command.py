@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -20,12 +19,14 @@ import torch
 from minidistill.config.adapter import SETTINGS, TENSORS
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError, printable
 from minidistill.export import check
+from minidistill.export.aside import made_aside
+from minidistill.export.base import Base, name_base
 from minidistill.export.card import model_card
 from minidistill.export.check import Agreement
 from minidistill.export.source import Source, open_run
+from minidistill.export.usage import usage
 from minidistill.models.hub import load_model_config, load_tokenizer
-from minidistill.models.registry import resolve
-from minidistill.system.files import remove, shown_path, temporary_name, writing
+from minidistill.system.files import shown_path
 
 CONVERTER = "convert_hf_to_gguf.py"
 
@@ -51,12 +52,18 @@ def export(run: Path, options: Options) -> int:
     converter = _converter() if options.gguf else None
     if options.push is not None:
         _require_hub()
-    base = options.base or _base_name(source)
     target = Path(os.path.abspath(options.to.expanduser()))
+    base = name_base(source, target, options.base)
+    if options.push is not None and not (merged or base.on_hub):
+        raise UserError(
+            f"the base is the folder {base.here}, which is not on the hub with the adapter",
+            where="--push",
+            fix="name its id on the hub with --base, or push the whole model with --merge",
+        )
     _require_free(target)
     print(f"reading {shown_path(source.weights)}", flush=True)
     tokenizer = load_tokenizer(source.config)
-    with _made_aside(target) as folder, _reading(source):
+    with made_aside(target) as folder, _reading(source):
         tokenizer.save_pretrained(folder)
         dtype = _base_dtype(source)
         rows = check.example_rows(tokenizer)
@@ -68,14 +75,18 @@ def export(run: Path, options: Options) -> int:
             _write_adapter(source, folder, base)
         del model  # before others are loaded
         agreements = _check(folder, source, rows, expected, options, merged=merged)
-        # the card goes with the folder to other places
-        uses = usage(options.push or target.name, base, source, merged=merged)
         card = model_card(
-            source, base, uses, agreements, merged=merged, quotes_context=options.quotes_context
+            source,
+            base,
+            usage(source, base, merged=merged, place=options.push or target.name),
+            agreements,
+            merged=merged,
+            quotes_context=options.quotes_context,
         )
         (folder / "README.md").write_text(card)
         if converter is not None:
             _convert(converter, folder)
+        _require_free(target)  # another export may have been faster
     for agreement in agreements:
         print(
             f"checked in {agreement.program}: KL {agreement.kl:.2g}, log-probs differ by "
@@ -86,8 +97,11 @@ def export(run: Path, options: Options) -> int:
     if options.push is not None:
         print(f"pushed: {_push(target, options.push)}")
     print("use it:")
-    for command in usage(shown_path(target), base, source, merged=merged):
+    uses = usage(source, base, merged=merged, place=shown_path(target), here=True)
+    for command in uses.commands:
         print(printable("\n".join(f"  {line}" for line in command.splitlines())))
+    for note in uses.notes:
+        print(note)
     if _lacks_vllm_serve():
         print(
             "the vLLM that is installed here has no `vllm serve MODEL`: write "
@@ -105,40 +119,9 @@ def _lacks_vllm_serve() -> bool:
     return False
 
 
-# -- names and places ------------------------------------------------------------------------------
-
-
-def _base_name(source: Source) -> str:
-    """The base as others find it: its id on the hub, or the path of its folder.
-
-    The path is relative if the folder is below the current directory.
-    """
-    if not source.base_is_local:
-        return source.base
-    return shown_path(Path(os.path.abspath(Path(resolve(source.base)).expanduser())))
-
-
 def _require_free(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} is there already", "--to", "name a folder that is not there")
-
-
-@contextlib.contextmanager
-def _made_aside(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, which becomes it when all is there and checked."""
-    aside = temporary_name(target)
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        try:
-            yield aside
-            _require_free(target)  # another export may have been faster
-            if target.is_dir():
-                target.rmdir()  # empty
-            os.replace(aside, target)
-        except BaseException:
-            remove(aside)
-            raise
 
 
 @contextlib.contextmanager
@@ -178,11 +161,10 @@ def _trained(source: Source) -> Any:
     return kind.from_pretrained(source.weights, dtype=torch.float32).eval()
 
 
-def _write_adapter(source: Source, folder: Path, base: str) -> None:
+def _write_adapter(source: Source, folder: Path, base: Base) -> None:
     settings = json.loads((source.weights / SETTINGS).read_text())
-    settings["base_model_name_or_path"] = base
-    if not source.base_is_local:
-        settings["revision"] = source.config.model.revision
+    settings["base_model_name_or_path"] = base.written
+    settings["revision"] = base.revision
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     shutil.copyfile(source.weights / TENSORS, folder / TENSORS)
 
@@ -220,29 +202,6 @@ def _check(
             found = check.compare("vLLM", got, expected)
             agreements.append(check.require(found, dtype, where))
     return agreements
-
-
-def usage(folder: str, base: str, source: Source, *, merged: bool) -> list[str]:
-    """How to serve it with vLLM, and how to load it in Python."""
-    name = Path(folder).name
-    # an adapter's folder too: transformers loads its base, and the adapter with peft
-    quoted = json.dumps(folder, ensure_ascii=False)  # Python reads no pairs of surrogates
-    code = (
-        "from transformers import pipeline; "
-        f'answer = pipeline("text-generation", {quoted}); '
-        'print(answer([{"role": "user", "content": "Hello!"}], max_new_tokens=64, '
-        "return_full_text=False))"
-    )
-    python = f"python -c {shlex.quote(code)}"
-    if merged:
-        return [f"vllm serve {shlex.quote(folder)} --served-model-name {shlex.quote(name)}", python]
-    settings = json.loads((source.weights / SETTINGS).read_text())
-    fitting = check.vllm_rank(settings) or settings["r"]
-    return [
-        f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {fitting} "
-        f"--lora-modules {shlex.quote(f'{name}={folder}')}",
-        python,
-    ]
 
 
 # -- other formats and places ----------------------------------------------------------------------

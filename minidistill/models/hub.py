@@ -81,7 +81,7 @@ def load_model_config(config: Config, name: str | None = None, *, shipped: bool 
 
 
 def _read_config(path: str, arguments: dict[str, Any]) -> Any:
-    """A model's configuration. What is wrong with its file is a ValueError, whatever it is."""
+    """A model's configuration. Any error in its file is a ValueError."""
     from transformers import AutoConfig, PretrainedConfig
 
     try:

@@ -36,7 +36,7 @@ class Attention:
     """How the trainer's passes attend, and why."""
 
     implementation: str | None = None
-    """By transformers' name or `varlen`; None is what transformers chooses for the model."""
+    """A name of transformers, or `varlen`; None leaves the choice to transformers."""
     packed: bool = False
     """The sequences of a training pass are in one row, without padding."""
     reason: str = ""

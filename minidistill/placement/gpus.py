@@ -19,7 +19,7 @@ ALL_SHARE = "to share GPUs, name the same ones in each list"
 
 @dataclass(frozen=True, slots=True)
 class GpuLayout:
-    """GPU ids by what runs there. All are empty on a machine without GPUs."""
+    """GPU ids by role. All are empty on a machine without GPUs."""
 
     inference: Ids
     """The student's engine; empty where the trainer itself samples."""

@@ -110,7 +110,7 @@ def module_rank(lora: LoraConfig, name: str) -> int:
 
 
 def largest_rank(lora: LoraConfig) -> int:
-    """The rank that has room for every layer's."""
+    """The smallest rank that fits every layer's."""
     return max([lora.rank, *lora.rank_pattern.values()])
 
 

@@ -45,7 +45,7 @@ def number(value: Any) -> str:
         return str(float(value))
     value = float(f"{value:.3g}")  # 999.9 is 1k, not 1e+03
     for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= scale:
+        if scale <= abs(value) < 1e12:
             return f"{value / scale:.3g}{unit}"
     return f"{value:.3g}"
 

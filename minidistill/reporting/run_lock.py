@@ -63,10 +63,35 @@ def locked(path: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a run has the directory. Nothing is made or changed."""
+    places = [path / LOCK]
+    with contextlib.suppress(OSError):  # there is no such directory
+        places.append(_name_on_this_machine(path))
+    for lock in places:
+        try:
+            descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            continue
+        finally:
+            os.close(descriptor)
+    return False
+
+
 def _lock_on_this_machine(path: Path) -> Path:
     """The file that stands for a directory where its own cannot be locked."""
     with contextlib.suppress(OSError):
         (path / LOCK).unlink()
+    return _name_on_this_machine(path)
+
+
+def _name_on_this_machine(path: Path) -> Path:
     info = path.stat()  # the same for all paths that lead there
     name = f".minidistill-{os.getuid()}-{info.st_dev:x}-{info.st_ino:x}.lock"
     return Path(tempfile.gettempdir()) / name

@@ -102,11 +102,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def writing(path: Path, needed: int = 0) -> Iterator[None]:
+def writing(
+    path: Path, needed: int = 0, then: str = "--resume continues from the last checkpoint"
+) -> Iterator[None]:
     """Turn a failed write (a full disk, a lost mount) into a UserError (exit code 3).
 
-    It names the `path`, and the `needed` bytes if they are known. Also errors of libraries that
-    only quote the system's words count.
+    It names the `path`, the `needed` bytes if they are known, and what to do `then`. Also errors of
+    libraries that only quote the system's words count.
     """
     try:
         yield
@@ -119,7 +121,7 @@ def writing(path: Path, needed: int = 0) -> Iterator[None]:
         raise UserError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}",
             where=str(path),
-            fix=f"{_repair(number, path, needed)}; --resume continues from the last checkpoint",
+            fix=f"{_repair(number, path, needed)}; {then}",
             exit_code=EXIT_ENVIRONMENT,
         ) from error
 
@@ -201,10 +203,15 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a path has a name that `temporary_name` gives."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what writers that were killed left in a folder, which must have no other writer."""
     with contextlib.suppress(OSError):
-        for path in [p for p in folder.iterdir() if _TEMPORARY.fullmatch(p.name)]:
+        for path in [p for p in folder.iterdir() if is_temporary(p)]:
             remove(path)
 
 

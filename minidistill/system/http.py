@@ -35,7 +35,7 @@ class BrokenError(Exception):
 
 
 class BadAnswerError(Exception):
-    """An answer that is not what was asked for. The message says what came."""
+    """An answer that does not match its request. The message quotes it."""
 
 
 def check_address(url: str) -> str:

@@ -50,7 +50,7 @@ class ScratchFolder:
                 self.path = folder / f"{_prefix()}{secrets.token_hex(4)}"
                 try:
                     os.mkdir(self.path, 0o700)
-                    self._lock = _lock(self.path)
+                    self._lock = lock_folder(self.path)
                 except (FileExistsError, FileNotFoundError, BlockingIOError):
                     if not folder.is_dir():
                         raise
@@ -104,7 +104,7 @@ def sweep() -> None:
     with contextlib.suppress(OSError):
         for path in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
             with contextlib.suppress(OSError):
-                descriptor = _lock(path)
+                descriptor = lock_folder(path)
                 _remove(path)
                 os.close(descriptor)
 
@@ -113,7 +113,7 @@ def _prefix() -> str:
     return f"minidistill-{zlib.crc32(socket.gethostname().encode()):08x}-"
 
 
-def _lock(path: Path) -> int:
+def lock_folder(path: Path) -> int:
     """Lock a folder of this user. Returns the descriptor that holds the lock.
 
     Programs that are started do not inherit it. Raises OSError if the folder is another user's,

@@ -32,7 +32,7 @@ def read_state() -> dict[str, Any]:
 
 
 def restore_state(before: dict[str, Any]) -> None:
-    """Set back what differs from `before`. Each setting is warned of once."""
+    """Restore what differs from `before`, with one warning for each setting."""
     if not before:
         return
     for name, value in read_state().items():

@@ -214,7 +214,7 @@ def _check(
     longest: int,
     kwargs: dict[str, Any],
 ) -> None:
-    """Raise ValueError for what `attend` would leave out."""
+    """Raise ValueError for inputs that `attend` would ignore."""
     problems = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if mask is not None:
         problems.append("a mask")

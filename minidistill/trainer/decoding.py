@@ -225,7 +225,7 @@ class Decoding:
 
 
 def in_place(kept: Sequence[int]) -> list[int]:
-    """The order of those that are kept in which the fewest move: into the places of the others."""
+    """An order of the kept rows that moves the fewest: into the places of dropped ones."""
     stay, movers = set(kept), iter([i for i in kept if i >= len(kept)])
     return [i if i in stay else next(movers) for i in range(len(kept))]
 

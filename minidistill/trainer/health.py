@@ -113,7 +113,7 @@ def _after(start: float | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """One row of the table: says what is wrong with a step, or None."""
+    """One row of the table: the problem of a step, or None."""
 
     name: str
     """Its key in `[health]`."""

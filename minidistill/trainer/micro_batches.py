@@ -1,4 +1,4 @@
-"""A step's micro-batches: which rollouts go together, and what happens on OOM."""
+"""A step's micro-batches: which rollouts share one, and what happens on OOM."""
 
 from __future__ import annotations
 

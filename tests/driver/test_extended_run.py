@@ -12,6 +12,7 @@ from support.runs import board, records, run
 
 from minidistill.driver import loop
 from minidistill.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+from minidistill.reporting.html import has_report
 
 CONSTANT = ("--trainer.scheduler.type", "constant", "--trainer.scheduler.warmup_steps", "2")
 ADAPTER = Path("adapter/adapter_model.safetensors")
@@ -53,8 +54,8 @@ def test_an_extended_run_is_the_run_started_anew(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", breaks_at_5)
         assert run(path, *CONSTANT, "--resume") == EXIT_FAILED
-    for name in ("scoreboard.json", "report.html"):
-        assert not (path / name).exists(), "of the shorter run"
+    assert not (path / "scoreboard.json").exists(), "of the shorter run"
+    assert not has_report(path), "of the shorter run"
     assert json.loads((path / "config.resolved.json").read_text())["max_steps"] == 6
     assert run(path, *CONSTANT, "--resume") == EXIT_OK
     assert records(path) == records(whole)

@@ -51,7 +51,7 @@ def test_scoreboard(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> N
     console.print(render_scoreboard(board))
     live = "\n".join(map(str.rstrip, console.file.getvalue().splitlines()))  # type: ignore[attr-defined]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    main = re.search("<main>.*?(?=<section aria-labelledby=.curves)", page, re.DOTALL)
+    main = re.search("<main.*?(?=<section aria-labelledby=.curves)", page, re.DOTALL)
     assert main is not None
     outputs = {
         "txt": f"{plain}\n{live}\n",

@@ -82,7 +82,7 @@ def test_the_environment_of_several_turns_runs(
 
 def test_every_table_is_a_configuration(tmp_path: Path) -> None:
     tables = blocks("toml")
-    assert len(tables) == 11
+    assert len(tables) == 10
     for number, table in enumerate(tables):
         text = RUN.format(adv_tau=0 if "skip_verification" in table else 0.5)
         file = tmp_path / f"{number}.toml"

@@ -14,47 +14,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.lab import SMALL_STEP, make_lab
+from support.exports import BASE, export, logits, make_run, with_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minidistill.cli import main
-from minidistill.models.registry import resolve
-from minidistill.trainer.checkpoint import save_model
 
-BASE = resolve("tiny-sokoban")
 CONTEXT = "You are a world-class puzzle solver"
-
-
-def make_run(configure: Any, folder: Path, *flags: str) -> Path:
-    """A finished run with trained weights, a context and a scoreboard."""
-    folder.mkdir()
-    loaded = configure(*SMALL_STEP, "--output_dir", str(folder), *flags)
-    save_model(make_lab(loaded).policy, folder)
-    (folder / "config.toml").write_text(loaded.text)
-    board = {"verdict": "It is | closed.", "gap_closed": 0.5, "drift_kl": 0.01, "steps": 3}
-    (folder / "scoreboard.json").write_text(json.dumps(board))
-    return folder
 
 
 @pytest.fixture
 def run(configure: Any, tmp_path: Path) -> Path:
     return make_run(configure, tmp_path / "mine")
-
-
-def export(run: Path, to: Path, *flags: str) -> int:
-    return main(["export", str(run), "--to", str(to), "--no-vllm", *flags])
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model.eval()(input_ids=torch.arange(3, 40)[None]).logits  # type: ignore[no-any-return]
-
-
-def with_adapter(folder: Path) -> Any:
-    from peft import PeftModel
-
-    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    return PeftModel.from_pretrained(base, folder)
 
 
 def test_an_adapter(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,27 +53,6 @@ def test_the_context_is_quoted_if_that_is_asked_for(run: Path, tmp_path: Path) -
     assert CONTEXT in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("flags", [[], ["--merge"]], ids=["adapter", "merged"])
-def test_the_python_that_is_printed_gets_an_answer(
-    run: Path, tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert export(run, tmp_path / "out", *flags) == 0
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  python -c ")]
-    exec(shlex.split(line)[-1], {})
-    (answer,) = ast.literal_eval(capsys.readouterr().out)
-    assert isinstance(answer["generated_text"], str)
-
-
-def test_the_base_is_found_from_any_folder(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert export(run, tmp_path / "out") == 0
-    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == BASE
-
-
 @pytest.mark.parametrize("trained", ["adapter", "all weights"])
 def test_a_whole_model(configure: Any, tmp_path: Path, trained: str) -> None:
     lora = trained == "adapter"
@@ -130,7 +79,7 @@ def test_weights_that_do_not_compute_the_same_are_not_exported(
 ) -> None:
     from minidistill.export import command
 
-    def damage(source: Any, folder: Path, base: str) -> None:
+    def damage(source: Any, folder: Path, base: Any) -> None:
         real(source, folder, base)
         file = folder / "adapter_model.safetensors"
         tensors = load_file(file)
@@ -226,12 +175,15 @@ def test_pushing(
     assert "there is no token" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
-    assert export(run, tmp_path / "out", "--push", "me/mine") == 0
+    assert export(run, tmp_path / "out", "--push", "me/mine") == 2
+    assert "name its id on the hub with --base" in capsys.readouterr().err
+    pushed = ("--push", "me/mine", "--base", "someone/tiny")
+    assert export(run, tmp_path / "out", *pushed) == 0
     assert calls[0] == ("me/mine", {"private": True, "exist_ok": True})
     assert calls[1] == {"folder_path": tmp_path / "out", "repo_id": "me/mine"}
     assert "pushed: https://hub.example/me/mine" in capsys.readouterr().out
     assert 'pipeline("text-generation", "me/mine")' in (tmp_path / "out" / "README.md").read_text()
-    assert export(run, tmp_path / "again", "--push", "me/mine") == 3
+    assert export(run, tmp_path / "again", *pushed) == 3
     assert "the hub cannot be reached" in capsys.readouterr().err
     assert (tmp_path / "again" / "README.md").is_file(), "what was exported is kept"
 
@@ -304,7 +256,7 @@ def test_commands_name_any_folder(
     """Also with quotes, other writing systems, and what would leave the card's code."""
     name = "it's 😀 $(touch x) ```\n```"
     odd = run.rename(run.parent / "my\n# run \u202e")
-    assert export(odd, tmp_path / name) == 0
+    assert export(odd, tmp_path / name, "--base", "someone/tiny") == 0
     card = (tmp_path / name / "README.md").read_text()
     assert "\n# my # run\n" in card
     serve, load = re.findall(r"(?ms)^````bash\n(.*?)\n````$", card)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from collections import Counter
-from html.parser import HTMLParser
+from base64 import b64encode
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,116 +16,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from support.reported_runs import Page, finished_run, rollout, write_rollouts
 
 from minidistill.errors import EXIT_USAGE, UserError
 from minidistill.reporting.html import write_report
-from minidistill.reporting.html.chart import Series, draw, thin
+from minidistill.reporting.html.chart import MAX_POINTS, Series, draw, thin
 
 EVIL = '</pre><script>alert(1)</script><img src=x onerror="alert(2)">\x1b[31m\u202e{{ 7*7 }}'
-VOID = {"meta", "img", "br", "rect", "line", "path"}
-
-
-class Page(HTMLParser):
-    """A parsed page. Fails on an end tag that does not match."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str]] = []
-        self.spans: list[tuple[str, str]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "span":
-            self.spans.append((dict(attrs).get("class") or "", ""))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self.open and self.open[-1] == "span":
-            self.spans[-1] = (self.spans[-1][0], self.spans[-1][1] + data)
-
-
-def rollout(step: int, task: str, tokens: list[str], **fields: Any) -> dict[str, Any]:
-    return {
-        "schema_version": 1,
-        "step": step,
-        "env": "sokoban-env",
-        "task_id": task,
-        "teacher_prompt_text": "You are an expert.\nPlay well.",
-        "completion": "".join(tokens),
-        "reward": 1.0,
-        "stop": "eos",
-        "tokens": tokens,
-        **fields,
-    }
-
-
-def write_rollouts(
-    run_dir: Path, step: int, rows: list[dict[str, Any]], kl: list[list[float]] | None
-) -> None:
-    folder = run_dir / "rollouts"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step_{step:06d}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if kl is not None:
-        flat = np.array([v for values in kl for v in values], dtype=np.float32)
-        offsets = np.cumsum([0, *map(len, kl)]).astype(np.int64)
-        save_file({"kl": flat, "offsets": offsets}, path.with_suffix(".safetensors"))
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    run_dir = tmp_path / "sokoban"
-    run_dir.mkdir()
-    lines: list[dict[str, Any]] = [
-        {
-            "step": 0,
-            "eval/sokoban-env/baseline_student/avg": 0.05,
-            "eval/sokoban-env/baseline_teacher/avg": 0.95,
-            "eval/sokoban-env/baseline_diff": 0.9,
-        }
-    ]
-    for step in range(1, 21):
-        lines.append(
-            {
-                "step": step,
-                "teacher_kl": 4.93 / step,
-                "reward/mean": step / 20,
-                "loss/policy": 0.1,
-                "entropy/student": 1.0,
-                "entropy/teacher": 0.5,
-                "completions/length_mean": 6.0,
-                "kl/sampler_mismatch": 0.0,
-            }
-        )
-        if step % 10 == 0:
-            lines.append({"step": step, "eval/sokoban-env/student/avg": 0.04 * step})
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    (run_dir / "config.toml").write_text("max_steps = 20\n")
-    (run_dir / "env.json").write_text(json.dumps({"python": "3.11", "packages": {"rich": "15"}}))
-    board = {"env": "sokoban-env", "gap_closed": 0.92, "gap_closed_low": 0.88}
-    board |= {"gap_closed_high": 0.95, "verdict": "closed", "steps": 20, "seconds": 73.0}
-    (run_dir / "scoreboard.json").write_text(json.dumps(board))
-    for step in (1, 5, 10, 15, 20):
-        rows = [rollout(step, f"t{i}", [f"s{step}t{i}", "\n"]) for i in (0, 0, 1, 2, 3)]
-        write_rollouts(run_dir, step, rows, [[0.001, 5.0]] * 5)
-    return run_dir
+    return finished_run(tmp_path / "sokoban")
 
 
 def page_of(run_dir: Path) -> Page:
@@ -135,33 +38,46 @@ def page_of(run_dir: Path) -> Page:
 
 def test_a_finished_run(run_dir: Path) -> None:
     page = page_of(run_dir)
-    assert "92%  (95% interval 88% to 95%)" in page.text
+    assert "92% 95% interval 88% to 95%" in page.text
     assert "20 steps in 1m13s" in page.text
     assert "max_steps = 20" in page.text
     labels = [value for name, value in page.attributes if name == "aria-label"]
     assert any("teacher_kl: from 4.93 to 0.246" in label for label in labels)
     [evaluation] = [label for label in labels if label.startswith("Evaluation: sokoban-env")]
     assert "baseline_teacher: 0.95." in evaluation
-    assert "student: from 0.4 to 0.8." in evaluation
+    assert "student: from 0.05 to 0.8." in evaluation  # from its score before training
     assert page.tags["figure"] == 7
+    assert page.tags["table"] == 8  # one behind each chart, and the facts of env.json
     # one page, no temporary file
     assert not list(run_dir.glob("*.tmp"))
 
 
 def test_the_first_middle_and_last_step_show_one_rollout_of_each_task(run_dir: Path) -> None:
     page = page_of(run_dir)
-    texts = [text for _, text in page.spans if text.startswith("s")]
+    texts = [text for _, text in page.spans if re.match(r"s\d", text)]
     assert texts == [f"s{step}t{task}" for step in (1, 10, 20) for task in (0, 1, 2)]
     classes = {text: name for name, text in page.spans}
     assert classes["s1t0"] == "h0"
     assert classes["⏎\n"] == "h4"
 
 
-def test_the_report_loads_and_runs_nothing(run_dir: Path) -> None:
+def test_the_report_loads_nothing_and_runs_its_own_script_alone(run_dir: Path) -> None:
     page = page_of(run_dir)
-    assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
-    assert not {"src", "href", "srcset"} & {name for name, _ in page.attributes}
+    assert not {"link", "iframe", "img", "object", "form", "base"} & set(page.tags)
+    assert not {"src", "srcset", "style"} & {name for name, _ in page.attributes}
+    assert {value[0] for name, value in page.attributes if name == "href"} == {"#"}
     html = (run_dir / "report.html").read_text(encoding="utf-8")
+    [policy] = [value for _, value in page.attributes if value.startswith("default-src")]
+    hashes = [
+        "'sha256-" + b64encode(sha256(text.encode()).digest()).decode() + "'"
+        for tag in ("style", "script")
+        for text in re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    ]
+    assert policy == (
+        f"default-src 'none'; style-src {hashes[0]}; script-src {hashes[1]}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    assert len(hashes) == 2
     assert "http://" not in html
     assert "https://" not in html
     assert "url(" not in html
@@ -184,7 +100,8 @@ def test_text_from_models_and_files_is_escaped(run_dir: Path) -> None:
     renamed = run_dir.with_name("a<script>b")
     run_dir.rename(renamed)
     page = page_of(renamed)
-    assert not {"script", "img"} & set(page.tags)
+    assert page.tags["script"] == 1
+    assert not page.tags["img"]
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert "{{ 7*7 }}" in page.text
     html = (renamed / "report.html").read_text(encoding="utf-8")
@@ -204,8 +121,8 @@ def test_a_killed_run(run_dir: Path) -> None:
     page = page_of(run_dir)
     assert "metrics.jsonl: 1 damaged line left out." in page.text
     assert "env.json is damaged" in page.text
-    assert "no scoreboard" in page.text
-    assert "Up to step 20" in page.text
+    assert "This run stopped before its end." in page.text
+    assert "up to step 20" in page.text
     classes = {text: name for name, text in page.spans}
     assert classes["s20t0"] == ""
 
@@ -226,7 +143,8 @@ def test_values_that_are_not_finite_numbers_are_omitted(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
     page = page_of(tmp_path)
     assert page.tags["figure"] == 1
-    [label] = [value for name, value in page.attributes if name == "aria-label"]
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    [label] = [label for label in labels if "over steps" in label]
     assert "from 1 to 0.25" in label
 
 
@@ -268,7 +186,7 @@ def test_integers_that_no_float_can_hold(run_dir: Path) -> None:
     keys = ("steps", "seconds", "student", "gap_closed", "drift_kl", "baseline_diff")
     for key in keys:
         (run_dir / "scoreboard.json").write_text(f'{{"steps": 20, "{key}": {huge}}}')
-        assert "Up to step 20" in page_of(run_dir).text
+        assert "up to step 20" in page_of(run_dir).text
 
 
 def test_a_long_rollout_is_cut(tmp_path: Path) -> None:
@@ -293,10 +211,11 @@ FLOATS = st.floats(width=64, min_value=-1e200, max_value=1e200) | st.just(float(
 def test_every_curve_is_inside_its_chart(values: list[float]) -> None:
     chart = draw("t", "n", [Series("s", list(enumerate(values)), marked=True)])
     for line in chart.lines:
-        for x, y, _, _ in line.dots:
-            assert chart.left <= x <= chart.right
-            assert 0 <= y <= chart.bottom
-        assert "nan" not in line.path
+        for path in (line.path, line.faint):
+            places = re.findall(r"[ML](\S+?) ([^MLh]+)", path)
+            assert all(chart.left <= float(x) <= chart.right for x, _ in places)
+            assert all(0 <= float(y) <= chart.bottom for _, y in places)
+        assert line.path
     assert len(chart.y_ticks) <= 12
     assert bool(chart.lines) == any(v == v for v in values)
 
@@ -305,7 +224,7 @@ def test_thinning_keeps_ends_and_extremes() -> None:
     points = [(i, float(i % 7)) for i in range(10_000)]
     points[1234] = (1234, 99.0)
     thinned = thin(points)
-    assert len(thinned) <= 302
+    assert len(thinned) <= MAX_POINTS + 2
     assert {points[0], points[-1], (1234, 99.0)} <= set(thinned)
 
 

@@ -25,6 +25,7 @@ from minidistill.config.schema import WandbConfig
 from minidistill.driver import loop, summary
 from minidistill.driver.summary import write_run_report
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK
+from minidistill.reporting.html import live
 from minidistill.reporting.monitors import (
     background,
     check_monitors,
@@ -213,15 +214,17 @@ def test_a_log_that_is_no_file(tmp_path: Path) -> None:
 def test_a_report_that_cannot_be_written_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def failing(path: Path) -> Path:
+    def failing(path: Path, **how: Any) -> Path:
         raise ValueError("the template is broken")
 
     path = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(summary, "write_report", failing)
+        patch.setattr(live, "write_report", failing)
         assert run(path, *BRIEF) == EXIT_OK
     assert_complete(path)
     assert "no report: ValueError: the template is broken; `minidistill report" in log(path)
+    assert log(path).count("no live report: ValueError: the template is broken") == 1
     (path / "report.html").mkdir()  # a real failure to write
     assert write_run_report(RunDirectory(path)) is None
     assert "no report: cannot write" in caplog.messages[-1]

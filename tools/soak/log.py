@@ -1,4 +1,4 @@
-"""A soak's log: what it is of, what it does and finds, one line each, and what it comes to."""
+"""A soak's log: its settings, what it does and finds, one line each, and a summary."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Server:
 
     @contextlib.contextmanager
     def checked_answers(self) -> Iterator[None]:
-        """Raise UserError if the body finds that an answer is not what was asked for."""
+        """Raise UserError if the body finds that an answer does not match its request."""
         try:
             yield
         except NotFiniteError as error:

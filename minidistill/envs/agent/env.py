@@ -38,7 +38,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a program is started, and what it may use."""
+    """How a program is started, and its limits."""
 
     command: Sequence[str]
     folder: Path | None

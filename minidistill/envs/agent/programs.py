@@ -37,7 +37,7 @@ class Limits:
     output: int
     """Bytes of standard output and standard error together."""
     processes: int
-    """Itself and what it has started."""
+    """A process and its descendants."""
     memory: int
     """Bytes in memory, of all of them."""
 

@@ -23,7 +23,7 @@ SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # of prctl
 POLL_SECONDS = 0.2
 """Between two counts of the processes."""
 SCAN_SECONDS = 1.0
-"""The same where the kernel has no lists of children, so that all processes are looked at."""
+"""The same for kernels without lists of children: scans all processes."""
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 

@@ -257,7 +257,7 @@ async def _send(
 
 
 def _say(names: Sequence[str]) -> None:
-    """Say once what is asked for and not applied."""
+    """Warn once about parameters that are ignored."""
     new = [name for name in names if name not in _said]
     _said.update(new)
     if new:

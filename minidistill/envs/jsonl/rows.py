@@ -19,8 +19,9 @@ from minidistill.system.foreign import describe, foreign_code
 LINE = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 ENDINGS = {".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 """The format of a file's name; that of all others is `jsonl`."""
-FORMATS = ("jsonl", *ENDINGS.values(), "saved", "hub")
-"""`saved` is a folder that `save_to_disk` has written, `hub` a data set by its name."""
+FORMATS = ("jsonl", *ENDINGS.values(), "text", "saved", "hub")
+"""`text` has one prompt a line, `saved` is a folder that `save_to_disk` has written, `hub` a data
+set by its name."""
 WITH_SPLITS = ("saved", "hub")
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
 _LONGEST_CELL = 1 << 30  # characters; `csv` allows 131,072 by default
@@ -85,6 +86,8 @@ def read_rows(source: Source) -> Iterator[Row]:
     if kind in WITH_SPLITS:
         return _dataset_rows(source)
     text = _text(source)
+    if kind == "text":
+        return _text_rows(text, source.path)
     if kind == "json" and text.lstrip().startswith("["):
         return _json_rows(text, source.path)
     return _line_rows(text, source.path)
@@ -111,6 +114,12 @@ def _line_rows(text: str, path: str) -> Iterator[Row]:
         if not isinstance(values, dict):
             raise UserError("not a JSON object", place, f"write a line as {LINE}")
         yield Row(values, place, str(number))
+
+
+def _text_rows(text: str, path: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if prompt := line.strip():
+            yield Row({"prompt": prompt}, f"{path}:{number}", str(number))
 
 
 def _json_rows(text: str, path: str) -> Iterator[Row]:

@@ -60,7 +60,7 @@ class Choice:
         return True
 
     def _reason(self, text: str, ended: bool, control_tokens: Collection[str]) -> str | None:
-        """Why a text cannot be used, whatever the others are; None if it can."""
+        """Why a text cannot be used, regardless of the others; None if it can."""
         if not ended:
             return "longer than max_tokens"
         if control_tokens:

@@ -26,6 +26,8 @@ class Settings:
 
     count: int
     """Prompts in both splits together."""
+    at_least: int
+    """How many are enough if the model repeats itself before it has written `count`."""
     temperature: float
     max_tokens: int
     """A text that has not ended by then is left out."""
@@ -39,9 +41,12 @@ class Settings:
     def of(cls, args: Mapping[str, Any]) -> Settings:
         """The settings among the arguments of `load`. Raises UserError for values out of range."""
         count, max_tokens = args.get("count", COUNT), args.get("max_tokens", MAX_TOKENS)
+        at_least = count if args.get("at_least") is None else args["at_least"]
         temperature, seed = args.get("temperature", TEMPERATURE), args.get("seed", 0)
         topics, whole = args.get("topics"), "use a whole number above"
         _require(_is_whole(count) and count > 1, "count", count, f"{whole} 1")
+        enough = _is_whole(at_least) and 1 < at_least <= count
+        _require(enough, "at_least", at_least, f"{whole} 1, and at most count")
         _require(_is_whole(max_tokens) and max_tokens > 0, "max_tokens", max_tokens, f"{whole} 0")
         _require(_is_whole(seed), "seed", seed, "use a whole number")
         is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
@@ -52,12 +57,14 @@ class Settings:
         listed = isinstance(texts, list | tuple) and all(isinstance(t, str) and t for t in texts)
         fix = f'use a list of texts, or "{CONTEXT}" for the subject of the context'
         _require(listed and (topics is None or len(topics) > 0), "topics", topics, fix)
-        return cls(count, float(temperature), max_tokens, seed, tuple(texts), about_context)
+        found = float(temperature), max_tokens, seed, tuple(texts), about_context
+        return cls(count, at_least, *found)
 
 
 def load(
     path: str | None = None,
     count: int = COUNT,
+    at_least: int | None = None,
     temperature: float = TEMPERATURE,
     max_tokens: int = MAX_TOKENS,
     topics: list[str] | str | None = None,
@@ -67,12 +74,13 @@ def load(
 ) -> JsonlEnv:
     """The environment over the file `path` of prompts, which the run has sampled.
 
-    `count`, `temperature`, `max_tokens`, `topics` and `seed` are the settings of the sampling; see
-    `Settings`. `reward`, `num_eval_examples` and `seed` are those of `jsonl`: the hash of a text
-    decides whether it is held out. Before there is a file, the environment has its reward and no
-    tasks. Raises UserError for an argument that it cannot use.
+    `count`, `at_least`, `temperature`, `max_tokens`, `topics` and `seed` are the settings of the
+    sampling; see `Settings`. `reward`, `num_eval_examples` and `seed` are those of `jsonl`: the
+    hash of a text decides whether it is held out. Before there is a file, the environment has its
+    reward and no tasks. Raises UserError for an argument that it cannot use.
     """
-    given = {"count": count, "temperature": temperature, "max_tokens": max_tokens}
+    given = {"count": count, "at_least": at_least}
+    given |= {"temperature": temperature, "max_tokens": max_tokens}
     Settings.of({**given, "topics": topics, "seed": seed})
     named = path is None or (isinstance(path, str) and path != "")
     _require(named, "path", path, "name a file, or leave path out")

@@ -39,7 +39,7 @@ class Played:
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """How a game is played, and what is said after a turn that does not end it."""
+    """How a game is played, and the reply to a turn that does not end it."""
 
     most: int
     moves_per_turn: int | None

@@ -20,7 +20,7 @@ class ClassicEnvironment:
     def __init__(
         self, environment: Any, counts: tuple[int, int], seed: int, zero_errors: bool
     ) -> None:
-        """Raises UserError for what cannot be played: rewards of a group, no rows."""
+        """Raises UserError if it cannot be played: rewards of a group, no rows."""
         self.environment, self.zero_errors = environment, zero_errors
         name = environment.env_id
         _refuse(name, environment)

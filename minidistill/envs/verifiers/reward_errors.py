@@ -39,7 +39,7 @@ def rubrics_of(environment: Any) -> Iterator[Any]:
 
 
 def note_errors(rubric: Any) -> None:
-    """Have the functions of a rubric note what they raise. It is raised all the same."""
+    """Make the functions of a rubric record what they raise, and raise it."""
     rubric.funcs[:] = [f if hasattr(f, _NOTED) else _noting(f) for f in rubric.funcs]
 
 

@@ -8,10 +8,18 @@ from dataclasses import dataclass
 
 from minidistill.reporting.formatting import number
 
-WIDTH, HEIGHT = 560, 230
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 14, 34
-MAX_POINTS = 300
+WIDTH, HEIGHT = 380, 210
+"""As wide as a third of the page, or a phone's screen: text has its size on both."""
+LEFT, RIGHT, TOP, BOTTOM = 54, 22, 12, 36
+MAX_POINTS = 240
 """Points of a curve; more are thinned out, because the page has about as many pixels."""
+SMOOTHED = 40
+"""Points from which on a curve has no dots, and is drawn as its moving mean, the points faintly."""
+WINDOWS = 20
+"""Windows of the moving mean in a curve, about."""
+
+TINY = 1e-300
+"""A height below this is none: its tenth parts have no floats of full precision."""
 
 Points = list[tuple[int, float]]
 
@@ -28,66 +36,149 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A drawn series: its SVG path, dots as (x, y, step, value), and values for the legend."""
+    """A drawn series: its SVG path, dots as (x, y), and values for the legend.
+
+    `faint` is the path of the points where `path` is that of their moving mean, else empty.
+    """
 
     name: str
     path: str
-    dots: tuple[tuple[float, float, int, float], ...]
+    faint: str
+    dots: tuple[tuple[float, float], ...]
     flat: bool
     first: float
     last: float
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether one value says it all."""
+        return self.flat or self.first == self.last
+
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A chart; ticks are (position, label)."""
+    """A chart; ticks are (position, label).
+
+    `rows` is its table: a label of the x axis, and a text for each line. `x_range` is the first and
+    the last step of the axis, None if it has no steps.
+    """
 
     title: str
     note: str
     lines: tuple[Line, ...]
+    x_name: str = "step"
     x_ticks: tuple[tuple[float, str], ...] = ()
     y_ticks: tuple[tuple[float, str], ...] = ()
+    x_range: tuple[float, float] | None = None
+    rows: tuple[tuple[str, ...], ...] = ()
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
     right: int = WIDTH - RIGHT
+    top: int = TOP
     bottom: int = HEIGHT - BOTTOM
 
     @property
     def label(self) -> str:
         """The chart in words, for screen readers."""
-        return f"{self.title} over steps. " + " ".join(
+        over = "steps" if self.x_name == "step" else self.x_name
+        return f"{self.title} over {over}. " + " ".join(
             f"{line.name}: {number(line.first)}."
-            if line.flat or line.first == line.last
+            if line.is_constant
             else f"{line.name}: from {number(line.first)} to {number(line.last)}."
             for line in self.lines
         )
 
 
-def draw(title: str, note: str, series: Sequence[Series]) -> Chart:
-    """Scale the series to shared axes. A value that is not finite is a gap in its line."""
-    finite = [(x, y) for s in series for x, y in s.points if math.isfinite(y)]
-    if not finite:
+def draw(title: str, note: str, series: Sequence[Series], *, zero: bool = False) -> Chart:
+    """Scale the series to shared axes, with `zero` from 0 on.
+
+    A value that is not finite is a gap in its line.
+    """
+    series = _with_values(series)
+    if not series:
         return Chart(title, note, ())
-    xs = _scale([x for x, _ in finite], LEFT, WIDTH - RIGHT, pad=0.0)
-    ys = _scale([y for _, y in finite], HEIGHT - BOTTOM, TOP, pad=0.06)
-    lines = []
-    for s in series:
-        points = [(x, y) for x, y in s.points if math.isfinite(y)]
-        if points:
-            # A single point has no line that would show it.
-            dotted = thin(points) if s.marked or len(points) == 1 else []
-            dots = tuple((xs(x), ys(y), x, y) for x, y in dotted)
-            path = _path(thin(s.points), xs, ys)
-            lines.append(Line(s.name, path, dots, s.flat, points[0][1], points[-1][1]))
-    steps = sorted({round(tick) for tick in xs.ticks(6)})
+    xs, ys = _scales(series, zero)
+    steps = sorted({round(tick) for tick in xs.ticks(5)})
+    steps = [step for step in steps if xs.low <= step <= xs.high]
     return Chart(
         title,
         note,
-        tuple(lines),
-        x_ticks=tuple((xs(tick), str(tick)) for tick in steps if xs.low <= tick <= xs.high),
-        y_ticks=tuple((ys(tick), number(tick)) for tick in ys.ticks(5)),
+        _lines(series, xs, ys),
+        x_ticks=tuple(zip(map(xs, steps), _labels(steps, exact=100_000), strict=True)),
+        y_ticks=ys.labelled(4),
+        x_range=(xs.low, xs.high),
+        rows=_rows(series),
     )
+
+
+def draw_over(
+    title: str,
+    note: str,
+    x_name: str,
+    names: Sequence[tuple[str, str]],
+    series: Sequence[Series],
+) -> Chart:
+    """A chart over what has names, such as positions: a point's x is the index of its name.
+
+    `names` are (short name for the axis, name in the table) pairs.
+    """
+    series = _with_values(series)
+    if not series:
+        return Chart(title, note, (), x_name)
+    xs, ys = _scales(series, zero=True)
+    every = math.ceil(len(names) / 7)  # labels that have room beside each other
+    ticks = tuple((xs(i), name) for i, (name, _) in enumerate(names) if i % every == 0)
+    lines, rows = _lines(series, xs, ys), _rows(series, [name for _, name in names])
+    return Chart(title, note, lines, x_name, ticks, ys.labelled(4), rows=rows)
+
+
+def _with_values(series: Sequence[Series]) -> list[Series]:
+    return [s for s in series if any(math.isfinite(y) for _, y in s.points)]
+
+
+def _scales(series: Sequence[Series], zero: bool) -> tuple[_Scale, _Scale]:
+    finite = [(x, y) for s in series for x, y in s.points if math.isfinite(y)]
+    values = [y for _, y in finite]
+    bottom, top = HEIGHT - BOTTOM, TOP
+    if zero and min(values) >= 0:
+        highest = max(values)
+        ys = _Scale(0.0, 1.06 * highest if highest > TINY else 1.0, bottom, top)
+    else:
+        ys = _scale(values, bottom, top, pad=0.06)
+    return _scale([x for x, _ in finite], LEFT, WIDTH - RIGHT, pad=0.0), ys
+
+
+def _lines(series: Sequence[Series], xs: _Scale, ys: _Scale) -> tuple[Line, ...]:
+    lines = []
+    for s in series:
+        points = [(x, y) for x, y in s.points if math.isfinite(y)]
+        path, faint = _path(thin(s.points), xs, ys), ""
+        if len(points) >= SMOOTHED and not (s.flat or s.marked):
+            path, faint = _path(thin(moving_mean(points)), xs, ys), path
+        # A single point has no line that would show it.
+        marked = s.marked and len(points) <= SMOOTHED
+        dotted = points if marked or len(points) == 1 else []
+        dots = tuple((xs(x), ys(y)) for x, y in dotted)
+        lines.append(Line(s.name, path, faint, dots, s.flat, points[0][1], points[-1][1]))
+    return tuple(lines)
+
+
+def _rows(
+    series: Sequence[Series], names: Sequence[str] | None = None
+) -> tuple[tuple[str, ...], ...]:
+    """The table: every x of the thinned points, with each series' value there."""
+    columns = [dict(thin(s.points)) for s in series]
+    # a reference line has one value, which is that of every row
+    drawn = [c for c, s in zip(columns, series, strict=True) if not s.flat] or columns
+    rows = []
+    for x in sorted({x for column in drawn for x in column}):
+        values = [
+            number(s.points[-1][1]) if s.flat else number(column[x]) if x in column else ""
+            for column, s in zip(columns, series, strict=True)
+        ]
+        rows.append((str(x) if names is None else names[x], *values))
+    return tuple(rows)
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> Points:
@@ -101,6 +192,19 @@ def thin(points: Points, limit: int = MAX_POINTS) -> Points:
         extremes = {min(interval, key=lambda p: p[1]), max(interval, key=lambda p: p[1])}
         kept += sorted(extremes)
     return sorted({points[0], *kept, points[-1]})
+
+
+def moving_mean(points: Points) -> Points:
+    """Each point with the mean of those around it, fewer of them towards the ends."""
+    reach = max(2, len(points) // (2 * WINDOWS))
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
+    means = []
+    for i, (x, _) in enumerate(points):
+        start, end = max(0, i - reach), min(len(points), i + reach + 1)
+        means.append((x, (sums[end] - sums[start]) / (end - start)))
+    return means
 
 
 class _Scale:
@@ -121,6 +225,22 @@ class _Scale:
         first, last = math.ceil(self.low / step), math.floor(self.high / step)
         return [i * step for i in range(first, last + 1)]
 
+    def labelled(self, count: int) -> tuple[tuple[float, str], ...]:
+        """The positions of about `count` round values, with their labels."""
+        ticks = self.ticks(count)
+        return tuple(zip(map(self, ticks), _labels(ticks), strict=True))
+
+
+def _labels(values: Sequence[float], exact: float = 0) -> list[str]:
+    """Short texts that differ. Whole numbers below `exact` are in full."""
+    if all(abs(value) < exact for value in values):
+        return [str(value) for value in values]
+    for label in (number, *(f"{{:.{digits}g}}".format for digits in range(4, 17))):
+        labels = [label(value) for value in values]
+        if len(set(labels)) == len(labels):
+            return labels
+    return labels
+
 
 def _scale(values: Sequence[float], start: float, end: float, pad: float) -> _Scale:
     low, high = min(values), max(values)
@@ -134,11 +254,13 @@ def _scale(values: Sequence[float], start: float, end: float, pad: float) -> _Sc
 
 
 def _path(points: Points, xs: _Scale, ys: _Scale) -> str:
-    parts, pen = [], "M"
-    for x, y in points:
+    parts: list[str] = []
+    pen, alone = "M", False
+    for x, y in [*points, (0, math.nan)]:
         if math.isfinite(y):
             parts.append(f"{pen}{xs(x)} {ys(y)}")
-            pen = "L"
+            pen, alone = "L", pen == "M"
         else:
-            pen = "M"
+            parts.append("h0" if alone else "")  # a dot, for a point between gaps
+            pen, alone = "M", False
     return "".join(parts)

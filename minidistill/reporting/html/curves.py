@@ -2,88 +2,314 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from minidistill.reporting.formatting import evaluations
-from minidistill.reporting.html.chart import Chart, Series, draw
+from minidistill.reporting.formatting import clean, evaluations, number
+from minidistill.reporting.html.chart import Chart, Points, Series, draw, draw_over
 
+Values = Mapping[str, float]
 Steps = dict[int, dict[str, float]]
 
-CHARTS = (
-    (
+MOST = 8
+"""Lines of a chart, and charts of evaluations: colors that the eye tells apart."""
+PROFILES = 3
+"""Times of a run at which the KL by position is shown."""
+
+_POSITIONS = re.compile(r"kl/by_position/((\d{1,9})(?:-\d{0,9})?)")
+_GROUP = re.compile(r"(env|context)/(.+)/teacher_kl")
+_PHASES = ("sample", "score", "teacher", "wait", "train", "sync")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Charts that belong together."""
+
+    title: str
+    charts: tuple[Chart, ...]
+
+
+Curve = str | Callable[[Values], float | None]
+"""A metric's name, or what computes a value from a step's metrics, None where it cannot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A chart of metrics: (name in the legend, metric) pairs. Curves in `marked` have dots."""
+
+    title: str
+    note: str
+    curves: tuple[tuple[str, Curve], ...]
+    zero: bool = False
+    marked: tuple[str, ...] = ()
+
+
+def step_rate(values: Values) -> float | None:
+    """Completion tokens a second of the whole step."""
+    if (rate := values.get("perf/tokens_per_second")) is not None:
+        return rate
+    seconds = values.get("time/step", 0.0)
+    for phase in ("train", "sample"):
+        time, rate = values.get(f"time/{phase}"), values.get(f"perf/{phase}_tokens_per_second")
+        if time is not None and rate is not None and seconds > 0:
+            return time * rate / seconds
+    return None
+
+
+def _idle(*busy: str) -> Callable[[Values], float | None]:
+    """The share of a step in which none of these phases was going on."""
+
+    def share(values: Values) -> float | None:
+        seconds, known = values.get("time/step", 0.0), [values.get(f"time/{b}") for b in busy]
+        if not seconds > 0 or known[0] is None:
+            return None
+        return max(0.0, 1 - sum(time for time in known if time is not None) / seconds)
+
+    return share
+
+
+LEARNING = (
+    Plot(
         "Teacher KL",
-        ("teacher_kl",),
         "KL(student‖teacher) on the student's completions, in nats per token. Lower is more "
         "similar; at 0 the student behaves as if it had read the context.",
+        (("teacher_kl", "teacher_kl"),),
+        zero=True,
     ),
-    (
+    Plot(
+        "Held-out KL",
+        "The same KL on prompts that training never uses, in nats per token.",
+        (("eval/heldout_kl", "eval/heldout_kl"),),
+        zero=True,
+        marked=("eval/heldout_kl",),
+    ),
+    Plot(
         "Reward",
-        ("reward/mean",),
         "Mean reward of the training rollouts. The tasks change from step to step, so single steps "
-        "are noisy; the evaluations above use fixed tasks.",
+        "are noisy; evaluations use fixed tasks.",
+        (("reward/mean", "reward/mean"),),
+        zero=True,
     ),
-    (
+    Plot(
         "Loss",
-        ("loss/policy", "loss/kl"),
         "The reward term and the distillation term. The reward term stays near 0 by design: judge "
         "a run by its reward and KL, not by its loss.",
+        (("loss/policy", "loss/policy"), ("loss/kl", "loss/kl")),
     ),
-    (
+    Plot(
         "Entropy",
-        ("entropy/student", "entropy/teacher"),
         "In nats per token. The two curves should converge. If the student's entropy falls to 0 "
         "and the teacher's does not, the student has collapsed.",
-    ),
-    (
-        "Completion length",
-        ("completions/length_mean",),
-        "Mean length in tokens. A steady climb to the limit often means that the student no longer "
-        "learns when to stop.",
-    ),
-    (
-        "Sampler mismatch",
-        ("kl/sampler_mismatch",),
-        "How far the sampler's probabilities are from the trainer's (mean of ρ - log ρ - 1). It is "
-        "near 0 if both compute the same; growth means stale weights or different numerics.",
+        (("entropy/student", "entropy/student"), ("entropy/teacher", "entropy/teacher")),
+        zero=True,
     ),
 )
+COMPLETIONS = (
+    Plot(
+        "Completion length",
+        "Mean length in tokens. A steady climb to the limit often means that the student no longer "
+        "learns when to stop.",
+        (
+            ("completions/length_mean", "completions/length_mean"),
+            ("eval/completions/length_mean", "eval/completions/length_mean"),
+        ),
+        zero=True,
+        marked=("eval/completions/length_mean",),
+    ),
+    Plot(
+        "Completions cut off",
+        "Share of the completions that reached max_tokens before they ended.",
+        (("completions/truncated_frac", "completions/truncated_frac"),),
+        zero=True,
+    ),
+    Plot(
+        "Sampler mismatch",
+        "How far the sampler's probabilities are from the trainer's (mean of ρ - log ρ - 1). It is "
+        "near 0 if both compute the same; growth means stale weights or different numerics.",
+        (("kl/sampler_mismatch", "kl/sampler_mismatch"),),
+        zero=True,
+    ),
+    Plot(
+        "Gradient norm",
+        "Before clipping. Single peaks are usual; a climb that lasts says that the learning rate "
+        "is too high.",
+        (("optim/grad_norm", "optim/grad_norm"),),
+        zero=True,
+    ),
+)
+COST = (
+    Plot(
+        "Throughput",
+        "Tokens of completions a second: of whole steps, and of their two long phases alone.",
+        (
+            ("whole step", step_rate),
+            ("sampling", "perf/sample_tokens_per_second"),
+            ("training", "perf/train_tokens_per_second"),
+        ),
+        zero=True,
+    ),
+    Plot(
+        "Phase times",
+        "Seconds of a step in each phase. Phases that overlap add up to more than the step.",
+        (*((name, f"time/{name}") for name in _PHASES), ("whole step", "time/step")),
+        zero=True,
+    ),
+    Plot(
+        "Idle time",
+        "Share of a step in which the trainer, or the sampler, had nothing to do. If both run on "
+        "one device, that works for the one while the other is idle.",
+        (("trainer", _idle("train", "sync")), ("sampler", _idle("sample"))),
+        zero=True,
+    ),
+    Plot(
+        "Memory",
+        "Peak in GiB: on a GPU what was allocated, on a CPU the whole process, libraries included.",
+        (
+            ("trainer", "perf/peak_memory_gib/trainer"),
+            ("engine", "perf/peak_memory_gib/engine"),
+        ),
+        zero=True,
+    ),
+)
+GROUPS = (("Learning", LEARNING), ("Completions", COMPLETIONS), ("Time and memory", COST))
+PLOTS = tuple(plot for _, plots in GROUPS for plot in plots)
 
 
-def charts(steps: Steps) -> list[Chart]:
-    """The charts that have data, evaluations first."""
-    drawn = list(_evaluation_charts(steps))
-    for title, keys, note in CHARTS:
-        series = [Series(key, points) for key in keys if (points := _points(steps, key))]
-        if series:
-            drawn.append(draw(title, note, series))
-    return [chart for chart in drawn if chart.lines]
+def groups(steps: Steps, board: Mapping[str, Any]) -> list[Group]:
+    """The charts that have data, by group; evaluations first."""
+    steps = with_final_kl(steps, board)
+    drawn = []
+    for title, plots in GROUPS:
+        charts = [_plotted(plot, steps) for plot in plots]
+        if plots is LEARNING:
+            charts = [*_evaluations(steps), *charts, _by_position(steps), *_by_group(steps)]
+        if charts := [chart for chart in charts if chart.lines]:
+            drawn.append(Group(title, tuple(charts)))
+    return drawn
 
 
-def _points(steps: Steps, key: str) -> list[tuple[int, float]]:
-    return [(step, values[key]) for step, values in steps.items() if key in values]
+def points(curve: Curve, steps: Steps) -> Points:
+    """A curve's values by step."""
+    compute = curve if callable(curve) else lambda values: values.get(curve)
+    values = ((step, compute(metrics)) for step, metrics in steps.items())
+    return [(step, value) for step, value in values if value is not None]
 
 
-def _evaluation_charts(steps: Steps) -> Iterator[Chart]:
-    """One chart per environment: the student's points between the two baselines."""
-    by_env: dict[str, dict[str, list[tuple[int, float]]]] = {}
+def _plotted(plot: Plot, steps: Steps) -> Chart:
+    series = [
+        Series(name, points(curve, steps), marked=name in plot.marked)
+        for name, curve in plot.curves
+    ]
+    return draw(plot.title, plot.note, series, zero=plot.zero)
+
+
+def with_final_kl(steps: Steps, board: Mapping[str, Any]) -> Steps:
+    """The steps with the held-out KL after training, which the scoreboard has."""
+    key, last = "eval/heldout_kl", max(steps, default=0)
+    after = board.get("heldout_kl_after")
+    if last and isinstance(after, float) and key not in steps[last]:
+        return steps | {last: steps[last] | {key: after}}
+    return steps
+
+
+def evaluation_curves(steps: Steps) -> dict[str, dict[str, Points]]:
+    """The scores of evaluations, as {environment: {name: points}}."""
+    by_env: dict[str, dict[str, Points]] = {}
     for step, metrics in steps.items():
         for env, values in evaluations(metrics).items():
             for name, value in values.items():
                 by_env.setdefault(env, {}).setdefault(name, []).append((step, value))
+    return by_env
+
+
+def _evaluations(steps: Steps) -> Iterator[Chart]:
+    """One chart per environment: the student's points between the two baselines."""
     last = max(steps, default=0)
-    for env, curves in by_env.items():
+    for env, curves in list(evaluation_curves(steps).items())[:MOST]:
         series = []
-        for name, points in curves.items():
+        for name, values in list(curves.items())[:MOST]:
             if name == "baseline_diff":
                 continue
             if name.startswith("baseline_"):
                 # A baseline is measured once. Drawn as a line, it compares with every point.
-                value = points[-1][1]
+                value = values[-1][1]
                 series.append(Series(name, [(0, value), (max(1, last), value)], flat=True))
             else:
-                series.append(Series(name, points, marked=True))
+                # before training it is the baseline
+                start = curves.get("baseline_student", []) if name == "student" else []
+                series.append(Series(name, [*start[:1], *values], marked=True))
+        # the student first: it has the first color
+        series.sort(key=lambda s: s.flat)
         note = (
             "Mean reward on fixed tasks. The dashed lines show student and teacher before "
             "training; the student should climb from the lower to the upper one."
         )
-        yield draw(f"Evaluation: {env}", note, series)
+        yield draw(f"Evaluation: {clean(env)}", note, series, zero=True)
+
+
+def _by_position(steps: Steps) -> Chart:
+    """The KL by position in the completion, at the beginning, the middle and the end of the run."""
+    first: dict[str, int] = {}
+    with_kl: dict[int, dict[str, float]] = {}
+    for step, values in steps.items():
+        for key, value in values.items():
+            if match := _POSITIONS.fullmatch(key):
+                first[match[1]] = int(match[2])
+                with_kl.setdefault(step, {})[match[1]] = value
+    names = sorted(first, key=lambda name: first[name])
+    series = [
+        Series(_span(part), _mean_by_name(names, [with_kl[step] for step in part]), marked=True)
+        for part in _parts(list(with_kl))
+    ]
+    return draw_over(
+        "KL by position",
+        "Mean KL(student‖teacher) by the position of the token in the completion, in nats. Where "
+        "it stays high, the student has not learned what the context says.",
+        "position, from",
+        [(number(first[name]), _positions(name)) for name in names],
+        series,
+    )
+
+
+def _positions(name: str) -> str:
+    return f"{name[:-1]} and more" if name.endswith("-") else name.replace("-", " to ")
+
+
+def _parts(steps: Sequence[int]) -> list[Sequence[int]]:
+    """The first, the middle and the last tenth of some steps, none twice."""
+    size = max(1, len(steps) // 10)
+    if len(steps) < PROFILES:
+        return [[step] for step in steps]
+    middle = (len(steps) - size) // 2
+    return [steps[:size], steps[middle : middle + size], steps[-size:]]
+
+
+def _span(steps: Sequence[int]) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+
+
+def _mean_by_name(names: Sequence[str], rows: Sequence[Values]) -> Points:
+    means = []
+    for i, name in enumerate(names):
+        values = [row[name] for row in rows if name in row]
+        if values:
+            means.append((i, sum(values) / len(values)))
+    return means
+
+
+def _by_group(steps: Steps) -> Iterator[Chart]:
+    """The KL of each environment and of each context, if there are several."""
+    keys: dict[str, dict[str, str]] = {"env": {}, "context": {}}
+    for values in steps.values():
+        for key in values:
+            if match := _GROUP.fullmatch(key):
+                keys[match[1]][match[2]] = key
+    for kind, title in (("env", "environment"), ("context", "context")):
+        names = list(keys[kind].items())[:MOST]
+        series = [Series(clean(name), points(key, steps)) for name, key in names]
+        left_out = len(keys[kind]) - len(names)
+        more = f" {left_out} more are in metrics.jsonl." if left_out else ""
+        note = f"In nats per token, on the rollouts of each {title}.{more}"
+        yield draw(f"Teacher KL by {title}", note, series, zero=True)

@@ -2,224 +2,147 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minidistill.errors import UserError
+from minidistill.reporting.html.files import figure, lines, read, read_end, read_object
+from minidistill.reporting.html.rollouts import ShownRollout, selected
+from minidistill.reporting.run_lock import is_locked
 
 RUN_FILES = ("metrics.jsonl", "scoreboard.json", "config.resolved.json", "config.toml")
 """A directory with none of these holds no run."""
-MAX_ROLLOUTS = 3
-"""Rollouts shown for each step."""
-MAX_TOKENS = 400
-"""Tokens shown for each rollout."""
+LAST_STEP = 10**9
+"""No run has more steps."""
+LOG_LINES = 12
+"""Lines of the log that are shown of a run that stopped."""
 
-_STEP = re.compile(r"step_(\d+)\.jsonl")
-
-
-@dataclass(frozen=True, slots=True)
-class ShownRollout:
-    """A rollout as the page shows it: its first tokens, each with its KL or None."""
-
-    env: str
-    task: str
-    reward: float | None
-    stop: str
-    teacher_prompt: str
-    tokens: tuple[tuple[str, float | None], ...]
-    hidden: int
+Unfinished = Literal["running", "stopped"]
+State = Unfinished | Literal["finished"]
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The readable files. `steps` is {step: {metric: value}}.
+    """The readable files. `steps` is {step: {metric: value}}, without values that are no numbers.
 
-    `damage` says which files are damaged, `notes` also what is missing.
+    `completions` are the scoreboard's, or the baseline's, which lack those after training. `log` is
+    the end of the log of a run that stopped. `damage` says which files are damaged, `notes` also
+    what is missing.
     """
 
     name: str
+    state: State
     steps: dict[int, dict[str, float]]
     board: dict[str, Any]
+    completions: list[Any]
     config: str
+    settings: dict[str, Any]
     env: dict[str, Any]
     rollouts: tuple[tuple[int, tuple[ShownRollout, ...]], ...]
+    log: str = ""
     notes: list[str] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
 
+    @property
+    def last_step(self) -> int | None:
+        return max(self.steps, default=None)
 
-def read_run(run_dir: Path) -> Run:
-    """Read the files that exist. Raises UserError (exit code 2) if there are none."""
+    @property
+    def max_steps(self) -> int | None:
+        """How many steps the run is to have, None if that is not known."""
+        value = self.settings.get("max_steps")
+        return value if isinstance(value, int) and 0 < value < LAST_STEP else None
+
+    @property
+    def placement(self) -> list[tuple[str, str]]:
+        """What the run printed at its start: (name, value) pairs, a name only in its first row."""
+        rows = self.env.get("header")
+        pairs = (row for row in rows if isinstance(row, list)) if isinstance(rows, list) else ()
+        return [(str(row[0]), str(row[1])) for row in pairs if len(row) == 2]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The other facts of the environment in which it ran."""
+        facts = {}
+        for name, value in self.env.items():
+            if name == "packages" and isinstance(value, Mapping):
+                value = ", ".join(f"{package} {version}" for package, version in value.items())
+            if name != "header" and value not in ([], ""):
+                facts[name] = str(value)
+        return facts
+
+    @property
+    def resume(self) -> str:
+        """The command that goes on with the run, empty if it is not known."""
+        argv = self.env.get("argv")
+        if not isinstance(argv, list) or argv[:1] != ["run"]:
+            return ""
+        words = [str(word) for word in argv if word != "--resume"]
+        return f"minidistill {shlex.join(words)} --resume"
+
+
+def read_run(run_dir: Path, unfinished: Unfinished | None = None) -> Run:
+    """Read the files that exist. Raises UserError (exit code 2) if there are none.
+
+    `unfinished` is the state of a run without a whole scoreboard; without it the run's lock says
+    whether it is running.
+    """
     if not any((run_dir / name).is_file() for name in RUN_FILES):
         raise UserError(
             f"{run_dir} is not a run directory",
             where=str(run_dir),
             fix="give the output directory of a run; it contains metrics.jsonl and config.toml",
         )
+    state: State
     damage: list[str] = []
     steps = _steps(run_dir / "metrics.jsonl", damage)
-    board = _object(run_dir / "scoreboard.json", damage)
-    env = _object(run_dir / "env.json", damage)
-    rollouts = tuple(_selected(run_dir / "rollouts", damage))
+    board = read_object(run_dir / "scoreboard.json", damage)
+    completions = board.get("completions")
+    if not completions and not board:
+        completions = read_object(run_dir / "baseline.json", damage).get("completions")
+    if board and not board.get("missing"):
+        state = "finished"
+    elif unfinished is None:
+        state = "running" if is_locked(run_dir) else "stopped"
+    else:
+        state = unfinished
+    env = read_object(run_dir / "env.json", damage)
+    settings = read_object(run_dir / "config.resolved.json", damage)
+    rollouts = tuple(selected(run_dir / "rollouts", damage))
     notes = list(damage)
     if not steps:
         notes.append("There are no metrics yet.")
-    if not board:
-        notes.append("There is no scoreboard: the run has not finished.")
+    stopped = state == "stopped"
     return Run(
         name=run_dir.resolve().name,
+        state=state,
         steps=steps,
         board=board,
-        config=_read(run_dir / "config.toml") or "",
+        completions=completions if isinstance(completions, list) else [],
+        config=read(run_dir / "config.toml") or "",
+        settings=settings,
         env=env,
         rollouts=rollouts,
+        log=_log_end(run_dir / "logs" / "run.log") if stopped else "",
         notes=notes,
         damage=damage,
     )
 
 
-def _read(path: Path) -> str | None:
-    try:
-        # reading a pipe would never end
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-    except OSError:
-        return None
-
-
-def _parse(text: str) -> dict[str, Any] | None:
-    """A JSON object, or None for any other text."""
-    try:
-        value = json.loads(text, parse_int=_integer)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _integer(text: str) -> int | float:
-    """An integer; one that no float can hold is infinite, as a number with a point would be."""
-    return int(text) if len(text) < 300 else float(text)
-
-
-def _object(path: Path, damage: list[str]) -> dict[str, Any]:
-    text = _read(path)
-    if text is None:
-        return {}
-    value = _parse(text)
-    if value is None:
-        damage.append(f"{path.name} is damaged and was left out.")
-    return value or {}
-
-
-def _lines(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file. A killed run leaves half a line at its end."""
-    count = 0
-    for line in (_read(path) or "").split("\n"):
-        if not line.strip():
-            continue
-        value = _parse(line)
-        if value is None:
-            count += 1
-        else:
-            yield value
-    if count:
-        damage.append(f"{path.name}: {count} damaged line{'s' * (count > 1)} left out.")
+def _log_end(path: Path) -> str:
+    return "\n".join(read_end(path).splitlines()[-LOG_LINES:])
 
 
 def _steps(path: Path, damage: list[str]) -> dict[int, dict[str, float]]:
     """Metrics by step. Of two values for one step the later one counts."""
     steps: dict[int, dict[str, float]] = {}
-    for row in _lines(path, damage):
+    for row in lines(path, damage):
         step = row.pop("step", None)
-        if isinstance(step, bool) or not isinstance(step, int):
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < LAST_STEP:
             continue
-        values = {k: f for k, v in row.items() if (f := _float(v)) is not None}
+        values = {k: f for k, v in row.items() if (f := figure(v)) is not None}
         steps.setdefault(step, {}).update(values)
     return dict(sorted(steps.items()))
-
-
-def _float(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
-
-
-def _selected(directory: Path, damage: list[str]) -> Iterator[tuple[int, tuple[ShownRollout, ...]]]:
-    """A few rollouts of the first, the middle and the last recorded step."""
-    if not directory.is_dir():
-        return
-    files = {int(m[1]): p for p in directory.iterdir() if (m := _STEP.fullmatch(p.name))}
-    steps = sorted(files)
-    selected = {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set()
-    for step in sorted(selected):
-        by_task: dict[str, tuple[int, dict[str, Any]]] = {}
-        for index, row in enumerate(_lines(files[step], damage)):
-            # One rollout of each task tells more than several of one.
-            by_task.setdefault(f"{row.get('env')}/{row.get('task_id')}", (index, row))
-        rows = list(by_task.values())[:MAX_ROLLOUTS]
-        tensors = files[step].with_suffix(".safetensors")
-        kl = _kl(tensors, [index for index, _ in rows])
-        if kl is None:
-            damage.append(f"{tensors.name} cannot be read: the tokens have no colors.")
-            kl = {}
-        yield step, tuple(_shown(row, kl.get(index)) for index, row in rows)
-
-
-def _kl(path: Path, indices: list[int]) -> dict[int, list[float]] | None:
-    """Per-token KL of rollouts by their index, empty without a file; None if it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return {}
-    try:
-        with safe_open(str(path), framework="numpy") as tensors:
-            bounds, kl = tensors.get_tensor("offsets"), tensors.get_tensor("kl")
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
-        return None
-    if (bounds.ndim, bounds.dtype.kind, kl.ndim, kl.dtype.kind) != (1, "i", 1, "f"):
-        return None
-    offsets = bounds.tolist()
-    return {
-        i: kl[offsets[i] : offsets[i + 1]].astype(float).tolist()
-        for i in indices
-        if i + 1 < len(offsets) and 0 <= offsets[i] <= offsets[i + 1] <= len(kl)
-    }
-
-
-def _shown(row: dict[str, Any], kl: list[float] | None) -> ShownRollout:
-    tokens = row.get("tokens")
-    tokens = [str(t) for t in tokens] if isinstance(tokens, list) else [str(row.get("completion"))]
-    # Better no colors than those of other tokens.
-    values: list[float | None] = [None] * len(tokens)
-    if kl is not None and len(kl) == len(tokens):
-        values = list(kl)
-    tokens, values = _with_inserted(tokens, values, row.get("inserted"))
-    return ShownRollout(
-        env=str(row.get("env") or ""),
-        task=str(row.get("task_id") or ""),
-        reward=_float(row.get("reward")),
-        stop=str(row.get("stop") or ""),
-        teacher_prompt=str(row.get("teacher_prompt_text") or ""),
-        tokens=tuple(zip(tokens, values, strict=True))[:MAX_TOKENS],
-        hidden=max(0, len(tokens) - MAX_TOKENS),
-    )
-
-
-def _with_inserted(
-    tokens: list[str], values: list[float | None], inserted: object
-) -> tuple[list[str], list[float | None]]:
-    """The tokens with what an environment wrote between them, which has no color."""
-    try:
-        pieces = [(int(each["at"]), str(each["text"])) for each in inserted or ()]  # type: ignore[attr-defined]
-    except (TypeError, KeyError, ValueError):
-        return tokens, values
-    for at, text in sorted(pieces, reverse=True):
-        if 0 <= at <= len(tokens):
-            tokens = [*tokens[:at], text, *tokens[at:]]
-            values = [*values[:at], None, *values[at:]]
-    return tokens, values

@@ -1,0 +1,1 @@
+"""Looking at what was trained: asking it, evaluating it, reading its rollouts."""
