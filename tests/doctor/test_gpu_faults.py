@@ -231,6 +231,7 @@ def test_a_broken_vllm(packages_here: Callable[..., None]) -> None:
 @pytest.mark.gpu
 def test_a_gpu_passes_its_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compile and its log-probs on the card, a CUDA IPC handle, torch against the driver."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # which a compile sets, for its process
     results = [ipc.round_trip(), gpus.torch_build(), gpus.driver(), gpus.gpu_memory()]
     if not REHEARSED:
         results.append(kernels.compiled())
