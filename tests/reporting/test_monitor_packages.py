@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from support.configs import MINIMAL
 from support.monitor_files import tensorboard_data, trackio_rows, wandb_items, wandb_records
+from support.runs import board, records, run
 
 from minidistill.config import Config, load_config
-from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError
 from minidistill.reporting.monitors import check_monitors, open_monitors
 
 SECRET = "sk-very-secret-0123456789"
@@ -112,11 +113,11 @@ def test_wandb_offline(
     full = next(table for table in tables if len(table["columns"]) == 4)
     assert full["columns"] == ["prompt", "before", "in context", "after"]
     assert full["data"] == [["Hi | <b>[31m", "one\ntwo", "# three", "four"]]
-    [run, *_] = [r.run for r in records if r.HasField("run")]
-    assert (run.run_id, run.display_name, list(run.tags)) == (saved_id, "a run", ["a"])
-    logged = {u.key: json.loads(u.value_json) for u in run.config.update}
+    [first, *_] = [r.run for r in records if r.HasField("run")]
+    assert (first.run_id, first.display_name, list(first.tags)) == (saved_id, "a run", ["a"])
+    logged = {u.key: json.loads(u.value_json) for u in first.config.update}
     assert logged["orchestrator"]["teacher_model"]["context"] == "Think."
-    assert not run.git.remote_url
+    assert not first.git.remote_url
     summary: dict[str, Any] = {}
     for record in records:
         if record.HasField("summary"):
@@ -168,6 +169,24 @@ def test_tensorboard(
     assert "\x1b" not in shown
     assert '"context": "Think."' in texts["config"][2]
     assert_no_secret(run_dir)
+
+
+def test_a_run_with_tensorboard(tmp_path: Path) -> None:
+    needs("tensorboard")
+    path = tmp_path / "run"
+    assert run(path, "--tensorboard", "--max_steps", "2") == EXIT_OK
+    scalars, texts = tensorboard_data(path / "tensorboard")
+    recorded = {r["step"]: r["teacher_kl"] for r in records(path) if "teacher_kl" in r}
+    assert scalars["teacher_kl"] == {s: pytest.approx(kl, rel=1e-6) for s, kl in recorded.items()}
+    assert scalars["scoreboard/steps"] == {2: 2.0}
+    kept = board(path)["completions"]
+    assert {tag for tag in texts if tag.startswith("samples/")} == {
+        f"samples/{number}" for number in range(len(kept))
+    }
+    first, last = texts["samples/0"][0], texts["samples/0"][2]
+    assert "**in context**" in first
+    assert "**after**" not in first
+    assert f"**after**\n\n    {kept[0]['after'].splitlines()[0]}" in last
 
 
 def test_trackio(
