@@ -14,6 +14,7 @@ from minidistill.baking.context import name_of, read_context
 from minidistill.baking.document import commented, document
 from minidistill.baking.flags import in_flags
 from minidistill.config import load_config
+from minidistill.envs import load_environment
 from minidistill.errors import UserError
 from minidistill.placement.machine import GIB, Machine
 
@@ -207,6 +208,11 @@ def test_a_text_file_has_a_prompt_on_each_line() -> None:
     assert plan.loaded.provenance["orchestrator.env.0.args.path"] == "--prompts"
     assert plan.loaded.config.orchestrator.eval is not None
     assert plan.loaded.config.orchestrator.eval.env is None, "held out of the same file"
+    read = load_environment("jsonl", env.args)
+    tasks = {task.id: task.messages[0]["content"] for task in [*read.train, *read.eval]}
+    # by the numbers of the lines, of which every other is empty
+    assert tasks == {str(2 * i + 1): f"Question {i}?" for i in range(60)}
+    assert len(read.eval) == 15
 
 
 def test_few_prompts_are_all_trained_on() -> None:
