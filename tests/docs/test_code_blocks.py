@@ -92,7 +92,7 @@ def test_commands_can_be_run(
 
 
 @pytest.mark.parametrize("block", of("python"))
-def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     code = compile(block.text, block.place, "exec")
     name = str(block.document.relative_to(ROOT))
     if name in RUN_ELSEWHERE:
