@@ -240,6 +240,7 @@ def test_a_gpu_passes_its_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_log_probs_and_handles_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.interpreted().status == "pass"
     for error in (1.0, float("nan")):
         monkeypatch.setattr(kernels, "_error", lambda device, e=error: e)
         assert kernels.interpreted().status == "fail"
