@@ -48,12 +48,13 @@ def test_every_kind_computes_the_same(
 
 
 @pytest.mark.vllm
-def test_vllm_computes_the_same(
+def test_vllm_loads_it_and_computes_the_same(
     configure: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(configure, tmp_path / "mine", *KINDS["rslora"], *KINDS["ranks"])
     assert main(["export", str(run), "--to", str(tmp_path / "out")]) == 0
     assert "checked in vLLM: KL " in capsys.readouterr().out
+    assert "| vLLM |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_base_that_has_gone(
