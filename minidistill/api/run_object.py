@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from minidistill.config import Config, load_config
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.system.run_folders import no_run
 from minidistill.system.threads import settle_threads
 
 if TYPE_CHECKING:
@@ -30,10 +31,8 @@ class Run:
         """Raises UserError if there is no run."""
         self.directory = Path(directory).expanduser().absolute()
         if not (self.directory / "config.toml").is_file():
-            raise UserError(
-                f"{directory} is not a run directory",
-                where=str(directory),
-                fix="give the output directory of a run; it contains config.toml",
+            raise no_run(
+                Path(directory), "give the output directory of a run; it contains config.toml"
             )
 
     @property

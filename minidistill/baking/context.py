@@ -12,6 +12,7 @@ from minidistill.system.files import read_text
 
 FLAG = "--context"
 _FIX = 'give a text, --context "You are …", or the path of a file with it'
+_ENDINGS = (".txt", ".md")
 _WORDS, _LONGEST = 4, 40
 """Of a name that is made of a text: words, and characters."""
 
@@ -36,6 +37,12 @@ def read_context(context: str | Path) -> str:
                 fix="check the path; a text of one word that has a / or ends in .txt or .md is "
                 "taken for a path",
             )
+        if beside := _file_of_name(context):
+            raise UserError(
+                f"the context would be the word {context.strip()!r}, and there is a file {beside}",
+                where=FLAG,
+                fix=f"name the file, {FLAG} {beside}, or give a text of several words",
+            )
     check_encoding(text, FLAG)
     if not text.strip():
         raise UserError(empty, FLAG, _FIX)
@@ -55,7 +62,15 @@ def looks_like_path(text: str) -> bool:
     text = text.strip()
     if not text or re.search(r"\s", text):
         return False
-    return os.sep in text or text.lower().endswith((".txt", ".md"))
+    return os.sep in text or text.lower().endswith(_ENDINGS)
+
+
+def _file_of_name(text: str) -> str:
+    """The text file that one word names if its ending was forgotten, or ""."""
+    word = text.strip()
+    if re.search(r"\s", word):
+        return ""
+    return next((file for end in _ENDINGS if _is_file(file := word + end)), "")
 
 
 def name_of(context: str | Path, text: str) -> str:

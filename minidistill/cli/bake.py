@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 
 from minidistill.cli.parser import Commands, before_torch
@@ -10,6 +11,7 @@ from minidistill.error_output import print_to_stderr
 from minidistill.errors import UserError
 
 _EXAMPLE = 'minidistill bake --model Qwen/Qwen3-4B-Instruct-2507 --context "You are an old pirate."'
+_FLAGS = ("model", "context", "prompts", "steps", "out", "resume")
 
 
 def add_bake(commands: Commands) -> None:
@@ -60,6 +62,7 @@ def _bake(options: argparse.Namespace, rest: list[str]) -> int:
         named = " and ".join(f"--{flag}" for flag in missing)
         raise UserError(f"bake needs {named}", named, _EXAMPLE)
     steps = None if options.steps is None else _steps(options.steps)
+    _check_flags(rest)
 
     before_torch()
     if sys.stderr.isatty():  # the first thing to see, seconds before the next
@@ -75,6 +78,15 @@ def _bake(options: argparse.Namespace, rest: list[str]) -> int:
         rest,
         resume=options.resume,
     )
+
+
+def _check_flags(rest: list[str]) -> None:
+    """Raise UserError for an option that is misspelt: as a setting it would be explained badly."""
+    for word in rest:
+        name = word.removeprefix("--").partition("=")[0]
+        close = difflib.get_close_matches(name, _FLAGS, 1, 0.75) if name != word else []
+        if close:
+            raise UserError(f"bake has no --{name}", f"--{name}", f"did you mean --{close[0]}?")
 
 
 def _steps(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,10 +41,13 @@ def find(name: str) -> str:
     known = names()
     if name in known:
         return str(known[name])
+    close = difflib.get_close_matches(name, known, 1)
+    nearest = f"did you mean {close[0]}? Or " if close else ""
     raise UserError(
         f"there is no file {name}, and no configuration of that name in the package",
         where=name,
-        fix=f"name a TOML file, or one of {', '.join(known)}; overrides are written --a.b.c VALUE",
+        fix=f"{nearest}name a TOML file, or one of {', '.join(known)}; "
+        "overrides are written --a.b.c VALUE",
     )
 
 

@@ -18,6 +18,7 @@ from minidistill.config.adapter import TENSORS, adapter_folder
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.models.registry import BUILT_IN, resolve
 from minidistill.system.files import read_json, read_text
+from minidistill.system.run_folders import no_run, runs_near
 from minidistill.trainer.checkpoint_files import DamageError, check_files, number
 
 logger = logging.getLogger(__name__)
@@ -64,11 +65,7 @@ class Source:
 def open_run(run: Path) -> Source:
     """Read a run. Raises UserError if there is none, or if it has saved no weights."""
     if not (run / SETTINGS).is_file():
-        raise UserError(
-            f"{run} is not a run directory",
-            where=str(run),
-            fix="give the output directory of a run; it contains config.toml",
-        )
+        raise no_run(run, "give the output directory of a run; it contains config.toml")
     config = load_config([str(run / SETTINGS)], resume=True).config
     is_adapter = config.trainer.model.lora is not False
     board = run / BOARD
@@ -211,18 +208,21 @@ def _with_error(path: Path) -> Path:
 
 
 def _open_model(name: str, path: Path, base: str | None) -> Source:
-    if name not in BUILT_IN and not path.is_dir() and not _may_be_on_hub(name):
+    runs = "" if name in BUILT_IN else runs_near(path)
+    on_hub = _may_be_on_hub(name) and not (runs and path.parent != Path())
+    if name not in BUILT_IN and not path.is_dir() and not on_hub:
         raise UserError(
             f"there is no run, adapter or model in {path}",
             where=name,
-            fix="give a run's directory, a PEFT folder, a model's folder, a built-in model "
+            fix=runs
+            or "give a run's directory, a PEFT folder, a model's folder, a built-in model "
             f"({', '.join(BUILT_IN)}) or a hub's id",
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
             f"{path} holds no run, no adapter and no model",
             where=name,
-            fix=f"a run has {SETTINGS}, an adapter {ADAPTER_SETTINGS}, a model config.json",
+            fix=runs or f"a run has {SETTINGS}, an adapter {ADAPTER_SETTINGS}, a model config.json",
         )
     model = str(path) if path.is_dir() else name
     config = _bare(base or model, _template(path) if base else None)

@@ -16,6 +16,7 @@ from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.reporting.records import rollout_names
 from minidistill.reporting.run_directory import RESOLVED
 from minidistill.system.files import InvalidJsonError, parse_json, read_text
+from minidistill.system.run_folders import no_run
 
 BOARD = "scoreboard.json"
 LARGEST = 1 << 30
@@ -98,11 +99,7 @@ def read_rollouts(
 
 def _steps(run: Path) -> list[int]:
     if not any((run / name).is_file() for name in (RESOLVED, "config.toml")):
-        raise UserError(
-            f"{run} is not a run directory",
-            where=str(run),
-            fix="give the output directory of a run; it contains config.toml",
-        )
+        raise no_run(run, "give the output directory of a run; it contains config.toml")
     folder = run / "rollouts"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     steps = sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))

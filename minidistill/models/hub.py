@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 from minidistill.config import Config
 from minidistill.errors import UserError
 from minidistill.models.folder import check_folder
-from minidistill.models.registry import SHIPPED_CONFIGS, resolve
+from minidistill.models.registry import BUILT_IN, SHIPPED_CONFIGS, resolve
 from minidistill.system.foreign import describe, foreign_code
 
 TEACHER_KEY = "teacher_inference.model.name"
@@ -145,11 +146,13 @@ def _cannot_load(name: str, key: str, error: BaseException) -> UserError:
     reason = next(iter(str(error).strip().splitlines()), "")
     if not (reason and isinstance(error, OSError | ValueError | KeyError)):
         reason = describe(error)
+    close = difflib.get_close_matches(name, BUILT_IN, 1, 0.7)
+    nearest = f"did you mean {close[0]}? Or " if close else ""
     return UserError(
         f"cannot load the model {name!r}: {reason}",
         where=key,
-        fix="name a built-in model (tiny-sokoban, tiny-lake), a local folder in Hugging Face "
-        "layout, or a hub id that this machine can reach",
+        fix=f"{nearest}name a built-in model (tiny-sokoban, tiny-lake), a local folder in Hugging "
+        "Face layout, or a hub id that this machine can reach",
     )
 
 

@@ -185,6 +185,12 @@ def test_what_looks_like_a_path_is_no_context(path: str) -> None:
     assert error.where == "--context"
 
 
+def test_a_word_that_names_a_text_file_without_its_ending() -> None:
+    Path("persona.md").write_text("Be brief.")
+    assert refused(context="persona").fix.startswith("name the file, --context persona.md")
+    assert read_context("persona non grata") == "persona non grata"
+
+
 @pytest.mark.parametrize("context", ["", " \n", "\udce4 x", "empty.txt", Path("missing"), "folder"])
 def test_contexts_that_cannot_be_used(context: str | Path) -> None:
     Path("empty.txt").write_text("\n")
@@ -233,6 +239,8 @@ def test_prompts_that_cannot_be_used() -> None:
     Path("json.txt").write_text('{"prompt": "Who?"}\n')
     assert refused(prompts="q.pdf").where == "--prompts"
     assert refused(prompts="missing.jsonl").where == "--prompts"
+    Path("none.txt").write_text("\n")
+    assert refused(prompts="none.txt").fix == "write one prompt on each line"
     assert "JSON" in refused(prompts="json.txt").what
     assert "q.jsonl:2" in refused(prompts="q.jsonl").where
 

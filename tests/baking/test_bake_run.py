@@ -89,6 +89,13 @@ def test_errors_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) ->
     assert "bake needs --model and --context" in error()
     assert "--steps 'x' cannot be used" in error("--model", "m", "--context", "c", "--steps", "x")
     assert "there is no file no.txt" in error("--model", "m", "--context", "no.txt")
+    given = ("--model", "m", "--context", "c")
+    for flag, meant in (
+        ("--prompt", "--prompts"),
+        ("--step=3", "--steps"),
+        ("--contexts", "--context"),
+    ):
+        assert f"did you mean {meant}?" in error(*given, flag, "x")
 
 
 # -- init --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from minidistill.cli import main
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from minidistill.export.source import open_run, open_source
 from minidistill.look.model import load
+from minidistill.system.run_folders import no_run
 from minidistill.types import Role
 
 
@@ -165,3 +167,29 @@ def test_contexts(far: Path, tmp_path: Path) -> None:
     for empty in (str(file), ""):
         with pytest.raises(UserError, match="the context is empty"):
             open_source(str(far), context=empty)
+
+
+def test_a_run_that_may_be_meant(
+    far: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "runs"
+    for name in ("pirate", "sokoban"):
+        (runs / name / "checkpoints").mkdir(parents=True)
+        (runs / name / "config.toml").touch()
+    (tmp_path / "bare").mkdir()
+    os.utime(runs / "pirate" / "config.toml", (1, 1))
+    monkeypatch.chdir(tmp_path)
+    error = refusal("runs/pirat")  # it could be a hub's id, but the folder holds runs
+    assert error.what == "there is no run, adapter or model in runs/pirat"
+    assert error.fix == "did you mean runs/pirate?"
+    assert refusal("runs").fix == "name a run; there are runs/sokoban, runs/pirate"
+    for name, fix in (
+        ("runs/nothing-like", "name a run; there are runs/sokoban, runs/pirate"),
+        ("runs/pirate/checkpoints", "did you mean runs/pirate?"),
+        ("bare/runs", "give it"),
+    ):
+        assert no_run(Path(name), "give it").fix == fix
+    for count in range(6):
+        (runs / f"more-{count}").mkdir()
+        (runs / f"more-{count}" / "config.toml").touch()
+    assert refusal("runs").fix.endswith(", …")

@@ -64,7 +64,8 @@ def read_lines(
         places[line.id] = line.place
         lines.append(line)
     if not lines:
-        fix = f"write lines of {LINE}"
+        is_text = source.format == "text"
+        fix = "write one prompt on each line" if is_text else f"write lines of {LINE}"
         raise UserError("the file has no prompts", where=source.path, fix=fix)
     if absent:
         what = f"no row has a column {next(iter(absent))!r}"

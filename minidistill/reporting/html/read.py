@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from minidistill.errors import UserError
 from minidistill.reporting.html.files import figure, lines, read, read_end, read_object
 from minidistill.reporting.html.rollouts import ShownRollout, selected
 from minidistill.reporting.run_lock import is_locked
+from minidistill.system.run_folders import no_run
 
 RUN_FILES = ("metrics.jsonl", "scoreboard.json", "config.resolved.json", "config.toml")
 """A directory with none of these holds no run."""
@@ -91,10 +91,8 @@ def read_run(run_dir: Path, unfinished: Unfinished | None = None) -> Run:
     whether it is running.
     """
     if not any((run_dir / name).is_file() for name in RUN_FILES):
-        raise UserError(
-            f"{run_dir} is not a run directory",
-            where=str(run_dir),
-            fix="give the output directory of a run; it contains metrics.jsonl and config.toml",
+        raise no_run(
+            run_dir, "give the output directory of a run; it contains metrics.jsonl and config.toml"
         )
     state: State
     damage: list[str] = []
