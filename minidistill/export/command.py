@@ -9,8 +9,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from minidistill.export.base import Base, name_base
 from minidistill.export.card import model_card
 from minidistill.export.check import Agreement
 from minidistill.export.source import Source, open_run
-from minidistill.export.usage import usage
+from minidistill.export.usage import other_server, usage
 from minidistill.models.hub import load_model_config, load_tokenizer
 from minidistill.system.files import shown_path
 
@@ -102,21 +100,9 @@ def export(run: Path, options: Options) -> int:
         print(printable("\n".join(f"  {line}" for line in command.splitlines())))
     for note in uses.notes:
         print(note)
-    if len(uses.commands) > 1 and _lacks_vllm_serve():
-        print(
-            "the vLLM that is installed here has no `vllm serve MODEL`: write "
-            "`python -m vllm.entrypoints.openai.api_server --model MODEL`"
-        )
+    if len(uses.commands) > 1 and (note := other_server()):
+        print(note)
     return EXIT_OK
-
-
-def _lacks_vllm_serve() -> bool:
-    """Whether vLLM is installed under another name, as its CPU build is: the command fails then."""
-    try:
-        version("vllm")
-    except PackageNotFoundError:
-        return find_spec("vllm") is not None
-    return False
 
 
 def _require_free(target: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from minidistill.config.adapter import SETTINGS
@@ -77,3 +79,16 @@ def _python(source: Source, base: str | None, folder: str) -> str:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)  # Python reads no pairs of surrogates
+
+
+def other_server() -> str:
+    """What to write for `vllm serve` where it fails: vLLM's CPU build has another name. Or ""."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        if find_spec("vllm") is not None:
+            return (
+                "the vLLM that is installed here has no `vllm serve MODEL`: write "
+                "`python -m vllm.entrypoints.openai.api_server --model MODEL`"
+            )
+    return ""

@@ -19,6 +19,7 @@ from minidistill.error_output import print_to_stderr
 from minidistill.errors import EXIT_OK, UserError, bounded, printable
 from minidistill.export.check import vllm_rank
 from minidistill.export.source import Source, open_source
+from minidistill.export.usage import other_server
 from minidistill.look.chat import Chat
 from minidistill.look.model import Model, load
 from minidistill.look.notes import notes_to_stderr
@@ -74,6 +75,8 @@ def chat(name: str, options: Options) -> int:
             if source.checkpoint is not None:
                 print_to_stderr(printable(describe(source)))
             print(printable(server_line(source)))
+            if note := other_server():
+                print_to_stderr(note)
             return EXIT_OK
         contexts = find_contexts(source.config)
         if options.with_context and not contexts:

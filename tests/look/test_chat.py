@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minidistill.cli import main
 from minidistill.errors import UserError
+from minidistill.export import usage
 from minidistill.export.source import open_source
 from minidistill.look.chat import Answer, Chat
 from minidistill.look.chat_command import CtrlC
@@ -234,6 +236,28 @@ def test_the_line_that_serves_it(far: Path, capsys: pytest.CaptureFixture[str]) 
         error = capsys.readouterr().err
         assert what in error
         assert "--merge" in error
+
+
+def test_the_line_says_what_to_write_with_the_cpu_build(
+    far: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for dists, modules, noted in (
+        ([], ["vllm"], True),
+        (["vllm"], ["vllm"], False),
+        ([], [], False),
+    ):
+        monkeypatch.setattr(usage, "find_spec", lambda name, found=modules: name in found or None)
+
+        def version(name: str, found: list[str] = dists) -> str:
+            if name not in found:
+                raise PackageNotFoundError(name)
+            return "0.32.0"
+
+        monkeypatch.setattr(usage, "version", version)
+        assert main(["chat", str(far), "--server"]) == 0
+        out = capsys.readouterr()
+        assert len(out.out.splitlines()) == 1, "what a script reads"
+        assert ("vllm.entrypoints.openai.api_server" in out.err) == noted
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
