@@ -79,6 +79,20 @@ def test_every_command_has_help(
     assert "gpu_memory" not in out  # also accepted, but not shown
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("command", [name for name, _ in HELP])
+def test_help_fits_the_terminal(
+    command: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert cli.main([command, "--help"]) == EXIT_OK
+    text = capsys.readouterr().out
+    kept = "  minidistill "  # examples are to be copied
+    assert [line for line in text.splitlines() if len(line) > width and kept not in line] == []
+    assert "usage: minidistill " + command in text
+    assert "\0" not in text
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["help"]])
 def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 0

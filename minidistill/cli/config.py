@@ -16,8 +16,8 @@ def add_config(commands: Commands) -> None:
         description="Show the settings that `run` would use, and where each comes from.",
         epilog="""\
 examples:
-  minidistill config configs/sokoban.toml --trainer.optim.lr 1e-3
-  minidistill config configs/sokoban.toml --json""",
+  minidistill config sokoban --trainer.optim.lr 1e-3
+  minidistill config sokoban --json""",
     )
     parser.set_defaults(handler=_config)
     parser.add_configuration()

@@ -53,7 +53,7 @@ configures.""",
 examples:
   {_EXAMPLE} --args.rules omit
   minidistill env check jsonl my.toml --args '{{ path = "prompts.jsonl" }}' --json
-  minidistill env check configs/sokoban.toml""",
+  minidistill env check sokoban""",
     )
     parser.set_defaults(handler=_check)
     parser.add_configuration()
@@ -94,7 +94,7 @@ def _add_prompts(actions: Commands) -> None:
         description="""\
 Have the model write the prompts of each `self-prompts` in the configuration, as `run` would,
 and print the path of each file. Files that are there already are not written again.""",
-        epilog="examples:\n  minidistill env prompts configs/self-prompts.toml",
+        epilog="examples:\n  minidistill env prompts self-prompts",
     )
     parser.set_defaults(handler=_prompts)
     parser.add_configuration()
@@ -102,7 +102,7 @@ and print the path of each file. Files that are there already are not written ag
 
 def _prompts(options: argparse.Namespace, rest: list[str]) -> int:
     if not rest:
-        fix = "minidistill env prompts configs/self-prompts.toml"
+        fix = "minidistill env prompts self-prompts"
         raise UserError("no configuration is given", fix=fix)
 
     before_torch()

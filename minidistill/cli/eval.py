@@ -26,7 +26,7 @@ examples:
   minidistill eval runs/mine --with-context
   minidistill eval runs/mine runs/mine-2 --n 512
   minidistill eval exported/mine --env jsonl --args '{ path = "held-out.jsonl", reward = "exact" }'
-  minidistill eval Qwen/Qwen3-0.6B --env configs/sokoban.toml""",
+  minidistill eval Qwen/Qwen3-0.6B --env sokoban-env""",
     )
     parser.set_defaults(handler=_eval)
     parser.add_argument(

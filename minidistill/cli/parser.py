@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -21,13 +23,52 @@ FILES…         TOML files, or names of the package's own (sokoban); a later on
 --key VALUE    any setting by its dotted name, in snake or kebab case; beats the files
 `minidistill config FILES…` shows all settings, docs/configuration.md explains them."""
 
+_WIDEST = 100
+"""Columns of a sentence, on a wide terminal too."""
+_ROW = re.compile(r"\S+( \S+)*  +")
+"""The first column of a row."""
+
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the texts of examples as they are."""
+    """Wraps sentences, rows and the usage at the terminal's width, and keeps indented examples."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog)
         self._action_max_length = 14  # argparse forgets that commands are indented
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        width = min(width, _WIDEST)
+        blocks: list[str] = []
+        for line in text.splitlines():
+            if line.startswith(" "):
+                blocks.append(indent + line)
+            elif row := _ROW.match(line):
+                hang = indent + " " * row.end()
+                blocks.append(_wrap(line, width, indent, hang))
+            elif blocks and blocks[-1] and not blocks[-1].startswith(" ") and not indent:
+                blocks[-1] = _wrap(f"{blocks[-1]} {line}", width, "", "")
+            else:
+                blocks.append(_wrap(line, width, indent, indent))
+        return "\n".join(blocks)
+
+    def _format_usage(self, usage: str | None, *rest: Any) -> str:
+        text = super()._format_usage(usage, *rest)
+        if usage is None or (width := min(self._width, _WIDEST)) >= len(text.strip()):
+            return text
+        # an option and its value stay together
+        glued = re.sub(r"\[[^]]*\]", lambda option: option[0].replace(" ", "\0"), text.strip())
+        return _wrap(glued, width, "", " " * 7).replace("\0", " ") + "\n\n"
+
+
+def _wrap(text: str, width: int, first: str, rest: str) -> str:
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -20,8 +20,8 @@ Show what `run` would do on a machine: which GPUs sample, score and train, and t
 of each. If it does not fit (exit code 3), show which settings to change. No weights are loaded.""",
         epilog="""\
 examples:
-  minidistill plan configs/sokoban-qwen3-4b.toml --gpus 4 --gpu-memory 80
-  minidistill plan configs/sokoban-qwen3-4b.toml --gpus 1 --gpu-memory 24 --json""",
+  minidistill plan sokoban-qwen3-4b --gpus 4 --gpu-memory 80
+  minidistill plan sokoban-qwen3-4b --gpus 1 --gpu-memory 24 --json""",
     )
     parser.set_defaults(handler=_plan)
     parser.add_configuration()

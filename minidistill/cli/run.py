@@ -29,9 +29,9 @@ def add_run(commands: Commands) -> None:
         description="Train with the configuration in the files and on the command line.",
         epilog="""\
 examples:
-  minidistill run configs/sokoban.toml --output-dir runs/first
+  minidistill run sokoban --output-dir runs/first
   minidistill run @ base.toml @ more.toml --inference_gpu_ids 0,1 --trainer_gpu_ids 2 3
-  minidistill run configs/sokoban.toml --wandb --no-orchestrator.eval""",
+  minidistill run sokoban --wandb --no-orchestrator.eval""",
     )
     parser.set_defaults(handler=_run)
     parser.add_configuration()
