@@ -63,6 +63,7 @@ def _bake(options: argparse.Namespace, rest: list[str]) -> int:
         raise UserError(f"bake needs {named}", named, _EXAMPLE)
     steps = None if options.steps is None else _steps(options.steps)
     _check_flags(rest)
+    _check_files(options.context, options.prompts)
 
     before_torch()
     if sys.stderr.isatty():  # the first thing to see, seconds before the next
@@ -87,6 +88,17 @@ def _check_flags(rest: list[str]) -> None:
         close = difflib.get_close_matches(name, _FLAGS, 1, 0.75) if name != word else []
         if close:
             raise UserError(f"bake has no --{name}", f"--{name}", f"did you mean --{close[0]}?")
+
+
+def _check_files(context: str, prompts: str | None) -> None:
+    """Raise UserError for files that cannot be used, seconds before torch is loaded."""
+    from minidistill.baking.context import read_context
+    from minidistill.baking.prompts import prompts_args
+
+    if not context.startswith("/dev/"):  # a pipe can be read once
+        read_context(context)
+    if prompts is not None:
+        prompts_args(prompts)
 
 
 def _steps(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -81,6 +82,14 @@ def test_a_model_that_repeats_itself_writes_fewer_prompts(
     assert "where: --prompts (orchestrator.env.0)" in error
 
 
+def test_files_are_checked_before_torch_is_loaded() -> None:
+    code = "import sys; from minidistill.cli import main\n"
+    code += "main(['bake', '--model', 'm', '--context', 'no.txt']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "there is no file no.txt" in done.stderr
+    assert done.stdout == "False\n"
+
+
 def test_errors_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     def error(*args: str) -> str:
         assert cli.main(["bake", *args]) == EXIT_USAGE
@@ -90,6 +99,7 @@ def test_errors_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) ->
     assert "--steps 'x' cannot be used" in error("--model", "m", "--context", "c", "--steps", "x")
     assert "there is no file no.txt" in error("--model", "m", "--context", "no.txt")
     given = ("--model", "m", "--context", "c")
+    assert "there is no file no.csv" in error(*given, "--prompts", "no.csv")
     for flag, meant in (
         ("--prompt", "--prompts"),
         ("--step=3", "--steps"),
