@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from minidistill import cli
 from minidistill.baking.init import init
@@ -85,7 +86,9 @@ def test_a_model_that_repeats_itself_writes_fewer_prompts(
 def test_files_are_checked_before_torch_is_loaded() -> None:
     code = "import sys; from minidistill.cli import main\n"
     code += "main(['bake', '--model', 'm', '--context', 'no.txt']); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert "there is no file no.txt" in done.stderr
     assert done.stdout == "False\n"
 
