@@ -22,6 +22,14 @@ FILES…         TOML files, or names of the package's own (sokoban); a later on
 `minidistill config FILES…` shows all settings, docs/configuration.md explains them."""
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the texts of examples as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = 14  # argparse forgets that commands are indented
+
+
 class CommandParser(argparse.ArgumentParser):
     """Raises UserError where argparse would print and exit."""
 
@@ -33,7 +41,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             **settings,
         )
         self.add_argument("--traceback", action="store_true", help="show where an error was raised")

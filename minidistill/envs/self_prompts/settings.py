@@ -79,8 +79,9 @@ def load(
     hash of a text decides whether it is held out. Before there is a file, the environment has its
     reward and no tasks. Raises UserError for an argument that it cannot use.
     """
-    given: dict[str, Any] = {"count": count, "at_least": at_least, "temperature": temperature}
-    Settings.of({**given, "max_tokens": max_tokens, "topics": topics, "seed": seed})
+    given: dict[str, object] = {"count": count, "at_least": at_least}
+    given |= {"temperature": temperature, "max_tokens": max_tokens}
+    Settings.of({**given, "topics": topics, "seed": seed})
     named = path is None or (isinstance(path, str) and path != "")
     _require(named, "path", path, "name a file, or leave path out")
     if path is None or not Path(path).expanduser().exists():
