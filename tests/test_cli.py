@@ -48,14 +48,19 @@ def test_module_runs_as_a_command() -> None:
 
 HELP = [
     ("run", ["FILES…", "--key VALUE", "--resume", "--quiet", "--json"]),
+    ("bake", ["--model", "--context", "--prompts", "--steps", "--out", "--resume", "--key VALUE"]),
+    ("init", ["FILE", "--model", "--context", "--prompts", "--env", "--yes", "--force"]),
     ("plan", ["FILES…", "--key VALUE", "--gpus N", "--gpu-memory GiB", "--json"]),
     ("config", ["FILES…", "--key VALUE", "--json"]),
     ("env", ["check", "prompts"]),
     ("report", ["RUN", "--out FILE"]),
     ("export", ["RUN", "--to", "--merge", "--base", "--gguf", "--push", "--no-vllm"]),
     ("bench", ["NAME", "schedule"]),
+    ("chat", ["--ask", "--side-by-side", "--with-context", "--server"]),
+    ("eval", ["--env", "--with-context"]),
+    ("rollouts", ["RUN", "--step", "--worst", "--task", "--json"]),
     ("doctor", ["--quick", "--json"]),
-    ("completion", ["bash|zsh|fish"]),
+    ("completion", ["SHELL", "bash"]),
 ]
 
 
@@ -90,7 +95,7 @@ def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture
         (["rl", "@", "x"], "minidistill run"),
         (["confg"], "minidistill config"),
         (["zzzz"], "minidistill --help"),
-        (["run"], "configs/sokoban.toml"),
+        (["run"], "minidistill run sokoban"),
         (["report"], "report runs/"),
         (["report", "a", "b"], "directory of a run"),
         (["report", "--x"], "report runs/"),

@@ -17,9 +17,17 @@ Handler: TypeAlias = Callable[[argparse.Namespace, list[str]], int]
 """A command: takes its options and all other arguments in their order, returns the exit code."""
 
 _CONFIGURATION = """\
-FILES…         TOML files; a later file beats an earlier one
+FILES…         TOML files, or names of the package's own (sokoban); a later one beats an earlier one
 --key VALUE    any setting by its dotted name, in snake or kebab case; beats the files
 `minidistill config FILES…` shows all settings, docs/configuration.md explains them."""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the texts of examples as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = 14  # argparse forgets that commands are indented
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -33,7 +41,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             **settings,
         )
         self.add_argument("--traceback", action="store_true", help="show where an error was raised")
@@ -54,7 +62,7 @@ class CommandParser(argparse.ArgumentParser):
 def load_configuration(command: str, args: list[str], *, resume: bool = False) -> LoadedConfig:
     """The configuration that a command's files and overrides give. Raises UserError."""
     if not args:
-        fix = f"minidistill {command} configs/sokoban.toml"
+        fix = f"minidistill {command} sokoban"
         raise UserError("no configuration file is given", fix=fix)
     from minidistill.config import load_config
 

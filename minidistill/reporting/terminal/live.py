@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -25,12 +26,45 @@ from minidistill.types import Advance, Metrics
 logger = logging.getLogger(__name__)
 REFRESH_HZ = 4
 """Often enough to look alive; each redraw takes the trainer's interpreter a few milliseconds."""
+SHOW_CURSOR = "\x1b[?25h"
+
+
+class _Console(Console):
+    """Where one thread prints at a time.
+
+    Rich computes how many lines to erase before it writes. If another thread drew in between, lines
+    of the region would be left over.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        # No emoji, no markup, no highlighting: texts come from models and files.
+        super().__init__(file=stream, markup=False, emoji=False, highlight=False)
+        # Reentrant: a signal handler may print while the main thread is drawing.
+        self.drawing = threading.RLock()
+
+    def __enter__(self) -> Console:
+        self.drawing.acquire()
+        try:
+            return super().__enter__()
+        except BaseException:  # an interrupt
+            self.drawing.release()
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            self.drawing.release()
 
 
 class _Live(Live):
     """A failure to draw ends the drawing, not the thread that draws, and the log says so."""
 
     failed = False
+
+    def __init__(self, region: LiveRegion, console: Console) -> None:
+        super().__init__(region, console=console, refresh_per_second=REFRESH_HZ)
+        _share_lock(self, console)
 
     def refresh(self) -> None:
         if self.failed:
@@ -42,22 +76,28 @@ class _Live(Live):
             logger.debug("the live region cannot be drawn, and stands still", exc_info=error)
 
 
+def _share_lock(live: Live, console: Console) -> None:
+    """Have a region use its console's lock: two threads could wait for each other's."""
+    if isinstance(console, _Console):
+        live._lock = console.drawing
+
+
 class LiveDisplay:
     """Draws from its own thread; the run's calls only store what is drawn next."""
 
     def __init__(self, stream: TextIO, console: Console | None = None) -> None:
-        # No emoji, no markup, no highlighting: texts come from models and files.
-        self._console = console or Console(file=stream, markup=False, emoji=False, highlight=False)
+        self._stream, self._console = stream, console or _Console(stream)
         self._region = LiveRegion()
         self._live: Live | None = None
-        self._echo = Echo(stream)
+        self._echo, self._hides_cursor = Echo(stream), False
         # An exception that never reaches `close` must not leave the cursor or the echo off.
         atexit.register(self.close)
 
     def open(self, header: Header) -> None:
         self._console.print(render_header(header))
         self._region.open(header)
-        self._live = _Live(self._region, console=self._console, refresh_per_second=REFRESH_HZ)
+        self._live = _Live(self._region, self._console)
+        self._hides_cursor = True
         self._live.start()
 
     def phase(self, name: str, total: int, unit: str) -> AbstractContextManager[Advance]:
@@ -68,9 +108,12 @@ class LiveDisplay:
     @contextmanager
     def _phase_before_open(self, name: str, total: int, unit: str) -> Iterator[Advance]:
         """A bar of its own, which disappears at the end."""
+        self._hides_cursor = True
         count = TextColumn(f"{{task.completed:.0f}}/{total} {clean(unit)}", markup=False)
         text = TextColumn("{task.description}", markup=False)
-        with Progress(text, BarColumn(), count, console=self._console, transient=True) as progress:
+        progress = Progress(text, BarColumn(), count, console=self._console, transient=True)
+        _share_lock(progress.live, self._console)
+        with progress:
             yield partial(progress.advance, progress.add_task(clean(name), total=total))
 
     def step(self, step: int, metrics: Metrics, sample: Sample | None) -> None:
@@ -115,5 +158,13 @@ class LiveDisplay:
             if live is not None:
                 live.stop()
         finally:
+            self._show_cursor()
             self._echo.restore()
             atexit.unregister(self.close)
+
+    def _show_cursor(self) -> None:
+        """Rich does so too, but not if an interrupt came while it was drawing."""
+        if self._hides_cursor:
+            self._hides_cursor = False
+            self._stream.write(SHOW_CURSOR)
+            self._stream.flush()
