@@ -95,7 +95,7 @@ def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture
         (["rl", "@", "x"], "minidistill run"),
         (["confg"], "minidistill config"),
         (["zzzz"], "minidistill --help"),
-        (["run"], "minidistill run sokoban"),
+        (["run"], "configs/sokoban.toml"),
         (["report"], "report runs/"),
         (["report", "a", "b"], "directory of a run"),
         (["report", "--x"], "report runs/"),
