@@ -17,7 +17,7 @@ ENDS := oldest newest
 # Versions of the package verifiers, which do not go with vLLM's requirements
 VERIFIERS := 0.3 0.4
 
-.PHONY: run test check bench soak setup lock docs site $(ENDS:%=test-%) $(VERIFIERS:%=test-verifiers-%)
+.PHONY: run test test-trackio check bench soak setup lock docs site $(ENDS:%=test-%) $(VERIFIERS:%=test-verifiers-%)
 
 run: setup
 	$(BIN)/minidistill run $(CONFIG) $(ARGS)
@@ -43,6 +43,15 @@ $(VERIFIERS:%=test-verifiers-%): test-verifiers-%: .venv-verifiers-%/.ready
 
 .venv-verifiers-%/.ready: requirements-verifiers-%.lock setup
 	$(INSTALL) --no-deps --target .venv-verifiers-$* --requirement requirements-verifiers-$*.lock
+	@touch $@
+
+# Installed beside the environment, too.
+test-trackio: .venv-trackio/.ready
+	PYTHONPATH=$(CURDIR)/.venv-trackio $(BIN)/python -m pytest \
+	  tests/reporting/test_monitor_packages.py $(ARGS)
+
+.venv-trackio/.ready: requirements-trackio.lock setup
+	$(INSTALL) --no-deps --target .venv-trackio --requirement requirements-trackio.lock
 	@touch $@
 
 check: setup

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -134,10 +135,12 @@ def bake(arguments: argparse.Namespace, run: Path) -> float:
     command += ["--out", str(run)]
     if arguments.steps is not None:
         command += ["--steps", str(arguments.steps)]
-    began = time.perf_counter()
-    if (code := cli.main(command)) != EXIT_OK:
-        raise SystemExit(code)
-    return time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as cache:  # where no prompts are yet
+        os.environ["XDG_CACHE_HOME"] = cache
+        began = time.perf_counter()
+        if (code := cli.main(command)) != EXIT_OK:
+            raise SystemExit(code)
+        return time.perf_counter() - began
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,7 +50,7 @@ def build(source: Path, *kinds: str) -> Path:
 
 def copy(target: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "runs", "results")
-    for name in (*SHIPPED, *NOT_SHIPPED, "MANIFEST.in"):
+    for name in (*SHIPPED, *NOT_SHIPPED, "MANIFEST.in", "setup.py"):
         path = ROOT / name
         if path.is_dir():
             shutil.copytree(path, target / name, ignore=ignore)
@@ -105,10 +105,14 @@ def test_the_wheel_has_all_that_runs_and_nothing_else(wheel: Path) -> None:
     for name in files:
         assert OURS.match(name), name
         assert name.rpartition(".")[2] != "pyc", name
-    for folder, place in (("minidistill", ""), ("kernels/minidistill_kernels", "kernels/")):
+    for folder, place in (
+        ("minidistill", "minidistill"),
+        ("kernels/minidistill_kernels", "minidistill_kernels"),
+        ("configs", "minidistill/configs"),
+    ):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and path.suffix != ".pyc":
-                name = str(path.relative_to(ROOT)).removeprefix(place)
+                name = f"{place}/{path.relative_to(ROOT / folder)}"
                 assert files.get(name) == path.read_bytes(), f"{name} is missing"
     for data in files.values():
         for place in (str(ROOT), str(Path.home()), str(wheel.parent)):

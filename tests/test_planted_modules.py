@@ -15,7 +15,10 @@ from minidistill.envs.sokoban.workers import WorkerProcess
 from minidistill.system import subprocesses
 from minidistill.system.subprocesses import Subprocess
 
-OPTIONAL = ("wandb", "flash_attn", "bitsandbytes", "sentencepiece")  # may not be installed
+OPTIONAL = (  # may not be installed
+    *("wandb", "tensorboard", "trackio"),
+    *("flash_attn", "bitsandbytes", "sentencepiece"),
+)
 # of the standard library, installed, found by the interpreter itself
 PLANTED = (
     *("json", "random", "socket", "dataclasses", "torch", "numpy", "yaml", "httpx", "pydantic"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,7 +24,6 @@ from minidistill.config.overrides import Override, from_mapping, parse
 from minidistill.envs.registry import load_environment
 from minidistill.errors import UserError
 from minidistill.evaluation.intervals import MIN_TASKS
-from minidistill.models.hub import load_tokenizer
 from minidistill.placement.machine import Machine
 from minidistill.reporting.run_path import choose_path
 
@@ -86,7 +86,7 @@ def bake_configuration(
     provenance = loaded.provenance
     if provenance["output_dir"] == "default":
         provenance = provenance | {"output_dir": OUT}
-    document = commented(data, _TITLE.format(file=directory / "config.toml"))
+    document = commented(data, _TITLE.format(file=shlex.quote(str(directory / "config.toml"))))
     plan = dataclasses.replace(loaded, config=config, provenance=provenance, text=document)
     return BakePlan(plan, directory)
 
@@ -112,7 +112,7 @@ def _load(given: Given, settings: list[Override], resume: bool) -> LoadedConfig:
         if (other := loaded.provenance.get(key, flag)) != flag:
             raise UserError(f"{flag} and {other} both set {key}", flag, "keep one of the two")
     layer += _of_prompts(given, loaded, chosen)
-    layer += _of_model(loaded)
+    layer += _of_model(given, loaded)
     return load_layers([layer, settings], resume=resume)
 
 
@@ -131,22 +131,27 @@ def _of_prompts(given: Given, loaded: LoadedConfig, chosen: Defaults) -> list[Ov
     ]
 
 
-def _of_model(loaded: LoadedConfig) -> list[Override]:
+def _of_model(given: Given, loaded: LoadedConfig) -> list[Override]:
     """What the chat template and the length of the context ask for."""
     from minidistill.driver.prepare import prompt_builder  # torch and transformers take seconds
     from minidistill.models.hub import load_tokenizer
 
     found: list[Override] = []
     config = loaded.config
-    text, sampling = config.orchestrator.teacher_model.context, config.orchestrator.sampling
-    builder = prompt_builder(config, load_tokenizer(config), datetime.now())
+    tokenizer = load_tokenizer(config)
+    if "enable_thinking" in str(tokenizer.chat_template):  # thoughts would fill the completion
+        found.append(override("model.chat_template_kwargs", {"enable_thinking": False}))
+    builder = prompt_builder(config, tokenizer, datetime.now())
+    placement = config.orchestrator.teacher_model.context_placement
     if loaded.provenance[PLACEMENT] == DEFAULT:
         try:
             _ = builder.default_system
         except UserError:  # the template drops system messages
-            context = override(TEXT, f"{text.strip()}\n\n", CONTEXT)
-            found += [override(PLACEMENT, "user"), context]
-    needed = len(builder.encode(text)) + ROOM + sampling.max_tokens
+            placement = "user"
+            found.append(override(PLACEMENT, placement))
+    if placement == "user":  # the prompt follows it
+        found.append(override(TEXT, f"{given.context}\n\n", CONTEXT))
+    needed = len(builder.encode(given.context)) + ROOM + config.orchestrator.sampling.max_tokens
     if needed > config.seq_len and loaded.provenance["seq_len"] == "default":
         found.append(override("seq_len", -(-needed // 256) * 256))
     return found

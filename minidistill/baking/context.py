@@ -36,9 +36,18 @@ def read_context(context: str | Path) -> str:
                 fix="check the path; a text of one word that has a / or ends in .txt or .md is "
                 "taken for a path",
             )
+    check_encoding(text, FLAG)
     if not text.strip():
         raise UserError(empty, FLAG, _FIX)
     return text.strip()
+
+
+def check_encoding(text: str, flag: str) -> None:
+    """Raise UserError for an argument whose bytes are no UTF-8: a TOML file cannot hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{ascii(text)[:200]} is not valid UTF-8", flag) from None
 
 
 def looks_like_path(text: str) -> bool:

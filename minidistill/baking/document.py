@@ -18,6 +18,7 @@ _COMMENTS = {
     "max_steps": "optimizer steps",
     "seq_len": "longest context + prompt + completion, in tokens",
     "model.name": "a hub id, a folder, or a built-in model",
+    "model.chat_template_kwargs": "answers without thinking first",
     "trainer.model.lora": "The adapter: a higher rank holds more.",
     "trainer.optim": "Lower lr if the KL jumps, raise it if it hardly falls.",
     "trainer.loss": "Weights of the reward, the teacher (distillation) and the student's entropy.",

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from minidistill.baking.context import check_encoding
 from minidistill.errors import UserError
 from minidistill.system.files import read_text
 
@@ -16,6 +17,7 @@ _ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 def prompts_args(prompts: str | Path) -> dict[str, Any]:
     """The arguments of `jsonl` for a file of prompts. Raises UserError if it is none."""
     path = Path(prompts).expanduser()
+    check_encoding(str(path), FLAG)
     ending = path.suffix.lower()
     if path.is_dir():
         raise UserError(f"{prompts} is a folder", FLAG, "name a file of prompts in it")

@@ -127,8 +127,8 @@ def _parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
         description="Bake a context into a model's weights.",
         epilog="""\
 examples:
-  minidistill run configs/sokoban.toml
-  minidistill run configs/sokoban.toml --trainer.loss.adv_tau 0 --max-steps 20
+  minidistill bake --model Qwen/Qwen3-4B-Instruct-2507 --context persona.txt
+  minidistill run sokoban --trainer.loss.adv_tau 0 --max-steps 20
   minidistill run --help""",
     )
     parser.add_argument("--version", action="version", version=f"minidistill {__version__}")

@@ -30,6 +30,7 @@ examples:
   minidistill bake --model my-model --context rules.md --out runs/rules --trainer.optim.lr 5e-4""",
     )
     parser.set_defaults(handler=_bake)
+    parser.takes_settings = True
     parser.add_argument("--model", metavar="M", help="a hub id, a folder, or a built-in model")
     parser.add_argument(
         "--context", metavar="FILE|TEXT", help="what the model should not have to read any more"

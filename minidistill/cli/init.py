@@ -20,8 +20,8 @@ def add_init(commands: Commands) -> None:
         usage="minidistill init [FILE] [--model M] [--context FILE|TEXT] [--prompts FILE] "
         "[--env ID] [--yes] [--force] [--traceback]",
         description=f"""\
-Write a TOML file with comments, to edit and to run: {_FILE} by default. On a terminal it asks for
-what no flag says. Nothing is loaded, so the model need not be there yet.""",
+Write a TOML file with comments, to edit and to run: {_FILE} by default. On a
+terminal it asks for what no flag says. The model is not loaded, and need not be there yet.""",
         epilog=f"examples:\n  minidistill init\n  {_EXAMPLE}\n"
         "  minidistill init game.toml --context expert.txt --env sokoban-env",
     )

@@ -17,7 +17,7 @@ Handler: TypeAlias = Callable[[argparse.Namespace, list[str]], int]
 """A command: takes its options and all other arguments in their order, returns the exit code."""
 
 _CONFIGURATION = """\
-FILES…         TOML files; a later file beats an earlier one
+FILES…         TOML files, or names of the package's own (sokoban); a later one beats an earlier one
 --key VALUE    any setting by its dotted name, in snake or kebab case; beats the files
 `minidistill config FILES…` shows all settings, docs/configuration.md explains them."""
 
@@ -62,7 +62,7 @@ class CommandParser(argparse.ArgumentParser):
 def load_configuration(command: str, args: list[str], *, resume: bool = False) -> LoadedConfig:
     """The configuration that a command's files and overrides give. Raises UserError."""
     if not args:
-        fix = f"minidistill {command} configs/sokoban.toml"
+        fix = f"minidistill {command} sokoban"
         raise UserError("no configuration file is given", fix=fix)
     from minidistill.config import load_config
 

@@ -22,6 +22,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _quantization(config)
     yield from _rollouts(config)
     yield from _environments(config)
+    yield from _selection(config)
     yield from _gpus(config)
     yield from _servers(config)
 
@@ -166,6 +167,29 @@ def _environments(config: Config) -> Iterator[Problem]:
                     "give each its own `name`",
                     ((*table.split("."), index),),
                 )
+
+
+def _selection(config: Config) -> Iterator[Problem]:
+    """What needs evaluations during the run."""
+    asked = {
+        "ckpt.best": config.ckpt.best is not None,
+        "early_stopping": config.early_stopping is not None,
+    }
+    evaluation = config.orchestrator.eval
+    for key in (key for key, is_set in asked.items() if is_set):
+        if evaluation is None:
+            yield Problem(
+                f"{key} compares evaluations, but there is no [orchestrator.eval]",
+                "add [orchestrator.eval], or --orchestrator.eval on the command line",
+                (key,),
+            )
+        elif evaluation.interval == 0:
+            yield Problem(
+                f"{key} compares evaluations during the run, but orchestrator.eval.interval = 0 "
+                "evaluates only before and after it",
+                "set orchestrator.eval.interval to a number of steps",
+                (key, "orchestrator.eval.interval"),
+            )
 
 
 def _gpus(config: Config) -> Iterator[Problem]:

@@ -74,6 +74,23 @@ class CkptConfig(Table):
     """Steps between checkpoints; one is always written at the end, and with 0 only that one."""
     keep: Positive = 2
     """How many of the latest checkpoints to keep on disk."""
+    best: Literal["heldout_kl", "reward"] | None = None
+    """Choose the weights of the best evaluation, and not those of the last step: of the lowest KL
+    to the teacher on held-out prompts, or of the highest mean reward. Its checkpoint is kept
+    besides the latest. It needs `[orchestrator.eval]`. A resumed run may leave it out."""
+
+
+class EarlyStoppingConfig(Table):
+    """End the run if evaluations show no progress; off unless the table is present
+    (`--early_stopping`). The weights are those of the last step unless `ckpt.best` is set. A
+    resumed run may have other settings here."""
+
+    metric: Literal["heldout_kl", "reward"] = "heldout_kl"
+    """What has to get better: the KL to the teacher on held-out prompts, or the mean reward."""
+    patience: Positive = 3
+    """Evaluations in a row (`orchestrator.eval.interval`) without progress that end the run."""
+    min_delta: Weight = 0.0
+    """Progress is a change of more than this, from the last evaluation that was progress."""
 
 
 class WandbConfig(Table):
@@ -89,6 +106,23 @@ class WandbConfig(Table):
     """Labels of the run."""
     offline: bool = False
     """Keep the log on disk for a later `wandb sync`."""
+
+
+class TensorboardConfig(Table):
+    """TensorBoard's event files in the run's directory; off unless the table is present
+    (`--tensorboard`)."""
+
+    flush_seconds: PositiveFloat = 10.0
+    """How long events may wait before they are on disk."""
+
+
+class TrackioConfig(Table):
+    """trackio, which keeps runs on this machine; off unless the table is present (`--trackio`)."""
+
+    project: Text = "minidistill"
+    """Project to log to."""
+    name: Text | None = None
+    """Name of the run, to which an id is added; by default the output directory's."""
 
 
 class LoraConfig(Table):
@@ -302,9 +336,12 @@ class Config(Table):
     """GPUs of the trainer."""
     model: ModelConfig = ModelConfig()
     ckpt: CkptConfig = CkptConfig()
+    early_stopping: EarlyStoppingConfig | None = None
     silence: SilenceConfig = SILENCE
     health: HealthConfig = HealthConfig()
     wandb: WandbConfig | None = None
+    tensorboard: TensorboardConfig | None = None
+    trackio: TrackioConfig | None = None
     trainer: TrainerConfig = TrainerConfig()
     orchestrator: OrchestratorConfig
     inference: InferenceConfig = InferenceConfig()

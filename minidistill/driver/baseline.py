@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 from annotated_types import MinLen
 from pydantic import BaseModel, NonNegativeInt, field_validator, model_validator
 
+from minidistill.driver.selection import REWARD, pooled_mean
 from minidistill.driver.session import Session
 from minidistill.envs import has_rewards
 from minidistill.evaluation import scoreboard
@@ -81,7 +82,11 @@ def evaluate_baseline(session: Session) -> None:
         metrics[f"eval/{name}/baseline_student/avg"] = student_reward
         metrics[f"eval/{name}/baseline_teacher/avg"] = teacher_reward
         metrics[f"eval/{name}/baseline_diff"] = teacher_reward - student_reward
+    if results["rewards"] and "reward" in session.asked:
+        metrics[REWARD] = pooled_mean(results["rewards"]["baseline_student"])
     session.log(0, metrics)
+    session.monitor.samples(0, results.get("completions") or [])
+    session.selection.take(0, metrics)
     session.display.baseline(metrics)
     for warning in _warnings(session, results):
         logger.warning(warning)

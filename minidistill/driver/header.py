@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minidistill.config import Config
 from minidistill.config.adapter import adapter_folder
 from minidistill.config.orchestrator import OrchestratorConfig
 from minidistill.config.schema import LoraConfig
+from minidistill.driver.selection import NAMES
 from minidistill.engines.base import Engine
 from minidistill.placement.estimate import Plan
 from minidistill.placement.placement import Placement
@@ -80,6 +82,7 @@ def header(
     if placement.ranks > 1:
         layout = "sharded" if placement.sharded else "replicated"
         rows.append(("trainer", f"{placement.ranks} ranks, weights {layout}"))
+    rows += _selection_rows(config)
     rows += _prompt_rows(builder)
     if context_count > 1:
         drawn = ", drawn anew for each prompt and step" if builder.contexts.are_drawn else ""
@@ -97,6 +100,20 @@ def header(
         None if orchestrator.eval is None else orchestrator.eval.interval,
         tuple(history),
     )
+
+
+def _selection_rows(config: Config) -> list[tuple[str, str]]:
+    """Which step's weights the run ends with, and when it ends, where that is not the last one."""
+    rows = []
+    if config.ckpt.best is not None:
+        rows.append(("weights", f"those of the best {NAMES[config.ckpt.best]}"))
+    if (stopping := config.early_stopping) is not None:
+        by = f" by more than {stopping.min_delta:g}" if stopping.min_delta else ""
+        count = f"{stopping.patience} evaluation{'s' * (stopping.patience > 1)}"
+        text = f"without a better {NAMES[stopping.metric]}{by} in {count}"
+        of = "" if config.ckpt.best else "; the weights are the last step's (ckpt.best chooses)"
+        rows.append(("stops early", text + of))
+    return rows
 
 
 def _tasks(orchestrator: OrchestratorConfig) -> str:

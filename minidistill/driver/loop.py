@@ -77,15 +77,18 @@ def _run(session: Session, interrupt: Interrupt) -> int:
         session.evaluate(session.first_step - 1)
     last = session.config.max_steps
     for step in range(session.first_step, last + 1):
+        if session.selection.stopped:  # a resumed run had come to its end
+            break
         train_step(session, step)
         if session.problem is not None:
             session.save_checkpoint(step)
             raise session.problem
         if step < last and session.evaluation_due(step):
             session.evaluate(step)
-        if step == last or interrupt.requested or session.checkpoint_due(step):
+        ends = step == last or session.selection.stopped is not None
+        if ends or interrupt.requested or session.checkpoint_due(step):
             session.save_checkpoint(step)
-        if interrupt.requested and step < last:
+        if interrupt.requested and not ends:
             logger.warning(f"stopped after step {step}; --resume continues from here")
             return EXIT_INTERRUPTED
     finish(session)

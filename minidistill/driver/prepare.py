@@ -10,7 +10,7 @@ from typing import Any
 
 from minidistill.config import Config, LoadedConfig
 from minidistill.config.adapter import initial_adapter_digest
-from minidistill.driver import preflight
+from minidistill.driver import preflight, selection
 from minidistill.driver.resume import is_extended
 from minidistill.driver.self_prompts import SelfPrompts
 from minidistill.envs.isolated import close_environments
@@ -147,6 +147,7 @@ def _prepare(
     preflight.check_conversations(builder, environments, first)
     if orchestrator.eval is not None:
         check_rewards(config, evaluated, evaluated=True)
+        selection.check(config, evaluated)
         if evaluated is not environments:
             first = _first_prompts(evaluated, builder)
             preflight.check_conversations(builder, evaluated, first)

@@ -9,12 +9,15 @@ from pydantic import ValidationError
 
 from minidistill.config import Config, LoadedConfig
 from minidistill.config.adapter import with_recorded_shape
+from minidistill.driver.selection import Selection
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.reporting.records import METRICS, first_problem
 from minidistill.reporting.run_directory import RESOLVED, RunDirectory, damaged
 from minidistill.trainer.optim import rate_depends_on_max_steps
 
-STEPS = "max_steps"
+STEPS, SCOREBOARD = "max_steps", "scoreboard.json"
+STOPPED = "stopped_early"
+"""The scoreboard's key for why a run ended before `max_steps`, if it did."""
 
 
 def with_recorded_adapter(loaded: LoadedConfig, directory: RunDirectory) -> LoadedConfig:
@@ -27,7 +30,8 @@ def with_recorded_adapter(loaded: LoadedConfig, directory: RunDirectory) -> Load
 
 
 def is_extended(loaded: LoadedConfig, directory: RunDirectory) -> bool:
-    """Whether the run is resumed with more steps than it was started with.
+    """Whether the run is resumed with more steps than it was started with, or goes on after its end
+    because other settings of `early_stopping` would not have stopped it.
 
     Raises UserError for other changes, and if its learning rates depend on the number of steps.
     """
@@ -45,7 +49,7 @@ def is_extended(loaded: LoadedConfig, directory: RunDirectory) -> bool:
             + _with_this_adapter(loaded.config, directory),
         )
     if STEPS not in changed:
-        return False
+        return _stopped_early(directory) and not _stops(loaded.config, directory)
     before, now = changed[STEPS]
     where = loaded.provenance.get(STEPS, STEPS)
     if now < before:
@@ -69,6 +73,20 @@ def is_extended(loaded: LoadedConfig, directory: RunDirectory) -> bool:
     return True
 
 
+def _stopped_early(directory: RunDirectory) -> bool:
+    """Whether the run has ended before `max_steps`. What is damaged is said elsewhere."""
+    try:
+        return bool((directory.read(SCOREBOARD) or {}).get(STOPPED))
+    except UserError:
+        return False
+
+
+def _stops(config: Config, directory: RunDirectory) -> bool:
+    selection = Selection(config)
+    selection.replay(directory.records.all())
+    return selection.stopped is not None
+
+
 def check_nothing_was_saved(config: Config, directory: RunDirectory) -> None:
     """Raise UserError (exit code 3) if a run without checkpoints must have had one.
 
@@ -76,7 +94,7 @@ def check_nothing_was_saved(config: Config, directory: RunDirectory) -> None:
     """
     first = config.ckpt.interval or config.max_steps
     last = max((record["step"] for record in directory.records.all()), default=0)
-    if last > first or (directory.path / "scoreboard.json").exists():
+    if last > first or (directory.path / SCOREBOARD).exists():
         raise UserError(
             f"{directory.path / 'checkpoints'} has no checkpoint, but {METRICS} has {last} steps",
             where=str(directory.path / "checkpoints"),

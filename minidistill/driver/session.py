@@ -14,6 +14,7 @@ from minidistill.driver.build import Components, build
 from minidistill.driver.header import header
 from minidistill.driver.prepare import Prepared
 from minidistill.driver.resume import check_nothing_was_saved
+from minidistill.driver.selection import HELDOUT_KL, REWARD, Selection, asked, pooled_mean
 from minidistill.errors import UserError
 from minidistill.evaluation.evaluator import Scores
 from minidistill.evaluation.kl import SampledKL, drift_kl, teacher_kl
@@ -31,6 +32,11 @@ from minidistill.trainer.metrics import by_group
 from minidistill.types import Metrics, Role, Rollout, TokenFigures
 
 logger = logging.getLogger(__name__)
+EVALUATED = "eval/completions/length_mean"
+"""A metric that every evaluation of the trained student has."""
+WITHOUT_BEST = (
+    "restore it from a copy, or resume with --no-ckpt.best: the last step's weights count"
+)
 SHORTER = {
     "where": "orchestrator.sampling.max_tokens",
     "fix": "lower orchestrator.sampling.max_tokens, or give engines on the trainer's GPU less "
@@ -70,9 +76,13 @@ class Session:
         self.stream_collector = components.stream_collector
         self.budget = components.budget
         self.texts = TokenTexts(prepared.tokenizer)
-        self.first_step = 1
+        self.first_step, self.last_step = 1, 0
+        """The first that this process trains, and the last that is trained."""
         self._history: tuple[dict[str, Any], ...] = ()
         self.health = Health(self.config.health, self.directory.path / "rollouts")
+        self.selection, self.asked = Selection(self.config), asked(self.config)
+        self.scores: Scores | None = None
+        """Of the weights as they are, if they have been evaluated."""
         self.problem: UserError | None = None
         """Why the run must not go on after the last step, if it must not."""
         self._began, self._seconds_before = time.perf_counter(), 0.0
@@ -99,7 +109,7 @@ class Session:
                 facts["began"] = self.builder.began.isoformat()
             self.directory.create(prepared.loaded, facts)
         self.engine.sync(self.first_step - 1)
-        self.monitor = open_monitors(self.config, self.directory.path)
+        self.monitor = open_monitors(self.config, self.directory.path, self.first_step)
         self.report = LiveReport(self.directory.path)
         display.open(run_header)
         self.report.refresh()
@@ -120,10 +130,13 @@ class Session:
         records.rewind(saved)
         self._history = tuple(records.all())
         self.health.replay(self._history)
-        self.first_step = step + 1
+        self.selection.replay(self._history)
+        self.first_step, self.last_step = step + 1, step
+        if self.selection.best is not None:
+            checkpoint.check_saved(root, self.selection.best.step, WITHOUT_BEST)
         self._seconds_before = saved["seconds"] if saved else 0.0
         if saved:
-            checkpoint.complete(root, step, self.config.ckpt.keep)
+            checkpoint.complete(root, step, self.config.ckpt.keep, self._best_step)
         logger.info(f"resuming after step {step}")
 
     # -- a step --------------------------------------------------------------------------------
@@ -150,6 +163,7 @@ class Session:
         metrics: Metrics,
     ) -> None:
         """Write and show a step's results. `tokens` has the per-token results of each rollout."""
+        self.last_step, self.scores = step, None
         if (peak := self.engine.peak_memory()) is not None:
             metrics = metrics | {"perf/peak_memory_gib/engine": peak / GIB}
         sums = write_rollouts(self.directory.path, step, rollouts, tokens, self.texts)
@@ -187,7 +201,10 @@ class Session:
         """
         step = self.first_step - 1
         due = self.evaluation_due(step) and step < self.config.max_steps
-        return due and not self.directory.has(step, "eval/completions/length_mean")
+        return due and not self.is_evaluated(step)
+
+    def is_evaluated(self, step: int) -> bool:
+        return self.directory.has(step, EVALUATED)
 
     def evaluate(self, step: int) -> Scores:
         """Evaluate the student without the context."""
@@ -197,20 +214,37 @@ class Session:
         began = time.perf_counter()
         scores = self.evaluator.run("student", Role.STUDENT, context=False)
         metrics = {f"eval/{n}/student/avg": sum(v) / len(v) for n, v in scores.rewards.items()}
-        metrics["eval/completions/length_mean"] = scores.length
+        metrics[EVALUATED] = scores.length
+        if "reward" in self.asked:
+            metrics[REWARD] = pooled_mean(scores.rewards)
+        if "heldout_kl" in self.asked:
+            metrics[HELDOUT_KL] = self.held_out_kl().mean
         metrics["time/eval"] = time.perf_counter() - began
         self.log(step, metrics)
         self.display.evaluation(step, metrics)
+        self.selection.take(step, metrics)
+        self.scores = scores
         return scores
 
     @explain_out_of_memory("computing the KL on held-out prompts", **SHORTER)
     def held_out_kl(self) -> SampledKL:
-        """KL(student‖teacher) on held-out prompts."""
+        """KL(student‖teacher) on held-out prompts.
+
+        Where evaluations compute it too, the context is read once. Sharded ranks do without: they
+        have to read the same prefixes in each step.
+        """
         assert self.evaluator is not None
+        often = "heldout_kl" in self.asked and self.policy.sharded is None
         answers = self.evaluator.student_answers()
         prompts = self.evaluator.held_out()
         return teacher_kl(
-            self.config, self.policy, self.engine, prompts, self.budget, answers=answers
+            self.config,
+            self.policy,
+            self.engine,
+            prompts,
+            self.budget,
+            answers=answers,
+            prefixes=self.trainer.prefixes if often else None,
         )
 
     @explain_out_of_memory("computing the KL on unrelated prompts", **SHORTER)
@@ -254,7 +288,11 @@ class Session:
 
     def checkpoint_due(self, step: int) -> bool:
         interval = self.config.ckpt.interval
-        return interval > 0 and step % interval == 0
+        return (interval > 0 and step % interval == 0) or self.selection.is_best(step)
+
+    @property
+    def _best_step(self) -> int | None:
+        return None if self.selection.best is None else self.selection.best.step
 
     @explain_out_of_memory(
         "saving a checkpoint",
@@ -264,5 +302,22 @@ class Session:
     def save_checkpoint(self, step: int) -> None:
         progress = {**self.directory.records.flush(), "seconds": self.seconds}
         root = self.directory.path / "checkpoints"
-        path = checkpoint.save(self.trainer, root, step, progress, self.config.ckpt.keep)
+        keep = self.config.ckpt.keep
+        path = checkpoint.save(self.trainer, root, step, progress, keep, self._best_step)
         self.display.checkpoint(step, path)
+
+    @explain_out_of_memory(
+        "restoring the best checkpoint",
+        where="ckpt.best",
+        fix="free the memory that other programs hold; --resume continues from here",
+    )
+    def restore_best(self) -> None:
+        """Take back the weights of the best evaluation, in the trainer and the engines."""
+        step = self._best_step
+        if step is None or step == self.last_step:
+            return
+        with self.policy.lock:
+            root = self.directory.path / "checkpoints"
+            checkpoint.restore_step(self.trainer, root, step, WITHOUT_BEST)
+        self.engine.sync(self.last_step + 1)  # a version that no engine has seen
+        self.scores = None

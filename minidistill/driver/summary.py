@@ -11,6 +11,8 @@ from pydantic import BaseModel
 
 from minidistill.config import Config
 from minidistill.driver import baseline
+from minidistill.driver.resume import STOPPED
+from minidistill.driver.selection import NAMES
 from minidistill.driver.session import Session
 from minidistill.envs import has_task
 from minidistill.errors import UserError
@@ -48,26 +50,50 @@ def finish(session: Session) -> None:
     is complete, and the scoreboard when all else is.
     """
     directory = session.directory
+    if session.asked:
+        _choose_weights(session)
     saved = checkpoint.save_model(session.policy, directory.path)
     files = sorted(path for path in saved.rglob("*") if path.is_file())
     directory.records.add_files(str(path.relative_to(directory.path)) for path in files)
     before = baseline.read(directory) or {}
     board = _scores(session, before)
-    board |= _training_kl(directory.column("teacher_kl"))
+    selection, last = session.selection, session.last_step
+    chosen = last if selection.best is None else selection.best.step
+    by_step = directory.column("teacher_kl")
+    board |= _training_kl({step: kl for step, kl in by_step.items() if step <= chosen})
     for prompts in ("heldout", "unrelated"):
         board |= _teacher_kl(session, before, prompts, None)
     board |= {
         "drift_kl": None,
         COMPLETIONS: before.get(COMPLETIONS, []),
-        "steps": session.config.max_steps,
+        "steps": last,
         "seconds": session.seconds,
     }
+    if selection.best is not None:
+        board["weights"] = f"of step {chosen}: {selection.described()}"
+        board |= {"best_step": chosen, "best_value": selection.best.value}
+    if selection.stopped is not None and last < session.config.max_steps:
+        board[STOPPED] = selection.stopped
+        logger.info(selection.stopped)
     _fill_in(session, board, _last_passes(session, before))
     session.display.scoreboard(board)
     report = write_run_report(directory)
     end = f"  report: {shown_path(report)}" if report else ""
-    logger.info(f"{saved.name}: {shown_path(saved)}{end}")
+    of_step = "" if selection.best is None else f", {board['weights']}"
+    logger.info(f"{saved.name}: {shown_path(saved)}{of_step}{end}")
     _end(directory, board, session.monitor)
+
+
+def _choose_weights(session: Session) -> None:
+    """Evaluate the last step, and take the weights of the best one if the run asks for it."""
+    if not session.is_evaluated(session.last_step):
+        session.evaluate(session.last_step)
+    session.restore_best()
+    if session.config.ckpt.best is not None and session.selection.best is None:
+        logger.warning(
+            f"no evaluation has a finite {NAMES[session.config.ckpt.best]}, so none is the best: "
+            "the weights are those of the last step"
+        )
 
 
 def _training_kl(by_step: dict[int, float]) -> dict[str, float | None]:
@@ -159,10 +185,12 @@ def show_finished(directory: RunDirectory, display: Display, config: Config) -> 
         write_run_report(directory)
     if listed and FILE not in listed:  # it was killed before its monitors had the scoreboard
         check_monitors(config)
-        _end(directory, board, open_monitors(config, directory.path))
+        _end(directory, board, open_monitors(config, directory.path, board["steps"] + 1))
+    further = "A larger --max_steps extends it"
+    if board.get(STOPPED):
+        further = "It stopped early: a larger --early_stopping.patience continues it"
     logger.info(
-        f"{shown_path(directory.path)} is already finished: {board['steps']} steps. "
-        "A larger --max_steps extends it"
+        f"{shown_path(directory.path)} is already finished: {board['steps']} steps. {further}"
     )
     return True
 
@@ -198,6 +226,7 @@ def _whole_board(directory: RunDirectory) -> dict[str, Any] | None:
 
 def _end(directory: RunDirectory, board: dict[str, Any], monitor: Monitor) -> None:
     """Send the scoreboard to the monitors, and list it: the run has all of its parts then."""
+    monitor.samples(board["steps"], board.get(COMPLETIONS) or [])
     monitor.close({key: value for key, value in board.items() if key != COMPLETIONS})
     directory.records.add_files((METRICS, FILE))
     directory.records.flush()
@@ -216,7 +245,10 @@ def _scores(session: Session, before: dict[str, Any]) -> dict[str, Any]:
     if session.evaluator is None:
         return scoreboard.build({}, session.config.seed)
     rewards = dict(before.get("rewards", {}))
-    student = session.evaluate(session.config.max_steps)
+    if not session.asked:
+        student = session.evaluate(session.last_step)
+    else:  # its record is there
+        student = session.scores or session.evaluator.run("student", Role.STUDENT, context=False)
     rewards["student"] = student.rewards
     if "baseline_teacher" in rewards:
         in_context = session.evaluator.run("student with context", Role.STUDENT, context=True)

@@ -62,6 +62,7 @@ def teacher_kl(
     label: str = "held-out",
     max_tokens: int | None = None,
     answers: Sequence[Answer] | None = None,
+    prefixes: PrefixCache | None = None,
 ) -> SampledKL:
     """KL(student‖teacher) over completions that the student samples without the context.
 
@@ -69,7 +70,8 @@ def teacher_kl(
 
     If only an engine holds the teacher's weights, it is log π(y) - log q(y) instead. Otherwise an
     engine on the trainer's GPU is asleep after the call. `budget` bounds the passes. The seeds
-    follow from `label`. `max_tokens` is by default that of training.
+    follow from `label`. `max_tokens` is by default that of training. `prefixes` is as for
+    `token_kl`.
     """
     if answers is None:
         longest = max_tokens or config.orchestrator.sampling.max_tokens
@@ -85,7 +87,7 @@ def teacher_kl(
     if policy.holds(Role.TEACHER):
         engine.sleep()
         doing = f"computing the KL on {label} prompts"
-        kl = _exact_kl(config, policy, completions, views, roles, budget, doing)
+        kl = _exact_kl(config, policy, completions, views, roles, budget, doing, prefixes)
     else:
         kl = _sampled_kl(engine, completions, views, roles)
     asked = [of[0][0] if of else prompt for of, prompt in zip(samples, prompts, strict=True)]
@@ -148,6 +150,7 @@ def _exact_kl(
     roles: tuple[Role, Role],
     budget: TokenBudget,
     doing: str,
+    prefixes: PrefixCache | None = None,
 ) -> PromptSums:
     kl_N = token_kl(
         policy,
@@ -158,6 +161,7 @@ def _exact_kl(
         temperature=config.orchestrator.sampling.temperature,
         budget=budget,
         doing=doing,
+        prefixes=prefixes,
     ).double()
     tokens = [len(c.token_ids) for c in completions]
     sums = [float(part.sum()) for part in kl_N.split(tokens)]

@@ -102,7 +102,7 @@ def export(run: Path, options: Options) -> int:
         print(printable("\n".join(f"  {line}" for line in command.splitlines())))
     for note in uses.notes:
         print(note)
-    if _lacks_vllm_serve():
+    if len(uses.commands) > 1 and _lacks_vllm_serve():
         print(
             "the vLLM that is installed here has no `vllm serve MODEL`: write "
             "`python -m vllm.entrypoints.openai.api_server --model MODEL`"

@@ -16,7 +16,7 @@ from minidistill.config import Config, load_config
 from minidistill.config.adapter import SETTINGS as ADAPTER_SETTINGS
 from minidistill.config.adapter import TENSORS, adapter_folder
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.models.registry import BUILT_IN
+from minidistill.models.registry import BUILT_IN, resolve
 from minidistill.system.files import read_json, read_text
 from minidistill.trainer.checkpoint_files import DamageError, check_files, number
 
@@ -245,7 +245,13 @@ def _template(folder: Path) -> str | None:
 
 
 def _bare(base: str, template: str | None) -> Config:
-    """A configuration for a model, without a context and without an environment."""
+    """A configuration for a model, without a context and without an environment.
+
+    A `template` that is the model's own is left out.
+    """
+    folder = Path(resolve(base)).expanduser()
+    if folder.is_dir() and template == _template(folder):
+        template = None
     model = {"name": base, **({} if template is None else {"chat_template": template})}
     return Config.model_validate(
         {

@@ -267,7 +267,10 @@ def server_line(source: Source) -> str:
             where="--server",
             fix=f"merge it: minidistill export {source.run} --to DIR --merge, and serve DIR",
         )
-    if model.chat_template is not None:
+    template = source.weights / "chat_template.jinja"
+    if model.chat_template is not None and template.is_file():
+        more += ["--chat-template", shown_path(Path(os.path.abspath(template)))]
+    elif model.chat_template is not None:
         print_to_stderr(
             "the chat template is not the base's own: save it to a file, and add --chat-template "
             "FILE. `minidistill export` writes it as chat_template.jinja"

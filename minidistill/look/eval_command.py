@@ -18,7 +18,8 @@ from minidistill.evaluation.intervals import MIN_TASKS
 from minidistill.export.source import open_source
 from minidistill.look.chat_command import describe
 from minidistill.look.eval_settings import Asked, align
-from minidistill.look.evaluation import Evaluation, Figure, Result, evaluate
+from minidistill.look.evaluation import evaluate
+from minidistill.look.figures import Evaluation, Figure, Result
 from minidistill.look.notes import notes_to_stderr
 from minidistill.look.views import STUDENT
 from minidistill.reporting.formatting import number, signed

@@ -22,7 +22,7 @@ _CONTEXTS = ("context", "context_file", "contexts", "examples")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the command line asks for. None: as the first source's run has it."""
+    """What the command line asks for. None: as the first run among the sources has it."""
 
     env: str | None = None
     """An environment's id, or a TOML file with environments."""
@@ -34,12 +34,12 @@ class Asked:
 
 
 def align(sources: Sequence[Source], asked: Asked) -> list[Source]:
-    """The sources, each with the first one's tasks, seed and sampling settings.
+    """The sources, each with the tasks, seed and sampling settings of the first run among them.
 
     What its prompts look like stays its own: model, template and context. Raises UserError if no
     environment is known.
     """
-    first = sources[0].config
+    first = next((s for s in sources if s.kind == "run"), sources[0]).config
     orchestrator = first.orchestrator
     settings = orchestrator.eval or EvalConfig()
     envs = environments(asked) or settings.env or orchestrator.env

@@ -6,9 +6,7 @@ import gc
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from minidistill.config import Config
@@ -22,16 +20,10 @@ from minidistill.envs.registry import load_environments
 from minidistill.envs.self_prompts import ID as SELF_PROMPTS
 from minidistill.errors import EXIT_HEALTH, UserError
 from minidistill.evaluation.evaluator import Evaluator, Scores
-from minidistill.evaluation.intervals import (
-    MIN_TASKS,
-    Array,
-    Interval,
-    PromptSums,
-    percentiles,
-    picks,
-)
+from minidistill.evaluation.intervals import PromptSums
 from minidistill.evaluation.kl import teacher_kl
 from minidistill.export.source import Source
+from minidistill.look.figures import Evaluation, Figure, Result
 from minidistill.look.model import Model, load
 from minidistill.look.views import (
     BASE,
@@ -58,75 +50,6 @@ TEACHER = View("teacher in context", Role.TEACHER, True)
 SMALLER = {"where": "orchestrator.eval.batch_size", "fix": "lower --max-tokens, or the batch size"}
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A mean over tasks with its 95 % interval, and its values in each resample of the tasks.
-
-    `interval` is None if there are fewer than `MIN_TASKS` tasks, or if all of them agree.
-    """
-
-    mean: float
-    interval: Interval | None
-    resampled: Array | None
-
-    @classmethod
-    def of_values(cls, values: Sequence[float], seed: int) -> Figure:
-        """Of one value for each task."""
-        array = np.asarray(values, dtype=float)
-        if len(values) < MIN_TASKS:
-            return cls(float(array.mean()), None, None)
-        means = array[picks(len(values), seed)].mean(axis=1)
-        return cls(float(array.mean()), percentiles(means), means)
-
-    @classmethod
-    def of_kl(cls, sums: PromptSums, seed: int) -> Figure:
-        """Nats a token, over completions of the prompts."""
-        if len(sums.sums) < MIN_TASKS:
-            return cls(sums.mean, None, None)
-        means = sums.resampled(picks(len(sums.sums), seed))
-        return cls(sums.mean, percentiles(means), means)
-
-    def minus(self, other: Figure) -> Figure:
-        """The difference on the same tasks: in each resample both have the same ones."""
-        mean = self.mean - other.mean
-        if self.resampled is None or other.resampled is None:
-            return Figure(mean, None, None)
-        differences = self.resampled - other.resampled
-        return Figure(mean, percentiles(differences), differences)
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What one view of one source has reached."""
-
-    name: str
-    """The source's, as it was given."""
-    view: str
-    score: Figure | None
-    """None if an environment has no reward."""
-    by_env: Mapping[str, Figure]
-    rewards: Mapping[str, Sequence[float]]
-    """By environment: the mean reward of each task."""
-    length: float
-    """Mean tokens of a completion."""
-    kl: Figure | None = None
-    """KL to the base (or another teacher) that reads the context, on held-out prompts. None if no
-    context is known, and of views that read it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """The results of all sources on the same tasks."""
-
-    environments: Mapping[str, Sequence[str]]
-    """The ids of the tasks of each."""
-    seed: int
-    samples: int
-    temperature: float
-    max_tokens: int
-    results: Sequence[Result]
-
-
 def evaluate(sources: Sequence[Source], names: Sequence[str], *, with_context: bool) -> Evaluation:
     """Evaluate the sources, which `align` has given the same tasks. Raises UserError."""
     config = sources[0].config
@@ -140,7 +63,7 @@ def evaluate(sources: Sequence[Source], names: Sequence[str], *, with_context: b
     try:
         for source, name in zip(sources, names, strict=True):
             model = load(source, teacher=True)
-            if tasks == {} and any(env.id == SELF_PROMPTS for env in settings.env):
+            if not tasks and any(env.id == SELF_PROMPTS for env in settings.env):
                 loaded |= _written(model, config)
             order = {env.name: loaded[env.name] for env in settings.env}
             prompts = _prompts(model, order)
@@ -240,7 +163,8 @@ def _evaluate(
     knows_context = programs or any(prompt.context.text for prompt in flat)
     if with_context and not knows_context:
         raise unknown_context(source)
-    if not knows_context and not any(map(has_rewards, environments.values())):
+    rewarded = any(map(has_rewards, environments.values()))
+    if not knows_context and not rewarded:
         raise UserError(
             f"{', '.join(environments)} has no reward, and no context is known for {name}, so "
             "there is nothing to measure",
@@ -264,7 +188,7 @@ def _evaluate(
         display,
         model.placement.max_length,
     )
-    for view in _views(model, with_context=with_context):
+    for view in _views(model, with_context=with_context) if rewarded else [STUDENT]:
         if view is not STUDENT and view is not STUDENT_IN_CONTEXT:
             # what the base's prompts and answers depend on
             read = tuple(p.ids(view.role, context=view.context) for p in flat)
@@ -272,18 +196,18 @@ def _evaluate(
             if key in done:
                 continue
             done.add(key)
-        scores = evaluator.run(f"{name} ({view.name})", view.role, context=view.context)
-        kl = None
+        scores, kl = Scores({}, 0.0), None
+        if rewarded:
+            scores = evaluator.run(f"{name} ({view.name})", view.role, context=view.context)
         if view is STUDENT and knows_context:
             with explain_out_of_memory("computing the KL on held-out prompts", **SMALLER):
-                kl = teacher_kl(
-                    config,
-                    model.policy,
-                    model.engine,
-                    evaluator.held_out(),
-                    budget,
-                    answers=evaluator.student_answers(),
-                ).by_prompt
+                answers = evaluator.student_answers()
+                held_out = evaluator.held_out()
+                policy, engine = model.policy, model.engine
+                measured = teacher_kl(config, policy, engine, held_out, budget, answers=answers)
+                kl = measured.by_prompt
+            if not rewarded:
+                scores = Scores({}, sum(kl.tokens) / len(kl.tokens))
         yield _result(name, view.name, scores, kl, config.seed)
 
 

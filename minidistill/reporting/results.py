@@ -8,10 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from minidistill.errors import UserError
-from minidistill.reporting.line_file import complete_lines, json_objects
-from minidistill.reporting.records import rollout_names
-from minidistill.reporting.run_directory import damaged
 from minidistill.reporting.run_lock import is_locked
 
 Status = Literal["running", "finished", "stopped", "crashed"]
@@ -120,7 +116,7 @@ class HeldOutSample:
 
 @dataclass(frozen=True, slots=True)
 class LoggedRollout:
-    """A completion that was trained on. Per-token values are in the order of the tokens."""
+    """A completion that was trained on."""
 
     step: int
     env: str
@@ -136,11 +132,31 @@ class LoggedRollout:
     advantage: float | None
     truncated: bool
     tokens: tuple[str, ...]
-    token_ids: tuple[int, ...]
-    student_logprobs: tuple[float, ...]
-    teacher_logprobs: tuple[float, ...]
     kl: tuple[float, ...]
-    """KL(student‖teacher), nats."""
+    """KL(student‖teacher) of each token, nats."""
+    gaps: tuple[float, ...]
+    """log π(y) - log q(y) of each token: how much likelier it is to the student."""
+
+    @classmethod
+    def of(
+        cls, step: int, row: Mapping[str, Any], kl: Sequence[float], gaps: Sequence[float]
+    ) -> LoggedRollout:
+        """A line of the log, and the figures of its tokens."""
+        return cls(
+            step=step,
+            env=row["env"],
+            task_id=row["task_id"],
+            sample=row["sample"],
+            prompt=row["prompt_text"],
+            teacher_prompt=row["teacher_prompt_text"],
+            completion=row["completion"],
+            reward=row["reward"],
+            advantage=row["advantage"],
+            truncated=row["truncated"],
+            tokens=tuple(row["tokens"]),
+            kl=tuple(kl),
+            gaps=tuple(gaps),
+        )
 
 
 def read_status(path: Path, board: Scoreboard | None, steps: int | None) -> Status:
@@ -157,49 +173,3 @@ def read_status(path: Path, board: Scoreboard | None, steps: int | None) -> Stat
     latest = path / "checkpoints" / "latest"
     saved = latest.read_text(errors="replace").strip() if latest.is_file() else ""
     return "stopped" if board is None and saved == f"step_{steps or 0:06d}" else "crashed"
-
-
-def read_rollouts(path: Path, step: int) -> list[LoggedRollout]:
-    """The rollouts of a step. Raises UserError if they are not there, or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    lines, tensors = (path / name for name in rollout_names(step))
-    if not (lines.is_file() and tensors.is_file()):
-        known = sorted(
-            int(file.stem.removeprefix("step_"))
-            for file in (path / "rollouts").glob("step_*.jsonl")
-            if file.stem.removeprefix("step_").isdecimal()
-        )
-        has = f"it has those of steps {known[0]} to {known[-1]}" if known else "it has none yet"
-        raise UserError(f"{path} has no rollouts of step {step}: {has}", where=str(lines))
-    try:
-        columns = {name: values.tolist() for name, values in load_file(tensors).items()}
-        rows = list(json_objects(complete_lines(lines.read_bytes())))
-        bounds = list(zip(columns["offsets"], columns["offsets"][1:], strict=False))
-        return [
-            _rollout(row, {name: values[low:high] for name, values in columns.items()})
-            for row, (low, high) in zip(rows, bounds, strict=True)
-        ]
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise damaged(lines, f"{type(error).__name__}: {error}") from error
-
-
-def _rollout(row: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> LoggedRollout:
-    return LoggedRollout(
-        step=row["step"],
-        env=row["env"],
-        task_id=row["task_id"],
-        sample=row["sample"],
-        prompt=row["prompt_text"],
-        teacher_prompt=row["teacher_prompt_text"],
-        completion=row["completion"],
-        reward=row["reward"],
-        advantage=row["advantage"],
-        truncated=row["truncated"],
-        tokens=tuple(row["tokens"]),
-        token_ids=tuple(columns["token_ids"]),
-        student_logprobs=tuple(columns["student_logprobs"]),
-        teacher_logprobs=tuple(columns["teacher_logprobs"]),
-        kl=tuple(columns["kl"]),
-    )

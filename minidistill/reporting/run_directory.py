@@ -31,8 +31,20 @@ RESOLVED = "config.resolved.json"
 FOLDERS = ("checkpoints", "rollouts", "logs")
 FIRST_FILES = ("config.toml", "env.json", SUMS)
 """What a start writes before `RESOLVED`, after the folders."""
-WRITTEN = (*FOLDERS, "logs/run.log", METRICS, SUMS, "adapter", "model", "sync", "wandb")
+WRITTEN = (
+    *FOLDERS,
+    "logs/run.log",
+    METRICS,
+    SUMS,
+    "adapter",
+    "model",
+    "sync",
+    "wandb",
+    "tensorboard",
+)
 """What a run writes in place. Other files are replaced, so that a link there is not followed."""
+MONITORS_AND_GUARDS = "wandb", "tensorboard", "trackio", "health."
+"""What settings begin with that a resumed run may change."""
 RESTORE = "restore it from a copy, or start a new run with another --output_dir"
 
 
@@ -92,7 +104,11 @@ class RunDirectory:
         ignored = {"output_dir", "trainer_gpu_ids", "trainer.world_size", "trainer.shard"}
         # A run that passed this limit, or that a guard stopped, goes on with another.
         ignored.add("orchestrator.max_env_error_frac")
-        ignored |= {key for key in {*before, *now} if key.startswith(("wandb", "health."))}
+        ignored |= {key for key in {*before, *now} if key.startswith(MONITORS_AND_GUARDS)}
+        # they decide how many steps are done, and not what a step is
+        ignored |= {key for key in {*before, *now} if key.startswith("early_stopping")}
+        if now.get("ckpt.best") is None:  # the checkpoints of another choice may have gone
+            ignored.add("ckpt.best")
         ignored |= {k for k in now if k not in before and loaded.provenance.get(k) == "default"}
         return {
             key: (before.get(key), now.get(key))

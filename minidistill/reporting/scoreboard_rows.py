@@ -80,6 +80,9 @@ def scoreboard_rows(board: Board) -> list[Row]:
         rows.append(("drift KL", number(get("drift_kl"))))
     if get("drift_verdict"):
         rows.append(("drift", clean(get("drift_verdict"))))
+    for name, key in (("weights", "weights"), ("end", "stopped_early")):
+        if get(key):
+            rows.append((name, clean(get(key))))
     if isinstance(missing := get("missing"), list) and missing:
         rows.append(("not computed", clean(", ".join(map(str, missing)))))
     return rows

@@ -86,8 +86,16 @@ def _write_model(policy: Policy, folder: Path) -> None:
         policy.tokenizer.save_pretrained(str(folder))
 
 
-def save(trainer: Trainer, root: Path, step: int, facts: dict[str, Any], keep: int) -> Path:
-    """Write `root/step_000040` and point `root/latest` at it. Keep the last `keep` checkpoints.
+def save(
+    trainer: Trainer,
+    root: Path,
+    step: int,
+    facts: dict[str, Any],
+    keep: int,
+    best: int | None = None,
+) -> Path:
+    """Write `root/step_000040` and point `root/latest` at it. Keep the last `keep` checkpoints, and
+    that of the step `best` besides.
 
     Raises UserError: exit code 4 for weights that are not finite, which would take the place of
     good ones; exit code 3 if it cannot be written. Nothing has changed then.
@@ -108,11 +116,11 @@ def save(trainer: Trainer, root: Path, step: int, facts: dict[str, Any], keep: i
             state = {"format": FORMAT, "step": step, **facts}
             (aside / STATE).write_text(json.dumps(state, indent=2) + "\n")
             seal(aside, len(plain))
-    _make_latest(root, step, keep)
+    _make_latest(root, step, keep, best)
     return final
 
 
-def complete(root: Path, step: int, keep: int) -> None:
+def complete(root: Path, step: int, keep: int, best: int | None = None) -> None:
     """Finish a `save` that was killed when its checkpoint was there: `latest`, and the old ones.
 
     The checkpoint of `step` was restored. If there is a newer one, which is damaged, nothing is
@@ -120,12 +128,12 @@ def complete(root: Path, step: int, keep: int) -> None:
     """
     paths = _steps(root)
     if paths and number(paths[-1]) == step:
-        _make_latest(root, step, keep)
+        _make_latest(root, step, keep, best)
 
 
-def _make_latest(root: Path, step: int, keep: int) -> None:
+def _make_latest(root: Path, step: int, keep: int, best: int | None) -> None:
     write_atomic(root / "latest", f"step_{step:06d}\n")
-    _remove_old(root, step, keep)
+    _remove_old(root, step, keep, best)
 
 
 def _check_finite(tensors: dict[str, Tensor], step: int) -> None:
@@ -193,14 +201,15 @@ def _clear(root: Path) -> None:
             remove(path)
 
 
-def _remove_old(root: Path, step: int, keep: int) -> None:
-    """Remove the checkpoints before the last `keep` good ones, of which one is the `step`'s.
+def _remove_old(root: Path, step: int, keep: int, best: int | None) -> None:
+    """Remove the checkpoints before the last `keep` good ones, of which one is the `step`'s. That
+    of `best` stays, and does not count.
 
     Newer ones have been refused by `restore`. The run repeats their steps, so they are removed too.
     """
     good = 1
     for path in reversed(_steps(root)):
-        if (found := number(path)) == step:
+        if (found := number(path)) in (step, best):
             continue
         if found is not None and found < step and good < keep:
             with suppress(DamageError):
@@ -260,6 +269,42 @@ def restore(
             exit_code=EXIT_ENVIRONMENT,
         )
     return None
+
+
+def check_saved(root: Path, step: int, fix: str) -> None:
+    """Raise UserError (exit code 3) with `fix` unless the checkpoint of a step is there in full.
+
+    Reads little of it.
+    """
+    with _of_step(root, step, fix) as path:
+        check_sizes(path)
+
+
+def restore_step(trainer: Trainer, root: Path, step: int, fix: str) -> None:
+    """Load the checkpoint of a step. Raises UserError (exit code 3) with `fix` if it is damaged.
+
+    Nothing is loaded then.
+    """
+    with _of_step(root, step, fix) as path:
+        _, tensors = _read(trainer, path, lambda facts: None)
+    trainer.load_state(tensors)
+
+
+@contextmanager
+def _of_step(root: Path, step: int, fix: str) -> Iterator[Path]:
+    """The checkpoint of a step. Damage that is found in it becomes a UserError."""
+    path = root / f"step_{step:06d}"
+    try:
+        if not path.is_dir():
+            raise DamageError("it is not there")
+        yield path
+    except DamageError as damage:
+        raise UserError(
+            f"the best checkpoint, {path.name}, cannot be used: {damage}",
+            where=str(path),
+            fix=fix,
+            exit_code=EXIT_ENVIRONMENT,
+        ) from None
 
 
 def _read(trainer: Trainer, path: Path, agrees: Agrees) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import signal
@@ -169,11 +170,17 @@ def test_rollouts_have_the_figures_of_their_tokens(finished: Run) -> None:
         assert rollout.completion in "".join(rollout.tokens)
         assert str(finished.context) in rollout.teacher_prompt
         assert str(finished.context) not in rollout.prompt
-        count = len(rollout.tokens)
-        assert len(rollout.student_logprobs) == len(rollout.kl) == count
-        assert len(rollout.token_ids) == len(rollout.teacher_logprobs) == count
-    with pytest.raises(UserError, match="has no rollouts of step 7: it has those of steps 1 to 6"):
+        assert len(rollout.tokens) == len(rollout.kl) == len(rollout.gaps)
+    assert finished.rollouts() == finished.rollouts(6)
+    with pytest.raises(UserError, match="has no rollouts of step 7"):
         finished.rollouts(7)
+
+
+def test_a_question_to_what_was_trained(finished: Run) -> None:
+    answers = finished.chat(finished.samples[0].prompt)
+    assert list(answers) == ["base", "base in context", "student"]
+    assert all(answer.startswith("<answer>") for answer in answers.values())
+    assert answers["base in context"] == finished.samples[0].teacher, "it is sure of itself"
 
 
 def test_metrics_as_a_data_frame(finished: Run) -> None:
@@ -219,6 +226,23 @@ def after(step: int, do: Callable[[], object], monkeypatch: pytest.MonkeyPatch) 
         real(session, number)
 
     monkeypatch.setattr(loop, "train_step", train_step)
+
+
+def test_a_cell_of_a_notebook_runs_within_an_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines that are servers, agents and judges have event loops of their own."""
+
+    async def cell() -> bool:
+        before = asyncio.get_running_loop()
+        assert run(tmp_path / "run", max_steps=1).status == "finished"
+        await asyncio.sleep(0)
+        return asyncio.get_running_loop() is asyncio.get_event_loop() is before
+
+    asked: list[float] = []
+    after(1, lambda: asked.append(asyncio.run(asyncio.sleep(0, 1.0))), monkeypatch)
+    assert asyncio.run(cell())
+    assert asked == [1.0]
 
 
 def test_ctrl_c_saves_the_step_and_resume_continues(

@@ -14,6 +14,7 @@ from minidistill.baking.context import name_of, read_context
 from minidistill.baking.document import commented, document
 from minidistill.baking.flags import in_flags
 from minidistill.config import load_config
+from minidistill.envs import load_environment
 from minidistill.errors import UserError
 from minidistill.placement.machine import GIB, Machine
 
@@ -107,6 +108,28 @@ def test_a_template_without_system_messages_has_the_context_before_the_prompt() 
     overrides += ["--orchestrator.teacher_model.context_placement", "system"]
     teacher = bake(overrides=overrides).loaded.config.orchestrator.teacher_model
     assert teacher.context_placement == "system"
+    flags = ["--orchestrator.teacher_model.context_placement", "user"]
+    assert (
+        bake(overrides=flags).loaded.config.orchestrator.teacher_model.context == f"{CONTEXT}\n\n"
+    )
+
+
+def test_a_model_that_thinks_answers_at_once() -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>"
+        "{% if enable_thinking is defined and not enable_thinking %}\n{% endif %}{% endif %}"
+    )
+    Path("template.jinja").write_text(template)
+    flags = ["--model.chat_template", "template.jinja"]
+    assert bake(overrides=flags).loaded.config.model.chat_template_kwargs == {
+        "enable_thinking": False
+    }
+    flags += ["--model.chat_template_kwargs.enable_thinking", "true"]
+    assert bake(overrides=flags).loaded.config.model.chat_template_kwargs == {
+        "enable_thinking": True
+    }
+    assert bake().loaded.config.model.chat_template_kwargs == {}
 
 
 def test_a_long_context_has_room() -> None:
@@ -162,7 +185,7 @@ def test_what_looks_like_a_path_is_no_context(path: str) -> None:
     assert error.where == "--context"
 
 
-@pytest.mark.parametrize("context", ["", "  \n", "empty.txt", Path("missing"), "folder"])
+@pytest.mark.parametrize("context", ["", " \n", "\udce4 x", "empty.txt", Path("missing"), "folder"])
 def test_contexts_that_cannot_be_used(context: str | Path) -> None:
     Path("empty.txt").write_text("\n")
     Path("folder").mkdir()
@@ -185,6 +208,11 @@ def test_a_text_file_has_a_prompt_on_each_line() -> None:
     assert plan.loaded.provenance["orchestrator.env.0.args.path"] == "--prompts"
     assert plan.loaded.config.orchestrator.eval is not None
     assert plan.loaded.config.orchestrator.eval.env is None, "held out of the same file"
+    read = load_environment("jsonl", env.args)
+    tasks = {task.id: task.messages[0]["content"] for task in [*read.train, *read.eval]}
+    # by the numbers of the lines, of which every other is empty
+    assert tasks == {str(2 * i + 1): f"Question {i}?" for i in range(60)}
+    assert len(read.eval) == 15
 
 
 def test_few_prompts_are_all_trained_on() -> None:

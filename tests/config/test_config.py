@@ -88,7 +88,8 @@ def test_lists_are_replaced_and_not_merged(tmp_path: Path) -> None:
 
 
 def test_every_setting_has_provenance(tmp_path: Path) -> None:
-    loaded = load(tmp_path, HYBRID, "--wandb")
+    tables = "--wandb", "--tensorboard", "--trackio", "--early_stopping", "--orchestrator.eval"
+    loaded = load(tmp_path, HYBRID, *tables)
     assert '"max_w": 6' in json.dumps(loaded.resolved())
     for path, node in walk():
         if not properties(node) and "*" not in path and path[:2] != ("orchestrator", "eval"):

@@ -121,7 +121,8 @@ def test_the_questions() -> None:
     texts = [task.messages[0]["content"] for task in [*questions.eval, *questions.train]]
     assert len(questions.eval) == 64
     assert len(set(texts)) == len(texts) == 96
-    fewer = load_environment("questions", {"num_eval_examples": 8, "reward": {"type": "length", "unit": "words"}})
+    short = {"type": "length", "unit": "words", "max": 9}
+    fewer = load_environment("questions", {"num_eval_examples": 8, "reward": short})
     assert len(fewer.eval) == 8
     with pytest.raises(UserError, match="num_eval_examples = 96"):
         load_environment("questions", {"num_eval_examples": 96})

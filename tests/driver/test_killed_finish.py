@@ -34,6 +34,9 @@ class Summaries:
     def log(self, step: int, metrics: Any) -> None:
         pass
 
+    def samples(self, step: int, rows: Any) -> None:
+        pass
+
     def close(self, board: Mapping[str, Any] | None) -> None:
         if board is not None:
             self.sent.append(board)

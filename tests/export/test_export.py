@@ -288,10 +288,3 @@ def test_vllm_that_does_not_answer(
     assert main(["export", str(run), "--to", str(tmp_path / "out")]) == 4
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.vllm
-def test_vllm_loads_it(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", str(run), "--to", str(tmp_path / "out")]) == 0
-    assert "checked in vLLM" in capsys.readouterr().out
-    assert "| vLLM |" in (tmp_path / "out" / "README.md").read_text()

@@ -33,7 +33,7 @@ from minidistill.look.views import (
 )
 from minidistill.models.registry import resolve
 from minidistill.system.foreign import Interrupted
-from minidistill.types import SamplingParams
+from minidistill.types import Request, SamplingParams, Task
 
 SOKOBAN_MODEL = resolve("tiny-sokoban")
 QUESTIONS = ("What do bees make?", "And how do plants grow?")
@@ -105,6 +105,26 @@ def test_an_answer_grows_and_can_be_stopped(model: Model) -> None:
     (after,) = talk.ask(QUESTIONS[1])
     assert after.end in ("eos", "length")
     assert model.engine.watch is None
+
+
+@pytest.mark.gpu
+def test_streaming_changes_no_answer(kept_far_run: Path) -> None:
+    """On a GPU rows leave the batch later than their last token is drawn."""
+    on_device = load(open_source(str(kept_far_run)), longest=1024)
+    talk = chat(on_device)
+    shown: dict[int, str] = {}
+    answers = talk.ask(QUESTIONS[0], shown.__setitem__)
+    assert [shown[i] for i in range(4)] == [answer.text for answer in answers]
+    for view, answer in zip(VIEWS, answers, strict=True):
+        prompt = on_device.builder.build(
+            "chat",
+            Task("chat", ({"role": "user", "content": QUESTIONS[0]},)),
+            context=talk.context,
+        )
+        request = Request(prompt.ids(view.role, context=view.context), 0)
+        (plain,) = on_device.engine.generate([request], GREEDY, view.role)
+        assert answer.text == on_device.builder.decode(plain.token_ids)
+        assert answer.end == plain.stop
 
 
 def test_a_conversation_that_is_too_long_is_refused(model: Model) -> None:

@@ -13,7 +13,7 @@ import pytest
 from minidistill.cli import main
 from minidistill.evaluation.intervals import RESAMPLES
 from minidistill.look import evaluation
-from minidistill.look.evaluation import Figure
+from minidistill.look.figures import Figure
 
 
 def result(*args: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_async_schedules_that_are_possible(file: str, gpus: str, flags: str) -> 
 
 
 INVALID_OPTIONS = [
-    ([], "no configuration file is given", "minidistill plan configs/sokoban.toml"),
+    ([], "no configuration file is given", "minidistill plan sokoban"),
     (["--gpus", "-1"], "--gpus '-1' cannot be used", "a whole number of GPUs, 0 for a CPU"),
     (["--gpus=-1"], "--gpus '-1' cannot be used", "a whole number of GPUs, 0 for a CPU"),
     (["--gpus", "two"], "--gpus 'two' cannot be used", "a whole number of GPUs, 0 for a CPU"),

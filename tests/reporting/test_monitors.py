@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from minidistill.config import Config
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.reporting.monitors import check_monitors, open_monitors
 from minidistill.reporting.monitors.background import BackgroundMonitor
-from minidistill.reporting.monitors.weights_and_biases import run_id
+from minidistill.reporting.monitors.run_id import run_id
 
 
 class Recorder:
@@ -27,11 +25,15 @@ class Recorder:
     def __init__(self, act: Callable[[int], object] = lambda step: None) -> None:
         self.act = act
         self.records: list[tuple[int, dict[str, float]]] = []
+        self.tables: list[tuple[int, Sequence[Mapping[str, Any]]]] = []
         self.summary: Mapping[str, Any] | None = None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.act(step)
         self.records.append((step, metrics))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.tables.append((step, rows))
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         self.summary = summary
@@ -77,9 +79,13 @@ def test_records_arrive_in_order_before_the_summary(caplog: pytest.LogCaptureFix
     monitor.log(1, metrics)
     metrics["teacher_kl"] = 9.0  # the run's own dictionary may change later
     monitor.log(2, {"reward/mean": 0.5})
+    row = {"prompt": "p", "before": "b"}
+    monitor.samples(2, [row])
+    row["before"] = "c"
     monitor.close({"gap_closed": 0.9})
     monitor.close(None)
     assert recorder.records == [(1, {"teacher_kl": 1.0}), (2, {"reward/mean": 0.5})]
+    assert recorder.tables == [(2, [{"prompt": "p", "before": "b"}])]
     assert recorder.summary == {"gap_closed": 0.9}
     assert caplog.messages == []
 
@@ -181,87 +187,30 @@ def test_a_missing_package_is_an_environment_error(
     assert "pip install 'minidistill[wandb]'" in caught.value.fix
 
 
-def test_the_run_id_is_kept_and_a_damaged_one_replaced(tmp_path: Path) -> None:
-    first = run_id(tmp_path)
-    assert run_id(tmp_path) == first
+def wandb_id(path: Path) -> str:
+    return run_id(path, "wandb_id", "W&B")
+
+
+def test_the_run_id_is_kept_and_a_damaged_one_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = wandb_id(tmp_path)
+    assert wandb_id(tmp_path) == first
+    assert caplog.messages == []
     (tmp_path / "wandb_id").write_text("../../etc\x1b[0m")
-    assert run_id(tmp_path) not in (first, "../../etc\x1b[0m")
+    assert wandb_id(tmp_path) not in (first, "../../etc\x1b[0m")
+    [warning] = caplog.messages
+    assert "has no id of a W&B run any more: its curves begin anew" in warning
 
 
 def test_the_run_id_is_not_written_through_a_link_nor_read_of_a_pipe(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     path = tmp_path / "run" / "wandb_id"
     path.symlink_to(tmp_path / "elsewhere")
-    first = run_id(tmp_path / "run")
+    first = wandb_id(tmp_path / "run")
     assert not (tmp_path / "elsewhere").exists()
     assert path.read_text() == f"{first}\n"
     path.unlink()
     os.mkfifo(path)
-    assert run_id(tmp_path / "run") != first
+    assert wandb_id(tmp_path / "run") != first
     assert path.is_file()
-
-
-def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of an offline file: a header of 7 bytes, then LevelDB's log format."""
-    from wandb.proto import wandb_internal_pb2
-
-    new_record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
-    data, position, payload = path.read_bytes(), 7, b""
-    block = 32768
-    while position + 7 <= len(data):
-        remaining = block - position % block
-        if remaining < 7:
-            position += remaining
-            continue
-        _, size, kind = struct.unpack_from("<IHB", data, position)
-        payload += data[position + 7 : position + 7 + size]
-        position += 7 + size
-        if kind in (1, 4):  # a full record, or the last part of one
-            record = new_record()
-            record.ParseFromString(payload)
-            yield record
-            payload = b""
-
-
-def items(entries: Any) -> dict[str, Any]:
-    return {e.key or "/".join(e.nested_key): json.loads(e.value_json) for e in entries}
-
-
-def test_wandb_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    pytest.importorskip("wandb", reason="needs wandb, which is not installed")
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    run_dir = tmp_path / "a run"
-    run_dir.mkdir()
-    for first in (1, 3):  # the second time is a resumed run
-        monitor = open_monitors(config(offline=True, tags=["a"]), run_dir)
-        for step in (first, first + 1):
-            monitor.log(step, {"teacher_kl": 1.0 / step, "combined_advantage": -0.5})
-            monitor.log(step, {"eval/sokoban-env/student/avg": 0.1 * step})
-        monitor.close({"gap_closed": 0.9, "verdict": "closed", "drift_kl": None})
-        time.sleep(1.0)  # wandb names offline files by the second
-    assert caplog.messages == []
-    files = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
-    saved_id = (run_dir / "wandb_id").read_text().strip()
-    assert files
-    assert all(file.name == f"run-{saved_id}.wandb" for file in files)
-    records = [record for file in files for record in wandb_records(file)]
-    history = [items(r.history.item) for r in records if r.WhichOneof("record_type") == "history"]
-    by_step: dict[int, dict[str, Any]] = {}
-    for row in history:
-        by_step.setdefault(row["_step"], {}).update(row)
-    assert sorted(by_step) == [1, 2, 3, 4]
-    assert by_step[2]["teacher_kl"] == 0.5
-    assert by_step[2]["combined_advantage"] == -0.5
-    assert by_step[4]["eval/sokoban-env/student/avg"] == pytest.approx(0.4)
-    [run, *_] = [r.run for r in records if r.WhichOneof("record_type") == "run"]
-    assert (run.run_id, run.display_name, list(run.tags)) == (saved_id, "a run", ["a"])
-    logged = {u.key: json.loads(u.value_json) for u in run.config.update}
-    assert logged["orchestrator"]["teacher_model"]["context"] == "Play well."
-    summary: dict[str, Any] = {}
-    for record in records:
-        if record.WhichOneof("record_type") == "summary":
-            summary |= items(record.summary.update)
-    assert summary["scoreboard/gap_closed"] == 0.9
-    assert "scoreboard/drift_kl" not in summary

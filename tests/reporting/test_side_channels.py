@@ -30,7 +30,7 @@ from minidistill.reporting.monitors import (
     background,
     check_monitors,
     open_monitors,
-    weights_and_biases,
+    packages,
 )
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal import Display, Header, SafeDisplay
@@ -340,6 +340,6 @@ def test_a_check_of_the_key_that_hangs_is_a_warning(
     wandb: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     wandb.setenv("FAKE_WANDB", "key:hang")
-    wandb.setattr(weights_and_biases, "CHECK_SECONDS", 0.1)
+    wandb.setattr(packages, "CHECK_SECONDS", 0.1)
     check_monitors(WANDB)
     assert "wandb did not say within 0.1 s" in caplog.text

@@ -44,11 +44,17 @@ class _Run:
     def __init__(self) -> None:
         self.summary: dict[str, Any] = {}
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
+    def define_metric(self, name: str, **settings: Any) -> None: ...
+
+    def log(self, metrics: dict[str, Any]) -> None:
         misbehave("log")
 
     def finish(self) -> None:
         misbehave("finish")
+
+
+class Table:
+    def __init__(self, columns: list[str], data: list[list[str]]) -> None: ...
 
 
 def setup(settings: Settings) -> None: ...

@@ -15,6 +15,7 @@ from minidistill import logs
 from minidistill.config import load_config
 from minidistill.driver import summary
 from minidistill.driver.baseline import evaluate_baseline
+from minidistill.driver.selection import Selection, asked
 from minidistill.evaluation.evaluator import Scores
 from minidistill.evaluation.intervals import PromptSums
 from minidistill.evaluation.kl import SampledKL
@@ -65,7 +66,9 @@ class Runner:
         self.directory, self.stream = RunDirectory(path), io.StringIO()
         self.display = PlainDisplay(self.stream)
         self.policy = SimpleNamespace(teacher_weights=Weights.BASE, starts_as_base=True)
-        self.monitor = SimpleNamespace(close=lambda board: None)
+        self.monitor = SimpleNamespace(samples=lambda step, rows: None, close=lambda board: None)
+        self.selection, self.asked = Selection(self.config), asked(self.config)
+        self.last_step = self.config.max_steps
         self.evaluator = self if results.evaluates else None
         self.seconds, self.prompts = 73.0, dict.fromkeys(names)
         environment = SimpleNamespace(has_rewards=bool(names))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minidistill.reporting.monitors.base import Monitor
+from minidistill.reporting.monitors.base import Monitor, Sample
 from minidistill.types import Metrics
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ class _Monitors:
         for monitor in self._monitors:
             monitor.log(step, metrics)
 
+    def samples(self, step: int, rows: Sequence[Sample]) -> None:
+        for monitor in self._monitors if rows else ():
+            monitor.samples(step, rows)
+
     def close(self, summary: Mapping[str, Any] | None) -> None:
         for monitor in self._monitors:
             monitor.close(summary)
@@ -39,24 +43,59 @@ def check_monitors(config: Config) -> None:
     Its package is missing or fails, or it has no credentials. No network is needed for that.
     """
     if config.wandb is not None:
-        from minidistill.reporting.monitors.weights_and_biases import check
+        from minidistill.reporting.monitors import weights_and_biases
 
-        check(config.wandb)
+        weights_and_biases.check(config.wandb)
+    if config.tensorboard is not None:
+        from minidistill.reporting.monitors import tensorboard_events
+
+        tensorboard_events.check()
+    if config.trackio is not None:
+        from minidistill.reporting.monitors import trackio_project
+
+        trackio_project.check()
 
 
-def open_monitors(config: Config, run_dir: Path) -> Monitor:
+def open_monitors(config: Config, run_dir: Path, first_step: int = 1) -> Monitor:
     """The monitors that `config` asks for, which `check_monitors` has checked.
 
-    Every failure of a monitor is a warning. The result's `log` never waits, and its `close` waits a
-    few seconds at most.
+    The run begins or goes on at `first_step`. Every failure of a monitor is a warning. The result's
+    `log` and `samples` never wait, and its `close` waits a few seconds at most.
     """
+    from minidistill.reporting.monitors.background import BackgroundMonitor
+
     monitors: list[Monitor] = []
-    if config.wandb is not None:
-        from minidistill.reporting.monitors.background import BackgroundMonitor
+    for name, connect in _chosen(config, run_dir, first_step).items():
+        try:
+            monitors.append(BackgroundMonitor(name, connect))
+        except RuntimeError as error:  # no more threads
+            logger.warning(f"{name} is off: {error}; the run and metrics.jsonl are unaffected")
+    return _Monitors(monitors)
+
+
+def _chosen(config: Config, run_dir: Path, first_step: int) -> dict[str, Callable[[], Monitor]]:
+    """How to open each monitor, by its name. Packages are imported when that is called."""
+
+    def wandb() -> Monitor:
         from minidistill.reporting.monitors.weights_and_biases import Wandb
 
-        try:
-            monitors.append(BackgroundMonitor("W&B", lambda: Wandb(config, run_dir)))
-        except RuntimeError as error:  # no more threads
-            logger.warning(f"W&B is off: {error}; the run and metrics.jsonl are unaffected")
-    return _Monitors(monitors)
+        return Wandb(config, run_dir)
+
+    def tensorboard() -> Monitor:
+        from minidistill.reporting.monitors.tensorboard_events import TensorBoard
+
+        return TensorBoard(config, run_dir, first_step)
+
+    def trackio() -> Monitor:
+        from minidistill.reporting.monitors.trackio_project import Trackio
+
+        return Trackio(config, run_dir)
+
+    chosen: dict[str, Callable[[], Monitor]] = {}
+    if config.wandb is not None:
+        chosen["W&B"] = wandb
+    if config.tensorboard is not None:
+        chosen["TensorBoard"] = tensorboard
+    if config.trackio is not None:
+        chosen["trackio"] = trackio
+    return chosen

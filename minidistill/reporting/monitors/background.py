@@ -6,11 +6,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from minidistill.errors import printable
-from minidistill.reporting.monitors.base import Monitor
+from minidistill.reporting.monitors.base import Monitor, Sample
 from minidistill.system.foreign import describe
 from minidistill.types import Metrics
 
@@ -47,7 +47,7 @@ class BackgroundMonitor:
         self._close_seconds = CLOSE_SECONDS if close_seconds is None else close_seconds
         # The queue has room for one more entry, so that the end fits in when it is full.
         self._capacity = capacity
-        self._queue: queue.Queue[tuple[int, Metrics] | None] = queue.Queue(capacity + 1)
+        self._queue: queue.Queue[Callable[[Monitor], None] | None] = queue.Queue(capacity + 1)
         self._summary: Mapping[str, Any] | None = None
         self._warned: set[str] = set()
         self._closed = False
@@ -57,13 +57,21 @@ class BackgroundMonitor:
         self._thread.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
+        record = dict(metrics)
+        self._put(lambda monitor: monitor.log(step, record))
+
+    def samples(self, step: int, rows: Sequence[Sample]) -> None:
+        record = [dict(row) for row in rows]
+        self._put(lambda monitor: monitor.samples(step, record))
+
+    def _put(self, record: Callable[[Monitor], None]) -> None:
         if self._closed or self._failed.is_set():
             return
         if self._queue.qsize() >= self._capacity:
             self.dropped += 1
             self._warn("slow", "does not keep up: records are dropped")
             return
-        self._queue.put_nowait((step, dict(metrics)))
+        self._queue.put_nowait(record)
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         if self._closed:
@@ -88,7 +96,7 @@ class BackgroundMonitor:
             return
         while (record := self._queue.get()) is not None:
             try:
-                monitor.log(*record)
+                record(monitor)
             except BaseException as error:
                 # The next record may get through again.
                 self.dropped += 1

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import logging
 import os
-import queue
-import re
-import secrets
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minidistill.config import Config
 from minidistill.config.schema import WandbConfig
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
-from minidistill.system.files import write_atomic
-from minidistill.system.foreign import describe, foreign_code
+from minidistill.reporting.monitors.base import Sample, flat, table
+from minidistill.reporting.monitors.packages import answer_in_time, require
+from minidistill.reporting.monitors.run_id import run_id
 from minidistill.types import Metrics
 
-logger = logging.getLogger(__name__)
-CHECK_SECONDS = 30.0
-"""How long the package may take to be imported and to look for its API key."""
 INIT_SECONDS = 60.0
 """How long the package tries to reach its server, in its own thread: no step waits for it."""
-
+ID = "wandb_id"
+"""The file with the run's id, in its directory."""
+STEP = "step"
+"""The axis of all metrics, as in `metrics.jsonl`."""
 WITHOUT_KEY = (
     "keep the log on disk with wandb.offline = true (or WANDB_MODE=offline), or run with --no-wandb"
 )
@@ -35,56 +30,20 @@ FINISH_SECONDS = 8.0
 `background.CLOSE_SECONDS`, so that the run can still report the failure."""
 
 
-def check(table: WandbConfig) -> None:
+def check(settings: WandbConfig) -> None:
     """Raise UserError (exit code 3) without the package, or without an API key where one is needed.
 
     The package would ask for a key amid the display.
     """
-    _require_package()
+    require("wandb", "wandb")
     online = os.environ.get("WANDB_MODE", "online") in ("online", "shared")
-    needs_key = online and not table.offline
-    answer: queue.SimpleQueue[bool | UserError] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            with foreign_code(_broken):
-                answer.put(_is_ready(needs_key))
-        except UserError as error:
-            answer.put(error)
-
-    # in a thread, because code that hangs there would keep the run from starting
-    threading.Thread(target=ask, name="wandb credentials", daemon=True).start()
-    try:
-        ready = answer.get(timeout=CHECK_SECONDS)
-    except queue.Empty:
-        logger.warning(
-            f"wandb did not say within {CHECK_SECONDS:g} s whether it can be used: the run starts, "
-            "and W&B may turn out to be off"
-        )
-        return
-    if isinstance(ready, UserError):
-        raise ready
+    needs_key = online and not settings.offline
+    ready = answer_in_time("wandb", lambda: _is_ready(needs_key), WITHOUT_KEY)
     if not ready:
         raise UserError(
             "the configuration has a [wandb] table, but wandb has no API key",
             where="wandb",
             fix=f"run `wandb login`, set WANDB_API_KEY, {WITHOUT_KEY}",
-            exit_code=EXIT_ENVIRONMENT,
-        )
-
-
-def _require_package() -> None:
-    """Raise UserError (exit code 3) unless the package is installed.
-
-    Python takes any folder named `wandb` for a package, and every run of the package leaves one.
-    Such a folder has no origin.
-    """
-    spec = importlib.util.find_spec("wandb")
-    if spec is None or spec.origin is None:
-        raise UserError(
-            "the configuration has a [wandb] table, but the package wandb is not installed",
-            where="wandb",
-            fix="pip install 'minidistill[wandb]', or run with --no-wandb",
             exit_code=EXIT_ENVIRONMENT,
         )
 
@@ -101,67 +60,48 @@ def _is_ready(needs_key: bool) -> bool:
     return bool(wandb.login(prompt=False, verify=False))
 
 
-def _broken(error: BaseException) -> UserError:
-    return UserError(
-        f"the configuration has a [wandb] table, but wandb cannot be used: {describe(error)}",
-        where="wandb",
-        fix=f"correct that, {WITHOUT_KEY}",
-        exit_code=EXIT_ENVIRONMENT,
-    )
-
-
 class Wandb:
     """One run of Weights & Biases. Its files are in `run_dir/wandb`, its id in `wandb_id`."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         import wandb
 
-        table = config.wandb
-        assert table is not None
+        chosen = config.wandb
+        assert chosen is not None
         # The package's capture of the console would interfere with the live display.
         options: dict[str, Any] = {"console": "off", "silent": True, "init_timeout": INIT_SECONDS}
         if "finish_timeout" in wandb.Settings.model_fields:  # missing from older versions
             # Without it the package's exit hook blocks the process until all is uploaded.
             options |= {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
+        # It would record the address of the git remote, which may hold a token, and local changes.
+        known = wandb.Settings.model_fields
+        options |= {name: True for name in ("disable_git", "disable_code") if name in known}
         self._run = wandb.init(
-            project=table.project,
-            name=table.name or run_dir.resolve().name,
-            entity=table.entity,
-            tags=list(table.tags),
-            mode="offline" if table.offline else None,
+            project=chosen.project,
+            name=chosen.name or run_dir.resolve().name,
+            entity=chosen.entity,
+            tags=list(chosen.tags),
+            mode="offline" if chosen.offline else None,
             dir=str(run_dir),
-            id=run_id(run_dir),
+            id=run_id(run_dir, ID, "W&B", begun=(run_dir / "wandb").is_dir()),
             resume="allow",
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(**options),
         )
+        # A resumed run repeats steps. The package's own axis would refuse what it has seen once.
+        self._run.define_metric(STEP, hidden=True)
+        self._run.define_metric("*", step_metric=STEP)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._run.log({STEP: step, **metrics})
+
+    def samples(self, step: int, rows: Sequence[Sample]) -> None:
+        import wandb
+
+        columns, texts = table(rows)
+        self._run.log({STEP: step, "samples": wandb.Table(columns=columns, data=texts)})
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         if summary is not None:
-            self._run.summary.update(dict(_flat(summary, "scoreboard")))
+            self._run.summary.update(dict(flat(summary, "scoreboard")))
         self._run.finish()
-
-
-def run_id(run_dir: Path) -> str:
-    """The id stored in `run_dir`, created if missing. A resumed run continues its curves."""
-    path = run_dir / "wandb_id"
-    if path.is_file():  # reading a pipe would never end
-        stored = path.read_text(encoding="utf-8", errors="replace").strip()
-        if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", stored):
-            return stored
-    created = secrets.token_hex(4)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, created + "\n")
-    return created
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Nested values under names with slashes, as the metrics have; None is left out."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}/{key}")
-        elif value is not None:
-            yield f"{prefix}/{key}", value

@@ -127,6 +127,9 @@ class LiveDisplay:
             if (seconds := metrics.get("time/eval", 0.0)) >= 1:
                 line.append(f"  in {duration(seconds)}", "dim")
             self._console.print(line)
+        if (kl := metrics.get("eval/heldout_kl")) is not None:
+            line = Text.assemble((f"evaluation at step {step}  held-out KL ", "dim"))
+            self._console.print(line.append(number(kl), "bold"))
         self._region.end_evaluation(step, metrics)
 
     def baseline(self, metrics: Metrics) -> None:

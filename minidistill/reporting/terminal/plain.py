@@ -132,6 +132,8 @@ class PlainDisplay:
             if (seconds := metrics.get("time/eval", 0.0)) >= 1:
                 figures.append(f"in {duration(seconds)}")
             self._write("  ".join([f"evaluation at step {step}", env, *figures]))
+        if (kl := metrics.get("eval/heldout_kl")) is not None:
+            self._write(f"evaluation at step {step}  held-out KL {number(kl)}")
         self._end_evaluation(step, metrics)
 
     def baseline(self, metrics: Metrics) -> None:
