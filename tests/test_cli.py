@@ -95,7 +95,7 @@ def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture
         (["rl", "@", "x"], "minidistill run"),
         (["confg"], "minidistill config"),
         (["zzzz"], "minidistill --help"),
-        (["run"], "configs/sokoban.toml"),
+        (["run"], "minidistill run sokoban"),
         (["report"], "report runs/"),
         (["report", "a", "b"], "directory of a run"),
         (["report", "--x"], "report runs/"),
