@@ -13,7 +13,7 @@ def add_config(commands: Commands) -> None:
         "config",
         help="show every setting and where it comes from",
         usage="minidistill config FILES… [--key VALUE]… [--json] [--traceback]",
-        description="Show the configuration that `run` would use, and where each setting comes from.",
+        description="Show the settings that `run` would use, and where each comes from.",
         epilog="""\
 examples:
   minidistill config configs/sokoban.toml --trainer.optim.lr 1e-3

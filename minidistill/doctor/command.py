@@ -31,7 +31,7 @@ def diagnose(*, quick: bool, as_data: bool) -> int:
     """Make the checks, without those that train if `quick`. Returns 0, or 3 if one fails."""
     made = _made(check for check in CHECKS if not (quick and check.runs))
     results = list(made) if as_data else list(_shown(made))
-    counts = Counter(result.status for _, result, _ in results)
+    counts: Counter[str] = Counter(result.status for _, result, _ in results)
     if as_data:
         _print_data(results, counts)
     else:

@@ -163,7 +163,8 @@ def _evaluate(
     knows_context = programs or any(prompt.context.text for prompt in flat)
     if with_context and not knows_context:
         raise unknown_context(source)
-    if not knows_context and not any(map(has_rewards, environments.values())):
+    rewarded = any(map(has_rewards, environments.values()))
+    if not knows_context and not rewarded:
         raise UserError(
             f"{', '.join(environments)} has no reward, and no context is known for {name}, so "
             "there is nothing to measure",
@@ -187,7 +188,7 @@ def _evaluate(
         display,
         model.placement.max_length,
     )
-    for view in _views(model, with_context=with_context):
+    for view in _views(model, with_context=with_context) if rewarded else [STUDENT]:
         if view is not STUDENT and view is not STUDENT_IN_CONTEXT:
             # what the base's prompts and answers depend on
             read = tuple(p.ids(view.role, context=view.context) for p in flat)
@@ -195,18 +196,18 @@ def _evaluate(
             if key in done:
                 continue
             done.add(key)
-        scores = evaluator.run(f"{name} ({view.name})", view.role, context=view.context)
-        kl = None
+        scores, kl = Scores({}, 0.0), None
+        if rewarded:
+            scores = evaluator.run(f"{name} ({view.name})", view.role, context=view.context)
         if view is STUDENT and knows_context:
             with explain_out_of_memory("computing the KL on held-out prompts", **SMALLER):
-                kl = teacher_kl(
-                    config,
-                    model.policy,
-                    model.engine,
-                    evaluator.held_out(),
-                    budget,
-                    answers=evaluator.student_answers(),
-                ).by_prompt
+                answers = evaluator.student_answers()
+                held_out = evaluator.held_out()
+                policy, engine = model.policy, model.engine
+                measured = teacher_kl(config, policy, engine, held_out, budget, answers=answers)
+                kl = measured.by_prompt
+            if not rewarded:
+                scores = Scores({}, sum(kl.tokens) / len(kl.tokens))
         yield _result(name, view.name, scores, kl, config.seed)
 
 

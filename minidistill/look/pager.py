@@ -84,9 +84,8 @@ class Pager:
         status = f" {self.index + 1}/{self.count}  {f'{more} lines below  ' if more else ''}{HELP}"
         bar = Text(status[: self.console.width - 1], "reverse")
         with self.console.capture() as capture:
-            for line in shown:
-                self.console.print(Segments(line), end="")
-                self.console.file.write("\n")
+            ended = [segment for line in shown for segment in (*line, Segment.line())]
+            self.console.print(Segments(ended), end="")
             self.console.print(bar, end="")
         sys.stdout.write("\x1b[H\x1b[J" + capture.get())
         sys.stdout.flush()

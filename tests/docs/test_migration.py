@@ -43,7 +43,7 @@ def exists(key: str) -> bool:
 
 def load(text: str, folder: Path) -> None:
     """Load a setting `a.b.c = value` on top of the smallest configuration."""
-    (folder / "minimal.toml").write_text(MINIMAL)
+    (folder / "minimal.toml").write_text(MINIMAL + "[orchestrator.eval]\n")
     (folder / "setting.toml").write_text(text)
     load_config([str(folder / "minimal.toml"), str(folder / "setting.toml")])
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from minidistill import cli
-from minidistill.doctor import catalog, command, disk, gpus, machine, packages
+from minidistill.doctor import catalog, command, disk, machine, packages
 from minidistill.doctor.catalog import CHECKS, Check
 from minidistill.doctor.isolated import make
 from minidistill.doctor.probe import look
 from minidistill.doctor.result import Result, passed
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_USAGE, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_USAGE
 
 BY_NAME = {check.name: check for check in CHECKS}
 # Modules that a check imports, and what becomes of that
@@ -162,11 +162,9 @@ def test_this_machine_passes_what_needs_no_process(name: str) -> None:
     assert result.status in ("pass", "skipped"), result
 
 
-def test_every_check_passes_here_in_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that train, and that compile: each in the process that the command starts."""
-    for name in ("triton", "IPC", "run, embedded", "interpreter"):
-        if name == "interpreter":  # of a process that has not imported triton before
-            monkeypatch.setattr("minidistill.system.subprocesses.Popen", subprocess.Popen)
+def test_what_takes_a_process_passes_here() -> None:
+    """What compiles and what trains, each in the process that the command starts."""
+    for name in ("triton", "run, embedded"):
         result = make(BY_NAME[name])
         assert result.status == "pass", (name, result)
 
@@ -275,9 +273,7 @@ def test_the_hub_is_never_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_checks_name_functions_that_are_there() -> None:
-    names = [check.name for check in CHECKS]
-    assert len(set(names)) == len(names)
+    assert len(BY_NAME) == len(CHECKS)
     for check in CHECKS:
-        assert dataclasses.replace(check).function.startswith("minidistill.doctor.")
-    assert gpus.NO_GPU
-    assert UserError
+        module, _, function = check.function.partition(":")
+        assert callable(getattr(import_module(module), function))

@@ -330,7 +330,7 @@ def test_nothing_is_computed_that_nobody_asked_for(tmp_path: Path) -> None:
 
 def test_a_context_that_is_read_once_gives_the_same_kl(tmp_path: Path) -> None:
     """Compared with passes that read it with each prompt. The last figure is that of the choice."""
-    context = "Look at each wall, at the box and at the goal before you move. " * 8
+    context = "Look at each wall, at the box and at the goal before you move. " * 3
     flags = (*EVERY, "--max_steps", "1", "--orchestrator.teacher_model.context", context)
     plain, once = tmp_path / "plain", tmp_path / "once"
     assert run(plain, *flags) == EXIT_OK

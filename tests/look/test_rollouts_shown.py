@@ -136,7 +136,13 @@ def test_keys_move_between_pages_and_lines() -> None:
 @pytest.mark.parametrize("end", [b"\x03", "SIGTERM"])
 def test_the_terminal_is_restored(kept_run: Path, end: bytes | str) -> None:
     with terminal("rollouts", str(kept_run), rows=50, columns=90) as screen:
-        screen.read_until("n next")
+        lines = CODES.sub("", screen.read_until("n next")).splitlines()
+        (shown, *_) = read_rollouts(kept_run)
+        assert "student's prompt" in lines
+        start = lines.index("teacher's prompt")
+        teacher = shown.row["teacher_prompt_text"].splitlines()
+        assert lines[start + 1 : start + 1 + len(teacher)] == teacher
+        assert lines[-1].startswith(" 1/8 ")
         assert screen.settings() != screen.before
         for keys, place in ((b"n", " 2/8 "), (b"\x1b[C", " 3/8 "), (b"p\x1b[D", " 1/8 "),
                             (b"G", " 8/8 ")):  # fmt: skip

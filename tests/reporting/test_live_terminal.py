@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,40 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
     assert [line[0] for line in lines if line.startswith(BORDERS)] == ["╭", "╰"] * 2
     assert [line for line in lines if line][-1] == "interrupted"
     assert "Traceback" not in "\n".join(lines)
+
+
+def busy() -> int:
+    """Threads that print while steps end."""
+    with contextlib.closing(open_display()) as display, lasting_output():
+
+        def talk(thread: int) -> None:
+            for number in range(60):
+                display.note(f"note {thread}.{number}")
+                if thread == 0:  # the prints of two threads may share a line
+                    print(f"print {number}")
+
+        threads = [threading.Thread(target=talk, args=(n,)) for n in range(2)]
+        display.open(Header("minidistill", (("model", "tiny"),), 99, 1))
+        for thread in threads:
+            thread.start()
+        for step in range(1, 41):
+            with display.phase(f"phase {step % 3}", 4, "tokens") as advance:
+                advance(4)
+            display.step(step, METRICS, None)
+        for thread in threads:
+            thread.join()
+    return 0
+
+
+def test_threads_that_print_leave_no_lines_of_the_region() -> None:
+    code, screen, _ = in_terminal(busy, lambda text, typed: b"", 60)
+    assert code == 0
+    lines = [line.rstrip() for line in screen.lines]
+    assert [line[0] for line in lines if line.startswith(BORDERS)] == ["╭", "╰"] * 2
+    notes = [f"note {n}.{i}" for n in (0, 1) for i in range(60)]
+    prints = [f"print {i}" for i in range(60)]
+    shown = [line for line in lines if line.startswith(("note", "print"))]
+    assert sorted(shown) == sorted(notes + prints)
 
 
 def test_a_run_that_is_stopped_in_a_terminal(tmp_path: Path) -> None:

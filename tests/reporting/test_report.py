@@ -195,6 +195,26 @@ def test_a_long_rollout_is_cut(tmp_path: Path) -> None:
     assert "… 600 more tokens" in page_of(tmp_path).text
 
 
+def test_a_page_is_bounded_whatever_a_run_holds(tmp_path: Path) -> None:
+    path = finished_run(tmp_path / "run")
+    long = "<" * 3000
+    for step in (1, 10, 20):
+        rows = [rollout(step, f"t{i}", [long] * 500, teacher_prompt_text=long) for i in range(3)]
+        write_rollouts(path, step, rows, [[5.0] * 500] * 3)
+    row = dict.fromkeys(("prompt", "before", "teacher", "after"), long)
+    board = {"completions": [row] * 500, "verdict": long, "per_env": {}}
+    board["per_env"] = {f"{i}{long}": {"student": long} for i in range(500)}
+    (path / "scoreboard.json").write_text(json.dumps(board))
+    (path / "env.json").write_text(json.dumps({f"{i}{long}": long for i in range(500)}))
+    with (path / "metrics.jsonl").open("a") as file:
+        for i in range(200):
+            file.write(json.dumps({"step": 1, f"eval/{i}{long}/student/avg": i}) + "\n")
+    page = page_of(path)
+    assert (path / "report.html").stat().st_size < 2_000_000
+    assert "Question 64 " in page.text
+    assert "more characters" in page.text
+
+
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     for path in (tmp_path, tmp_path / "absent"):

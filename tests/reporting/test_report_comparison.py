@@ -12,6 +12,7 @@ from support.reported_runs import Page, finished_run
 from minidistill import cli
 from minidistill.errors import EXIT_OK, EXIT_USAGE, UserError
 from minidistill.reporting.html import summary_html, write_comparison
+from minidistill.reporting.html.chart import Series, draw
 from minidistill.reporting.html.comparison import labels
 from minidistill.reporting.html.curves import groups, points
 from minidistill.reporting.html.plots import PLOTS, step_rate
@@ -94,6 +95,13 @@ def test_the_page_compares_results_settings_curves_and_answers(
 def test_names_are_the_shortest_ends_of_the_paths_that_differ(tmp_path: Path) -> None:
     assert labels([Path("/r/x"), Path("/r/y")]) == ["x", "y"]
     assert labels([Path("/r/1/x"), Path("/r/2/x"), Path("/s/y")]) == ["1/x", "2/x", "s/y"]
+    alike = labels([Path("/r/" + "x" * 50 + end) for end in "ab"])
+    assert [label[:10] for label in alike] == ["1. xxxxxxx", "2. xxxxxxx"]
+
+
+def test_a_run_has_the_same_color_in_every_chart() -> None:
+    chart = draw("t", "n", [Series("a", [(1, 1.0)]), Series("b", []), Series("c", [(1, 2.0)])])
+    assert [(line.name, line.color) for line in chart.lines] == [("a", 0), ("c", 2)]
 
 
 def test_settings_that_one_run_lacks_differ() -> None:

@@ -23,13 +23,18 @@ _OF_OTHERS = {"vllm", "sha256sum", "git"}
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
-    """The words of each command in a block of shell code, without comments and assignments."""
+    """The words of each command in a block: no comments, assignments or redirections."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
         words.whitespace_split = True
         command: list[str] = []
+        is_redirected = False
         for word in [*words, ";"]:
-            if set(word) <= set("&|;"):
+            if is_redirected:  # a file's name
+                is_redirected = False
+            elif set(word) <= set("<>"):
+                is_redirected = True
+            elif set(word) <= set("&|;"):
                 if command:
                     yield command
                 command = []

@@ -68,7 +68,7 @@ class Choice:
         if len(_normalised(text)) < SHORTEST:
             return "too short"
         if any(_is_odd(char) for char in text):
-            return "with characters that are no text"
+            return "with characters that are not text"
         folded = text.casefold()
         own_line = any(line.strip() in self._lines for line in folded.split("\n"))
         if own_line or any(mark in folded for mark in self._marks):

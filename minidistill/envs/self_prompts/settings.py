@@ -79,7 +79,7 @@ def load(
     hash of a text decides whether it is held out. Before there is a file, the environment has its
     reward and no tasks. Raises UserError for an argument that it cannot use.
     """
-    given = {"count": count, "at_least": at_least}
+    given: dict[str, object] = {"count": count, "at_least": at_least}
     given |= {"temperature": temperature, "max_tokens": max_tokens}
     Settings.of({**given, "topics": topics, "seed": seed})
     named = path is None or (isinstance(path, str) and path != "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minidistill.reporting.formatting import number
 
@@ -17,7 +17,6 @@ SMOOTHED = 40
 """Points from which on a curve has no dots, and is drawn as its moving mean, the points faintly."""
 WINDOWS = 20
 """Windows of the moving mean in a curve, about."""
-
 TINY = 1e-300
 """A height below this is none: its tenth parts have no floats of full precision."""
 
@@ -26,12 +25,16 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Values over steps: `flat` for a reference line, `marked` to draw each point as a dot."""
+    """Values over steps: `flat` for a reference line, `marked` to draw each point as a dot.
+
+    `color` is its place among the series, those without values included.
+    """
 
     name: str
     points: Points
     flat: bool = False
     marked: bool = False
+    color: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class Line:
     """
 
     name: str
+    color: int
     path: str
     faint: str
     dots: tuple[tuple[float, float], ...]
@@ -134,7 +138,8 @@ def draw_over(
 
 
 def _with_values(series: Sequence[Series]) -> list[Series]:
-    return [s for s in series if any(math.isfinite(y) for _, y in s.points)]
+    placed = (replace(s, color=place) for place, s in enumerate(series))
+    return [s for s in placed if any(math.isfinite(y) for _, y in s.points)]
 
 
 def _scales(series: Sequence[Series], zero: bool) -> tuple[_Scale, _Scale]:
@@ -160,7 +165,8 @@ def _lines(series: Sequence[Series], xs: _Scale, ys: _Scale) -> tuple[Line, ...]
         marked = s.marked and len(points) <= SMOOTHED
         dotted = points if marked or len(points) == 1 else []
         dots = tuple((xs(x), ys(y)) for x, y in dotted)
-        lines.append(Line(s.name, path, faint, dots, s.flat, points[0][1], points[-1][1]))
+        ends = points[0][1], points[-1][1]
+        lines.append(Line(s.name, s.color, path, faint, dots, s.flat, *ends))
     return tuple(lines)
 
 

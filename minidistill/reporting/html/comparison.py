@@ -11,7 +11,7 @@ from minidistill.errors import UserError, bounded
 from minidistill.reporting.formatting import clean, duration, number
 from minidistill.reporting.html.chart import Chart, Series, draw
 from minidistill.reporting.html.curves import evaluation_curves, points, with_final_kl
-from minidistill.reporting.html.page import render, write_page
+from minidistill.reporting.html.page import ROWS, render, write_page
 from minidistill.reporting.html.plots import PLOTS, step_rate
 from minidistill.reporting.html.read import Run, read_run
 from minidistill.reporting.html.report import ShownSample
@@ -21,11 +21,9 @@ from minidistill.reporting.scoreboard_rows import scoreboard_rows, side_by_side,
 logger = logging.getLogger(__name__)
 FILE = "comparison.html"
 MOST = 8
-"""Runs on a page: as many as there are colors."""
+"""Runs on a page, as many as there are colors, and environments with a chart."""
 NAME = 40
 """Characters of a run's name."""
-MOST_ENVIRONMENTS = 8
-"""Environments with a chart of their own."""
 
 
 def write_comparison(run_dirs: Sequence[Path], out: Path = Path(FILE)) -> Path:
@@ -71,7 +69,10 @@ def labels(run_dirs: Sequence[Path]) -> list[str]:
         names = ["/".join(p[-length:]) for p in parts]
         if len(set(names)) == len(names):
             break
-    return [bounded(clean(name), NAME) for name in names]
+    names = [bounded(clean(name), NAME) for name in names]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{number}. {name}" for number, name in enumerate(names, 1)]
 
 
 def _figures(runs: Sequence[Run]) -> list[tuple[str, tuple[str, ...]]]:
@@ -106,7 +107,7 @@ def _charts(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Chart]:
     all_steps = [with_final_kl(run.steps, run.board) for run in runs]
     by_env = [evaluation_curves(steps) for steps in all_steps]
     environments = dict.fromkeys(env for each in by_env for env in each)
-    for env in list(environments)[:MOST_ENVIRONMENTS]:
+    for env in list(environments)[:MOST]:
         series = [
             Series(name, _scores(each.get(env, {})), marked=True)
             for name, each in zip(names, by_env, strict=True)
@@ -131,7 +132,7 @@ def _samples(runs: Sequence[Run], names: Sequence[str]) -> list[ShownSample]:
     """The prompts that several runs have kept, with each run's answer after training."""
     by_prompt: dict[str, dict[str, Any]] = {}
     for name, run in zip(names, runs, strict=True):
-        for row in side_by_side({"completions": run.completions}):
+        for row in side_by_side({"completions": run.completions[:ROWS]}):
             by_prompt.setdefault(row.prompt, {})[name] = row
     shown = []
     for prompt, rows in by_prompt.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
@@ -20,13 +19,14 @@ from minidistill.system.files import write_atomic
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-logger = logging.getLogger(__name__)
 LARGEST = 1_900_000
 """Bytes of a page."""
-LONGEST = (20_000, 4_000, 1_000, 200)
+LONGEST = (20_000, 4_000, 1_000, 200, 40)
 """Characters of a text in the page: the first of these with which it is not too large."""
 NAME, LINE = 80, 400
 """Characters of a name, and of a line of text."""
+ROWS = 64
+"""Rows of a table, and samples, at most: a page whose run has more is still bounded."""
 MARK = '<meta name="generator" content="minidistill">'
 """In the first bytes of every page."""
 MARK_BYTES = 1_000
@@ -46,6 +46,7 @@ def render(template: str, **values: Any) -> str:
                 style=_asset("style.css"),
                 script=_asset("script.js"),
                 mark=MARK,
+                rows=ROWS,
                 kl_levels=_level_names(),
             )
         )
@@ -74,6 +75,8 @@ def write_page(path: Path, page: str) -> None:
 def is_page(path: Path, state: str = "") -> bool:
     """Whether a file is a page that was written here, of a run in a `state` if that is given."""
     try:
+        if not path.is_file():  # reading a pipe would never end
+            return False
         with open(path, "rb") as file:
             head = file.read(MARK_BYTES).decode("utf-8", errors="replace")
     except OSError:
@@ -127,7 +130,6 @@ def _cut(longest: int) -> Callable[[object], str]:
     """What makes texts harmless: without control characters, with their line breaks, not longer."""
 
     def text(value: object) -> str:
-        shown = printable(bounded(str(value), longest))
-        return shown.encode("utf-8", "replace").decode("utf-8")
+        return printable(bounded(str(value), longest))
 
     return text

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minidistill.reporting.formatting import duration, number
 from minidistill.reporting.html.curves import groups
-from minidistill.reporting.html.page import is_page, render, write_page
+from minidistill.reporting.html.page import ROWS, is_page, render, write_page
 from minidistill.reporting.html.read import Run, Unfinished, read_run
 from minidistill.reporting.scoreboard_rows import (
     bar,
@@ -95,10 +95,10 @@ def report_page(run: Run, pause: float = 0.0) -> str:
         status=_status(run),
         progress=min(1.0, (run.last_step or 0) / run.max_steps) if run.max_steps else None,
         bar=bar(run.board),
-        tiles=tiles if run.board else _so_far(run),
-        sentences=[row for row in rows if not _is_short(row[1])],
+        tiles=tiles[:ROWS] if run.board else _so_far(run),
+        sentences=[row for row in rows if not _is_short(row[1])][:ROWS],
         effort=effort(run.board),
-        env_rows=env_rows(run.board),
+        env_rows=env_rows(run.board)[:ROWS],
         samples=shown,
         said=_said(shown),
         chart_groups=groups(run.steps, run.board),
@@ -156,7 +156,7 @@ def _so_far(run: Run) -> list[Tile]:
 def samples(run: Run) -> list[ShownSample]:
     """The held-out prompts that were kept, with the answers that are there so far."""
     shown = []
-    for row in side_by_side({"completions": run.completions}):
+    for row in side_by_side({"completions": run.completions[:ROWS]}):
         answers = [
             ("before", "the student before training", row.before),
             ("in context", "the teacher, which reads the context", row.teacher),

@@ -49,9 +49,10 @@ def summary_html(directory: Path | str) -> str:
         parts.append(f'<div style="{row}">{"".join(curves)}</div>')
     if rows := scoreboard_rows(run.board):
         cell = "padding:.1em 1.2em .1em 0;text-align:left;vertical-align:top;background:none"
+        head = f"{cell};min-width:7em;font-weight:400;{SOFT}"
         body = "".join(
-            f'<tr style="background:none"><th scope="row" style="{cell};font-weight:400;{SOFT}">'
-            f'{_text(name)}</th><td style="{cell}">{_text(value)}</td></tr>'
+            f'<tr style="background:none"><th scope="row" style="{head}">{_text(name)}</th>'
+            f'<td style="{cell}">{_text(value)}</td></tr>'
             for name, value in rows
         )
         parts.append(f'<table style="border-collapse:collapse;border:0">{body}</table>')

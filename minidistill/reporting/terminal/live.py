@@ -44,7 +44,11 @@ class _Console(Console):
 
     def __enter__(self) -> Console:
         self.drawing.acquire()
-        return super().__enter__()
+        try:
+            return super().__enter__()
+        except BaseException:  # an interrupt
+            self.drawing.release()
+            raise
 
     def __exit__(self, *error: Any) -> None:
         try:
@@ -60,8 +64,7 @@ class _Live(Live):
 
     def __init__(self, region: LiveRegion, console: Console) -> None:
         super().__init__(region, console=console, refresh_per_second=REFRESH_HZ)
-        if isinstance(console, _Console):
-            self._lock = console.drawing  # two locks could wait for each other
+        _share_lock(self, console)
 
     def refresh(self) -> None:
         if self.failed:
@@ -71,6 +74,12 @@ class _Live(Live):
         except Exception as error:
             self.failed = True
             logger.debug("the live region cannot be drawn, and stands still", exc_info=error)
+
+
+def _share_lock(live: Live, console: Console) -> None:
+    """Have a region use its console's lock: two threads could wait for each other's."""
+    if isinstance(console, _Console):
+        live._lock = console.drawing
 
 
 class LiveDisplay:
@@ -102,7 +111,9 @@ class LiveDisplay:
         self._hides_cursor = True
         count = TextColumn(f"{{task.completed:.0f}}/{total} {clean(unit)}", markup=False)
         text = TextColumn("{task.description}", markup=False)
-        with Progress(text, BarColumn(), count, console=self._console, transient=True) as progress:
+        progress = Progress(text, BarColumn(), count, console=self._console, transient=True)
+        _share_lock(progress.live, self._console)
+        with progress:
             yield partial(progress.advance, progress.add_task(clean(name), total=total))
 
     def step(self, step: int, metrics: Metrics, sample: Sample | None) -> None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 
 class Pace:
@@ -83,5 +83,5 @@ class Pace:
         return count * self._evaluation + (end if self._evaluated < self.max_steps else 0.0)
 
 
-def _is_time(seconds: Any) -> bool:
+def _is_time(seconds: Any) -> TypeGuard[float]:
     return isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds >= 0

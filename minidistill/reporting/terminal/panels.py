@@ -62,7 +62,7 @@ def render_scoreboard(board: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [Text(verdict(board), "bold"), Text()]
     if (closed := bar(board)) is not None:
         parts += [_bar(closed), Text()]
-    figures = Table.grid(padding=(0, 2))
+    figures = Table.grid(padding=(0, 1))  # 60 columns have room for an interval
     figures.add_column(style="dim", no_wrap=True)
     figures.add_column(overflow="fold")
     for name, value in scoreboard_rows(board):
@@ -79,7 +79,7 @@ def render_scoreboard(board: Mapping[str, Any]) -> RenderableType:
         title=Text(f"scoreboard · {env}" if env else "scoreboard", "bold"),
         subtitle=Text(effort(board), "dim"),
         box=box.ROUNDED,
-        padding=(1, 2, 0, 2),
+        padding=(1, 1, 0, 1),
         border_style=COLORS.get(str(board.get("outcome")), "yellow"),
         width=WIDTH,
     )
