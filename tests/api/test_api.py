@@ -120,17 +120,17 @@ def test_a_setting_that_is_missing_is_asked_for() -> None:
 def test_a_run_is_that_of_the_command(finished: Run, tmp_path: Path) -> None:
     """Also the third one in a process, and one in a thread, where no signal can be handled."""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    others = set(threading.enumerate())  # another file's test may have left one
     assert runs.run(tmp_path / "command") == 0
     expected = runs.records(tmp_path / "command")
     assert runs.records(finished.directory) == expected
+    threads = set(threading.enumerate())
     made: list[Run] = []
     thread = threading.Thread(target=lambda: made.append(run(tmp_path / "thread")))
     thread.start()
     thread.join()
     assert runs.records(made[0].directory) == expected
     assert {n: signal.getsignal(n) for n in before} == before
-    assert set(threading.enumerate()) <= others
+    assert set(threading.enumerate()) <= threads
 
 
 def test_a_run_shows_what_it_has_reached(finished: Run) -> None:
