@@ -15,9 +15,9 @@ _minidistill_words() {
 }
 
 _minidistill_paths() {
-    local IFS=$'\\n'
     compopt -o filenames 2>/dev/null
-    COMPREPLY=($(compgen "$1" -- "$cur"))
+    # not through an array's words: a file's name may be a pattern
+    mapfile -t COMPREPLY < <(compgen "$1" -- "$cur")
 }
 
 _minidistill() {

@@ -176,3 +176,10 @@ def test_other_shells_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["tcsh"], ["bash", "more"]):
         assert cli.main(["completion", *arguments]) == EXIT_USAGE
         assert "bash, zsh and fish" in capsys.readouterr().err
+
+
+def test_files_whose_names_are_patterns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = written("bash", tmp_path, capsys)
+    for name in ("a*", "ab", "a b"):
+        (tmp_path / name).touch()
+    assert sorted(in_bash(script)("minidistill run a")) == ["a b", "a*", "ab"]

@@ -189,6 +189,13 @@ def test_integers_that_no_float_can_hold(run_dir: Path) -> None:
         assert "up to step 20" in page_of(run_dir).text
 
 
+def test_a_place_that_is_infinite_inserts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    row = rollout(1, "a", ["x"], inserted=[{"at": float("inf"), "text": "y"}])
+    write_rollouts(tmp_path, 1, [row], None)
+    assert ("", "x") in page_of(tmp_path).spans
+
+
 def test_a_long_rollout_is_cut(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     write_rollouts(tmp_path, 1, [rollout(1, "a", ["x"] * 1000)], [[float("nan")] * 1000])

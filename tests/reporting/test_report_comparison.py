@@ -213,6 +213,13 @@ def test_the_held_out_kl_ends_with_that_of_the_scoreboard() -> None:
     assert chart.rows == (("0", "2"), ("5", "0.25"))
 
 
+def test_the_held_out_kl_of_chosen_weights_is_at_their_step() -> None:
+    steps = {0: {"eval/heldout_kl": 2.0}, 4: {"teacher_kl": 1.0}, 5: {"teacher_kl": 1.0}}
+    board = {"heldout_kl_after": 0.25, "best_step": 4}
+    [chart] = [c for g in groups(steps, board) for c in g.charts if c.title == "Held-out KL"]
+    assert chart.rows == (("0", "2"), ("4", "0.25"))
+
+
 # -- the summary -------------------------------------------------------------------------------
 
 

@@ -59,11 +59,15 @@ def _plotted(plot: Plot, steps: Steps) -> Chart:
 
 
 def with_final_kl(steps: Steps, board: Mapping[str, Any]) -> Steps:
-    """The steps with the held-out KL after training, which the scoreboard has."""
-    key, last = "eval/heldout_kl", max(steps, default=0)
+    """The steps with the held-out KL after training, which the scoreboard has.
+
+    It is of the last step's weights, or of those that the run has chosen.
+    """
+    key, best = "eval/heldout_kl", board.get("best_step")
+    step = best if isinstance(best, int) and best in steps else max(steps, default=0)
     after = board.get("heldout_kl_after")
-    if last and isinstance(after, float) and key not in steps[last]:
-        return steps | {last: steps[last] | {key: after}}
+    if step and isinstance(after, float) and key not in steps[step]:
+        return steps | {step: steps[step] | {key: after}}
     return steps
 
 

@@ -113,7 +113,7 @@ def _with_inserted(
     """The tokens with what an environment wrote between them, which has no color."""
     try:
         pieces = [(int(each["at"]), str(each["text"])) for each in inserted or ()]  # type: ignore[attr-defined]
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):  # the last for infinity
         return tokens, values
     for at, text in sorted(pieces, reverse=True):
         if 0 <= at <= len(tokens):
