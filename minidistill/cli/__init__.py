@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_to_stderr("interrupted")
             return EXIT_INTERRUPTED
         # `minidistill config … | head`. A run drops its output itself: another pipe broke there.
-        if isinstance(error, BrokenPipeError) and _command(args) != "run":
+        if isinstance(error, BrokenPipeError) and _command(args) not in ("run", "bake"):
             drop_output(sys.stdout)
             return EXIT_OK
         if "--traceback" in args:  # not from the parser, which may be what failed

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from minidistill.baking.context import read_exactly
 from minidistill.config import Config, load_config
 from minidistill.config.adapter import SETTINGS as ADAPTER_SETTINGS
 from minidistill.config.adapter import TENSORS, adapter_folder
@@ -146,20 +147,7 @@ def open_source(name: str, *, base: str | None = None, context: str | None = Non
         source = _open_model(name, path, base)
     if context is None:
         return source
-    return replace(source, config=with_context(source.config, read_context(context)))
-
-
-def read_context(text: str) -> str:
-    """The text of a context that is given as a file's name, or as it is. Raises UserError."""
-    path = Path(text).expanduser()
-    try:
-        is_file = path.is_file()
-    except (OSError, ValueError):  # no name that a file can have
-        is_file = False
-    found = read_text(path, where="--context") if is_file else text
-    if not found.strip():
-        raise UserError("the context is empty", "--context", "give a text, or a file with one")
-    return found
+    return replace(source, config=with_context(source.config, read_exactly(context)))
 
 
 def with_context(config: Config, context: str) -> Config:
@@ -180,7 +168,7 @@ def _open_adapter(path: Path, base: str | None) -> Source:
     folder = _with_error(path)
     settings = read_json(folder / ADAPTER_SETTINGS, fix="save the adapter again")
     named = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
-    if base is None and not (isinstance(named, str) and named):
+    if base is None and not (isinstance(named, str) and named and "\0" not in named):
         raise UserError(
             f"the adapter in {path} does not say what model it is for",
             where=str(path / ADAPTER_SETTINGS),

@@ -139,8 +139,9 @@ def test_another_base(far: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_a_base_that_is_not_known(far: Path) -> None:
     file = far / "adapter" / "adapter_config.json"
     settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"base_model_name_or_path": None}))
-    assert "does not say what model it is for" in refusal(far / "adapter").what
+    for none in (None, "../a\0b"):
+        file.write_text(json.dumps(settings | {"base_model_name_or_path": none}))
+        assert "does not say what model it is for" in refusal(far / "adapter").what
     assert open_source(str(far / "adapter"), base="tiny-sokoban").base == "tiny-sokoban"
     file.write_text(json.dumps(settings | {"base_model_name_or_path": "/gone/tiny_sokoban"}))
     error = refusal(far / "adapter")
@@ -163,5 +164,16 @@ def test_contexts(far: Path, tmp_path: Path) -> None:
         assert config.orchestrator.teacher_model.context == text
     file.write_text(" \n")
     for empty in (str(file), ""):
-        with pytest.raises(UserError, match="the context is empty"):
+        with pytest.raises(UserError, match=r"the context .*is empty"):
             open_source(str(far), context=empty)
+
+
+def test_a_file_of_a_context_that_is_not_there_is_no_context(far: Path, tmp_path: Path) -> None:
+    for missing in ("persona.txt", str(tmp_path / "none"), "~nobody-here/persona.md"):
+        with pytest.raises(UserError, match="there is no file"):
+            open_source(str(far), context=missing)
+    with pytest.raises(UserError, match="is a folder"):
+        open_source(str(far), context=str(tmp_path))
+    text = "~nobody-here says: be brief"
+    config = open_source(str(far), context=text).config
+    assert config.orchestrator.teacher_model.context == text
