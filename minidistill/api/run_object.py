@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minidistill.config import Config, load_config
-from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.errors import UserError
 from minidistill.system.threads import settle_threads
 
 if TYPE_CHECKING:
@@ -140,17 +140,22 @@ class Run:
     @property
     def adapter(self) -> Path | None:
         """The folder of the latest adapter, as PEFT reads it; None before the first checkpoint, and
-        for a run that trains every weight. Raises UserError if all checkpoints are damaged."""
+        for a run that trains every weight. Raises UserError if what the run has saved cannot be
+        read."""
         before_torch()
         from minidistill.export.source import open_run
+        from minidistill.trainer.checkpoint_files import number
 
+        if self.config.trainer.model.lora is False:
+            return None
+        checkpoints = map(number, self.directory.glob("checkpoints/step_*"))
+        begun = self.scoreboard is not None or any(step is not None for step in checkpoints)
         try:
-            source = open_run(self.directory)
-        except UserError as error:
-            if error.exit_code == EXIT_ENVIRONMENT:  # damaged
+            return open_run(self.directory).weights
+        except UserError:
+            if begun:
                 raise
             return None  # nothing is saved yet
-        return source.weights if source.is_adapter else None
 
     @property
     def report(self) -> Path:
@@ -180,8 +185,9 @@ class Run:
         before_torch()
         from minidistill.export.command import Options, export
 
-        export(self.directory, Options(Path(to), merge, base, with_context, gguf, None, vllm))
-        return Path(to)
+        folder = Path(to).expanduser()
+        export(self.directory, Options(folder, merge, base, with_context, gguf, None, vllm))
+        return folder
 
     def __repr__(self) -> str:
         verdict = self.verdict

@@ -45,6 +45,8 @@ def run_evaluation(names: Sequence[str], options: Options) -> int:
     out = None if options.out is None else Path(options.out).expanduser()
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"there is no folder {out.absolute().parent}", "--out", "make it first")
+    if out is not None and out.is_dir():
+        raise UserError(f"{out} is a folder", "--out", "name a file in it")
     # what environments print is no part of the JSON
     output = events_alone() if options.as_json else contextlib.nullcontext(sys.stdout)
     with output as stream, notes_to_stderr():

@@ -14,7 +14,7 @@ import pytest
 from minidistill import cli
 from minidistill.baking.init import init
 from minidistill.config import load_config
-from minidistill.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_OK, EXIT_USAGE
 
 CONTEXT = "You are a world-class puzzle solver."
 FEW = ("--orchestrator.env.0.args.count", "12", "--orchestrator.env.0.args.at_least", "8")
@@ -179,3 +179,16 @@ def test_a_run_that_ends_well_says_so_without_a_reader(
 def test_a_home_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert bake("--prompts", "~nobody-here/questions.txt") == EXIT_USAGE
     assert "there is no such home directory" in capsys.readouterr().err
+
+
+def test_what_init_writes_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = "a\x1b[31m\x7f.toml"  # no comment of TOML may have these
+    assert cli.main(["init", odd, "--context", CONTEXT]) == EXIT_OK
+    assert load_config([odd]).config.orchestrator.teacher_model.context == f"\n\n{CONTEXT}"
+    Path("long.txt").write_text("Think. " * 100_000)
+    assert cli.main(["init", "long.toml", "--context", "long.txt"]) == EXIT_USAGE
+    assert "which cannot be read" in capsys.readouterr().err
+    assert not Path("long.toml").exists()
+    Path("file").touch()
+    assert cli.main(["init", "file/a.toml", "--context", CONTEXT]) == EXIT_ENVIRONMENT
+    assert "--resume" not in capsys.readouterr().err

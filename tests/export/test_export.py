@@ -131,6 +131,8 @@ def test_what_cannot_be_exported(
     assert not (tmp_path / "out").exists()
     assert main(["export", str(run)]) == 2
     assert main(["export", str(run), "--to", str(tmp_path / "out"), "--mergee"]) == 2
+    assert main(["export", str(run), "--to", str(tmp_path / "out"), "--base", ""]) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_gguf_is_made_by_the_converter_on_the_path(

@@ -143,6 +143,7 @@ def test_an_environment_of_a_file(
         (["tiny-sokoban", "--env", "sokoban-env", "--n", "8", "--with-context"],
          "no context is known for"),
         ([], "eval takes runs, adapters or models"),
+        (["tiny-sokoban", "--env", "sokoban-env", "--n", "1", "--out", "."], ". is a folder"),
         (["tiny-sokoban", "--temperature", "nan"], "--temperature 'nan' cannot be used"),
     ],
 )  # fmt: skip
