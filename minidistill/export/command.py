@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -23,7 +22,7 @@ from minidistill.export.aside import made_aside
 from minidistill.export.base import Base, name_base
 from minidistill.export.card import model_card
 from minidistill.export.check import Agreement
-from minidistill.export.source import Source, open_run
+from minidistill.export.source import Source, open_run, reading
 from minidistill.export.usage import usage
 from minidistill.models.hub import load_model_config, load_tokenizer
 from minidistill.system.files import shown_path
@@ -63,7 +62,7 @@ def export(run: Path, options: Options) -> int:
     _require_free(target)
     print(f"reading {shown_path(source.weights)}", flush=True)
     tokenizer = load_tokenizer(source.config)
-    with made_aside(target) as folder, _reading(source):
+    with made_aside(target) as folder, reading(source, "exported"):
         tokenizer.save_pretrained(folder)
         dtype = _base_dtype(source)
         rows = check.example_rows(tokenizer)
@@ -122,22 +121,6 @@ def _lacks_vllm_serve() -> bool:
 def _require_free(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} is there already", "--to", "name a folder that is not there")
-
-
-@contextlib.contextmanager
-def _reading(source: Source) -> Iterator[None]:
-    """Name the cause if the weights have gone: a run that goes on removes old checkpoints."""
-    try:
-        yield
-    except Exception as error:
-        if source.weights.is_dir():
-            raise
-        raise UserError(
-            f"{shown_path(source.weights)} has been removed while it was exported",
-            where=str(source.run),
-            fix="export again: the run goes on, and has saved later checkpoints",
-            exit_code=EXIT_ENVIRONMENT,
-        ) from error
 
 
 # -- writing ---------------------------------------------------------------------------------------

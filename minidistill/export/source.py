@@ -5,9 +5,10 @@ A run is its directory, an adapter a PEFT folder, a model a folder or a hub's id
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from minidistill.config.adapter import SETTINGS as ADAPTER_SETTINGS
 from minidistill.config.adapter import TENSORS, adapter_folder
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.models.registry import BUILT_IN, resolve
-from minidistill.system.files import read_json, read_text
+from minidistill.system.files import read_json, read_text, shown_path
 from minidistill.trainer.checkpoint_files import DamageError, check_files, number
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,22 @@ def _adapter(run: Path, *, finished: bool) -> tuple[Path, int | None]:
             where=str(run),
             fix="wait until it has: ckpt.interval says after how many steps it saves one",
         ) from None
+
+
+@contextlib.contextmanager
+def reading(source: Source, done: str = "read") -> Iterator[None]:
+    """Name the cause if a run's weights have gone: one that goes on removes old checkpoints."""
+    try:
+        yield
+    except Exception as error:
+        if source.kind != "run" or source.weights.is_dir():
+            raise
+        raise UserError(
+            f"{shown_path(source.weights)} has been removed while it was {done}",
+            where=str(source.run),
+            fix="try again: the run goes on, and has saved later checkpoints",
+            exit_code=EXIT_ENVIRONMENT,
+        ) from error
 
 
 # -- runs, adapters and models ---------------------------------------------------------------------

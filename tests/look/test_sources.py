@@ -72,6 +72,15 @@ def test_an_extended_run_has_its_newest_checkpoint(finished: Path) -> None:
     assert open_run(finished).checkpoint == 3
 
 
+def test_a_checkpoint_that_a_run_in_progress_removes(finished: Path) -> None:
+    source = open_source(str(unfinish(finished)))
+    shutil.rmtree(source.weights.parent)
+    with pytest.raises(UserError, match="has been removed while it was read") as caught:
+        load(source)
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    assert "later checkpoints" in caught.value.fix
+
+
 def test_damaged_checkpoints(finished: Path) -> None:
     unfinish(finished)
     for step in (2, 3):
