@@ -94,13 +94,17 @@ class Run:
         """Completions for held-out prompts: before, in context, and after training; those that are
         there yet."""
         from minidistill.reporting.results import HeldOutSample
-        from minidistill.reporting.run_directory import RunDirectory
+        from minidistill.reporting.run_directory import RunDirectory, damaged
 
         board = self.scoreboard
         known = RunDirectory(self.directory).read("baseline.json") if board is None else board.raw
         rows = (known or {}).get("completions") or []
         keys = ("before", "teacher", "after")
-        return [HeldOutSample(row["prompt"], *(row.get(key) for key in keys)) for row in rows]
+        try:
+            return [HeldOutSample(row["prompt"], *(row.get(key) for key in keys)) for row in rows]
+        except (AttributeError, KeyError, TypeError) as error:
+            name = "baseline.json" if board is None else "scoreboard.json"
+            raise damaged(self.directory / name, repr(error)) from error
 
     def rollouts(self, step: int | None = None) -> list[LoggedRollout]:
         """The completions that a step was trained on, by default the last. Raises UserError if

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from minidistill.config.adapter import SETTINGS, TENSORS
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError, printable
@@ -25,8 +26,9 @@ from minidistill.export.check import Agreement
 from minidistill.export.source import Source, open_run, reading
 from minidistill.export.usage import usage
 from minidistill.models.hub import load_model_config, load_tokenizer
-from minidistill.system.files import shown_path
+from minidistill.system.files import read_json, shown_path
 
+_RESTORE = "restore it from a copy"
 CONVERTER = "convert_hf_to_gguf.py"
 
 
@@ -62,6 +64,8 @@ def export(run: Path, options: Options) -> int:
     _require_free(target)
     print(f"reading {shown_path(source.weights)}", flush=True)
     tokenizer = load_tokenizer(source.config)
+    with reading(source, "exported"):
+        _require_readable(source)
     with made_aside(target) as folder, reading(source, "exported"):
         tokenizer.save_pretrained(folder)
         dtype = _base_dtype(source)
@@ -121,6 +125,25 @@ def _lacks_vllm_serve() -> bool:
 def _require_free(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} is there already", "--to", "name a folder that is not there")
+
+
+def _require_readable(source: Source) -> None:
+    """Raise UserError for damaged weights, which are no failure of the disk that is written to."""
+    settings = source.weights / SETTINGS
+    damage = None
+    if source.is_adapter:
+        read = read_json(settings, fix=_RESTORE)
+        if not isinstance(read, dict) or "peft_type" not in read:
+            damage = settings, "it is not the configuration of an adapter"
+    for path in sorted(source.weights.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            damage = path, str(error)
+    if damage is not None:
+        what = f"{shown_path(damage[0])} is damaged: {damage[1]}"
+        raise UserError(what, str(damage[0]), _RESTORE, EXIT_ENVIRONMENT)
 
 
 # -- writing ---------------------------------------------------------------------------------------

@@ -196,6 +196,10 @@ def test_an_adapter_that_cannot_be_read_is_not_none(finished: Run, tmp_path: Pat
         shutil.rmtree(lost.directory / folder)
     with pytest.raises(UserError):
         _ = lost.adapter
+    for text in ('{"completions": 7}', '{"completions": [5]}', '{"completions": [{}]}'):
+        (lost.directory / "scoreboard.json").write_text(text)
+        with pytest.raises(UserError, match="is damaged"):
+            _ = lost.samples
     (lost.directory / "scoreboard.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         _ = lost.adapter
