@@ -5,6 +5,7 @@ It reads the metrics that are recorded, so a resumed run gets the same state fro
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from minidistill.envs import Environment, has_rewards
 from minidistill.errors import UserError
 from minidistill.reporting.formatting import number
 
+logger = logging.getLogger(__name__)
 HELDOUT_KL, REWARD = "eval/heldout_kl", "eval/reward"
 METRICS = {"heldout_kl": HELDOUT_KL, "reward": REWARD}
 """What is recorded at an evaluation, by the settings' names."""
@@ -41,7 +43,14 @@ def pooled_mean(rewards: Mapping[str, Sequence[float]]) -> float:
 
 
 def check(config: Config, environments: Mapping[str, Environment]) -> None:
-    """Raise UserError if a reward is asked for and no evaluated environment has one."""
+    """Raise UserError if a reward is asked for and no evaluated environment has one. Warns if the
+    run has a single evaluation, with which nothing can be compared."""
+    evaluation = config.orchestrator.eval
+    if asked(config) and evaluation is not None and evaluation.interval >= config.max_steps:
+        logger.warning(
+            f"orchestrator.eval.interval = {evaluation.interval} is not below max_steps = "
+            f"{config.max_steps}: the last step alone is evaluated, so there is nothing to choose"
+        )
     if "reward" in asked(config) and not any(map(has_rewards, environments.values())):
         key = "ckpt.best" if config.ckpt.best == "reward" else "early_stopping.metric"
         raise UserError(

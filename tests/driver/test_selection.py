@@ -328,7 +328,9 @@ def test_nothing_is_computed_that_nobody_asked_for(tmp_path: Path) -> None:
     assert not {"weights", "best_step", "stopped_early"} & board(tmp_path / "run").keys()
 
 
-def test_a_context_that_is_read_once_gives_the_same_kl(tmp_path: Path) -> None:
+def test_a_context_that_is_read_once_gives_the_same_kl(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Compared with passes that read it with each prompt. The last figure is that of the choice."""
     context = "Look at each wall, at the box and at the goal before you move. " * 3
     flags = (*EVERY, "--max_steps", "1", "--orchestrator.teacher_model.context", context)
@@ -338,6 +340,7 @@ def test_a_context_that_is_read_once_gives_the_same_kl(tmp_path: Path) -> None:
     for key in ("heldout_kl_before", "heldout_kl_after"):
         assert board(once)[key] == pytest.approx(board(plain)[key], rel=1e-5)
     assert board(once)["heldout_kl_after"] == board(once)["best_value"]
+    assert capsys.readouterr().out.count("the last step alone is evaluated") == 1
 
 
 def test_figures_that_are_never_finite_choose_the_last_step(
