@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError, UserErrors
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_USAGE, UserError, UserErrors
 from minidistill.system.files import drop_output, full_disk
 from minidistill.system.symbols import encodable
+
+_NO_HOME = "Could not determine home directory."
+"""What pathlib says of `~name/…` if nobody has that name."""
 
 
 def print_error(error: BaseException) -> int:
@@ -30,6 +33,12 @@ def as_user_error(error: BaseException) -> UserError:
     if isinstance(error, UserError):
         return error
     first_line, *_ = str(error).strip().splitlines() or [""]
+    if first_line == _NO_HOME and isinstance(error, RuntimeError):
+        return UserError(
+            "a path begins with ~, and there is no such home directory",
+            fix="write the path without ~",
+            exit_code=EXIT_USAGE,
+        )
     if _is_out_of_memory(error):
         return UserError(
             f"out of memory: {first_line or type(error).__name__}",

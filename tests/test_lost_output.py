@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from support.paths import ROOT
 from support.runs import board, command
 
 from minidistill import logs
-from minidistill.errors import EXIT_HEALTH, EXIT_OK, EXIT_USAGE
+from minidistill.cli import main
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_HEALTH, EXIT_OK, EXIT_USAGE
 from minidistill.reporting.terminal import lasting_output, open_display
 from minidistill.system.files import drop_output
 
@@ -127,3 +129,29 @@ def test_dropping_output_leaves_no_descriptor(tmp_path: Path) -> None:
         stream.flush()
         assert len(os.listdir("/proc/self/fd")) == before
     assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("command", [["config", "sokoban"], ["plan", "sokoban"], ["--help"]])
+def test_commands_whose_output_is_lost(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for broken, code in (("/dev/full", EXIT_ENVIRONMENT), ("", EXIT_OK)):
+        if broken:
+            number = os.open(broken, os.O_WRONLY)
+        else:
+            read, number = os.pipe()
+            os.close(read)
+        with os.fdopen(number, "w", encoding="ascii") as stream:
+            monkeypatch.setattr("sys.stdout", stream)
+            assert main(command) == code
+        # nothing is left that would fail as the stream is closed
+    assert capsys.readouterr().err.count("cannot") == 1
+
+
+def test_a_terminal_with_an_old_encoding(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    assert main(["config", "sokoban"]) == EXIT_OK
+    assert capsys.readouterr().err == ""

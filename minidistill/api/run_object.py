@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minidistill.config import Config, load_config
-from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.errors import UserError
 from minidistill.system.run_folders import no_run
 from minidistill.system.threads import settle_threads
 
@@ -93,13 +93,17 @@ class Run:
         """Completions for held-out prompts: before, in context, and after training; those that are
         there yet."""
         from minidistill.reporting.results import HeldOutSample
-        from minidistill.reporting.run_directory import RunDirectory
+        from minidistill.reporting.run_directory import RunDirectory, damaged
 
         board = self.scoreboard
         known = RunDirectory(self.directory).read("baseline.json") if board is None else board.raw
         rows = (known or {}).get("completions") or []
         keys = ("before", "teacher", "after")
-        return [HeldOutSample(row["prompt"], *(row.get(key) for key in keys)) for row in rows]
+        try:
+            return [HeldOutSample(row["prompt"], *(row.get(key) for key in keys)) for row in rows]
+        except (AttributeError, KeyError, TypeError) as error:
+            name = "baseline.json" if board is None else "scoreboard.json"
+            raise damaged(self.directory / name, repr(error)) from error
 
     def rollouts(self, step: int | None = None) -> list[LoggedRollout]:
         """The completions that a step was trained on, by default the last. Raises UserError if
@@ -139,17 +143,22 @@ class Run:
     @property
     def adapter(self) -> Path | None:
         """The folder of the latest adapter, as PEFT reads it; None before the first checkpoint, and
-        for a run that trains every weight. Raises UserError if all checkpoints are damaged."""
+        for a run that trains every weight. Raises UserError if what the run has saved cannot be
+        read."""
         before_torch()
         from minidistill.export.source import open_run
+        from minidistill.trainer.checkpoint_files import number
 
+        if self.config.trainer.model.lora is False:
+            return None
+        checkpoints = map(number, self.directory.glob("checkpoints/step_*"))
+        begun = self.scoreboard is not None or any(step is not None for step in checkpoints)
         try:
-            source = open_run(self.directory)
-        except UserError as error:
-            if error.exit_code == EXIT_ENVIRONMENT:  # damaged
+            return open_run(self.directory).weights
+        except UserError:
+            if begun:
                 raise
             return None  # nothing is saved yet
-        return source.weights if source.is_adapter else None
 
     @property
     def report(self) -> Path:
@@ -179,8 +188,9 @@ class Run:
         before_torch()
         from minidistill.export.command import Options, export
 
-        export(self.directory, Options(Path(to), merge, base, with_context, gguf, None, vllm))
-        return Path(to)
+        folder = Path(to).expanduser()
+        export(self.directory, Options(folder, merge, base, with_context, gguf, None, vllm))
+        return folder
 
     def __repr__(self) -> str:
         verdict = self.verdict

@@ -74,7 +74,7 @@ def run(
 
 
 def bake(
-    model: str,
+    model: str | os.PathLike[str],
     context: str | os.PathLike[str],
     prompts: str | os.PathLike[str] | None = None,
     steps: int | None = None,
@@ -94,7 +94,7 @@ def bake(
     from minidistill.baking import bake_configuration
 
     plan = bake_configuration(
-        model,
+        os.fspath(model),
         Path(context) if isinstance(context, os.PathLike) else context,
         None if prompts is None else Path(prompts),
         steps,

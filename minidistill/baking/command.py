@@ -11,6 +11,7 @@ from minidistill.baking.configuration import bake_configuration
 from minidistill.baking.flags import naming_flags
 from minidistill.driver.loop import run
 from minidistill.errors import EXIT_OK, UserError, printable
+from minidistill.reporting.terminal import lasting_output
 from minidistill.system.files import shown_path
 from minidistill.system.foreign import check_interrupted
 from minidistill.trainer.distributed.rank_group import launched_by_torchrun
@@ -43,8 +44,9 @@ def bake(
     except SystemExit as error:  # of an environment's code: never a success
         raise RuntimeError(f"something called sys.exit({error.code!r})") from error
     if code == EXIT_OK:
-        print(printable(next_commands(plan.directory)))
-        sys.stdout.flush()
+        with lasting_output():  # the run is there, whether or not somebody reads this
+            print(printable(next_commands(plan.directory)))
+            sys.stdout.flush()
     return code
 
 

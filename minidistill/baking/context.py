@@ -18,7 +18,12 @@ _WORDS, _LONGEST = 4, 40
 
 
 def read_context(context: str | Path) -> str:
-    """The text, without white space around it. A path of a file stands for the file's text.
+    """The text, without white space around it. Raises UserError as `read_exactly`."""
+    return read_exactly(context).strip()
+
+
+def read_exactly(context: str | Path) -> str:
+    """The text as it is. A path of a file stands for the file's text.
 
     Raises UserError if it is empty, and for what looks like a path and is not there.
     """
@@ -46,7 +51,7 @@ def read_context(context: str | Path) -> str:
     check_encoding(text, FLAG)
     if not text.strip():
         raise UserError(empty, FLAG, _FIX)
-    return text.strip()
+    return text
 
 
 def check_encoding(text: str, flag: str) -> None:

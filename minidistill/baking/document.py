@@ -9,6 +9,7 @@ import tomli
 import tomli_w
 
 from minidistill.config.toml import dotted, inline, to_toml
+from minidistill.errors import printable
 
 INLINE = ("args", "chat_template_kwargs")
 """Tables that are written on one line."""
@@ -54,7 +55,8 @@ def document(data: Mapping[str, Any], title: str, comments: Mapping[str, str]) -
     `comments` are those of tables and settings, by their dotted names without the numbers of lists.
     A table's is above it, a setting's on its line.
     """
-    head = [f"# {line}" if line else "" for line in title.splitlines()]
+    # a comment in TOML has no control characters, which a file's name may have
+    head = [f"# {line}" if line else "" for line in printable(title).splitlines()]
     text = "\n".join([*head, *_table((), data, comments)]) + "\n"
     exact = to_toml(data)
     # what is odd (a context with "\r\n") is written as the configuration writes it

@@ -17,7 +17,7 @@ from minidistill.baking.flags import naming_flags
 from minidistill.baking.prompts import FLAG as PROMPTS
 from minidistill.baking.prompts import prompts_args
 from minidistill.baking.settings import ENV, MODEL, Defaults, Given, override
-from minidistill.config.load import load_layers
+from minidistill.config.load import LARGEST_FILE, load_layers
 from minidistill.envs.registry import known_environments
 from minidistill.errors import EXIT_OK, UserError, printable
 from minidistill.placement.machine import Machine
@@ -92,7 +92,14 @@ def configuration(given: Given, chosen: Defaults, path: Path) -> str:
         layer.append(override("seq_len", -(-needed // 256) * 256))
     with naming_flags():
         loaded = load_layers([layer])
-    return commented(tomli.loads(loaded.text), _TITLE.format(file=shlex.quote(str(path))))
+    text = commented(tomli.loads(loaded.text), _TITLE.format(file=shlex.quote(str(path))))
+    if len(text.encode()) > LARGEST_FILE:
+        raise UserError(
+            f"the context makes a file of more than {LARGEST_FILE} bytes, which cannot be read",
+            where=CONTEXT,
+            fix="give a short one, and set orchestrator.teacher_model.context_file in the file",
+        )
+    return text
 
 
 def _check_path(path: Path, force: bool) -> None:
@@ -104,7 +111,7 @@ def _check_path(path: Path, force: bool) -> None:
 
 
 def _write(path: Path, text: str, force: bool) -> None:
-    with writing(path):
+    with writing(path, then="init again"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if force:
             write_atomic(path, text)

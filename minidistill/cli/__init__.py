@@ -29,6 +29,7 @@ from minidistill.cli.rollouts import add_rollouts
 from minidistill.cli.run import add_run
 from minidistill.error_output import print_error, print_to_stderr
 from minidistill.errors import (
+    EXIT_ENVIRONMENT,
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_USAGE,
@@ -39,6 +40,8 @@ from minidistill.errors import (
 from minidistill.system.files import drop_output, open_standard_streams
 from minidistill.system.foreign import ctrl_c, is_interrupt, was_interrupted
 
+_LASTING = ("run", "bake")
+"""Commands that go on if nobody reads their output."""
 _COMMANDS = (
     add_run,
     add_bake,
@@ -76,21 +79,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
     try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # what an old encoding lacks
         with ctrl_c():
-            return _dispatch(args)
-    except SystemExit:  # of a benchmark's parser
+            code = _dispatch(args)
+            _flush_output(args)
+            return code
+    except SystemExit as error:  # of a benchmark's parser
+        if isinstance(error.__context__, BrokenPipeError):  # rich's, which has dropped the output
+            return EXIT_OK
         raise
     except BaseException as error:  # also what is no Exception, raised by somebody's code
         if is_interrupt(error) or was_interrupted():
             print_to_stderr("interrupted")
             return EXIT_INTERRUPTED
         # `minidistill config … | head`. A run drops its output itself: another pipe broke there.
-        if isinstance(error, BrokenPipeError) and _command(args) != "run":
+        if isinstance(error, BrokenPipeError) and _command(args) not in _LASTING:
             drop_output(sys.stdout)
             return EXIT_OK
         if "--traceback" in args:  # not from the parser, which may be what failed
             print_to_stderr(printable(bounded(traceback.format_exc().rstrip(), 50_000)))
-        return print_error(error)
+        code = print_error(error)
+        with contextlib.suppress(UserError, BrokenPipeError):
+            _flush_output(args)
+        return code
+
+
+def _flush_output(args: list[str]) -> None:
+    """Write what standard output still holds: as the interpreter ends it is too late for an error.
+
+    Raises BrokenPipeError, and UserError for another failure. What a run prints may get lost.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except ValueError:  # somebody has closed it
+        pass
+    except OSError as error:
+        drop_output(sys.stdout)
+        if _command(args) in _LASTING:
+            return
+        if isinstance(error, BrokenPipeError):
+            raise
+        what = f"the output cannot be written: {error.strerror or error}"
+        fix = "write it to another place"
+        raise UserError(what, fix=fix, exit_code=EXIT_ENVIRONMENT) from error
 
 
 def _command(args: list[str]) -> str:

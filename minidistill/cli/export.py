@@ -59,6 +59,8 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
         raise UserError(what, fix=_EXAMPLE)
     if not options.to:
         raise UserError("export takes the folder to write", "--to", _EXAMPLE)
+    if options.base == "":
+        raise UserError("the base's name is empty", "--base", "give its id on the hub, or a folder")
     from pathlib import Path
 
     before_torch()

@@ -125,7 +125,9 @@ def _read_configuration(name: str) -> str:
     fix += "their own (context_file, chat_template, a file of prompts)"
     too_large = os.path.isfile(name) and os.path.getsize(name) > LARGEST_FILE
     fix = fix if too_large else PATH_FIX + shipped.hint(name)
-    return read_text(FilePath(name), fix=fix, limit=LARGEST_FILE)
+    # a run's own file has the texts of its contexts, which had files of their own
+    is_of_run = os.path.isfile(os.path.join(os.path.dirname(name), "config.resolved.json"))
+    return read_text(FilePath(name), fix=fix, limit=None if is_of_run else LARGEST_FILE)
 
 
 def _check_depth(data: Any, where: str) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from minidistill.config.adapter import SETTINGS, TENSORS
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError, printable
@@ -21,11 +21,12 @@ from minidistill.export.aside import made_aside
 from minidistill.export.base import Base, name_base
 from minidistill.export.card import model_card
 from minidistill.export.check import Agreement
-from minidistill.export.source import Source, open_run
+from minidistill.export.source import Source, open_run, reading
 from minidistill.export.usage import other_server, usage
 from minidistill.models.hub import load_model_config, load_tokenizer
-from minidistill.system.files import shown_path
+from minidistill.system.files import read_json, shown_path
 
+_RESTORE = "restore it from a copy"
 CONVERTER = "convert_hf_to_gguf.py"
 
 
@@ -61,7 +62,9 @@ def export(run: Path, options: Options) -> int:
     _require_free(target)
     print(f"reading {shown_path(source.weights)}", flush=True)
     tokenizer = load_tokenizer(source.config)
-    with made_aside(target) as folder, _reading(source):
+    with reading(source, "exported"):
+        _require_readable(source)
+    with made_aside(target) as folder, reading(source, "exported"):
         tokenizer.save_pretrained(folder)
         dtype = _base_dtype(source)
         rows = check.example_rows(tokenizer)
@@ -110,20 +113,23 @@ def _require_free(target: Path) -> None:
         raise UserError(f"{target} is there already", "--to", "name a folder that is not there")
 
 
-@contextlib.contextmanager
-def _reading(source: Source) -> Iterator[None]:
-    """Name the cause if the weights have gone: a run that goes on removes old checkpoints."""
-    try:
-        yield
-    except Exception as error:
-        if source.weights.is_dir():
-            raise
-        raise UserError(
-            f"{shown_path(source.weights)} has been removed while it was exported",
-            where=str(source.run),
-            fix="export again: the run goes on, and has saved later checkpoints",
-            exit_code=EXIT_ENVIRONMENT,
-        ) from error
+def _require_readable(source: Source) -> None:
+    """Raise UserError for damaged weights, which are no failure of the disk that is written to."""
+    settings = source.weights / SETTINGS
+    damage = None
+    if source.is_adapter:
+        read = read_json(settings, fix=_RESTORE)
+        if not isinstance(read, dict) or "peft_type" not in read:
+            damage = settings, "it is not the configuration of an adapter"
+    for path in sorted(source.weights.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            damage = path, str(error)
+    if damage is not None:
+        what = f"{shown_path(damage[0])} is damaged: {damage[1]}"
+        raise UserError(what, str(damage[0]), _RESTORE, EXIT_ENVIRONMENT)
 
 
 # -- writing ---------------------------------------------------------------------------------------

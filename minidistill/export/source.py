@@ -5,19 +5,21 @@ A run is its directory, an adapter a PEFT folder, a model a folder or a hub's id
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from minidistill.baking.context import read_exactly
 from minidistill.config import Config, load_config
 from minidistill.config.adapter import SETTINGS as ADAPTER_SETTINGS
 from minidistill.config.adapter import TENSORS, adapter_folder
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.models.registry import BUILT_IN, resolve
-from minidistill.system.files import read_json, read_text
+from minidistill.system.files import read_json, read_text, shown_path
 from minidistill.system.run_folders import no_run, runs_near
 from minidistill.trainer.checkpoint_files import DamageError, check_files, number
 
@@ -119,6 +121,22 @@ def _adapter(run: Path, *, finished: bool) -> tuple[Path, int | None]:
         ) from None
 
 
+@contextlib.contextmanager
+def reading(source: Source, done: str = "read") -> Iterator[None]:
+    """Name the cause if a run's weights have gone: one that goes on removes old checkpoints."""
+    try:
+        yield
+    except Exception as error:
+        if source.kind != "run" or source.weights.is_dir():
+            raise
+        raise UserError(
+            f"{shown_path(source.weights)} has been removed while it was {done}",
+            where=str(source.run),
+            fix="try again: the run goes on, and has saved later checkpoints",
+            exit_code=EXIT_ENVIRONMENT,
+        ) from error
+
+
 # -- runs, adapters and models ---------------------------------------------------------------------
 
 
@@ -143,20 +161,7 @@ def open_source(name: str, *, base: str | None = None, context: str | None = Non
         source = _open_model(name, path, base)
     if context is None:
         return source
-    return replace(source, config=with_context(source.config, read_context(context)))
-
-
-def read_context(text: str) -> str:
-    """The text of a context that is given as a file's name, or as it is. Raises UserError."""
-    path = Path(text).expanduser()
-    try:
-        is_file = path.is_file()
-    except (OSError, ValueError):  # no name that a file can have
-        is_file = False
-    found = read_text(path, where="--context") if is_file else text
-    if not found.strip():
-        raise UserError("the context is empty", "--context", "give a text, or a file with one")
-    return found
+    return replace(source, config=with_context(source.config, read_exactly(context)))
 
 
 def with_context(config: Config, context: str) -> Config:
@@ -177,7 +182,7 @@ def _open_adapter(path: Path, base: str | None) -> Source:
     folder = _with_error(path)
     settings = read_json(folder / ADAPTER_SETTINGS, fix="save the adapter again")
     named = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
-    if base is None and not (isinstance(named, str) and named):
+    if base is None and not (isinstance(named, str) and named and "\0" not in named):
         raise UserError(
             f"the adapter in {path} does not say what model it is for",
             where=str(path / ADAPTER_SETTINGS),

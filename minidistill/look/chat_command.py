@@ -160,15 +160,16 @@ def _say_what_answers(model: Model, talk: Chat, contexts: int, *, all_of_it: boo
 
 
 def _ask(talk: Chat, screen: Lines | Columns, question: str, ctrl_c: CtrlC | None = None) -> None:
-    screen.begin()
-    try:
-        with contextlib.nullcontext() if ctrl_c is None else ctrl_c.answering():
+    # the answers are drawn within: Ctrl-C as one ends would else end the chat
+    with contextlib.nullcontext() if ctrl_c is None else ctrl_c.answering():
+        screen.begin()
+        try:
             answers = talk.ask(question, screen.show, lambda: ctrl_c is not None and ctrl_c.take())
-    except BaseException:
-        if isinstance(screen, Columns):
-            screen.close()
-        raise
-    screen.end(answers)
+        except BaseException:
+            if isinstance(screen, Columns):
+                screen.close()
+            raise
+        screen.end(answers)
 
 
 def _take(talk: Chat, screen: Lines | Columns, line: str, ctrl_c: CtrlC | None = None) -> bool:

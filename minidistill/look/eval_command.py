@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from minidistill.look.figures import Evaluation, Figure, Result
 from minidistill.look.notes import notes_to_stderr
 from minidistill.look.views import STUDENT
 from minidistill.reporting.formatting import number, signed
+from minidistill.reporting.terminal.json_events import events_alone
 from minidistill.system.files import write_atomic
 
 
@@ -43,21 +45,25 @@ def run_evaluation(names: Sequence[str], options: Options) -> int:
     out = None if options.out is None else Path(options.out).expanduser()
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"there is no folder {out.absolute().parent}", "--out", "make it first")
-    with notes_to_stderr():
+    if out is not None and out.is_dir():
+        raise UserError(f"{out} is a folder", "--out", "name a file in it")
+    # what environments print is no part of the JSON
+    output = events_alone() if options.as_json else contextlib.nullcontext(sys.stdout)
+    with output as stream, notes_to_stderr():
         sources = [open_source(name, base=options.base, context=options.context) for name in names]
         for source in sources:
             if source.checkpoint is not None:
                 print(printable(describe(source)), file=sys.stderr)
         aligned = align(sources, options.asked)
         evaluation = evaluate(aligned, names, with_context=options.with_context)
-    text = json.dumps(as_data(evaluation), indent=2)
-    if out is not None:
-        write_atomic(out, text + "\n")
-    if options.as_json:
-        print(text)
-    else:
-        show(evaluation, Console(markup=False, emoji=False, highlight=False))
-    sys.stdout.flush()
+        text = json.dumps(as_data(evaluation), indent=2)
+        if out is not None:
+            write_atomic(out, text + "\n")
+        if options.as_json:
+            print(text, file=stream, flush=True)
+        else:
+            show(evaluation, Console(markup=False, emoji=False, highlight=False))
+            sys.stdout.flush()
     return EXIT_OK
 
 

@@ -16,7 +16,7 @@ from minidistill.driver.build import SMALLER_MODEL
 from minidistill.driver.prepare import prompt_builder
 from minidistill.engines.embedded import EmbeddedEngine
 from minidistill.errors import UserError, blamed_on
-from minidistill.export.source import Source
+from minidistill.export.source import Source, reading
 from minidistill.models.hub import load_tokenizer
 from minidistill.models.weights import load_weights, refuse_adapters
 from minidistill.placement.machine import Machine
@@ -50,7 +50,7 @@ def load(source: Source, *, teacher: bool = False, longest: int | None = None) -
     With `teacher` a teacher that is another model is loaded too. `longest` takes the place of
     `seq_len`. Raises UserError for weights that are damaged, or of another model than the base.
     """
-    with _readable(source):
+    with reading(source), _readable(source):
         config = _settings(source, teacher=teacher)
         if longest is not None:
             config = config.model_copy(update={"seq_len": longest})

@@ -162,7 +162,8 @@ def _tensors(path: Path) -> dict[str, Any]:
     if missing := [name for name in names if name not in found]:
         raise _damaged(path, f"it lacks {missing[0]}")
     kinds = {name: found[name].dtype.kind for name in names}
-    if any(found[name].ndim != 1 for name in names) or set(kinds.values()) - {"i", "f"}:
+    whole = kinds.pop("offsets") == "i"
+    if not whole or any(found[name].ndim != 1 for name in names) or {*kinds.values()} - {"i", "f"}:
         raise _damaged(path, "its tensors have other shapes or types")
     return {name: found[name] for name in names}
 

@@ -191,6 +191,34 @@ def test_metrics_as_a_data_frame(finished: Run) -> None:
     assert frame["teacher_kl"][4] == finished.metrics[4]["teacher_kl"]
 
 
+def test_an_adapter_that_cannot_be_read_is_not_none(finished: Run, tmp_path: Path) -> None:
+    lost = Run(shutil.copytree(finished.directory, tmp_path / "lost"))
+    for folder in ("adapter", "checkpoints"):
+        shutil.rmtree(lost.directory / folder)
+    with pytest.raises(UserError):
+        _ = lost.adapter
+    for text in ('{"completions": 7}', '{"completions": [5]}', '{"completions": [{}]}'):
+        (lost.directory / "scoreboard.json").write_text(text)
+        with pytest.raises(UserError, match="is damaged"):
+            _ = lost.samples
+    (lost.directory / "scoreboard.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        _ = lost.adapter
+    (lost.directory / "config.toml").write_text("max_steps =")
+    with pytest.raises(UserError, match="not valid TOML"):
+        _ = lost.adapter
+
+
+def test_paths_of_python_and_of_the_home(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert finished.export("~/out", vllm=False) == tmp_path / "out"
+    with pytest.raises(UserError, match="cannot load the model") as caught:
+        minidistill.bake(tmp_path / "none", "Be brief.")
+    assert str(tmp_path / "none") in caught.value.what
+
+
 def test_a_run_that_has_crashed_or_goes_on(finished: Run, tmp_path: Path) -> None:
     directory = tmp_path / "killed"
     shutil.copytree(finished.directory, directory)

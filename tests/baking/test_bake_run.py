@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -15,7 +16,7 @@ from support.paths import ROOT
 from minidistill import cli
 from minidistill.baking.init import init
 from minidistill.config import load_config
-from minidistill.errors import EXIT_OK, EXIT_USAGE
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_OK, EXIT_USAGE
 
 CONTEXT = "You are a world-class puzzle solver."
 FEW = ("--orchestrator.env.0.args.count", "12", "--orchestrator.env.0.args.at_least", "8")
@@ -170,3 +171,44 @@ def test_init_by_questions(
     monkeypatch.setattr(sys, "stdin", io.StringIO("tiny-lake\n"))
     assert cli.main(["init", "b.toml"]) == EXIT_USAGE
     assert not Path("b.toml").exists()
+
+
+def test_a_pipe_that_breaks_in_a_run_is_no_reader_that_went_away(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(*args: object, **more: object) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("minidistill.baking.command.run", breaks)
+    assert bake() == EXIT_FAILED
+    assert "Broken pipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_run_that_ends_well_says_so_without_a_reader(
+    full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minidistill.baking.command.run", lambda *args, **more: EXIT_OK)
+    where = "/dev/full" if full else "/dev/null"
+    with contextlib.suppress(OSError), open(where, "w", encoding="ascii") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        code = bake("--out", "runs/h\u00e4user")
+    assert code == EXIT_OK
+
+
+def test_a_home_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bake("--prompts", "~nobody-here/questions.txt") == EXIT_USAGE
+    assert "there is no such home directory" in capsys.readouterr().err
+
+
+def test_what_init_writes_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = "a\x1b[31m\x7f.toml"  # no comment of TOML may have these
+    assert cli.main(["init", odd, "--context", CONTEXT]) == EXIT_OK
+    assert load_config([odd]).config.orchestrator.teacher_model.context == f"\n\n{CONTEXT}"
+    Path("long.txt").write_text("Think. " * 100_000)
+    assert cli.main(["init", "long.toml", "--context", "long.txt"]) == EXIT_USAGE
+    assert "which cannot be read" in capsys.readouterr().err
+    assert not Path("long.toml").exists()
+    Path("file").touch()
+    assert cli.main(["init", "file/a.toml", "--context", CONTEXT]) == EXIT_ENVIRONMENT
+    assert "--resume" not in capsys.readouterr().err

@@ -302,3 +302,18 @@ def test_files_are_read_as_text_editors_write_them(tmp_path: Path) -> None:
     (tmp_path / "bom.toml").write_bytes(("\ufeff" + text).encode())
     loaded = load_config([str(tmp_path / "bom.toml")])
     assert loaded.config.orchestrator.teacher_model.context == "Be kind.\n\n"
+
+
+def test_a_run_with_a_long_context_can_be_read_again(tmp_path: Path) -> None:
+    """Its context may have been a file of its own; in the run's file it is a text."""
+    (tmp_path / "context.txt").write_text("Think. " * 100_000)
+    file = tmp_path / "base.toml"
+    file.write_text(BASE.replace('context = "Think."', 'context_file = "context.txt"'))
+    loaded = load_config([str(file)])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text(loaded.text)
+    with pytest.raises(UserError, match="more than"):
+        load_config([str(run / "config.toml")])
+    (run / "config.resolved.json").write_text("{}")
+    assert load_config([str(run / "config.toml")]).config == loaded.config

@@ -106,6 +106,22 @@ def test_weights_that_are_not_finite_are_not_exported(
     assert not (tmp_path / "out").exists()
 
 
+def test_damaged_weights_are_no_full_disk(
+    configure: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(configure, tmp_path / "run")
+    settings = run / "adapter" / "adapter_config.json"
+    tensors = run / "adapter" / "adapter_model.safetensors"
+    for file, text in ((settings, "[]"), (settings, "{}"), (tensors, "cut")):
+        before = file.read_bytes()
+        file.write_text(text)
+        assert export(run, tmp_path / "out") == 3
+        error = capsys.readouterr().err
+        assert f"{file.name} is damaged" in error
+        assert "disk" not in error
+        file.write_bytes(before)
+
+
 def test_what_cannot_be_exported(
     configure: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +147,8 @@ def test_what_cannot_be_exported(
     assert not (tmp_path / "out").exists()
     assert main(["export", str(run)]) == 2
     assert main(["export", str(run), "--to", str(tmp_path / "out"), "--mergee"]) == 2
+    assert main(["export", str(run), "--to", str(tmp_path / "out"), "--base", ""]) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_gguf_is_made_by_the_converter_on_the_path(

@@ -7,6 +7,8 @@ import json
 import os
 import shlex
 import signal
+import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +27,7 @@ from minidistill.export.source import open_source
 from minidistill.look.chat import Answer, Chat
 from minidistill.look.chat_command import CtrlC
 from minidistill.look.model import Model, load
-from minidistill.look.screen import Columns
+from minidistill.look.screen import Columns, Lines
 from minidistill.look.views import (
     BASE,
     BASE_IN_CONTEXT,
@@ -298,6 +300,30 @@ def test_ctrl_c_ends_an_answer_and_a_second_one_the_chat() -> None:
         with pytest.raises(Interrupted):  # at the prompt
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_as_an_answer_ends_is_not_the_end_of_the_chat(
+    far: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = [QUESTIONS[1], QUESTIONS[0]]
+
+    def ask(prompt: str) -> str:
+        if questions:
+            return questions.pop()
+        raise EOFError
+
+    real = Lines.end
+
+    def end(self: Lines, answers: Sequence[Answer]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        real(self, answers)
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(Lines, "end", end)
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    assert main(["chat", str(far), "--max-tokens", "3"]) == 0
+    assert not questions, "the next one is asked"
 
 
 def test_a_chat_on_a_terminal(far: Path) -> None:

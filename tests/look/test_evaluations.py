@@ -143,6 +143,7 @@ def test_an_environment_of_a_file(
         (["tiny-sokoban", "--env", "sokoban-env", "--n", "8", "--with-context"],
          "no context is known for"),
         ([], "eval takes runs, adapters or models"),
+        (["tiny-sokoban", "--env", "sokoban-env", "--n", "1", "--out", "."], ". is a folder"),
         (["tiny-sokoban", "--temperature", "nan"], "--temperature 'nan' cannot be used"),
     ],
 )  # fmt: skip
@@ -169,3 +170,13 @@ def test_what_is_not_finite_is_no_score(
     out = capsys.readouterr()
     assert "is not a finite number" in out.err
     assert out.out == ""
+
+
+def test_what_an_environment_prints_is_no_part_of_the_json(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ["tiny-sokoban", "--env", "support.noisy_env:load", "--n", "2", "--max-tokens", "2"]
+    assert main(["eval", *args, "--json"]) == 0
+    out = capsys.readouterr()
+    assert json.loads(out.out)["tasks"] == 2
+    assert "printed" in out.err

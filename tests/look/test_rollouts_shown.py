@@ -180,6 +180,7 @@ def test_no_color(kept_run: Path) -> None:
         ("tensors lost", "it is missing"),
         ("another number", "does not have the tokens of"),
         ("lacks one", "it lacks kl"),
+        ("no whole numbers", "other shapes or types"),
         ("no tokens", "line 1 has no tokens"),
     ],
 )
@@ -201,6 +202,8 @@ def test_damaged_records(
         found = load_file(tensors)
         if change == "lacks one":
             del found["kl"]
+        elif change == "no whole numbers":
+            found["offsets"] = found["offsets"].astype("float32")
         else:
             found["kl"] = found["kl"][:-1].copy()
         save_file(found, tensors)

@@ -74,6 +74,15 @@ def test_an_extended_run_has_its_newest_checkpoint(finished: Path) -> None:
     assert open_run(finished).checkpoint == 3
 
 
+def test_a_checkpoint_that_a_run_in_progress_removes(finished: Path) -> None:
+    source = open_source(str(unfinish(finished)))
+    shutil.rmtree(source.weights.parent)
+    with pytest.raises(UserError, match="has been removed while it was read") as caught:
+        load(source)
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
+    assert "later checkpoints" in caught.value.fix
+
+
 def test_damaged_checkpoints(finished: Path) -> None:
     unfinish(finished)
     for step in (2, 3):
@@ -141,8 +150,9 @@ def test_another_base(far: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_a_base_that_is_not_known(far: Path) -> None:
     file = far / "adapter" / "adapter_config.json"
     settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"base_model_name_or_path": None}))
-    assert "does not say what model it is for" in refusal(far / "adapter").what
+    for none in (None, "../a\0b"):
+        file.write_text(json.dumps(settings | {"base_model_name_or_path": none}))
+        assert "does not say what model it is for" in refusal(far / "adapter").what
     assert open_source(str(far / "adapter"), base="tiny-sokoban").base == "tiny-sokoban"
     file.write_text(json.dumps(settings | {"base_model_name_or_path": "/gone/tiny_sokoban"}))
     error = refusal(far / "adapter")
@@ -165,7 +175,7 @@ def test_contexts(far: Path, tmp_path: Path) -> None:
         assert config.orchestrator.teacher_model.context == text
     file.write_text(" \n")
     for empty in (str(file), ""):
-        with pytest.raises(UserError, match="the context is empty"):
+        with pytest.raises(UserError, match=r"the context .*is empty"):
             open_source(str(far), context=empty)
 
 
@@ -193,3 +203,14 @@ def test_a_run_that_may_be_meant(
         (runs / f"more-{count}").mkdir()
         (runs / f"more-{count}" / "config.toml").touch()
     assert refusal("runs").fix.endswith(", …")
+
+
+def test_a_file_of_a_context_that_is_not_there_is_no_context(far: Path, tmp_path: Path) -> None:
+    for missing in ("persona.txt", str(tmp_path / "none"), "~nobody-here/persona.md"):
+        with pytest.raises(UserError, match="there is no file"):
+            open_source(str(far), context=missing)
+    with pytest.raises(UserError, match="is a folder"):
+        open_source(str(far), context=str(tmp_path))
+    text = "~nobody-here says: be brief"
+    config = open_source(str(far), context=text).config
+    assert config.orchestrator.teacher_model.context == text
