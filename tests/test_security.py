@@ -231,6 +231,7 @@ UNPICKLING = re.compile(
     r"pickle\.loads?\(|Unpickler|torch\.load\(|ForkingPickler\.loads|\.recv\(\)"
 )
 OF_OUR_OWN_PROCESSES = {
+    "doctor/ipc.py",
     "envs/isolated.py", "envs/worker.py", "envs/sokoban/worker.py", "envs/sokoban/workers.py",
     "engines/vllm/client.py", "engines/vllm/worker.py", "engines/vllm/weights_buffer.py",
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def test_which_code_runs_on_which_gpu(
 
 
 @pytest.fixture
-def packages_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def packages_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Installs packages' metadata, and a `vllm` that can be imported or not."""
     real = packages.installed
 
@@ -182,10 +182,12 @@ def packages_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
         monkeypatch.setattr(vllm, "installed", lambda name: fakes.get(name, real(name)))
         (tmp_path / "vllm.py").write_text(vllm_code)
         monkeypatch.syspath_prepend(str(tmp_path))
-        for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
-            monkeypatch.delitem(sys.modules, name)
+        sys.modules.pop("vllm", None)  # an earlier fake
 
-    return install
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        monkeypatch.delitem(sys.modules, name)
+    yield install
+    sys.modules.pop("vllm", None)  # the fake; monkeypatch brings back a real one
 
 
 def test_a_vllm_that_fits_or_is_not_there(packages_here: Callable[..., None]) -> None:

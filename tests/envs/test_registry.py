@@ -92,7 +92,7 @@ def test_an_unknown_id_lists_the_known(echo: str, monkeypatch: pytest.MonkeyPatc
     error = refusal("sokoban")
     assert error.what == "unknown environment 'sokoban'"
     assert error.where == "a.toml:3 orchestrator.env.0"
-    assert "parrot, reasoning-gym, self-prompts, sokoban-env" in error.fix
+    assert "parrot, questions, reasoning-gym, self-prompts, sokoban-env" in error.fix
     assert "module:function" in error.fix
 
 

@@ -20,6 +20,12 @@ from support.paths import ROOT
 SECONDS = 60.0
 
 
+def inherited() -> dict[str, str]:
+    """The environment without a size of the terminal, which pytest-xdist may set: rich believes it
+    more than the terminal."""
+    return {key: value for key, value in os.environ.items() if key not in ("LINES", "COLUMNS")}
+
+
 class Terminal:
     """`python -m minidistill ARGS` with a controlling terminal."""
 
@@ -32,7 +38,7 @@ class Terminal:
             [sys.executable, "-m", "minidistill", *args],
             stdin=self.theirs, stdout=self.theirs, stderr=self.theirs, cwd=ROOT,
             start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            env={**os.environ, "TERM": "xterm", "CUDA_VISIBLE_DEVICES": "", **environment},
+            env={**inherited(), "TERM": "xterm", "CUDA_VISIBLE_DEVICES": "", **environment},
         )  # fmt: skip
 
     def resize(self, rows: int, columns: int) -> None:
