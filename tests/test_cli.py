@@ -110,6 +110,8 @@ def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture
         (["rl", "@", "x"], "minidistill run"),
         (["confg"], "minidistill config"),
         (["zzzz"], "minidistill --help"),
+        (["sokoban"], "minidistill run sokoban"),
+        (["my.toml"], "minidistill run my.toml"),
         (["run"], "minidistill run sokoban"),
         (["report"], "report runs/"),
         (["report", "a", "b"], "directory of a run"),

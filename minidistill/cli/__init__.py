@@ -143,6 +143,10 @@ def _dispatch(args: list[str]) -> int:
         # argparse would list all commands. "rl" is what the public trainer calls `run`.
         close = ["run"] if name == "rl" else difflib.get_close_matches(name, commands, 1, 0.4)
         fix = f"did you mean `minidistill {close[0]}`?" if close else "see minidistill --help"
+        from minidistill.config import shipped
+
+        if name.endswith(".toml") or name in shipped.names():
+            fix = f"did you mean `minidistill run {name}`?"
         raise UserError(f"there is no command {name}", fix=fix)
     try:
         options, rest = parser.parse_known_args(args)

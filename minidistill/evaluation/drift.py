@@ -44,7 +44,7 @@ def _unchanged(board: Mapping[str, Any]) -> str | None:
     return (
         "The context is for a task, so the answers to unrelated prompts should stay as they were, "
         f"{CHANGES[min(level, len(CHANGES) - 1)]} (drift KL {number(drift)}). "
-        "How far they follow the context, the teacher KL, does not count."
+        "The teacher KL on them is not a goal here."
     )
 
 
@@ -68,5 +68,5 @@ def _followed(board: Mapping[str, Any]) -> str | None:
             found = f"the KL to the teacher there has grown by {percent(-share)}{bounds}"
     text = f"The context has no task, so it should show on unrelated prompts too: {found}."
     if drift is not None and not board["unrelated_kl_negligible"]:
-        text += " How far the answers left the base, the drift KL, does not count."
+        text += " The drift from the base is expected."
     return text

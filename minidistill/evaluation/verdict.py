@@ -17,9 +17,9 @@ ENOUGH_TASKS = 100
 Board = Mapping[str, Any]
 
 LEARNED = {
-    "closed": "Without the context the student does almost all that the teacher does with it",
-    "partly": "The student learned a part of what the context does",
-    "none": "What the student learned of what the context does is no more than can be chance",
+    "closed": "Without the context, the student does almost everything the teacher does with it",
+    "partly": "The student learned part of what the context does",
+    "none": "The student learned nothing measurable from the context",
     "worse": "The student moved away from what the context does",
 }
 """By outcome, if there was a gap to close."""
@@ -66,7 +66,7 @@ def judge_scores(board: Board) -> dict[str, Any]:
     if (difference if low is None else low) <= 0:
         why = "the context does not make the score better"
         if difference > 0:
-            why = "what the context adds to the score can be chance"
+            why = "the gain in score from the context is within chance"
         return _judged("no_gap", f"There is no gap to close: {why} ({scores})." + change)
     if after is None:
         return _judged("not_finished", NOT_FINISHED)
@@ -132,7 +132,7 @@ def _closed(board: Board, key: str, what: str, everywhere: str) -> dict[str, Any
     outcome = grade(share, low, high)
     learned, found = LEARNED[outcome], f"{percent(share)} of {what} is closed"
     if outcome == "partly" and high is not None and high >= 1:
-        learned = learned.replace("a part", "at least a part")
+        learned = learned.replace("part", "at least part")
     if outcome == "worse":
         found = f"{what} grew by {percent(-share)}"
         low, high = (None, None) if low is None else (-high, -low)

@@ -176,7 +176,7 @@ def summary(plan: Plan) -> str:
         present = {name.partition(":")[0] for name in names}
         owners = " and ".join(owner for owner in COLORS if owner in present)
         memory = f"{device.peak / GIB:.1f} of {device.bytes / GIB:.1f} GiB"
-        lines.append(f"{device.name}: {owners}, {memory} planned for")
+        lines.append(f"{device.name}: {owners}, {memory} planned")
     return "; ".join(lines)
 
 

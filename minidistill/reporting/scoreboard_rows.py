@@ -74,7 +74,8 @@ def scoreboard_rows(board: Board) -> list[Row]:
         ("teacher KL, unrelated", "unrelated_kl_before", "unrelated_kl_after"),
     ):
         if get(before) is not None or get(after) is not None:
-            rows.append((name, f"{number(get(before))} → {number(get(after))}"))
+            since = "" if get(before) is None else f"{number(get(before))} → "
+            rows.append((name, f"{since}{number(get(after))}"))
     rows += _group_rows(board)
     if get("drift_kl") is not None:
         rows.append(("drift KL", number(get("drift_kl"))))

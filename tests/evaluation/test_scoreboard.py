@@ -74,7 +74,7 @@ def test_values_computed_by_hand() -> None:
     assert (board["gap_closed_low"], board["gap_closed_high"]) == (0.375, 1.0)
     assert board["outcome"] == "partly"
     assert board["verdict"] == (  # and maybe all of it
-        "The student learned at least a part of what the context does: 75% of the gap is closed "
+        "The student learned at least part of what the context does: 75% of the gap is closed "
         "(95% interval 38% to 100%)."
     )
     assert board["student_with_context"] is None
@@ -107,7 +107,7 @@ def test_an_interval_without_width_is_none() -> None:
 def test_no_gap(before: list[float], teacher: list[float]) -> None:
     board = compare(before, teacher, teacher, None, seed=0)
     assert board["outcome"] == "no_gap"
-    why = "what the context adds to the score can be chance"
+    why = "the gain in score from the context is within chance"
     if np.mean(teacher) <= np.mean(before):
         why = "the context does not make the score better"
     assert board["verdict"].startswith(f"There is no gap to close: {why} (")

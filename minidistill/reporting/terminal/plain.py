@@ -53,7 +53,7 @@ class _Phase:
         """What is done, since when, and how long the rest takes."""
         seconds = now - self.began
         done = "" if self.total == 1 else f" {self.completed}/{self.total} {self.unit}"
-        text = f"{self.name}{done}  for {duration(seconds)}"
+        text = f"{self.name}{done}" + (f"  for {duration(seconds)}" if seconds >= 1 else "")
         if not 0 < self.completed < self.total:
             return text
         return f"{text}  eta {duration(seconds * (self.total / self.completed - 1))}"
