@@ -220,7 +220,8 @@ def test_a_process_that_stays_is_found(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     process = subprocess.Popen(["sleep", "60"], env=commands.environment)
     try:
-        assert commands.processes() == [(process.pid, "sleep 60")]
+        # the kernel shows the environment of a new program a moment after it starts
+        wait_for(lambda: commands.processes() == [(process.pid, "sleep 60")])
         assert MARK in commands.environment
     finally:
         process.kill()
