@@ -8,20 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from minidistill.config import Config, load_config
 from minidistill.errors import UserError
-from minidistill.system.run_folders import no_run
-from minidistill.system.threads import settle_threads
+from minidistill.system.run_folders import SETTINGS, no_run
+from minidistill.system.threads import before_torch
 
 if TYPE_CHECKING:
     import pandas
 
     from minidistill.reporting.results import HeldOutSample, LoggedRollout, Scoreboard, Status
-
-
-def before_torch() -> None:
-    """What everything that loads torch does first."""
-    settle_threads()  # before torch loads OpenMP
-    # interpreted kernels have to be asked for before transformers imports triton
-    import minidistill_kernels  # noqa: F401
 
 
 class Run:
@@ -30,7 +23,7 @@ class Run:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         """Raises UserError if there is no run."""
         self.directory = Path(directory).expanduser().absolute()
-        if not (self.directory / "config.toml").is_file():
+        if not (self.directory / SETTINGS).is_file():
             raise no_run(
                 Path(directory), "give the output directory of a run; it contains config.toml"
             )
@@ -46,7 +39,7 @@ class Run:
     @property
     def config(self) -> Config:
         """The settings of the run, defaults included."""
-        return load_config([str(self.directory / "config.toml")], resume=True).config
+        return load_config([str(self.directory / SETTINGS)], resume=True).config
 
     @property
     def context(self) -> str | None:

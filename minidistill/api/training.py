@@ -6,23 +6,23 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import tomli
 
-from minidistill.api.run_object import Run, before_torch
+from minidistill.api.run_object import Run
 from minidistill.config import LoadedConfig
 from minidistill.config.load import load_layers
 from minidistill.config.overrides import Override, from_mapping
 from minidistill.error_output import as_user_error
 from minidistill.errors import EXIT_FAILED, EXIT_OK, UserError
 from minidistill.system.foreign import ctrl_c, is_interrupt, was_interrupted
+from minidistill.system.threads import before_torch
 
 if TYPE_CHECKING:
-    from minidistill.reporting.terminal.base import Display
+    pass
 
 Layer: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 """A TOML file, the name of a configuration of the package, or settings as nested dicts."""
@@ -108,6 +108,7 @@ def bake(
 def _run(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> Run:
     before_torch()
     from minidistill.driver import loop
+    from minidistill.reporting.terminal import open_display
     from minidistill.trainer.distributed.rank_group import launched_by_torchrun
 
     if launched_by_torchrun() is not None:
@@ -121,7 +122,7 @@ def _run(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> Run:
             code = loop.run(
                 loaded,
                 resume=resume,
-                display=_quiet_display() if quiet else None,
+                display=open_display(quiet=True) if quiet else None,
                 claimed=directories.append,
             )
     except BaseException as error:
@@ -149,15 +150,6 @@ def _outside_of_event_loops() -> Iterator[None]:
         if loop is not None:
             asyncio.set_event_loop(loop)
         asyncio._set_running_loop(loop)
-
-
-def _quiet_display() -> Display:
-    from minidistill.reporting.terminal.output import Output
-    from minidistill.reporting.terminal.quiet import QuietDisplay
-    from minidistill.system.symbols import wants_ascii
-
-    output = cast(TextIO, Output(sys.stdout))
-    return QuietDisplay(output, in_ascii=wants_ascii(output))
 
 
 def _interrupted(directories: Sequence[Path]) -> KeyboardInterrupt:

@@ -34,7 +34,7 @@ ROOM = 512
 _TITLE = """\
 Written by `minidistill bake`. Edit it and run it again, from the same directory:
   minidistill run {file} --output_dir runs/another
-  minidistill config {file}    # every setting, and what gives it
+  minidistill config {file}    # every setting, and where it comes from
 
 """
 

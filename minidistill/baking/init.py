@@ -29,7 +29,7 @@ _TITLE = """\
 Written by `minidistill init`. Edit it, and run it from the same directory:
   minidistill plan {file}      # what runs where, and whether it fits
   minidistill run {file}
-  minidistill config {file}    # every setting, and what gives it
+  minidistill config {file}    # every setting, and where it comes from
 
 """
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 
-from minidistill.cli.parser import Commands, before_torch
-from minidistill.error_output import print_to_stderr
+from minidistill.cli.parser import Commands, announce_torch
 from minidistill.errors import UserError
+from minidistill.system.threads import before_torch
 
 _EXAMPLE = 'minidistill bake --model Qwen/Qwen3-4B-Instruct-2507 --context "You are an old pirate."'
 _FLAGS = ("model", "context", "prompts", "steps", "out", "resume")
@@ -65,9 +64,8 @@ def _bake(options: argparse.Namespace, rest: list[str]) -> int:
     _check_flags(rest)
     _check_files(options.context, options.prompts)
 
+    announce_torch()
     before_torch()
-    if sys.stderr.isatty():  # the first thing to see, seconds before the next
-        print_to_stderr("loading torch and transformers")
     from minidistill.baking.command import bake
 
     return bake(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from minidistill.cli.parser import Commands, before_torch
+from minidistill.cli.parser import Commands
 from minidistill.cli.sources import add_sampling, add_source, sampling, source_fix
 from minidistill.errors import UserError
+from minidistill.system.threads import before_torch
 
 
 def add_chat(commands: Commands) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from minidistill.cli.parser import Commands, before_torch
+from minidistill.cli.parser import Commands
 from minidistill.errors import UserError
+from minidistill.system.threads import before_torch
 
 _EXAMPLE = "minidistill export runs/mine --to exported/mine"
 

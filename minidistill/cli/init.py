@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from minidistill.cli.parser import Commands, before_torch
+from minidistill.cli.parser import Commands
 from minidistill.errors import UserError
+from minidistill.system.threads import before_torch
 
 _EXAMPLE = 'minidistill init my.toml --model Qwen/Qwen3-4B-Instruct-2507 --context "Be brief."'
 _FILE = "minidistill.toml"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+from minidistill.error_output import print_to_stderr
 from minidistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,10 +112,7 @@ def load_configuration(command: str, args: list[str], *, resume: bool = False) -
     return load_config(args, resume=resume)
 
 
-def before_torch() -> None:
-    """What a command that loads torch does first."""
-    from minidistill.system.threads import settle_threads
-
-    settle_threads()  # before torch loads OpenMP
-    # interpreted kernels have to be asked for before transformers imports triton
-    import minidistill_kernels  # noqa: F401
+def announce_torch() -> None:
+    """The first thing to see on a terminal, seconds before the next: call it first."""
+    if sys.stderr.isatty():
+        print_to_stderr("loading torch and transformers")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING
 
-from minidistill.cli.parser import Commands, load_configuration
-from minidistill.error_output import as_user_error, print_to_stderr
+from minidistill.cli.parser import Commands, announce_torch, load_configuration
+from minidistill.error_output import as_user_error
 from minidistill.errors import EXIT_INTERRUPTED, UserError
 from minidistill.system.foreign import check_interrupted, is_interrupt, was_interrupted
-from minidistill.system.threads import settle_threads
+from minidistill.system.threads import before_torch
 
 if TYPE_CHECKING:
     from minidistill.reporting.terminal.base import Display
@@ -49,12 +48,9 @@ examples:
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.quiet:
-        from minidistill.reporting.terminal.output import Output
-        from minidistill.reporting.terminal.quiet import QuietDisplay
-        from minidistill.system.symbols import wants_ascii
+        from minidistill.reporting.terminal import open_display
 
-        output = cast(TextIO, Output(sys.stdout))
-        return _train(options, rest, QuietDisplay(output, in_ascii=wants_ascii(output)))
+        return _train(options, rest, open_display(quiet=True))
     if not options.json:
         return _train(options, rest, None)
     from minidistill.reporting.terminal.json_events import JsonDisplay, events_alone
@@ -72,11 +68,9 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _train(options: argparse.Namespace, rest: list[str], display: Display | None) -> int:
     loaded = load_configuration("run", rest, resume=options.resume)
-    settle_threads()  # before torch loads OpenMP
-    if display is None and sys.stderr.isatty():  # the first thing to see, seconds before the next
-        print_to_stderr("loading torch and transformers")
-    # Interpreted kernels have to be asked for before transformers imports triton.
-    import minidistill_kernels  # noqa: F401
+    if display is None:
+        announce_torch()
+    before_torch()
     from minidistill.trainer.distributed.rank_group import launched_by_torchrun
 
     rank, _ = launched_by_torchrun() or (0, 1)

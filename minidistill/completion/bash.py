@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from minidistill.completion.words import Command, Option
+from minidistill.completion.words import Command, Option, cases
 
 HEAD = """\
 # Completion of minidistill for bash, made by `minidistill completion bash`.
@@ -93,8 +93,8 @@ def script(commands: Sequence[Command], settings: Sequence[Option]) -> str:
         first=" ".join([*(c.path[0] for c in commands if len(c.path) == 1), "--version"]),
         nested="|".join(f'"{path}"' for path in nested),
         commands="\n".join(map(_arguments, commands)),
-        values="\n".join(line for c in commands for line in _values(" ".join(c.path), c.options)),
-        setting_values="\n".join(_values("", settings)),
+        values="\n".join(line for c in commands for line in cases(c.options, _action, c.path)),
+        setting_values="\n".join(cases(settings, _action)),
         settings=" ".join(option.name for option in settings),
     )
     return HEAD + body + TAIL
@@ -109,24 +109,12 @@ def _arguments(command: Command) -> str:
     return f'        "{path}") {sets}options="{options}" arguments="{arguments}" ;;'
 
 
-def _values(command: str, options: Iterable[Option]) -> list[str]:
-    """What completes the word after an option. A flag without values has no line."""
-    actions: dict[str, list[str]] = {}
-    for option in options:
-        if option.values:
-            # a path beside the words, where any text may follow
-            action = f'_minidistill_words "{" ".join(option.values)}"; '
-            action += "[[ ${#COMPREPLY[@]} -gt 0 ]] && " if option.kind == "flag" else ""
-            action += "return"
-        elif option.kind in ("files", "folders"):
-            action = f"_minidistill_paths {'-f' if option.kind == 'files' else '-d'}; return"
-        elif option.takes_value:
-            action = "return"
-        else:
-            continue
-        actions.setdefault(action, []).append(option.name.replace("-", "_"))
-    prefix = f"{command} " if command else ""
-    return [
-        "        " + " | ".join(f'"{prefix}{name}"' for name in names) + f") {action} ;;"
-        for action, names in actions.items()
-    ]
+def _action(option: Option) -> str:
+    """What completes the word after an option."""
+    if option.values:
+        # a path beside the words, where any text may follow
+        unless = "[[ ${#COMPREPLY[@]} -gt 0 ]] && " if option.kind == "flag" else ""
+        return f'_minidistill_words "{" ".join(option.values)}"; {unless}return'
+    if option.kind in ("files", "folders"):
+        return f"_minidistill_paths {'-f' if option.kind == 'files' else '-d'}; return"
+    return "return" if option.takes_value else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,3 +117,22 @@ def first_sentence(text: str) -> str:
     line = line.replace("\\", "").replace("$", "").replace("%", "")
     line = line.split(". ")[0].rstrip(".")
     return line if len(line) <= ABOUT else line[: ABOUT - 1].rstrip() + "…"
+
+
+def cases(
+    options: Iterable[Option], action: Callable[[Option], str], path: Sequence[str] = ()
+) -> list[str]:
+    """Lines of a `case` in bash or zsh: what completes the word after an option, by `action`.
+    `path` is the command's, which stands before the option.
+
+    A flag without values has no action, and no line.
+    """
+    named: dict[str, list[str]] = {}
+    for option in options:
+        if found := action(option):
+            named.setdefault(found, []).append(option.name.replace("-", "_"))
+    prefix = "".join(f"{word} " for word in path)
+    return [
+        "        " + " | ".join(f'"{prefix}{name}"' for name in names) + f") {found} ;;"
+        for found, names in named.items()
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from minidistill.completion.words import Command, Option
+from minidistill.completion.words import Command, Option, cases
 
 HEAD = """\
 #compdef minidistill
@@ -83,8 +83,8 @@ def script(commands: Sequence[Command], settings: Sequence[Option]) -> str:
         first=_described(first),
         nested="|".join(f'"{path}"' for path in nested),
         commands="\n".join(map(_arguments, commands)),
-        values="\n".join(line for c in commands for line in _values(" ".join(c.path), c.options)),
-        setting_values="\n".join(_values("", settings)),
+        values="\n".join(line for c in commands for line in cases(c.options, _action, c.path)),
+        setting_values="\n".join(cases(settings, _action)),
         settings=_described((option.name, option.about) for option in settings),
     )
 
@@ -103,23 +103,12 @@ def _arguments(command: Command) -> str:
     return f'        "{path}") {sets}arguments=({arguments}) flags=(\n{options}\n        ) ;;'
 
 
-def _values(command: str, options: Iterable[Option]) -> list[str]:
-    """What completes the word after an option. A flag without values has no line."""
-    actions: dict[str, list[str]] = {}
-    for option in options:
-        if option.values:
-            action = f"compadd -- {' '.join(option.values)}"
-            # a flag's value may be left out
-            action += " && return" if option.kind == "flag" else "; return"
-        elif option.kind in ("files", "folders"):
-            action = f"_files{' -/' if option.kind == 'folders' else ''}; return"
-        elif option.takes_value:
-            action = "return 1"
-        else:
-            continue
-        actions.setdefault(action, []).append(option.name.replace("-", "_"))
-    prefix = f"{command} " if command else ""
-    return [
-        "        " + " | ".join(f'"{prefix}{name}"' for name in names) + f") {action} ;;"
-        for action, names in actions.items()
-    ]
+def _action(option: Option) -> str:
+    """What completes the word after an option."""
+    if option.values:
+        # a flag's value may be left out
+        end = " && return" if option.kind == "flag" else "; return"
+        return f"compadd -- {' '.join(option.values)}{end}"
+    if option.kind in ("files", "folders"):
+        return f"_files{' -/' if option.kind == 'folders' else ''}; return"
+    return "return 1" if option.takes_value else ""

@@ -12,10 +12,10 @@ from minidistill.config.adapter import with_recorded_shape
 from minidistill.driver.selection import Selection
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.reporting.records import METRICS, first_problem
-from minidistill.reporting.run_directory import RESOLVED, RunDirectory, damaged
+from minidistill.reporting.run_directory import RESOLVED, SCOREBOARD, RunDirectory, damaged
 from minidistill.trainer.optim import rate_depends_on_max_steps
 
-STEPS, SCOREBOARD = "max_steps", "scoreboard.json"
+STEPS = "max_steps"
 STOPPED = "stopped_early"
 """The scoreboard's key for why a run ended before `max_steps`, if it did."""
 

@@ -25,7 +25,7 @@ from minidistill.evaluation.verdict import judge
 from minidistill.reporting.html import has_report, write_report
 from minidistill.reporting.monitors import Monitor, check_monitors, open_monitors
 from minidistill.reporting.records import METRICS
-from minidistill.reporting.run_directory import RunDirectory, finite
+from minidistill.reporting.run_directory import SCOREBOARD, RunDirectory, finite
 from minidistill.reporting.terminal.base import Display
 from minidistill.system.files import shown_path
 from minidistill.system.foreign import describe
@@ -33,7 +33,6 @@ from minidistill.trainer import checkpoint
 from minidistill.types import Role
 
 logger = logging.getLogger(__name__)
-FILE = "scoreboard.json"
 MISSING = "missing"
 """The scoreboard's figures that are still to be computed. A finished run's has no such key."""
 COMPLETIONS = "completions"
@@ -155,14 +154,15 @@ def _fill_in(session: Session, board: dict[str, Any], passes: dict[str, Pass]) -
         while True:
             board |= judge(board) | judge_drift(board, has_task=is_task)
             board["seconds"] = session.seconds
-            session.directory.write(FILE, board | ({MISSING: missing} if missing else {}))
+            session.directory.write(SCOREBOARD, board | ({MISSING: missing} if missing else {}))
             if not missing:
                 return
             board |= passes[missing[0]]()
             del missing[0]
     except BaseException:
         logger.warning(
-            f"the adapter is saved; {FILE} lacks {' and '.join(missing)}, which --resume computes"
+            f"the adapter is saved; {SCOREBOARD} lacks {' and '.join(missing)}, "
+            "which --resume computes"
         )
         raise
 
@@ -183,7 +183,7 @@ def show_finished(directory: RunDirectory, display: Display, config: Config) -> 
     display.scoreboard(board)
     if not has_report(directory.path):
         write_run_report(directory)
-    if listed and FILE not in listed:  # it was killed before its monitors had the scoreboard
+    if listed and SCOREBOARD not in listed:  # it was killed before its monitors had the scoreboard
         check_monitors(config)
         _end(directory, board, open_monitors(config, directory.path, board["steps"] + 1))
     further = "A larger --max_steps extends it"
@@ -210,11 +210,11 @@ def write_run_report(directory: RunDirectory) -> Path | None:
 
 def _whole_board(directory: RunDirectory) -> dict[str, Any] | None:
     """The scoreboard of a run whose files are as they were written; else None, and a warning."""
-    if not (directory.path / FILE).exists():
+    if not (directory.path / SCOREBOARD).exists():
         return None
     board: dict[str, Any] | None = None
     try:
-        board = directory.read(FILE, _Board)
+        board = directory.read(SCOREBOARD, _Board)
         problem = directory.records.damage()
     except UserError as error:
         problem = error.what
@@ -228,7 +228,7 @@ def _end(directory: RunDirectory, board: dict[str, Any], monitor: Monitor) -> No
     """Send the scoreboard to the monitors, and list it: the run has all of its parts then."""
     monitor.samples(board["steps"], board.get(COMPLETIONS) or [])
     monitor.close({key: value for key, value in board.items() if key != COMPLETIONS})
-    directory.records.add_files((METRICS, FILE))
+    directory.records.add_files((METRICS, SCOREBOARD))
     directory.records.flush()
 
 

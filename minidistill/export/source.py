@@ -19,15 +19,14 @@ from minidistill.config.adapter import SETTINGS as ADAPTER_SETTINGS
 from minidistill.config.adapter import TENSORS, adapter_folder
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.models.registry import BUILT_IN, resolve
+from minidistill.reporting.run_directory import RESOLVED, SCOREBOARD
 from minidistill.system.files import read_json, read_text, shown_path
-from minidistill.system.run_folders import no_run, runs_near
+from minidistill.system.run_folders import SETTINGS, no_run, runs_near
 from minidistill.trainer.checkpoint_files import DamageError, check_files, number
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "config.toml"
 WEIGHTS = "model.safetensors*"
-BOARD = "scoreboard.json"
 NO_ENVIRONMENT = "none"
 """The environment of a configuration that is no run's. None can be loaded under this name."""
 
@@ -70,7 +69,7 @@ def open_run(run: Path) -> Source:
         raise no_run(run, "give the output directory of a run; it contains config.toml")
     config = load_config([str(run / SETTINGS)], resume=True).config
     is_adapter = config.trainer.model.lora is not False
-    board = run / BOARD
+    board = run / SCOREBOARD
     found = read_json(board) if board.is_file() else {}
     step = None
     if is_adapter:
@@ -147,7 +146,7 @@ def open_source(name: str, *, base: str | None = None, context: str | None = Non
     takes the place of the run's context. Raises UserError for what cannot be used.
     """
     path = Path(name).expanduser()
-    if (path / SETTINGS).is_file() or (path / "config.resolved.json").is_file():
+    if (path / SETTINGS).is_file() or (path / RESOLVED).is_file():
         if base is not None:
             raise UserError(
                 f"{name} is a run, which says itself what its base is",

@@ -14,11 +14,10 @@ import numpy as np
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.reporting.records import rollout_names
-from minidistill.reporting.run_directory import RESOLVED
+from minidistill.reporting.run_directory import RESOLVED, SCOREBOARD
 from minidistill.system.files import InvalidJsonError, parse_json, read_text
-from minidistill.system.run_folders import no_run
+from minidistill.system.run_folders import SETTINGS, no_run
 
-BOARD = "scoreboard.json"
 LARGEST = 1 << 30
 """Bytes of a step's lines."""
 RESTORE = "restore it from a copy"
@@ -78,7 +77,7 @@ def read_rollouts(
         steps = [step]
     else:
         # a run in progress writes the tensors of a step after its lines
-        unfinished = not (run / BOARD).exists()
+        unfinished = not (run / SCOREBOARD).exists()
         if unfinished and len(steps) > 1 and not (run / rollout_names(steps[-1])[1]).exists():
             steps.pop()
         if task is None and worst is None:
@@ -98,7 +97,7 @@ def read_rollouts(
 
 
 def _steps(run: Path) -> list[int]:
-    if not any((run / name).is_file() for name in (RESOLVED, "config.toml")):
+    if not any((run / name).is_file() for name in (RESOLVED, SETTINGS)):
         raise no_run(run, "give the output directory of a run; it contains config.toml")
     folder = run / "rollouts"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []

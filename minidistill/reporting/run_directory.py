@@ -23,13 +23,16 @@ from minidistill.config import LoadedConfig
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
 from minidistill.reporting.records import METRICS, SUMS, Records, first_problem
 from minidistill.system.files import read_json, remove, write_atomic
+from minidistill.system.run_folders import SETTINGS
 from minidistill.types import Metrics
 
 RECORDED_PACKAGES = ("minidistill", "torch", "triton", "transformers", "peft", "vllm", "numpy")
 RESOLVED = "config.resolved.json"
 """The last file that a start writes. It makes a directory a run."""
+SCOREBOARD = "scoreboard.json"
+"""What a run has reached; the last file of all."""
 FOLDERS = ("checkpoints", "rollouts", "logs")
-FIRST_FILES = ("config.toml", "env.json", SUMS)
+FIRST_FILES = (SETTINGS, "env.json", SUMS)
 """What a start writes before `RESOLVED`, after the folders."""
 WRITTEN = (
     *FOLDERS,
@@ -70,7 +73,7 @@ class RunDirectory:
                     (self.path / name).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise not_writable(loaded, self.path, error) from error
-            write_atomic(self.path / "config.toml", loaded.text)
+            write_atomic(self.path / SETTINGS, loaded.text)
             self.add("env.json", {**environment_facts(), **facts})
             # Last, because this file makes the directory a run.
             write_atomic(self.path / RESOLVED, _json(loaded.resolved()))
@@ -84,9 +87,9 @@ class RunDirectory:
 
         It is no longer finished, so its report and its scoreboard are removed, first.
         """
-        for name in ("report.html", "scoreboard.json"):
+        for name in ("report.html", SCOREBOARD):
             remove(self.path / name)
-        write_atomic(self.path / "config.toml", loaded.text)
+        write_atomic(self.path / SETTINGS, loaded.text)
         write_atomic(self.path / RESOLVED, _json(loaded.resolved()))
 
     def resolved(self) -> Any:

@@ -23,6 +23,13 @@ def settle_threads() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
 
+def before_torch() -> None:
+    """What everything that loads torch does first. It loads torch."""
+    settle_threads()
+    # interpreted kernels have to be asked for before transformers imports triton
+    import minidistill_kernels  # noqa: F401
+
+
 def usable_cores() -> int:
     """The cores that this process may use: those it may run on, within its container's share."""
     return max(1, min(_allowed(), _share()))
