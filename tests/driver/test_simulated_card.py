@@ -45,10 +45,11 @@ num_examples = 10
 """
 STEP = ("--no-orchestrator.eval",)
 KL = ("--orchestrator.batch_size", "4")
-# MiB. A step of 8 prompts takes about 85, 4 at a time half of that, and one 12 to 25. The KL on 10
-# held-out prompts takes 30, 5 at a time half of that, and one less than 2.
-STEP_MIB, TOO_LITTLE_STEP_MIB = 65, 7
-KL_MIB, TOO_LITTLE_KL_MIB = 22, 0
+# MiB. A step runs out of memory below about 95, and again below 50 once it is halved; one sequence
+# takes 12 to 25. The KL on held-out prompts runs out below 24, halved below 10, and one prompt takes
+# less than 2. The first of each pair is in the middle: processors differ in what they hold.
+STEP_MIB, TOO_LITTLE_STEP_MIB = 70, 7
+KL_MIB, TOO_LITTLE_KL_MIB = 16, 0
 WALL = "#####\n#@$.#\n#   #\n"
 
 
