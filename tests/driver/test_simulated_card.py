@@ -46,8 +46,8 @@ num_examples = 10
 STEP = ("--no-orchestrator.eval",)
 KL = ("--orchestrator.batch_size", "4")
 # MiB. A step runs out of memory below about 95, and again below 50 once it is halved; one sequence
-# takes 12 to 25. The KL on held-out prompts runs out below 24, halved below 10, and one prompt takes
-# less than 2. The first of each pair is in the middle: processors differ in what they hold.
+# takes 12 to 25. The KL on held-out prompts runs out below 24, halved below 10, and one prompt
+# takes less than 2. The first of each pair is in the middle: processors differ in what they hold.
 STEP_MIB, TOO_LITTLE_STEP_MIB = 70, 7
 KL_MIB, TOO_LITTLE_KL_MIB = 16, 0
 WALL = "#####\n#@$.#\n#   #\n"
