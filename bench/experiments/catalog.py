@@ -1,0 +1,5 @@
+"""All experiments."""
+
+from bench.experiments.organism import ORGANISM
+
+EXPERIMENTS = (ORGANISM,)

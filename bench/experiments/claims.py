@@ -1,0 +1,107 @@
+"""Claims that tables are to confirm or contradict, and what they say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from bench.experiments.runs import Record
+from bench.experiments.statistics import difference, mean
+
+CONFIRMED, CONTRADICTED, NOT_SHOWN = "confirmed", "contradicted", "not shown"
+Records = Mapping[str, Sequence[Record]]
+"""By the run's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`word` is one of the three above, or "incomplete" while runs are missing."""
+
+    claim: str
+    word: str
+    figures: str = ""
+
+
+class Claim(Protocol):
+    @property
+    def text(self) -> str: ...
+
+    def judge(self, records: Records, seeds: int) -> Verdict: ...
+
+
+def values(records: Records, run: str, figure: str, seeds: int) -> list[float] | None:
+    """A figure of each seed; None if one is missing."""
+    found = [r.number(figure) for r in records.get(run, ())]
+    numbers = [value for value in found if value is not None]
+    return numbers if len(numbers) == seeds else None
+
+
+@dataclass(frozen=True, slots=True)
+class EverySeed:
+    """A figure is at least (or with `most` at most) a bound, with each seed."""
+
+    text: str
+    run: str
+    figure: str
+    bound: float
+    most: bool = False
+
+    def judge(self, records: Records, seeds: int) -> Verdict:
+        found = values(records, self.run, self.figure, seeds)
+        if found is None:
+            return Verdict(self.text, "incomplete")
+        holds = max(found) <= self.bound if self.most else min(found) >= self.bound
+        worst = max(found) if self.most else min(found)
+        word = CONFIRMED if holds else CONTRADICTED
+        return Verdict(self.text, word, f"worst of {seeds} seeds {worst:.3g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Higher:
+    """A figure is higher with one run than with another: the paired difference's interval is above
+    `margin`. An interval below it contradicts the claim; one that includes it shows nothing."""
+
+    text: str
+    run: str
+    other: str
+    figure: str = "gap_closed"
+    margin: float = 0.0
+
+    def judge(self, records: Records, seeds: int) -> Verdict:
+        ours = values(records, self.run, self.figure, seeds)
+        theirs = values(records, self.other, self.figure, seeds)
+        if ours is None or theirs is None:
+            return Verdict(self.text, "incomplete")
+        gain = difference(ours, theirs)
+        if gain.low is None or gain.high is None:
+            word = NOT_SHOWN
+        elif gain.low > self.margin:
+            word = CONFIRMED
+        else:
+            word = CONTRADICTED if gain.high < self.margin else NOT_SHOWN
+        interval = "" if gain.low is None else f" ({gain.low:+.3f} to {gain.high:+.3f})"
+        return Verdict(self.text, word, f"difference {gain.value:+.3f}{interval}")
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """The mean of a figure is within `tolerance`, as a share, of what was predicted."""
+
+    text: str
+    run: str
+    figure: str
+    predicted: float
+    tolerance: float
+
+    def judge(self, records: Records, seeds: int) -> Verdict:
+        found = values(records, self.run, self.figure, seeds)
+        if found is None:
+            return Verdict(self.text, "incomplete")
+        measured = mean(found)
+        holds = abs(measured.value - self.predicted) <= self.tolerance * abs(self.predicted)
+        interval = "" if measured.low is None else f" ({measured.low:.3g} to {measured.high:.3g})"
+        word = CONFIRMED if holds else CONTRADICTED
+        return Verdict(
+            self.text, word, f"{measured.value:.3g}{interval}, predicted {self.predicted:g}"
+        )

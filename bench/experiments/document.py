@@ -1,0 +1,38 @@
+"""The tables' places in docs/results.md, between two marks each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench.experiments.plot import svg
+from bench.experiments.runs import ROOT, Store
+from bench.experiments.tables import Experiment, Table, markdown, means
+
+PAGE = ROOT / "docs" / "results.md"
+
+
+def write(experiment: Experiment, tables: Iterable[Table], store: Store, page: Path = PAGE) -> None:
+    """Write the tables and their plots. Raises ValueError if the page has no place for one."""
+    text = page.read_text()
+    for table in tables:
+        text = placed(text, table.name, markdown(experiment, table, store))
+        if table.plot is None:
+            continue
+        rows = means(table, experiment.records(store))
+        plots = page.parent / "results"
+        plots.mkdir(exist_ok=True)
+        axis = f"{table.plot.title}{',' + table.plot.unit if table.plot.unit else ''}"
+        picture = svg(table.title, axis, rows, table.plot.show)
+        (plots / f"{table.name}.svg").write_text(picture)
+    page.write_text(text)
+
+
+def placed(text: str, name: str, block: str) -> str:
+    """The page with this block between the marks of its name."""
+    begin, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
+    pattern = re.compile(re.escape(begin) + r"\n.*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"docs/results.md has no place for {name}: add {begin} and {end}")
+    return pattern.sub(lambda _: f"{begin}\n{block}\n{end}", text)

@@ -1,0 +1,283 @@
+"""Runs of the command line with several seeds, and the files in which their figures are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from bench.smollm2 import smollm2
+from minidistill.errors import EXIT_OK
+
+ROOT = Path(__file__).parent.parent.parent
+FIGURES = (
+    "baseline_student", "baseline_teacher", "baseline_diff", "student", "student_with_context",
+    "gap_closed", "gap_closed_low", "gap_closed_high", "eval_tasks", "length_before",
+    "length_after",
+    "teacher_kl_first", "teacher_kl_last", "heldout_kl_before", "heldout_kl_after",
+    "heldout_kl_closed", "heldout_kl_closed_low", "heldout_kl_closed_high",
+    "unrelated_kl_before", "unrelated_kl_after", "drift_kl", "steps",
+)  # fmt: skip
+"""What is kept of a scoreboard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run to make with each seed.
+
+    `arguments` follow `minidistill run`. `first` has commands of `minidistill` that come before it.
+    In all of them `{model}` is the folder of a model of `bench.smollm2`, and `{scratch}` a folder
+    that lasts as long as they do.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    measures: tuple[str, ...] = ()
+    """Of `bench.experiments.measures`: what else is measured once the run has ended."""
+    first: tuple[tuple[str, ...], ...] = ()
+    model: str | None = None
+    """One of `smollm2.NAMES`, if the arguments have `{model}`."""
+
+    def commands(self, seed: int) -> list[list[str]]:
+        """Arguments of `minidistill`, with their placeholders."""
+        flags = ["--seed", str(seed)]
+        before = [[*command, *(flags if command[0] == "run" else ())] for command in self.first]
+        return [*before, ["run", *self.arguments, *flags, "--output_dir", "{scratch}/run"]]
+
+    def shown(self, seed: int) -> str:
+        """The commands as one types them."""
+        lines = ["minidistill " + shlex.join(command) for command in self.commands(seed)]
+        return " && ".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one run with one seed gave."""
+
+    name: str
+    seed: int
+    command: str
+    measures: tuple[str, ...]
+    figures: Mapping[str, Any]
+    """Empty if the run failed."""
+    error: str | None
+    """The last line of a run that failed, with its exit code."""
+    seconds: float
+    commit: str
+    date: str
+    machine: Mapping[str, Any]
+
+    def is_of(self, run: Run) -> bool:
+        """Whether this is what the run would be."""
+        return self.command == run.shown(self.seed) and self.measures == run.measures
+
+    def number(self, figure: str) -> float | None:
+        """A figure, if it was measured and is a number."""
+        value = self.figures.get(figure)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return None
+        return float(value)
+
+
+@dataclass(slots=True)
+class Store:
+    """The records of an experiment, a line each, sorted by run and seed."""
+
+    path: Path
+    records: dict[tuple[str, int], Record] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> Store:
+        store = cls(folder / f"{name}.jsonl")
+        if store.path.is_file():
+            for line in store.path.read_text().splitlines():
+                values = json.loads(line)
+                record = Record(**values | {"measures": tuple(values["measures"])})
+                store.records[record.name, record.seed] = record
+        return store
+
+    def add(self, record: Record) -> None:
+        self.records[record.name, record.seed] = record
+        lines = [json.dumps(as_json(self.records[key])) for key in sorted(self.records)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".part")
+        beside.write_text("\n".join(lines) + "\n")
+        beside.replace(self.path)  # a reader, or a kill, never meets half a file
+
+    def of(self, run: Run, seeds: Sequence[int]) -> list[Record]:
+        """The records of a run as it is defined now, by seed."""
+        found = (self.records.get((run.name, seed)) for seed in seeds)
+        return [record for record in found if record is not None and record.is_of(run)]
+
+    def missing(self, runs: Sequence[Run], seeds: Sequence[int]) -> Iterator[tuple[Run, int]]:
+        """What is to be made, all runs with one seed before the next seed."""
+        for seed in seeds:
+            for run in runs:
+                if not self.of(run, [seed]):
+                    yield run, seed
+
+
+def as_json(record: Record) -> dict[str, Any]:
+    values = {name: getattr(record, name) for name in Record.__slots__}
+    return values | {"measures": list(record.measures)}
+
+
+class Maker:
+    """Makes runs side by side, each on one thread."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.stopped = threading.Event()
+        self.processes: set[subprocess.Popen[str]] = set()
+        self.commit = commit()
+
+    def make(
+        self, jobs: Sequence[tuple[Run, int]], done: Callable[[Record, int, int], None]
+    ) -> None:
+        """Call `done` with each record, how many there are now, and how many there will be."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            futures = [pool.submit(self.one, run, seed) for run, seed in jobs]
+            try:
+                for count, future in enumerate(as_completed(futures), 1):
+                    if (record := future.result()) is not None:
+                        done(record, count, len(jobs))
+            except BaseException:
+                self.stopped.set()
+                for process in list(self.processes):
+                    process.send_signal(signal.SIGTERM)
+                raise
+
+    def one(self, run: Run, seed: int) -> Record | None:
+        """Make one run. Returns None if everything is to stop."""
+        began = time.perf_counter()
+        error, figures = None, {}
+        with tempfile.TemporaryDirectory() as scratch:
+            places = {"scratch": scratch, "model": str(smollm2(run.model)) if run.model else ""}
+            for command in run.commands(seed):
+                arguments = [filled(part, places) for part in command]
+                code, output = self.call(["minidistill", *arguments])
+                if code != EXIT_OK:
+                    error = f"exit code {code}: {last_error(output)}"
+                    break
+            else:
+                folder = Path(scratch) / "run"
+                figures = scoreboard_figures(folder)
+                for name in run.measures:
+                    code, output = self.call(["bench.experiments.measures", name, str(folder)])
+                    if code != EXIT_OK:
+                        raise RuntimeError(f"{run.name}, {name}:\n{output}")
+                    figures |= json.loads(output.splitlines()[-1])
+        if self.stopped.is_set():
+            return None
+        return Record(
+            run.name, seed, run.shown(seed), run.measures, figures, error,
+            round(time.perf_counter() - began, 1), self.commit, date.today().isoformat(), machine(),
+        )  # fmt: skip
+
+    def call(self, module: Sequence[str]) -> tuple[int, str]:
+        """The exit code and the output of `python -m MODULE…`."""
+        if self.stopped.is_set():
+            return 1, ""
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module],
+            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()},
+        )  # fmt: skip
+        self.processes.add(process)
+        output, _ = process.communicate()
+        self.processes.discard(process)
+        return process.returncode, output
+
+
+def search_path() -> str:
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *([given] if given else [])])
+
+
+def filled(text: str, places: Mapping[str, str]) -> str:
+    """The text with its placeholders replaced. Other braces are TOML."""
+    for name, value in places.items():
+        text = text.replace("{" + name + "}", value)
+    return text
+
+
+def last_error(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or ["no output"])[-1].removeprefix("error: ")
+
+
+def scoreboard_figures(folder: Path) -> dict[str, Any]:
+    """The figures of a run's scoreboard, and how much it was trained on."""
+    board = json.loads((folder / "scoreboard.json").read_text())
+    figures = {name: board.get(name) for name in FIGURES}
+    config = json.loads((folder / "config.resolved.json").read_text())
+    steps = steps_of(folder)
+    lengths = [step["completions/length_mean"] for step in steps]
+    samples = config["orchestrator"]["batch_size"]
+    return figures | {
+        "samples": samples * len(steps),
+        "tokens": round(sum(lengths) * samples),
+        "train_seconds": round(sum(step["time/step"] for step in steps), 1),
+    }
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of each step of training."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [step for line in lines if "teacher_kl" in (step := json.loads(line))]
+
+
+CODE = ("minidistill", "kernels", "configs", "bench/*.py", "bench/*.toml", "bench/*.txt")
+
+
+def commit() -> str:
+    """The commit that is checked out, with "+" if code differs from it; "unknown" without git."""
+
+    def git(*command: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", *command], cwd=ROOT, text=True, capture_output=True, check=False
+            )
+        except OSError:
+            return ""
+        return done.stdout.strip()
+
+    name = git("rev-parse", "--short=8", "HEAD")
+    return name + ("+" if git("status", "--porcelain", "--", *CODE) else "") if name else "unknown"
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    return {
+        "processor": processor(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": 1,
+    }
+
+
+def processor() -> str:
+    """The processor's name and instruction set, which decide how results are rounded."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor()])[0]}, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,160 @@
+"""Experiments, and their tables as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.experiments.claims import Claim, Records, Verdict
+from bench.experiments.runs import Record, Run, Store
+from bench.experiments.statistics import Mean, mean
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def three(value: float) -> str:
+    """Three significant digits, never with an exponent."""
+    return f"{value:.3g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.5f}"
+
+
+def whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A figure of the runs. Without `interval` the mean stands alone."""
+
+    title: str
+    figure: str
+    show: Callable[[float], str] = three
+    unit: str = ""
+    interval: bool = False
+    worst: bool = False
+    """The lowest value of any seed in place of the mean."""
+
+    def cell(self, records: Sequence[Record]) -> str:
+        found = [value for r in records if (value := r.number(self.figure)) is not None]
+        if not found:
+            return "–"
+        measured = mean(found)
+        if self.worst:
+            return self.show(measured.lowest) + self.unit
+        text = self.show(measured.value) + self.unit
+        if self.interval and measured.low is not None and measured.high is not None:
+            text += f" ({self.show(measured.low)} to {self.show(measured.high)})"
+        return text
+
+
+BEFORE = Column("before", "baseline_student", percent, " %")
+IN_CONTEXT = Column("in context", "baseline_teacher", percent, " %")
+STUDENT = Column("student", "student", percent, " %", interval=True)
+GAP = Column("gap closed", "gap_closed", percent, " %", interval=True)
+WORST_GAP = Column("lowest seed", "gap_closed", percent, " %", worst=True)
+ADDED_BACK = Column("context added back", "student_with_context", percent, " %", interval=True)
+KL_BEFORE = Column("held-out KL before", "heldout_kl_before")
+KL_AFTER = Column("held-out KL after", "heldout_kl_after", interval=True)
+KL_CLOSED = Column("KL closed", "heldout_kl_closed", percent, " %", interval=True)
+DRIFT = Column("drift KL", "drift_kl", three, interval=True)
+LENGTH = Column("length", "length_after")
+TOKENS = Column("tokens trained on", "tokens", whole)
+USUAL = (BEFORE, IN_CONTEXT, STUDENT, GAP, WORST_GAP, KL_AFTER, DRIFT)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a table: a run under the name that it has there."""
+
+    label: str
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of runs. `plot` is the column that the plot shows; None is no plot."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    columns: tuple[Column, ...] = USUAL
+    claims: tuple[Claim, ...] = ()
+    plot: Column | None = GAP
+
+    def verdicts(self, records: Records, seeds: int) -> list[Verdict]:
+        return [claim.judge(records, seeds) for claim in self.claims]
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """Runs that tables share, each made with seeds 0, 1, … below `seeds`."""
+
+    name: str
+    runs: tuple[Run, ...]
+    tables: tuple[Table, ...]
+    seeds: int = 5
+
+    def __post_init__(self) -> None:
+        names = [run.name for run in self.runs]
+        assert len(set(names)) == len(names), f"two runs of {self.name} have one name"
+        missing = {row.run for table in self.tables for row in table.rows} - set(names)
+        assert not missing, f"{self.name} has no run {missing}"
+
+    def runs_of(self, tables: Iterable[Table]) -> list[Run]:
+        """The runs that these tables show."""
+        shown = {row.run for table in tables for row in table.rows}
+        return [run for run in self.runs if run.name in shown]
+
+    def records(self, store: Store) -> dict[str, list[Record]]:
+        """By the run's name, those that are made."""
+        return {run.name: store.of(run, range(self.seeds)) for run in self.runs}
+
+
+def markdown(experiment: Experiment, table: Table, store: Store) -> str:
+    """The table with its plot, its verdicts, and where it comes from."""
+    records = experiment.records(store)
+    lines = [
+        "| " + " | ".join(["run", *(column.title for column in table.columns)]) + " |",
+        "|---" * (1 + len(table.columns)) + "|",
+    ]
+    for row in table.rows:
+        cells = [column.cell(records[row.run]) for column in table.columns]
+        lines.append("| " + " | ".join([row.label, *cells]) + " |")
+    failed = [r for row in table.rows for r in records[row.run] if r.error is not None]
+    lines += [""] + [f"- `{r.name}`, seed {r.seed}, failed: {r.error}." for r in failed]
+    for verdict in table.verdicts(records, experiment.seeds):
+        figures = f": {verdict.figures}" if verdict.figures else ""
+        lines.append(f"- {verdict.claim} **{verdict.word.capitalize()}**{figures}.")
+    if table.plot is not None:
+        lines += ["", f"![{table.title}](results/{table.name}.svg)"]
+    lines += ["", source(experiment, table, records)]
+    return "\n".join(lines).replace("\n\n\n", "\n\n")
+
+
+def source(experiment: Experiment, table: Table, records: Records) -> str:
+    """Where a table comes from: the command, how many runs, the commits and the machines."""
+    made = [record for row in table.rows for record in records[row.run]]
+    total = len(table.rows) * experiment.seeds
+    if not made:
+        return f"`python -m bench.results {table.name}`: not run yet."
+    commits = ", ".join(sorted({r.commit for r in made}))
+    machines = "; ".join(sorted({str(r.machine["processor"]) for r in made}))
+    minutes = sum(r.seconds for r in made) / 60
+    short = "" if len(made) == total else f"{len(made)} of "
+    return (
+        f"`python -m bench.results {table.name}`: {short}{total} runs, seeds 0 to "
+        f"{experiment.seeds - 1}, {minutes:.0f} minutes of a core; commit {commits}; {machines}. "
+        f"Each run's command is in [its record](../bench/results/runs/{experiment.name}.jsonl)."
+    )
+
+
+def means(table: Table, records: Records) -> list[tuple[str, Mean]]:
+    """What the plot shows: each row's mean, without the rows that have none."""
+    assert table.plot is not None
+    out = []
+    for row in table.rows:
+        found = [v for r in records[row.run] if (v := r.number(table.plot.figure)) is not None]
+        if found:
+            out.append((row.label, mean(found)))
+    return out

@@ -1,0 +1,131 @@
+"""Makes the results: runs with several seeds, and from their figures the tables of docs/results.md.
+
+    python -m bench.results [NAME…] [--workers N] [--list | --tables] [--out DIR] [--compare DIR]
+
+NAME is a table or an experiment; without one, everything is made. What is already made, by the same
+command, is not made again: kill it and start it again as you like. Each run has one thread, and as
+many are made side by side as there are cores. A run's figures are a line of
+bench/results/runs/EXPERIMENT.jsonl. `--compare` prints where the verdicts of two folders of such
+files differ, and exits with 1 if they do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.experiments import document
+from bench.experiments.catalog import EXPERIMENTS
+from bench.experiments.runs import ROOT, Maker, Record, Store
+from bench.experiments.tables import Experiment, Table
+
+RUNS = ROOT / "bench" / "results" / "runs"
+Chosen = list[tuple[Experiment, list[Table]]]
+
+
+def chosen(names: Sequence[str]) -> Chosen:
+    """The tables that these names mean, by experiment. Raises ValueError for an unknown name."""
+    known = {e.name for e in EXPERIMENTS} | {t.name for e in EXPERIMENTS for t in e.tables}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no table {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    out: Chosen = []
+    for experiment in EXPERIMENTS:
+        whole = not names or experiment.name in names
+        tables = [table for table in experiment.tables if whole or table.name in names]
+        if tables:
+            out.append((experiment, tables))
+    return out
+
+
+def make(picked: Chosen, folder: Path, workers: int) -> int:
+    """Make the runs that are missing. Returns how many failed."""
+    maker, failed = Maker(workers), 0
+    for experiment, tables in picked:
+        store = Store.open(folder, experiment.name)
+        jobs = list(store.missing(experiment.runs_of(tables), range(experiment.seeds)))
+        if not jobs:
+            continue
+        print(f"{experiment.name}: {len(jobs)} runs to make, {workers} at a time", flush=True)
+        began = time.monotonic()
+
+        def done(record: Record, count: int, total: int) -> None:
+            nonlocal failed
+            store.add(record)  # noqa: B023 - called within this round of the loop
+            failed += record.error is not None
+            left = (time.monotonic() - began) / count * (total - count)  # noqa: B023
+            closed = record.number("gap_closed")
+            shown = record.error or ("" if closed is None else f"gap closed {closed:.1%}")
+            print(
+                f"  {count}/{total}  {record.name}, seed {record.seed}: {shown}  "
+                f"{record.seconds:.0f} s, {left / 60:.0f} min left",
+                flush=True,
+            )
+
+        maker.make(jobs, done)
+    return failed
+
+
+def verdicts(folder: Path, picked: Chosen) -> dict[str, str]:
+    """The word of each claim, by table and claim."""
+    out = {}
+    for experiment, tables in picked:
+        records = experiment.records(Store.open(folder, experiment.name))
+        for table in tables:
+            for verdict in table.verdicts(records, experiment.seeds):
+                out[f"{table.name}: {verdict.claim}"] = verdict.word
+    return out
+
+
+def compare(ours: Path, theirs: Path, picked: Chosen) -> int:
+    """Print the claims with another verdict. Returns how many there are."""
+    here, there = verdicts(ours, picked), verdicts(theirs, picked)
+    different = [name for name in here if here[name] != there[name]]
+    for name in different:
+        print(f"{name}\n  {ours}: {here[name]}\n  {theirs}: {there[name]}")
+    print(f"{len(here) - len(different)} of {len(here)} verdicts are the same")
+    return len(different)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("bench.results", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
+    parser.add_argument("--list", action="store_true", help="print what there is, and end")
+    parser.add_argument("--tables", action="store_true", help="write the tables only")
+    parser.add_argument("--out", type=Path, default=RUNS, metavar="DIR", help="of the figures")
+    parser.add_argument("--compare", type=Path, metavar="DIR", help="compare the verdicts")
+    options = parser.parse_args(argv)
+    try:
+        picked = chosen(options.names)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.list:
+        for experiment, tables in picked:
+            for table in tables:
+                store = Store.open(options.out, experiment.name)
+                runs, seeds = experiment.runs_of([table]), range(experiment.seeds)
+                missing = len(list(store.missing(runs, seeds)))
+                total = len(runs) * experiment.seeds
+                print(f"{experiment.name:10} {table.name:20} {total - missing}/{total} runs made")
+        return 0
+    if options.compare is not None:
+        return 1 if compare(options.out, options.compare, picked) else 0
+    failed = 0
+    if not options.tables:
+        failed = make(picked, options.out, max(1, options.workers))
+    for experiment, tables in picked:
+        document.write(experiment, tables, Store.open(options.out, experiment.name))
+    for name, word in verdicts(options.out, picked).items():
+        print(f"{word:12} {name}")
+    if failed:
+        print(f"{failed} runs failed; the tables say so")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
