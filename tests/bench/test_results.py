@@ -1,0 +1,231 @@
+"""The results: intervals, verdicts, records that survive, and tables made from them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import results
+from bench.experiments import document
+from bench.experiments.catalog import EXPERIMENTS
+from bench.experiments.claims import (
+    CONFIRMED,
+    CONTRADICTED,
+    NOT_SHOWN,
+    Claim,
+    EverySeed,
+    Higher,
+    Near,
+)
+from bench.experiments.runs import Maker, Record, Run, Store
+from bench.experiments.statistics import T975, difference, mean
+from bench.experiments.tables import GAP, STUDENT, Experiment, Row, Table, markdown
+from minidistill.config import load_config
+
+SHORT = Run("short", ("configs/sokoban.toml",))
+OTHER = Run("other", ("configs/sokoban.toml", "--trainer.optim.lr", "1e-3"))
+
+
+def record(run: Run, seed: int, error: str | None = None, **figures: Any) -> Record:
+    return Record(
+        run.name, seed, run.shown(seed), run.measures, figures, error,
+        61.0, "0123abcd", "2026-11-28", {"processor": "a CPU"},
+    )  # fmt: skip
+
+
+def records(run: Run, figure: str, *values: float) -> dict[str, list[Record]]:
+    return {run.name: [record(run, seed, **{figure: v}) for seed, v in enumerate(values)]}
+
+
+def test_intervals_are_students_t() -> None:
+    """The density between the quantiles, integrated, is 95 %."""
+    for n, quantile in T975.items():
+        freedom = n - 1
+        t = np.linspace(-quantile, quantile, 200_001)
+        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
+        density = (
+            scale / math.sqrt(freedom * math.pi) * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
+        )
+        assert np.trapezoid(density, t) == pytest.approx(0.95, abs=1e-5)
+    values = [0.91, 0.95, 0.93, 0.97, 0.90]
+    measured = mean(values)
+    half = T975[5] * float(np.std(values, ddof=1)) / math.sqrt(5)
+    assert (measured.low, measured.high) == pytest.approx((0.932 - half, 0.932 + half))
+    assert measured.lowest == 0.90
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert mean([0.5]).low is None
+    assert mean([0.5]).high is None
+
+
+def test_differences_are_paired() -> None:
+    """What the seeds have in common does not widen the interval."""
+    measured = difference([0.2, 0.5, 0.9], [0.1, 0.4, 0.8])
+    assert measured.value == pytest.approx(0.1)
+    assert measured.low == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="shorter"):
+        difference([0.1, 0.2], [0.1])
+
+
+@pytest.mark.parametrize(
+    ("claim", "values", "word"),
+    [
+        (EverySeed("", "short", "gap_closed", 0.9), (0.95, 0.9), CONFIRMED),
+        (EverySeed("", "short", "gap_closed", 0.9), (0.99, 0.89), CONTRADICTED),
+        (EverySeed("", "short", "gap_closed", 0.9, most=True), (0.9, 0.1), CONFIRMED),
+        (EverySeed("", "short", "gap_closed", 0.9, most=True), (0.91, 0.1), CONTRADICTED),
+        (EverySeed("", "short", "gap_closed", 0.9), (0.99, float("nan")), "incomplete"),
+        (Near("", "short", "gap_closed", 2.0, 0.1), (1.79, 1.83), CONFIRMED),
+        (Near("", "short", "gap_closed", 2.0, 0.1), (1.78, 1.81), CONTRADICTED),
+        (Near("", "short", "gap_closed", 2.0, 0.1), (2.0,), "incomplete"),
+    ],
+)
+def test_verdicts_of_one_run(claim: Claim, values: tuple[float, ...], word: str) -> None:
+    assert claim.judge(records(SHORT, "gap_closed", *values), 2).word == word
+
+
+@pytest.mark.parametrize(
+    ("ours", "word"),
+    [
+        ((0.8, 0.82, 0.81), CONFIRMED),
+        ((0.2, 0.22, 0.21), CONTRADICTED),
+        ((0.1, 0.9, 0.5), NOT_SHOWN),
+        ((0.8, 0.82), "incomplete"),
+    ],
+)
+def test_verdicts_of_two_runs(ours: tuple[float, ...], word: str) -> None:
+    both = records(SHORT, "gap_closed", *ours) | records(OTHER, "gap_closed", 0.5, 0.5, 0.5)
+    verdict = Higher("", "short", "other").judge(both, 3)
+    assert verdict.word == word
+
+
+def test_a_margin_moves_the_border() -> None:
+    both = records(SHORT, "student", 0.55, 0.56) | records(OTHER, "student", 0.5, 0.5)
+    assert Higher("", "short", "other", "student").judge(both, 2).word == NOT_SHOWN
+    assert Higher("", "short", "other", "student", margin=-0.1).judge(both, 2).word == CONFIRMED
+    assert Higher("", "short", "other", "student", margin=0.2).judge(both, 2).word == CONTRADICTED
+
+
+def test_records_survive(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, "games")
+    store.add(record(SHORT, 1, gap_closed=0.5))
+    store.add(record(SHORT, 0, error="exit code 4: it broke"))
+    again = Store.open(tmp_path, "games")
+    assert again.records == store.records
+    assert [json.loads(line)["seed"] for line in again.path.read_text().splitlines()] == [0, 1]
+    assert list(tmp_path.iterdir()) == [again.path]
+
+
+def test_what_is_made_is_not_made_again(tmp_path: Path) -> None:
+    """Unless its command or its measures are others now."""
+    store = Store.open(tmp_path, "games")
+    store.add(record(SHORT, 0, gap_closed=0.5))
+    assert [(r.name, seed) for r, seed in store.missing([SHORT, OTHER], range(2))] == [
+        ("other", 0), ("short", 1), ("other", 1),
+    ]  # fmt: skip
+    changed = Run("short", ("configs/sokoban.toml", "--max_steps", "3"))
+    measured = Run("short", SHORT.arguments, ("curve",))
+    assert [r for r, _ in store.missing([changed], [0])] == [changed]
+    assert [r for r, _ in store.missing([measured], [0])] == [measured]
+    assert store.of(changed, [0]) == []
+
+
+def test_a_table(tmp_path: Path) -> None:
+    claim = EverySeed("It closes half.", "short", "gap_closed", 0.5)
+    table = Table(
+        "games",
+        "Games",
+        (Row("short", "short"), Row("the other", "other")),
+        (STUDENT, GAP),
+        (claim,),
+    )
+    experiment = Experiment("games", (SHORT, OTHER), (table,), seeds=2)
+    store = Store.open(tmp_path, "games")
+    store.add(record(SHORT, 0, student=0.5, gap_closed=0.6))
+    store.add(record(SHORT, 1, student=0.7, gap_closed=0.4))
+    store.add(record(OTHER, 0, error="exit code 4: it broke"))
+    lines = markdown(experiment, table, store).splitlines()
+    assert lines[0] == "| run | student | gap closed |"
+    assert lines[2] == "| short | 60.0 % (-67.1 to 187.1) | 50.0 % (-77.1 to 177.1) |"
+    assert lines[3] == "| the other | – | – |"
+    assert "- `other`, seed 0, failed: exit code 4: it broke." in lines
+    assert "- It closes half. **Contradicted**: worst of 2 seeds 0.4." in lines
+    assert "3 of 4 runs, seeds 0 to 1, 3 minutes of a core; commit 0123abcd; a CPU." in lines[-1]
+
+
+def test_the_page_has_the_table_in_its_place(tmp_path: Path) -> None:
+    table = Table("games", "Games", (Row("short", "short"),), (GAP,))
+    experiment = Experiment("games", (SHORT,), (table,), seeds=1)
+    store = Store.open(tmp_path, "games")
+    store.add(record(SHORT, 0, gap_closed=0.6))
+    page = tmp_path / "results.md"
+    page.write_text("before\n<!-- table: games -->\nold\n<!-- end: games -->\nafter\n")
+    document.write(experiment, [table], store, page)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- table: games -->\n| run |")
+    assert text.endswith("<!-- end: games -->\nafter\n")
+    assert "old" not in text
+    assert ">60.0</text>" in (tmp_path / "results" / "games.svg").read_text()
+    page.write_text("nothing\n")
+    with pytest.raises(ValueError, match="no place for games"):
+        document.write(experiment, [table], store, page)
+
+
+def test_runs_are_made(tmp_path: Path) -> None:
+    """One that ends well, and one that the configuration refuses."""
+    flags = (
+        "--max_steps", "1", "--orchestrator.batch_size", "4", "--no-orchestrator.eval",
+        "--no-orchestrator.teacher_model.eval_baseline",
+    )  # fmt: skip
+    good = Run("good", ("configs/sokoban.toml", *flags))
+    bad = Run("bad", ("configs/sokoban.toml", "--max_steps", "many"))
+    made: list[Record] = []
+    Maker(2).make([(good, 3), (bad, 3)], lambda r, count, total: made.append(r))
+    by_name = {r.name: r for r in made}
+    assert by_name["good"].error is None
+    assert by_name["good"].number("samples") == 4
+    assert by_name["good"].number("steps") == 1
+    assert by_name["good"].command.startswith("minidistill run configs/sokoban.toml --max_steps 1")
+    assert "exit code 2" in str(by_name["bad"].error)
+    assert "max_steps" in str(by_name["bad"].error)
+    assert by_name["bad"].figures == {}
+
+
+def test_verdicts_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    claim = EverySeed("It closes half.", "short", "gap_closed", 0.5)
+    table = Table("games", "Games", (Row("short", "short"),), (GAP,), (claim,))
+    picked = [(Experiment("games", (SHORT,), (table,), seeds=1), [table])]
+    for folder, closed in (("a", 0.6), ("b", 0.7), ("c", 0.1)):
+        Store.open(tmp_path / folder, "games").add(record(SHORT, 0, gap_closed=closed))
+    assert results.compare(tmp_path / "a", tmp_path / "b", picked) == 0
+    assert results.compare(tmp_path / "a", tmp_path / "c", picked) == 1
+    assert "contradicted" in capsys.readouterr().out
+
+
+def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        results.main(["nonsense"])
+    assert "no table 'nonsense'; there are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)
+def test_each_run_has_a_valid_configuration(experiment: Experiment) -> None:
+    for run in experiment.runs:
+        arguments = [a.replace("{model}", "tiny-sokoban") for a in run.arguments]
+        if not any("{scratch}" in a for a in arguments):
+            load_config(arguments)
+
+
+def test_the_page_is_what_the_records_say() -> None:
+    """No figure of a table was written by hand."""
+    text = document.PAGE.read_text()
+    for experiment in EXPERIMENTS:
+        store = Store.open(results.RUNS, experiment.name)
+        for table in experiment.tables:
+            assert document.placed(text, table.name, markdown(experiment, table, store)) == text
