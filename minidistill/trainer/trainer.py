@@ -19,7 +19,11 @@ from minidistill.trainer.forward import PrefixCache, hidden_states
 from minidistill.trainer.guards import first_line, is_out_of_memory, mismatch_limit, refusal
 from minidistill.trainer.metrics import summarize
 from minidistill.trainer.micro_batches import MicroBatches, OutOfMemory, sequence_too_long
-from minidistill.trainer.objective import figures_by_rollout, loss_settings
+from minidistill.trainer.objective import (
+    figures_by_rollout,
+    kl_of_teachers_samples,
+    loss_settings,
+)
 from minidistill.trainer.optim import Optimizer, learning_rate
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.step import (
@@ -55,6 +59,7 @@ class Trainer:
         self.estimator = placement.teacher.estimator
         self.rank_group = policy.rank_group
         self.prefixes = prefixes
+        self.sampler = Role(config.orchestrator.sample_from)
         self.loss = loss_settings(config, self.estimator, len(policy.head_VH))
         self.micro_batches = MicroBatches(
             placement.micro_batch_tokens, policy.rank_group, policy.attention.layout
@@ -118,7 +123,7 @@ class Trainer:
         metrics: Metrics = {}
         error = None
         if figures:
-            metrics = summarize(rollouts, figures, self.estimator, self.loss)
+            metrics = summarize(rollouts, figures, self.estimator, self.loss, self.sampler)
             metrics |= {"optim/lr": rate, "optim/grad_norm": norm}
             error = refusal(metrics, command.step, self.max_mismatch)
         if self.rank_group.broadcast_object(error is not None):
@@ -319,7 +324,7 @@ class Trainer:
         sizes = torch.tensor([len(r.completion.token_ids) for r in rollouts])
         advantage_N = torch.tensor([r.advantage for r in rollouts]).repeat_interleave(sizes)
         sampler_N = torch.tensor([p for r in rollouts for p in r.completion.logprobs])
-        return self.estimator.loss_function(self.loss)(
+        output = self.estimator.loss_function(self.loss)(
             student_NH,
             policy.head,
             student.targets_N,
@@ -327,6 +332,9 @@ class Trainer:
             advantage_N=advantage_N.to(policy.device),
             sampler_logp_N=sampler_N.to(policy.device),
         )
+        if self.sampler is Role.TEACHER and output.teacher_entropy is None:
+            return output._replace(kl=kl_of_teachers_samples(output))
+        return output
 
     @torch.no_grad()
     def _teacher_context(self, prefix: tuple[int, ...]) -> TeacherContext:

@@ -100,7 +100,9 @@ def test_a_model_that_cannot_be_sampled_from(
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     prompts = [r.prompt for r in lab.rollouts[::4]]
     budget = TokenBudget(16384)
-    with pytest.raises(UserError, match="the baseline samples the teacher") as caught:
+    with pytest.raises(
+        UserError, match="the teacher is in the trainer and cannot be sampled"
+    ) as caught:
         model_checks.check_model(lab.policy, prompts, budget, {Role.TEACHER})
     assert (caught.value.where, caught.value.exit_code) == ("orchestrator.eval", EXIT_ENVIRONMENT)
     assert model_checks.check_model(lab.policy, prompts, budget, ())
