@@ -260,8 +260,8 @@ class TokenFigures:
     teacher_logp: Tensor
     """log q(y)"""
     kl: Tensor
-    """KL(π‖q), or its estimate if an engine scored the sampled tokens only: log π(y) - log q(y), or
-    for samples of the teacher r log r - r + 1 with r = π(y) / q(y)."""
+    """KL(π‖q). If an engine scored the sampled tokens only, its estimate log π(y) - log q(y), or
+    that of KL(q‖π), log q(y) - log π(y), for samples of the teacher."""
     entropy: Tensor
     """Of the student."""
     teacher_entropy: Tensor | None

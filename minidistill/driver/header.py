@@ -63,7 +63,7 @@ def header(
     mode = "pure distillation" if loss.adv_tau == 0 else "hybrid"
     formula = f"{loss.adv_tau:g} A + {loss.teacher_tau:g} log q - {loss.student_tau:g} log π"
     if placement.teacher.estimator.imitates:
-        mode, formula = "imitation", f"{loss.teacher_tau:g} log π of the teacher's samples"
+        mode, formula = "supervised", f"{loss.teacher_tau:g} log π of the teacher's samples"
     rows.append(("mode", f"{mode}: {formula}"))
     if orchestrator.sample_from == "teacher":
         rows.append(SAMPLES)

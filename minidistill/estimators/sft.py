@@ -46,7 +46,7 @@ class Sft(Sampled):
         self, output: DistillOutput, advantage_N: Tensor, settings: LossSettings
     ) -> tuple[float, float]:
         """`loss/kl` is the whole loss."""
-        return 0.0, float(output.loss.mean())
+        return 0.0, float(output.loss.detach().mean())
 
 
 SFT = Sft()

@@ -88,8 +88,8 @@ def _ratio(out: DistillOutput) -> Metrics:
 def _mismatch(out: DistillOutput, rollouts: Sequence[Rollout], sampler: Role) -> Metrics:
     """How far the sampler's log-probs are from the trainer's, of the same weights.
 
-    For samples of the teacher also KL(q‖π), and no mask. Their mismatch is unknown if an engine
-    scored the teacher: its scores are the sampler's log-probs.
+    For samples of the teacher also an estimate of KL(q‖π), and no mask. Their mismatch is unknown
+    if an engine scored the teacher: its scores are the sampler's log-probs.
     """
     if sampler is Role.STUDENT:
         return {
@@ -97,15 +97,12 @@ def _mismatch(out: DistillOutput, rollouts: Sequence[Rollout], sampler: Role) ->
             "ratio/masked_frac": float(out.masked.double().mean()),
         }
     sampled_N = torch.tensor([p for r in rollouts for p in r.completion.logprobs]).double()
-    metrics = {"kl/forward": _excess(out.logp - sampled_N)}
+    metrics = {"kl/forward": float((sampled_N - out.logp).mean())}
     if out.teacher_entropy is not None:
-        metrics["kl/sampler_mismatch"] = _excess(out.teacher_logp - sampled_N)
+        log_ratio_N = out.teacher_logp - sampled_N
+        mismatch = (log_ratio_N.exp() - 1 - log_ratio_N).mean()
+        metrics["kl/sampler_mismatch"] = float(mismatch)
     return metrics
-
-
-def _excess(log_ratio_N: Tensor) -> float:
-    """The mean of ρ - 1 - log ρ: the KL from the sampler, estimated without ever being negative."""
-    return float((log_ratio_N.exp() - 1 - log_ratio_N).mean())
 
 
 def _by_position(kl_N: Tensor, sizes: Tensor) -> Metrics:

@@ -42,15 +42,6 @@ def loss_settings(config: Config, estimator: Estimator, vocabulary: int) -> Loss
     )
 
 
-def kl_of_teachers_samples(output: DistillOutput) -> Tensor:
-    """An estimate of KL(π‖q) from the tokens that q sampled, (N,), never negative.
-
-    r log r - r + 1 with r = π(y) / q(y): its mean over q is the divergence, because that of r is 1.
-    """
-    log_r_N = output.logp - output.teacher_logp
-    return log_r_N.exp() * (log_r_N - 1) + 1
-
-
 def figures_by_rollout(output: DistillOutput, sizes: list[int]) -> list[TokenFigures]:
     """A micro-batch's figures by rollout. Rollouts have `sizes` completion tokens."""
 

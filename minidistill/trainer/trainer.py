@@ -19,11 +19,7 @@ from minidistill.trainer.forward import PrefixCache, hidden_states
 from minidistill.trainer.guards import first_line, is_out_of_memory, mismatch_limit, refusal
 from minidistill.trainer.metrics import summarize
 from minidistill.trainer.micro_batches import MicroBatches, OutOfMemory, sequence_too_long
-from minidistill.trainer.objective import (
-    figures_by_rollout,
-    kl_of_teachers_samples,
-    loss_settings,
-)
+from minidistill.trainer.objective import figures_by_rollout, loss_settings
 from minidistill.trainer.optim import Optimizer, learning_rate
 from minidistill.trainer.policy import Policy, Weights
 from minidistill.trainer.step import (
@@ -333,7 +329,8 @@ class Trainer:
             sampler_logp_N=sampler_N.to(policy.device),
         )
         if self.sampler is Role.TEACHER and output.teacher_entropy is None:
-            return output._replace(kl=kl_of_teachers_samples(output))
+            # the ratio π / q has too long a tail to estimate KL(π‖q) from the teacher's samples
+            return output._replace(kl=output.teacher_logp - output.logp)
         return output
 
     @torch.no_grad()
