@@ -29,8 +29,8 @@ class Role(Enum):
     STUDENT = "student"
     """The policy that is trained."""
     TEACHER = "teacher"
-    """The weights that score the student's completions: the base, the student itself, a moving
-    average of it, or another model."""
+    """The weights that the student is to match: they score the completions, and may sample them.
+    The base, the student itself, a moving average of it, or another model."""
     BASE = "base"
     """The model as it was loaded, for measuring drift. It differs from the teacher if the teacher
     is live, averaged or another model."""
@@ -260,7 +260,8 @@ class TokenFigures:
     teacher_logp: Tensor
     """log q(y)"""
     kl: Tensor
-    """KL(π‖q), or its estimate log π(y) - log q(y) if an engine scored the sampled tokens only."""
+    """KL(π‖q). If an engine scored the sampled tokens only, its estimate log π(y) - log q(y), or
+    that of KL(q‖π), log q(y) - log π(y), for samples of the teacher."""
     entropy: Tensor
     """Of the student."""
     teacher_entropy: Tensor | None

@@ -10,7 +10,7 @@ from itertools import combinations
 from minidistill.config.context_checks import context_problems
 from minidistill.config.engine_kinds import ENGINE_KINDS
 from minidistill.config.problem import Problem
-from minidistill.config.schema import Config, EngineConfig, ParallelConfig
+from minidistill.config.schema import Config, EngineConfig, LossConfig, ParallelConfig
 from minidistill.estimators import ESTIMATORS, TeacherNeeds
 
 
@@ -18,6 +18,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     """The contradictions in `config`."""
     yield from context_problems(config)
     yield from _objective(config)
+    yield from _teachers_samples(config)
     yield from _adapter(config)
     yield from _quantization(config)
     yield from _rollouts(config)
@@ -55,6 +56,41 @@ def _objective(config: Config) -> Iterator[Problem]:
             f"trainer.optim.lr = {config.trainer.optim.lr}",
             "set min_lr to at most lr",
             ("trainer.scheduler.min_lr", "trainer.optim.lr"),
+        )
+
+
+def _teachers_samples(config: Config) -> Iterator[Problem]:
+    """What learning from the teacher's samples needs, and what it leaves no use for."""
+    loss, key = config.trainer.loss, "orchestrator.sample_from"
+    from_teacher = config.orchestrator.sample_from == "teacher"
+    masks = ("token_mask_low", "token_mask_high")
+    if from_teacher and any(getattr(loss, name) != getattr(LossConfig(), name) for name in masks):
+        keys = tuple(f"trainer.loss.{name}" for name in masks)
+        yield Problem(
+            f'{keys[0]} and {keys[1]} bound ratios, but {key} = "teacher" masks no token: those '
+            "that the student finds unlikely are the ones that teach it",
+            f'leave them out, or set {key} = "student"',
+            (key, *keys),
+        )
+    estimator = ESTIMATORS.get(loss.estimator)  # None is "auto"
+    if estimator is None or not estimator.imitates:
+        return
+    name = f'trainer.loss.estimator = "{estimator}"'
+    if not from_teacher:
+        yield Problem(
+            f'{name} learns to imitate the samples, but {key} = "student" gives it the student\'s '
+            "own",
+            f'set {key} = "teacher", or another estimator',
+            ("trainer.loss.estimator", key),
+        )
+    settings = {"adv_tau": loss.adv_tau, "student_tau": loss.student_tau, "kl_clip": loss.kl_clip}
+    unused = {k: v for k, v in settings.items() if v not in (0, "auto", "off")}
+    for setting, value in unused.items():
+        off = '"off"' if setting == "kl_clip" else "0"
+        yield Problem(
+            f"{name} has one term, -teacher_tau * log π(y), but trainer.loss.{setting} = {value}",
+            f"set trainer.loss.{setting} = {off}",
+            (f"trainer.loss.{setting}", "trainer.loss.estimator"),
         )
 
 

@@ -14,7 +14,7 @@ AGENT = "agent"  # the environment of the user's own program
 
 
 class SamplingConfig(Table):
-    """How the student samples in training."""
+    """How completions are sampled in training."""
 
     temperature: PositiveFloat = 1.0
     """Temperature of the sampler, and of both distributions in the objective."""
@@ -148,6 +148,10 @@ class OrchestratorConfig(Table):
     """What happens to prompts that leave no room for a completion. Every prompt of a list is
     measured before step 1. `refuse` ends the run there, `drop` leaves them out and counts them.
     Prompts that are generated are measured when they are drawn: `drop` draws others then."""
+    sample_from: Literal["student", "teacher"] = "student"
+    """Whose completions are trained on. `teacher` is off-policy, a baseline to compare with: the
+    teacher samples with the context, and the student learns on that from its own prompt. The token
+    masks are then off."""
     sampling: SamplingConfig = SamplingConfig()
     buffer: BufferConfig = BufferConfig()
     teacher_model: TeacherConfig

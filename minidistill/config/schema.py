@@ -214,7 +214,9 @@ class LossConfig(Table):
     estimator: EstimatorName = "auto"
     """How the log-probability terms become a gradient: from the sampled token, from the full
     distribution, or from the top k tokens and a bucket for the rest. `auto` is `full` if the
-    teacher runs in the trainer, else `sampled`."""
+    teacher runs in the trainer, else `sampled`. `sft` is the cross-entropy on the teacher's samples
+    times `teacher_tau`: it needs `orchestrator.sample_from = "teacher"`, and the other taus at
+    0."""
     top_k: Positive = 64
     """How many tokens the `top_k` estimator keeps."""
     ratio_clip_high: Annotated[float, Ge(1)] = 2.0

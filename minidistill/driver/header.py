@@ -13,7 +13,7 @@ from minidistill.driver.selection import NAMES
 from minidistill.engines.base import Engine
 from minidistill.placement.estimate import Plan
 from minidistill.placement.placement import Placement
-from minidistill.placement.render import choice_rows, summary
+from minidistill.placement.render import SAMPLES, choice_rows, summary
 from minidistill.reporting.run_directory import RunDirectory
 from minidistill.reporting.terminal.base import Header
 from minidistill.system.files import shown_path
@@ -62,7 +62,11 @@ def header(
         rows.append(("trained", f"every weight{part}"))
     mode = "pure distillation" if loss.adv_tau == 0 else "hybrid"
     formula = f"{loss.adv_tau:g} A + {loss.teacher_tau:g} log q - {loss.student_tau:g} log π"
+    if placement.teacher.estimator.imitates:
+        mode, formula = "supervised", f"{loss.teacher_tau:g} log π of the teacher's samples"
     rows.append(("mode", f"{mode}: {formula}"))
+    if orchestrator.sample_from == "teacher":
+        rows.append(SAMPLES)
     teacher = TEACHERS[orchestrator.teacher_model.update]
     if config.separate_teacher:
         teacher = f"{config.separate_teacher} with the context"

@@ -232,11 +232,10 @@ def _check_sampling(
         )
     if needed is Role.TEACHER:
         raise UserError(
-            f"the baseline samples the teacher, which is in the trainer and cannot be sampled "
-            f"from: {problem}",
-            where="orchestrator.eval",
-            fix="leave [orchestrator.eval] out (--no-orchestrator.eval, with eval_baseline = "
-            "false), or use another model",
+            f"the teacher is in the trainer and cannot be sampled from: {problem}",
+            where="orchestrator.eval, orchestrator.sample_from",
+            fix="sample from the student, and leave [orchestrator.eval] out "
+            "(--no-orchestrator.eval, with eval_baseline = false), or use another model",
             exit_code=EXIT_ENVIRONMENT,
         )
     policy.can_sample = False

@@ -35,6 +35,8 @@ def check_prompts(config: Config, builder: PromptBuilder, prompts: Sequence[Prom
     _check_generation_prompt(builder.student, first.task.messages, first.student_ids, "student")
     with_context = builder.with_context(first.task.messages, first.context.text)
     _check_generation_prompt(builder.teacher, with_context, first.teacher_ids, "teacher")
+    if config.orchestrator.sample_from == "teacher":
+        _check_ends_of_turns(builder)
     _warn_of_turns_without_end(builder)
     if any(prompt.context.text.strip() not in prompt.teacher_text for prompt in prompts):
         logger.warning("the chat template does not show the context verbatim")
@@ -100,6 +102,19 @@ def _check_generation_prompt(
             f"{header!r} before an answer, but not at the end of a prompt",
             where=template.where,
             fix="use a chat template that supports add_generation_prompt",
+        )
+
+
+def _check_ends_of_turns(builder: PromptBuilder) -> None:
+    """Check that the teacher's samples end as the student's turns do."""
+    if len(builder.end_of_turn_ids) > 1:
+        ends = builder.tokenizer.convert_ids_to_tokens(sorted(builder.end_of_turn_ids))
+        raise UserError(
+            f"the two chat templates end a turn with different tokens ({', '.join(ends)}), and the "
+            "student would learn to end its answers with the teacher's",
+            where="orchestrator.sample_from",
+            fix='set orchestrator.sample_from = "student", or use a teacher with the chat template '
+            "of the student",
         )
 
 

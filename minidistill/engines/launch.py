@@ -23,6 +23,7 @@ class EngineLauncher:
     def __init__(self, config: Config, placement: Placement, sync_folder: Path) -> None:
         """Servers read adapters from `sync_folder`."""
         self.config, self.placement, self.sync_folder = config, placement, sync_folder
+        self.sampler = Role(config.orchestrator.sample_from)
         self.student: Engine | None = None
         self.teacher: Engine | None = None
 
@@ -71,9 +72,12 @@ class EngineLauncher:
     def sampled_by(self, policy: Policy) -> set[Role]:
         """The roles whose completions the trainer's model, `policy`, samples in this run."""
         roles = {Role.STUDENT} if self.student is None else set()
-        # only the baseline samples the teacher, and there the student may be equal to it
-        others = self.student is not None and (self._serves_both(policy) or _equal_at_start(policy))
-        if self.teacher is None and not others and self.config.orchestrator.eval is not None:
+        trains = self.sampler is Role.TEACHER
+        # the baseline samples the teacher too, and there the student may be equal to it
+        equal = _equal_at_start(policy) and not trains
+        others = self.student is not None and (self._serves_both(policy) or equal)
+        sampled = trains or self.config.orchestrator.eval is not None
+        if self.teacher is None and not others and sampled:
             roles.add(Role.TEACHER)
         return roles
 
@@ -92,22 +96,25 @@ class EngineLauncher:
             self._connect(self.student, policy, roles, embedded)
         if self.teacher is not None:
             self._connect(self.teacher, policy, (Role.TEACHER,), embedded)
-            return StudentTeacherEngine(self.student or embedded, self.teacher)
+            student = self.student or embedded
+            return StudentTeacherEngine(student, self.teacher, sampler=self.sampler)
         if self.student is None:
             return embedded
         if serves_both:
             return self.student
         equal = _equal_at_start(policy)
-        return StudentTeacherEngine(self.student, embedded, equal_at_start=equal)
+        return StudentTeacherEngine(
+            self.student, embedded, equal_at_start=equal, sampler=self.sampler
+        )
 
     def _connect(
         self, engine: Engine, policy: Policy, roles: tuple[Role, ...], trainer: Engine
     ) -> None:
         engine.attach(policy, roles)
         engine.wait_until_ready()
-        samples = Role.STUDENT in roles
+        samples = Role.STUDENT in roles or self.sampler in roles
         # the trainer never has the weights of a teacher that is another model
-        if samples or policy.teacher_weights is not Weights.OTHER:
+        if Role.STUDENT in roles or policy.teacher_weights is not Weights.OTHER:
             temperature = self.config.orchestrator.sampling.temperature
             engine.verify(trainer, temperature if samples else None)
 

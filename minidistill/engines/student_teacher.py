@@ -16,13 +16,22 @@ class StudentTeacherEngine(Engine):
     """Each call goes to the engine of its role.
 
     With `equal_at_start` both roles have the same weights before the first step. The student's
-    engine, which samples faster, then serves both in the baseline evaluation.
+    engine, which samples faster, then serves both in the baseline evaluation. `sampler` is the role
+    whose completions are trained on.
     """
 
     name = "student and teacher"
 
-    def __init__(self, student: Engine, teacher: Engine, *, equal_at_start: bool = False) -> None:
+    def __init__(
+        self,
+        student: Engine,
+        teacher: Engine,
+        *,
+        equal_at_start: bool = False,
+        sampler: Role = Role.STUDENT,
+    ) -> None:
         self.student, self.teacher = student, teacher
+        self.sampling = teacher if sampler is Role.TEACHER else student
         self.equal_at_start = equal_at_start
         self.version = 0
 
@@ -41,11 +50,11 @@ class StudentTeacherEngine(Engine):
 
     @property
     def streams(self) -> bool:
-        return self.student.streams
+        return self.sampling.streams
 
     @property
     def ends_in_order(self) -> bool:
-        return self.student.ends_in_order
+        return self.sampling.ends_in_order
 
     @property
     def sleeps(self) -> bool:

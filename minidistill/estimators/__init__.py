@@ -3,12 +3,14 @@
 from minidistill.estimators.base import Estimator, LossSettings, TeacherInputs, TeacherNeeds
 from minidistill.estimators.full import FULL
 from minidistill.estimators.sampled import SAMPLED
+from minidistill.estimators.sft import SFT
 from minidistill.estimators.top_k import TOP_K
 
 __all__ = [
     "ESTIMATORS",
     "FULL",
     "SAMPLED",
+    "SFT",
     "TOP_K",
     "Estimator",
     "LossSettings",
@@ -22,5 +24,6 @@ ESTIMATORS: dict[str, Estimator] = {
         SAMPLED,
         FULL,
         TOP_K,
+        SFT,
     )
 }

@@ -72,6 +72,9 @@ class Estimator:
     name: str
     """As in `trainer.loss.estimator`."""
     needs: TeacherNeeds
+    imitates: bool = False
+    """It makes the samples themselves likelier, which must be the teacher's, without an importance
+    ratio."""
     default_kl_clip: float | None = None
     """What `trainer.loss.kl_clip = "auto"` means, in nats. None is no clip."""
     kernel_mode: str

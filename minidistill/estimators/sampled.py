@@ -23,7 +23,7 @@ class Sampled(Estimator):
 
     name = kernel_mode = "sampled"
     needs = TeacherNeeds.SAMPLED_LOGPROBS
-    default_kl_clip = 5.0
+    default_kl_clip: float | None = 5.0
 
     def engine_scores(
         self,

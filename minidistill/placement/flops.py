@@ -28,9 +28,10 @@ def step_work(config: Config, placement: Placement, shapes: Shapes) -> dict[str,
     train    4 P tokens + 4 D completions: the forward pass, and a backward pass without weight
              gradients. Training all weights adds 2 P tokens, checkpointing a layer its forward.
 
-    In the trainer, tokens have one prompt per group too if the attention shares prompts. Attention
-    between tokens is left out. The teacher's context is counted with every prompt, although it is
-    prefilled once per run if it is cached.
+    If the teacher samples and an engine scores it, its log-probs come with the samples, and the
+    stage `teacher` has no work. In the trainer, tokens have one prompt per group too if the
+    attention shares prompts. Attention between tokens is left out. The teacher's context is counted
+    with every prompt, although it is prefilled once per run if it is cached.
     """
     orchestrator = config.orchestrator
     rollouts, longest = orchestrator.batch_size, placement.max_length
@@ -41,15 +42,20 @@ def step_work(config: Config, placement: Placement, shapes: Shapes) -> dict[str,
     shares = placement.attention.shares_prompts
     trained = sampled if shares else rollouts * longest
     scored = sampled if shares and placement.teacher.scorer == "trainer" else rollouts * longest
+    scored_completions = completions
     shape = shapes.student
     body, head = _parameters(shape)
+    from_teacher = config.orchestrator.sample_from == "teacher"
+    if from_teacher and placement.teacher.scorer == "engine":  # the sampler's log-probs are enough
+        scored = scored_completions = 0
     passes = 4.0 if config.trainer.model.lora else 6.0
     if freq := placement.ac_freq:
         passes += 2 * -(-shape.layers // freq) / shape.layers
     teacher_body, teacher_head = _parameters(shapes.teacher)
+    sampler_body, sampler_head = _parameters(shapes.teacher if from_teacher else shape)
     return {
-        "sample": Work(sampled, 2 * body * sampled + 2 * head * completions),
-        "teacher": Work(scored, 2 * teacher_body * scored + 2 * teacher_head * completions),
+        "sample": Work(sampled, 2 * sampler_body * sampled + 2 * sampler_head * completions),
+        "teacher": Work(scored, 2 * teacher_body * scored + 2 * teacher_head * scored_completions),
         "train": Work(trained, int(passes * body * trained) + 4 * head * completions),
     }
 

@@ -178,7 +178,8 @@ def place(config: Config, models: Models, machine: Machine) -> Placement:
         if error is not None:
             raise error
     sleeps = student.sleeps or (teacher_engine is not None and teacher_engine.sleeps)
-    check_schedule(config, separate_engine=separate, sleeps=sleeps)
+    beside = sampling_engine(config, student, teacher_engine) is not None
+    check_schedule(config, separate_engine=beside, sleeps=sleeps)
     ranks = _ranks(config, machine, layout.trainer)
     shard = config.trainer.shard
     both = models.student, models.teacher  # an engine's teacher may yet move to the trainer
@@ -218,6 +219,18 @@ def student_kind(config: Config, machine: Machine, *, vllm: bool) -> EngineKind:
 def _teacher_servers_have_adapter(config: Config) -> bool:
     changes = config.orchestrator.teacher_model.update != "frozen"
     return bool(config.teacher_inference.server_urls) and changes
+
+
+def sampling_engine(
+    config: Config, student: EnginePlacement, teacher_engine: EnginePlacement | None
+) -> EnginePlacement | None:
+    """The engine whose completions are trained on; None if the trainer's own model samples them."""
+    engine: EnginePlacement | None = student
+    if config.orchestrator.sample_from == "teacher":
+        live = config.orchestrator.teacher_model.update == "live"
+        in_students = config.separate_teacher is None and (config.trainer.model.lora or live)
+        engine = teacher_engine or (student if in_students else None)
+    return None if engine is None or engine.in_trainer else engine
 
 
 def _check_quantization(config: Config, machine: Machine) -> None:

@@ -18,6 +18,9 @@ from minidistill.placement.placement import Placement
 BAR = 24  # cells
 COLORS = {"student": "cyan", "teacher": "magenta", "trainer": "green", "engine": "cyan"}
 
+SAMPLES = ("samples", "the teacher's, with the context (off-policy)")
+"""The row of a run that samples from the teacher."""
+
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan in JSON's types. Bytes, tokens and operations are integers."""
@@ -45,6 +48,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "max_model_len": student.max_length,
         "attention": placement.attention.text,
         "choices": {choice.key: [choice.value, choice.reason] for choice in placement.choices},
+        "sample_from": plan.config.orchestrator.sample_from,
         "estimator": placement.teacher.estimator.name,
         "scorer": placement.teacher.scorer,
         "teacher": placement.teacher_text,
@@ -196,6 +200,8 @@ def _head(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("teacher", f"{placement.teacher_text}; estimator {placement.teacher.estimator.name}"),
     ]
+    if config.orchestrator.sample_from == "teacher":
+        rows.append(SAMPLES)
     for name, engine in (("student", placement.student), ("scoring", placement.teacher_engine)):
         if engine is not None and engine.gpus:
             rows.append((name, f"{_gpus(engine.gpus)} ({engine.dp} × tp {engine.tp})"))

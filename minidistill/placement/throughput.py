@@ -17,7 +17,7 @@ from minidistill.placement.flops import Work
 from minidistill.placement.limits import completion_tokens
 from minidistill.placement.machine import GIB, Machine
 from minidistill.placement.model_shape import ModelShape
-from minidistill.placement.placement import Placement
+from minidistill.placement.placement import EnginePlacement, Placement, sampling_engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +95,11 @@ def step_timing(memory: Memory, work: Mapping[str, Work], machine: Machine) -> T
     samples: nothing is idle for long there, or it is not known."""
     config, placement = memory.config, memory.placement
     student, teacher = placement.student, placement.teacher_engine
-    if not student.gpus or (teacher is not None and teacher.urls):
+    sampler = sampling_engine(config, student, teacher)
+    if sampler is None or not sampler.gpus or (teacher is not None and teacher.urls):
         return None
     card, named = card_of(machine)
-    sample = _sampling(memory, card)
+    sample = _sampling(memory, card, sampler)
     mean = {name: _mean_flops(config, placement, work[name]) for name in ("teacher", "train")}
     scoring = mean["teacher"] / (PREFILL * card.flops)
     train = mean["train"] / (TRAINING * card.flops * placement.ranks)
@@ -109,7 +110,7 @@ def step_timing(memory: Memory, work: Mapping[str, Work], machine: Machine) -> T
         scored_on = placement.trainer_gpus
     scoring /= placement.ranks if in_trainer else len(scored_on)
     for gpus, seconds in (
-        (student.gpus, sample),
+        (sampler.gpus, sample),
         (scored_on, scoring),
         (placement.trainer_gpus, train),
     ):
@@ -128,13 +129,16 @@ def step_timing(memory: Memory, work: Mapping[str, Work], machine: Machine) -> T
 def _mean_flops(config: Config, placement: Placement, work: Work) -> float:
     """The operations of a stage's work if completions have their mean length."""
     longest = config.orchestrator.batch_size * completion_tokens(config, placement.max_length)
+    if not work.tokens:
+        return 0.0
     return work.flops * (1 - (1 - MEAN_COMPLETION) * longest / work.tokens)
 
 
-def _sampling(memory: Memory, card: Card) -> float:
+def _sampling(memory: Memory, card: Card, engine: EnginePlacement) -> float:
     """Seconds of sampling a step's rollouts: prompts are read once a group, then each decoding step
     reads the weights, and the keys and values of the sequences that are not done."""
-    config, engine, shape = memory.config, memory.placement.student, memory.shapes.student
+    config, own = memory.config, engine is memory.placement.teacher_engine
+    shape = memory.shapes.teacher if own else memory.shapes.student
     itemsize = DTYPES[memory.placement.dtype].itemsize
     orchestrator = config.orchestrator
     longest = completion_tokens(config, memory.placement.max_length)
@@ -142,15 +146,16 @@ def _sampling(memory: Memory, card: Card) -> float:
     completion = MEAN_COMPLETION * longest
     rollouts = orchestrator.batch_size / engine.dp  # of one replica
     bandwidth, flops = DECODING * card.bandwidth, PREFILL * card.flops * engine.tp
-    (student,) = (e for e in memory.engines if e.owner == "student")
-    held = max(1, student.sequences / engine.dp)
+    owner = "teacher" if own else "student"
+    (held_by,) = (e for e in memory.engines if e.owner == owner)
+    held = max(1, held_by.sequences / engine.dp)
     steps = max(longest, rollouts * completion / held)
     weights = shape.text * itemsize / engine.tp / bandwidth
     cache = (
         rollouts
         * completion
         * (prompt + completion / 2)
-        * student.sequence_bytes
+        * held_by.sequence_bytes
         / memory.placement.max_length
         / bandwidth
     )

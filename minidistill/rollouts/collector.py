@@ -1,4 +1,7 @@
-"""A step's rollouts: tasks drawn, completions sampled by the student, rewarded, and scored."""
+"""A step's rollouts: tasks drawn, completions sampled, rewarded, and scored.
+
+The student samples them, or the teacher with the context (`orchestrator.sample_from`).
+"""
 
 from __future__ import annotations
 
@@ -70,6 +73,8 @@ class Collector:
         self.tasks = TaskSampler(environments, config.seed, tasks, config.orchestrator.weights)
         self.measurer = Measurer(builder, config.orchestrator.overlong)
         self.limit = PromptLimit.of(config, placement.max_length)
+        self.sampler = Role(config.orchestrator.sample_from)
+        """Whose completions are trained on."""
         self.conversing = multi_turn(environments)
         """The environments that are multi-turn."""
 
@@ -100,7 +105,7 @@ class Collector:
             if single:
                 asked = [jobs[i] for i in single]
                 requests = [drawn.requests[i] for i in single]
-                completions = engine.generate(requests, drawn.params, Role.STUDENT, advance)
+                completions = engine.generate(requests, drawn.params, self.sampler, advance)
                 check_completions(engine, completions, len(asked), drawn.params, named(asked))
             if talking:
                 played = self._play(engine, drawn, step, advance)
@@ -140,6 +145,8 @@ class Collector:
             self.limit.sequence,
             drawn.params,
             lambda row, turn: stable_seed(self.config.seed, "train", step, rows[row], turn),
+            self.sampler,
+            context=self.sampler is Role.TEACHER,
             rewarded=self.computes_rewards,
         )
         limit, total = self.config.orchestrator.max_env_error_frac, len(drawn.jobs)
@@ -175,8 +182,12 @@ class Collector:
         if dropped:
             logger.warning(f"step {step}: drew others for {dropped} prompts that are too long")
         jobs = [(prompt, sample) for prompt in prompts for sample in range(self.group_size)]
+        context = self.sampler is Role.TEACHER
         requests = [
-            Request(prompt.student_ids, stable_seed(self.config.seed, "train", step, index))
+            Request(
+                prompt.ids(self.sampler, context=context),
+                stable_seed(self.config.seed, "train", step, index),
+            )
             for index, (prompt, _) in enumerate(jobs)
         ]
         sampling = orchestrator.sampling
@@ -236,7 +247,12 @@ class Collector:
         return kept, errors
 
     def score_with_teacher(self, engine: Engine, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts with the log-probs that the teacher's engine gives their tokens."""
+        """The rollouts with the log-probs that the teacher's engine gives their tokens.
+
+        If the teacher has sampled them, these are the sampler's.
+        """
+        if self.sampler is Role.TEACHER:
+            return [replace(r, teacher=TeacherScores(r.completion.logprobs)) for r in rollouts]
         prompts = [r.prompt.teacher_ids for r in rollouts]
         sequences = [r.completion.sequence for r in rollouts]
         name = named([(r.prompt, r.sample) for r in rollouts])

@@ -137,12 +137,18 @@ class RolloutStream:
             "perf/overlap": max(0.0, hidden / min(self._collecting, training)),
         }
 
+    @property
+    def _scores_while_sampling(self) -> bool:
+        """Whether the engine scores each completion that the student has sampled as it ends."""
+        by_engine = self.collector.scores_teacher and self.engine.scores_while_sampling
+        return by_engine and self.collector.sampler is Role.STUDENT
+
     # -- the threads ---------------------------------------------------------------------------
 
     def sample(self) -> None:
         """Sample the completions, and hand each over as it ends."""
         requests = self.drawn.requests
-        if self.collector.scores_teacher and self.engine.scores_while_sampling:
+        if self._scores_while_sampling:
             requests = [
                 replace(request, teacher_ids=prompt.teacher_ids)
                 for request, (prompt, _) in zip(requests, self.drawn.jobs, strict=True)
@@ -152,7 +158,7 @@ class RolloutStream:
                 completions = self.engine.generate(
                     requests,
                     self.drawn.params,
-                    Role.STUDENT,
+                    self.collector.sampler,
                     advance,
                     lambda step, ended: self._sampled.put(ended),
                 )
@@ -191,7 +197,7 @@ class RolloutStream:
                 reward_seconds += time.perf_counter() - began
             if teacher_advance is not None:
                 began = time.perf_counter()
-                if not self.engine.scores_while_sampling and rollouts:
+                if not self._scores_while_sampling and rollouts:
                     rollouts = collector.score_with_teacher(self.engine, rollouts)
                 teacher_advance(len(rollouts))
                 teacher_seconds += time.perf_counter() - began
@@ -203,7 +209,7 @@ class RolloutStream:
         if score_advance is not None:
             self._collected |= {"time/score": reward_seconds, "env/errors": len(errors)}
         if teacher_advance is not None:
-            if not self.engine.scores_while_sampling:
+            if not self._scores_while_sampling:
                 self._collected["time/teacher"] = teacher_seconds
             self._collected |= self._repeats.metrics()
 

@@ -58,16 +58,17 @@ def refusal(metrics: Metrics, step: int, max_mismatch: float) -> UserError | Non
     for name in ("teacher_kl", "entropy/student"):
         if not math.isfinite(metrics[name]):
             return error(f"{name} is {metrics[name]}", "training", lower_rate)
-    mismatch = metrics["kl/sampler_mismatch"]
+    # absent if the teacher samples in an engine that also scores: there is nothing to compare
+    mismatch = metrics.get("kl/sampler_mismatch", 0.0)
     if not mismatch <= max_mismatch:
         return error(
             f"kl/sampler_mismatch is {mismatch:.3g}, above "
-            f"{max_mismatch:g}: the sampler's model is not the one that is trained",
+            f"{max_mismatch:g}: the sampler's model is not the trainer's",
             "trainer.loss.max_sampler_mismatch",
             "the engine runs stale weights, or computes them differently: try "
             'inference.engine = "embedded", or raise the limit if the numerics explain it',
         )
-    if not metrics["ratio/masked_frac"] < 1:
+    if not metrics.get("ratio/masked_frac", 0.0) < 1:
         return error(
             "every token was masked, so there is nothing to train on: each one's ratio of trainer "
             "and sampler probability is out of bounds",

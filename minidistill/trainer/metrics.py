@@ -12,7 +12,8 @@ from torch import Tensor
 
 from minidistill.estimators import Estimator, LossSettings
 from minidistill.trainer.objective import concatenated
-from minidistill.types import Metrics, Rollout, TokenFigures
+from minidistill.types import Metrics, Role, Rollout, TokenFigures
+from minidistill_kernels import DistillOutput
 
 NO_ADVANTAGE = 1e-8  # of equal rewards: their mean is rounded
 POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -23,33 +24,33 @@ def summarize(
     figures: Sequence[TokenFigures],
     estimator: Estimator,
     settings: LossSettings,
+    sampler: Role,
 ) -> Metrics:
     """Means over the step's completion tokens, in float64, under the documented names.
 
-    `figures` has those of each rollout. If the teacher runs in the trainer, `teacher_kl` is the
-    full KL, even with `sampled`. If an engine scored the teacher, it is the mean of
-    log π(y) - log q(y), and there is no `entropy/teacher`.
+    `figures` has those of each rollout, which the `sampler` sampled. If the teacher runs in the
+    trainer, `teacher_kl` is the full KL, even with `sampled`. If an engine scored the teacher, it
+    is an estimate (see `TokenFigures.kl`), and there is no `entropy/teacher`.
     """
     out = concatenated(figures)
     sizes = torch.tensor([len(f.logp) for f in figures])
     advantage_N = torch.tensor([r.advantage for r in rollouts]).double().repeat_interleave(sizes)
-    terms_N = settings.teacher_tau * out.teacher_logp - settings.student_tau * out.logp
     policy, kl = estimator.split(out, advantage_N, settings)
-    mass = float(out.ratio.mean())
     metrics: Metrics = {
         "teacher_kl": float(out.kl.mean()),
-        "combined_advantage": float((settings.adv_tau * advantage_N + terms_N).mean()),
         "loss/total": float(out.loss.mean()),
         "loss/policy": policy,
         "loss/kl": kl,
         "entropy/student": float(out.entropy.mean()),
-        "kl/sampler_mismatch": float((out.ratio - 1 - out.ratio.log()).mean()),
         "kl/p99": float(out.kl.quantile(0.99)) if out.kl.numel() < 1 << 24 else float(out.kl.max()),
         "kl/clipped_frac": float(out.kl_clipped.double().mean()),
-        "ratio/clipped_frac": float(out.ratio_clipped.double().mean()),
-        "ratio/masked_frac": float(out.masked.double().mean()),
-        "ratio/ess": mass**2 / float((out.ratio**2).mean()),
     }
+    if not estimator.imitates:
+        terms_N = settings.teacher_tau * out.teacher_logp - settings.student_tau * out.logp
+        combined_N = settings.adv_tau * advantage_N + terms_N
+        metrics["combined_advantage"] = float(combined_N.mean())
+        metrics |= _ratio(out)
+    metrics |= _mismatch(out, rollouts, sampler)
     if out.teacher_entropy is not None:
         metrics["entropy/teacher"] = float(out.teacher_entropy.mean())
     if settings.adv_tau > 0:
@@ -72,6 +73,35 @@ def by_group(
         own = {"rollouts": float(len(rows)), "teacher_kl": float(kl.mean())}
         own |= _lengths(part) | _rewards(part)
         metrics |= {f"{kind}/{group}/{name}": value for name, value in own.items()}
+    return metrics
+
+
+def _ratio(out: DistillOutput) -> Metrics:
+    """π / μ: how many are truncated, and what share of the samples it is worth."""
+    mass = float(out.ratio.mean())
+    return {
+        "ratio/clipped_frac": float(out.ratio_clipped.double().mean()),
+        "ratio/ess": mass**2 / float((out.ratio**2).mean()),
+    }
+
+
+def _mismatch(out: DistillOutput, rollouts: Sequence[Rollout], sampler: Role) -> Metrics:
+    """How far the sampler's log-probs are from the trainer's, of the same weights.
+
+    For samples of the teacher also an estimate of KL(q‖π), and no mask. Their mismatch is unknown
+    if an engine scored the teacher: its scores are the sampler's log-probs.
+    """
+    if sampler is Role.STUDENT:
+        return {
+            "kl/sampler_mismatch": float((out.ratio - 1 - out.ratio.log()).mean()),
+            "ratio/masked_frac": float(out.masked.double().mean()),
+        }
+    sampled_N = torch.tensor([p for r in rollouts for p in r.completion.logprobs]).double()
+    metrics = {"kl/forward": float((sampled_N - out.logp).mean())}
+    if out.teacher_entropy is not None:
+        log_ratio_N = out.teacher_logp - sampled_N
+        mismatch = (log_ratio_N.exp() - 1 - log_ratio_N).mean()
+        metrics["kl/sampler_mismatch"] = float(mismatch)
     return metrics
 
 

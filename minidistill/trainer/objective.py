@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,15 @@ from minidistill_kernels import DistillOutput
 
 
 def loss_settings(config: Config, estimator: Estimator, vocabulary: int) -> LossSettings:
-    """The objective's settings with `auto` resolved. `vocabulary` is the head's number of rows."""
+    """The objective's settings with `auto` resolved. `vocabulary` is the head's number of rows.
+
+    No token of a teacher's sample is masked: its ratio is no error of the sampler, and those with a
+    low one teach the most.
+    """
     loss = config.trainer.loss
+    low, high = loss.token_mask_low, loss.token_mask_high
+    if config.orchestrator.sample_from == "teacher":
+        low, high = 0.0, math.inf
     if loss.kl_clip == "auto":
         kl_clip = estimator.default_kl_clip
     else:
@@ -28,8 +36,8 @@ def loss_settings(config: Config, estimator: Estimator, vocabulary: int) -> Loss
         temperature=config.orchestrator.sampling.temperature,
         top_k=min(loss.top_k, vocabulary),
         ratio_clip_high=loss.ratio_clip_high,
-        token_mask_low=loss.token_mask_low,
-        token_mask_high=loss.token_mask_high,
+        token_mask_low=low,
+        token_mask_high=high,
         kl_clip=kl_clip,
     )
 

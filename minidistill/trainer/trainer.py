@@ -55,6 +55,7 @@ class Trainer:
         self.estimator = placement.teacher.estimator
         self.rank_group = policy.rank_group
         self.prefixes = prefixes
+        self.sampler = Role(config.orchestrator.sample_from)
         self.loss = loss_settings(config, self.estimator, len(policy.head_VH))
         self.micro_batches = MicroBatches(
             placement.micro_batch_tokens, policy.rank_group, policy.attention.layout
@@ -118,7 +119,7 @@ class Trainer:
         metrics: Metrics = {}
         error = None
         if figures:
-            metrics = summarize(rollouts, figures, self.estimator, self.loss)
+            metrics = summarize(rollouts, figures, self.estimator, self.loss, self.sampler)
             metrics |= {"optim/lr": rate, "optim/grad_norm": norm}
             error = refusal(metrics, command.step, self.max_mismatch)
         if self.rank_group.broadcast_object(error is not None):
@@ -319,7 +320,7 @@ class Trainer:
         sizes = torch.tensor([len(r.completion.token_ids) for r in rollouts])
         advantage_N = torch.tensor([r.advantage for r in rollouts]).repeat_interleave(sizes)
         sampler_N = torch.tensor([p for r in rollouts for p in r.completion.logprobs])
-        return self.estimator.loss_function(self.loss)(
+        output = self.estimator.loss_function(self.loss)(
             student_NH,
             policy.head,
             student.targets_N,
@@ -327,6 +328,10 @@ class Trainer:
             advantage_N=advantage_N.to(policy.device),
             sampler_logp_N=sampler_N.to(policy.device),
         )
+        if self.sampler is Role.TEACHER and output.teacher_entropy is None:
+            # the ratio π / q has too long a tail to estimate KL(π‖q) from the teacher's samples
+            return output._replace(kl=output.teacher_logp - output.logp)
+        return output
 
     @torch.no_grad()
     def _teacher_context(self, prefix: tuple[int, ...]) -> TeacherContext:

@@ -100,9 +100,12 @@ def test_a_model_that_cannot_be_sampled_from(
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     prompts = [r.prompt for r in lab.rollouts[::4]]
     budget = TokenBudget(16384)
-    with pytest.raises(UserError, match="the baseline samples the teacher") as caught:
+    with pytest.raises(
+        UserError, match="the teacher is in the trainer and cannot be sampled"
+    ) as caught:
         model_checks.check_model(lab.policy, prompts, budget, {Role.TEACHER})
-    assert (caught.value.where, caught.value.exit_code) == ("orchestrator.eval", EXIT_ENVIRONMENT)
+    where = "orchestrator.eval, orchestrator.sample_from"
+    assert (caught.value.where, caught.value.exit_code) == (where, EXIT_ENVIRONMENT)
     assert model_checks.check_model(lab.policy, prompts, budget, ())
     assert not lab.policy.can_sample
     assert "AttributeError: no such state" in caplog.text
@@ -138,6 +141,23 @@ def test_which_roles_the_trainers_model_samples(
         launcher.student = cast(Any, object()) if student else None
         launcher.teacher = cast(Any, object()) if teacher else None
         assert launcher.sampled_by(policy) == left
+
+
+def test_the_trainers_model_samples_a_teacher_that_is_trained_on(configure: Configure) -> None:
+    """Unless an engine has its weights, and not only those that are equal before training."""
+    flags = "--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline"
+    config = configure(*SMALL, *flags, "--orchestrator.sample_from", "teacher").config
+    for lora, weights, expected in (
+        (True, Weights.BASE, set()),
+        (False, Weights.STUDENT, set()),
+        (False, Weights.BASE, {Role.TEACHER}),
+        (True, Weights.OTHER, {Role.TEACHER}),
+    ):
+        policy: Any = SimpleNamespace(lora=lora, teacher_weights=weights, starts_as_base=True)
+        launcher = EngineLauncher(config, cast(Any, None), Path())
+        assert launcher.sampled_by(policy) == {Role.STUDENT, Role.TEACHER}
+        launcher.student = cast(Any, object())
+        assert launcher.sampled_by(policy) == expected
 
 
 def test_there_is_no_drift_if_nothing_can_sample_the_base(configure: Configure) -> None:

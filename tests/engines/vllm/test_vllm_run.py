@@ -36,6 +36,35 @@ def test_every_sync_took(finished: Path) -> None:
         assert all(0 < record[f"perf/peak_memory_gib/{process}"] < 64 for record in found)
 
 
+SFT = (
+    "--trainer.loss.estimator", "sft", "--trainer.loss.adv_tau", "0",
+    "--trainer.loss.student_tau", "0",
+)  # fmt: skip
+LIVE = ("--orchestrator.teacher_model.update", "live")
+
+
+@pytest.mark.parametrize(
+    ("flags", "scorer"), [((), "trainer"), ((*SFT, *LIVE, "--schedule", "async"), "engine")]
+)
+def test_the_teacher_samples(tmp_path: Path, flags: tuple[str, ...], scorer: str) -> None:
+    """Its answers are right, which the student's are not without the context."""
+    run = start(tmp_path / "run", "--orchestrator.sample_from", "teacher", *flags)
+    text = run.rest()
+    assert run.process.wait() == EXIT_OK, text
+    assert f"scored in the {scorer}" in text
+    found = steps(run.path)
+    assert len(found) == 5
+    assert all(record["reward/mean"] > 0.7 for record in found)
+    assert found[0]["kl/forward"] > 0.5
+    for record in found:
+        if scorer == "trainer":
+            assert 0 <= record["kl/sampler_mismatch"] < 1e-8
+            assert "perf/overlap" in record, "training began while others were sampled"
+        else:
+            assert record["teacher_kl"] == pytest.approx(record["kl/forward"], rel=1e-5)
+            assert "perf/teacher_repeat_frac" not in record, "nothing was scored"
+
+
 def test_steps_in_parts_have_the_results_of_whole_ones(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
