@@ -74,6 +74,8 @@ def curve_figures(lines: Iterable[Mapping[str, Any]], batch_size: int) -> Figure
                 scores[line["step"]] = value
     if before is None or teacher is None:
         raise ValueError("the run has no baseline: set orchestrator.teacher_model.eval_baseline")
+    if before == teacher:
+        raise ValueError("the context changes no score, so there is no gap to close")
     closed = {step: (score - before) / (teacher - before) for step, score in scores.items()}
 
     def samples_to(share: float) -> float | None:

@@ -88,6 +88,9 @@ def test_a_share_that_was_never_reached() -> None:
 def test_a_run_without_a_baseline_has_no_curve() -> None:
     with pytest.raises(ValueError, match="no baseline"):
         curve_figures([{"step": 5, "eval/a/student/avg": 0.5}], 16)
+    equal = {"eval/a/baseline_student/avg": 0.2, "eval/a/baseline_teacher/avg": 0.2}
+    with pytest.raises(ValueError, match="no gap"):
+        curve_figures([{"step": 0, **equal}, {"step": 5, "eval/a/student/avg": 0.2}], 16)
 
 
 # -- a run of two steps ----------------------------------------------------------------------------
