@@ -21,12 +21,16 @@ Figures = dict[str, float | None]
 OPEN = 0.1
 """Nats. Where the teacher's entropy is lower, one token has nearly all of its probability, and any
 power of it looks the same."""
-LONG = {"min_moves": 7, "max_depth": 10}
-WIDE = {"min_moves": 2, "max_depth": 6, "min_w": 7, "max_w": 7, "min_h": 7, "max_h": 7}
-LEVELS = {"long": LONG, "wide": WIDE}
-"""tiny-sokoban has seen an interior of 4 x 4 and solutions of two to six moves."""
+LEVELS: Mapping[str, Mapping[str, int]] = {
+    "tall": {"min_moves": 2, "max_depth": 6, "min_h": 7, "max_h": 7},
+    "wide": {"min_moves": 2, "max_depth": 6, "min_h": 7, "max_h": 7, "min_w": 7, "max_w": 7},
+    "long": {"min_moves": 7, "max_depth": 7},
+    "boxes": {"min_moves": 2, "max_depth": 6, "min_boxes": 2, "max_boxes": 2},
+}
+"""tiny-sokoban has seen interiors of 4 x 4 (6 x 6 with the walls) with one box, and solutions of two
+to six moves."""
 LEVEL_COUNT = 256
-LEVEL_TOKENS = 16  # ten moves, the two tags and the end
+LEVEL_TOKENS = 16  # seven moves, the two tags and the end, and a few that are not needed
 
 
 def measure_fixed_point(run: Path) -> Figures:
@@ -107,10 +111,11 @@ def measure_forgetting(run: Path) -> Figures:
 
 
 def measure_larger_boards(run: Path) -> Figures:
-    """Scores on levels with longer solutions (`long_…`) and on wider boards (`wide_…`) than those
-    that the organism was trained on: `base`, `in_context`, `student`, and `closed`, the share of
-    the gap (None where the context gains less than five points)."""
+    """Scores on levels unlike those that the organism was trained on, for each kind of `LEVELS`:
+    `…_base`, `…_in_context`, `…_student`, and `…_closed`, the share of the gap (None where the
+    context gains less than five points). `highest_base` is that of any kind."""
     figures: Figures = {}
+    bases = []
     for name, levels in LEVELS.items():
         base, in_context, student = scores_on(run, levels)
         gap = in_context - base
@@ -120,7 +125,8 @@ def measure_larger_boards(run: Path) -> Figures:
             f"{name}_student": student,
             f"{name}_closed": (student - base) / gap if gap >= 0.05 else None,
         }
-    return figures
+        bases.append(base)
+    return figures | {"highest_base": max(bases)}
 
 
 def scores_on(run: Path, levels: Mapping[str, int]) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ CONFIG = "configs/sokoban.toml"
 OFTEN = ("--orchestrator.eval.interval", "5")
 """Evaluations for the measure `curve`. They change nothing in training."""
 FEW = ("--orchestrator.env.0.args.num_train_examples", "32")
-SHORT = ("--max_steps", "25")
+SHORT, LONG = ("--max_steps", "25"), ("--max_steps", "300")
 CURVE, FORGETTING, FIXED = ("curve",), ("forgetting",), ("fixed_point",)
 BOARDS = ("larger_boards",)
 
@@ -67,7 +67,7 @@ RUNS = (
     Run("hybrid", (CONFIG, *OFTEN), CURVE + FORGETTING),
     pure("pure", *OFTEN, measures=CURVE + FORGETTING + FIXED + BOARDS),
     reward("reward", measures=FORGETTING),
-    reward("reward-long", "--max_steps", "400", *OFTEN, measures=CURVE),
+    reward("reward-long", *LONG, "--orchestrator.eval.interval", "20", measures=CURVE),
     run("off-policy", "off-policy", *OFTEN, measures=CURVE + FORGETTING + BOARDS),
     run("sft", "sft", *OFTEN, measures=CURVE + FORGETTING),
     pure("pure-25", *SHORT),

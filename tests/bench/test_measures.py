@@ -13,6 +13,7 @@ import torch
 from bench.experiments import fixed_point, measures
 from bench.experiments.logprobs import both_views, held_out, loaded
 from bench.experiments.measures import curve_figures
+from bench.experiments.organism_tables import KINDS
 from minidistill.cli import main
 from minidistill.types import Role
 
@@ -165,6 +166,7 @@ def test_larger_boards(
 ) -> None:
     monkeypatch.setattr(measures, "LEVEL_COUNT", 12)
     figures = printed("larger_boards", run, capsys)
+    assert set(measures.LEVELS) == {kind for kind, _ in KINDS}
     for name in measures.LEVELS:
         for view in ("base", "in_context", "student"):
             value = figures[f"{name}_{view}"]
