@@ -27,8 +27,8 @@ LEVELS: Mapping[str, Mapping[str, int]] = {
     "long": {"min_moves": 7, "max_depth": 7},
     "boxes": {"min_moves": 2, "max_depth": 6, "min_boxes": 2, "max_boxes": 2},
 }
-"""tiny-sokoban has seen interiors of 4 x 4 (6 x 6 with the walls) with one box, and solutions of two
-to six moves."""
+"""tiny-sokoban has seen interiors of 4 x 4 (6 x 6 with the walls) with one box, and solutions of
+two to six moves."""
 LEVEL_COUNT = 256
 LEVEL_TOKENS = 16  # seven moves, the two tags and the end, and a few that are not needed
 

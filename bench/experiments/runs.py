@@ -246,7 +246,7 @@ def scoreboard_figures(folder: Path) -> dict[str, Any]:
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """The metrics of each step of training."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [step for line in lines if "teacher_kl" in (step := json.loads(line))]
+    return [step for line in lines if "time/step" in (step := json.loads(line))]
 
 
 CODE = ("minidistill", "kernels", "configs", "bench/*.py", "bench/*.toml", "bench/*.txt")
