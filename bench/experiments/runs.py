@@ -33,6 +33,10 @@ FIGURES = (
     "unrelated_kl_before", "unrelated_kl_after", "drift_kl", "steps",
 )  # fmt: skip
 """What is kept of a scoreboard."""
+DIFFERENCES = (
+    ("gain", "student", "baseline_student"),
+    ("added_back", "student_with_context", "student"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +229,9 @@ def scoreboard_figures(folder: Path) -> dict[str, Any]:
     """The figures of a run's scoreboard, and how much it was trained on."""
     board = json.loads((folder / "scoreboard.json").read_text())
     figures = {name: board.get(name) for name in FIGURES}
+    for name, after, before in DIFFERENCES:
+        known = figures[after] is not None and figures[before] is not None
+        figures[name] = figures[after] - figures[before] if known else None
     config = json.loads((folder / "config.resolved.json").read_text())
     steps = steps_of(folder)
     lengths = [step["completions/length_mean"] for step in steps]
@@ -239,7 +246,7 @@ def scoreboard_figures(folder: Path) -> dict[str, Any]:
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """The metrics of each step of training."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [step for line in lines if "teacher_kl" in (step := json.loads(line))]
+    return [step for line in lines if "time/step" in (step := json.loads(line))]
 
 
 CODE = ("minidistill", "kernels", "configs", "bench/*.py", "bench/*.toml", "bench/*.txt")
