@@ -42,6 +42,16 @@ class Plan:
     def fits(self) -> bool:
         return not self.problems
 
+    @property
+    def hours(self) -> float | None:
+        """Of the run's steps alone; None if their time is not estimated."""
+        return self.timing and self.timing.step * self.config.max_steps / 3600
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """The same, times the GPUs that the run uses, idle or not."""
+        return self.timing and self.hours and self.hours * len(self.timing.idle)
+
 
 def estimate(config: Config, shapes: Shapes, models: Models, machine: Machine) -> Plan:
     """The plan of a configuration, with what it leaves open chosen. Raises UserError as `place`."""
