@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,11 +99,11 @@ def page(text: str) -> str:
     """The page's text with the parts as they are now."""
     parts = {"costs": table(), "plan": f"```text\n{printed(SHOWN)}\n```"}
     for name, part in parts.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
-        text, count = re.subn(
-            pattern, lambda m, part=part: f"{m[1]}{part}\n{m[2]}", text, flags=re.S
-        )
-        assert count == 1, name
+        before, start, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->\n")
+        assert start, f"{PAGE.name} has no part {name}"
+        assert end, f"{PAGE.name} has no end of {name}"
+        text = f"{before}{start}{part}\n{end}{after}"
     return text
 
 

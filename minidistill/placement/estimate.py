@@ -45,12 +45,14 @@ class Plan:
     @property
     def hours(self) -> float | None:
         """Of the run's steps alone; None if their time is not estimated."""
-        return self.timing and self.timing.step * self.config.max_steps / 3600
+        return None if self.timing is None else self.timing.step * self.config.max_steps / 3600
 
     @property
     def gpu_hours(self) -> float | None:
         """The same, times the GPUs that the run uses, idle or not."""
-        return self.timing and self.hours and self.hours * len(self.timing.idle)
+        if self.timing is None or self.hours is None:
+            return None
+        return self.hours * len(self.timing.idle)
 
 
 def estimate(config: Config, shapes: Shapes, models: Models, machine: Machine) -> Plan:
