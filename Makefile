@@ -59,6 +59,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m minidistill.config.docs --check
+	$(BIN)/python -m tools.published_plans --check
 
 bench: setup
 	$(BIN)/python -m bench.kernels $(ARGS)
@@ -69,6 +70,7 @@ soak: setup
 
 docs: setup
 	$(BIN)/python -m minidistill.config.docs
+	$(BIN)/python -m tools.published_plans
 
 # The documents as pages, in site/. Nothing in them is loaded from elsewhere.
 site: setup
