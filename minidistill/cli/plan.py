@@ -13,11 +13,12 @@ def add_plan(commands: Commands) -> None:
     parser = commands.add_parser(
         "plan",
         help="show what would run on which GPU, and whether it fits",
-        usage="minidistill plan FILES… [--gpus N] [--gpu-memory GiB] [--json] [--key VALUE]… "
-        "[--traceback]",
+        usage="minidistill plan FILES… [--gpus N] [--gpu-memory GiB] [--gpu-price P] [--json] "
+        "[--key VALUE]… [--traceback]",
         description="""\
 Show what `run` would do on a machine: which GPUs sample, score and train, and the memory
-of each. If it does not fit (exit code 3), show which settings to change. No weights are loaded.""",
+of each, and the expected time. If it does not fit (exit code 3), show which settings to change.
+No weights are loaded.""",
         epilog="""\
 examples:
   minidistill plan sokoban-qwen3-4b --gpus 4 --gpu-memory 80
@@ -41,6 +42,15 @@ examples:
     parser.add_argument(
         "--gpu_memory", type=_gib, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
+    parser.add_argument(
+        "--gpu-price",
+        type=_price,
+        metavar="P",
+        help="price of a GPU hour, in any currency: shows what the run's steps cost",
+    )
+    parser.add_argument(
+        "--gpu_price", type=_price, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
 
 
@@ -48,7 +58,13 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     loaded = load_configuration("plan", rest)
     from minidistill.placement.command import run_plan
 
-    return run_plan(loaded, gpus=options.gpus, gpu_memory=options.gpu_memory, as_data=options.json)
+    return run_plan(
+        loaded,
+        gpus=options.gpus,
+        gpu_memory=options.gpu_memory,
+        gpu_price=options.gpu_price,
+        as_data=options.json,
+    )
 
 
 def _gpu_count(text: str) -> int:
@@ -66,12 +82,18 @@ def _gpu_count(text: str) -> int:
 
 
 def _gib(text: str) -> float:
+    return _above_zero(text, "--gpu-memory", "give GiB above 0")
+
+
+def _price(text: str) -> float:
+    return _above_zero(text, "--gpu-price", "give the price of a GPU hour, above 0")
+
+
+def _above_zero(text: str, option: str, fix: str) -> float:
     try:
-        size = float(text)
+        number = float(text)
     except ValueError:
-        size = 0.0
-    if not math.isfinite(size) or size <= 0:
-        raise UserError(
-            f"--gpu-memory {text!r} cannot be used", where="--gpu-memory", fix="give GiB above 0"
-        )
-    return size
+        number = 0.0
+    if not math.isfinite(number) or number <= 0:
+        raise UserError(f"{option} {text!r} cannot be used", where=option, fix=fix)
+    return number

@@ -42,6 +42,18 @@ class Plan:
     def fits(self) -> bool:
         return not self.problems
 
+    @property
+    def hours(self) -> float | None:
+        """Of the run's steps alone; None if their time is not estimated."""
+        return None if self.timing is None else self.timing.step * self.config.max_steps / 3600
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """The same, times the GPUs that the run uses, idle or not."""
+        if self.timing is None or self.hours is None:
+            return None
+        return self.hours * len(self.timing.idle)
+
 
 def estimate(config: Config, shapes: Shapes, models: Models, machine: Machine) -> Plan:
     """The plan of a configuration, with what it leaves open chosen. Raises UserError as `place`."""

@@ -22,8 +22,9 @@ SAMPLES = ("samples", "the teacher's, with the context (off-policy)")
 """The row of a run that samples from the teacher."""
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan in JSON's types. Bytes, tokens and operations are integers."""
+def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
+    """The plan in JSON's types. Bytes, tokens and operations are integers. `price` is that of a GPU
+    hour."""
     placement = plan.placement
     student, teacher = placement.student, placement.teacher_engine
     return {
@@ -67,11 +68,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "sequences": dict(plan.sequences),
         "tokens_per_step": {stage: work.tokens for stage, work in plan.work.items()},
         "flops_per_step": {stage: work.flops for stage, work in plan.work.items()},
-        "timing": _timing_json(plan),
+        "timing": _timing_json(plan, price),
     }
 
 
-def _timing_json(plan: Plan) -> dict[str, Any] | None:
+def _timing_json(plan: Plan, price: float | None) -> dict[str, Any] | None:
     timing = plan.timing
     if timing is None:
         return None
@@ -85,14 +86,23 @@ def _timing_json(plan: Plan) -> dict[str, Any] | None:
             "step": timing.step,
         },
         "idle": {str(gpu): share for gpu, share in timing.idle.items()},
+        "hours": plan.hours,
+        "gpu_hours": plan.gpu_hours,
+        "cost": _cost(plan, price),
         "faster": [
             {"change": dict(layout.settings), "step": layout.seconds} for layout in plan.faster
         ],
     }
 
 
-def show(plan: Plan, console: Console) -> None:
-    """Print the plan: what runs where, memory by device, work, and whether it fits."""
+def _cost(plan: Plan, price: float | None) -> float | None:
+    """What the run's GPU hours cost at the price of one."""
+    return None if price is None or plan.gpu_hours is None else price * plan.gpu_hours
+
+
+def show(plan: Plan, console: Console, price: float | None = None) -> None:
+    """Print the plan: what runs where, memory by device, work, and whether it fits. With the
+    `price` of a GPU hour also what the run costs."""
     for title, text in _head(plan):
         console.print(Text(f"{title:<10}{printable(text)}"))
     console.print()
@@ -103,7 +113,7 @@ def show(plan: Plan, console: Console) -> None:
         table.add_row(stage, f"{work.tokens:,}", f"{work.flops:.3g}")
     console.print(table)
     console.print()
-    for title, text in _timing(plan):
+    for title, text in _timing(plan, price):
         console.print(Text(f"{title:<10}{text}"))
     for warning in plan.warnings:
         console.print(Text(f"warning: {warning}", "yellow"))
@@ -115,11 +125,13 @@ def show(plan: Plan, console: Console) -> None:
         console.print(Text(f"does not fit; {_remedy(plan)}", "bold"))
 
 
-def _timing(plan: Plan) -> list[tuple[str, str]]:
-    """The expected time of a step, what idles, and what is faster; empty if not estimated."""
+def _timing(plan: Plan, price: float | None) -> list[tuple[str, str]]:
+    """The expected time of a step, of the run and what it costs, what idles, and what is faster;
+    if it is not estimated, only that the cost is not known."""
     timing = plan.timing
     if timing is None:
-        return []
+        unknown = "not known: the time of a step is not estimated here"
+        return [] if price is None else [("cost", unknown), ("", "")]
     phases = {"sampling": timing.sample, "teacher": timing.teacher, "training": timing.train}
     card = f"{timing.card.name} {timing.card.gib} GB"
     assumed = f"a roofline for {card}{'' if timing.named else ' (assumed)'}, not measured"
@@ -128,11 +140,19 @@ def _timing(plan: Plan) -> list[tuple[str, str]]:
     rows = [
         ("time", f"{timing.step:.1f} s a step: {seconds} ({assumed})"),
         ("idle", f"{timing.mean_idle:.0%} of the GPUs' time: {idle}"),
+        ("run", f"{plan.config.max_steps} steps: {plan.hours:.2f} h, {_gpu_hours(plan, price)}"),
     ]
     for index, layout in enumerate(plan.faster):
         title = "" if index else "faster"
         rows.append((title, f"{layout.seconds:.1f} s with {flags(layout.settings)}"))
     return [*rows, ("", "")]
+
+
+def _gpu_hours(plan: Plan, price: float | None) -> str:
+    """`2.25 GPU hours, 4.50 at 2 a GPU hour`, and what is not counted."""
+    cost = _cost(plan, price)
+    at = "" if cost is None else f", {cost:,.2f} at {price:g} a GPU hour"
+    return f"{plan.gpu_hours:.2f} GPU hours{at}, without start, evaluations and checkpoints"
 
 
 def refusal(plan: Plan, where: str) -> UserError | None:

@@ -61,6 +61,29 @@ def test_text_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert " s a step" not in out
 
 
+def test_the_run_in_gpu_hours_and_what_they_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    """Four GPUs, of which the two that train are idle most of the time, are all paid."""
+    argv = ["plan", LARGE, "--gpus", "4", "--gpu-memory", "80", "--max_steps", "900"]
+    assert cli.main([*argv, "--gpu-price", "2.5", "--json"]) == 0
+    timing = json.loads(capsys.readouterr().out)["timing"]
+    hours = timing["seconds"]["step"] / 4  # 900 steps are a quarter of 3,600
+    assert timing["hours"] == pytest.approx(hours)
+    assert timing["gpu_hours"] == pytest.approx(4 * hours)
+    assert timing["cost"] == pytest.approx(10 * hours)
+    assert cli.main([*argv, "--gpu_price=2.5"]) == 0
+    text = f"{hours:.2f} h, {4 * hours:.2f} GPU hours, {10 * hours:.2f} at 2.5 a GPU hour, without"
+    assert f"run       900 steps: {text} start" in capsys.readouterr().out
+    assert cli.main(argv) == 0
+    assert f"{4 * hours:.2f} GPU hours, without start" in capsys.readouterr().out
+
+
+def test_a_cost_that_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", SOKOBAN, "--gpus", "0", "--gpu-price", "2"]) == 0
+    assert "cost      not known: the time of a step is not estimated" in capsys.readouterr().out
+    assert cli.main(["plan", SOKOBAN, "--gpus", "0"]) == 0
+    assert "cost" not in capsys.readouterr().out
+
+
 def test_gpus_that_the_machine_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", LARGE, "--gpus", "2", "--trainer_gpu_ids", "2"]) == 3
     assert "trainer_gpu_ids names GPU 2, the machine has 2" in capsys.readouterr().err
@@ -139,6 +162,8 @@ INVALID_OPTIONS = [
     (["--gpu-memory", "0"], "--gpu-memory '0' cannot be used", "GiB above 0"),
     (["--gpu-memory", "nan"], "--gpu-memory 'nan' cannot be used", "GiB above 0"),
     (["--gpu_memory=inf"], "--gpu-memory 'inf' cannot be used", "GiB above 0"),
+    (["--gpu-price", "-1"], "--gpu-price '-1' cannot be used", "price of a GPU hour, above 0"),
+    (["--gpu-price=free"], "--gpu-price 'free' cannot be used", "price of a GPU hour, above 0"),
     # options cannot be abbreviated
     (["--gpu", "1"], "there is no gpu", "the top level takes: max_steps"),
 ]
