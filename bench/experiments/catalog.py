@@ -1,5 +1,6 @@
 """All experiments."""
 
 from bench.experiments.organism import ORGANISM
+from bench.experiments.turns import TURNS
 
-EXPERIMENTS = (ORGANISM,)
+EXPERIMENTS = (ORGANISM, TURNS)
