@@ -11,7 +11,6 @@ OFTEN = ("--orchestrator.eval.interval", "5")
 """Evaluations for the measure `curve`. They change nothing in training."""
 FEW = ("--orchestrator.env.0.args.num_train_examples", "32")
 SHORT, LONG = ("--max_steps", "25"), ("--max_steps", "300")
-EVERY_WEIGHT = ("--no-trainer.model.lora", "--trainer.optim.lr")
 CURVE, FORGETTING, FIXED = ("curve",), ("forgetting",), ("fixed_point",)
 BOARDS = ("larger_boards",)
 
@@ -48,7 +47,8 @@ def rate(lr: str, measures: tuple[str, ...] = ()) -> Run:
 
 
 def every_weight(lr: str) -> Run:
-    return pure(f"full-weights-{lr}", *EVERY_WEIGHT, lr, measures=FORGETTING)
+    flags = ("--no-trainer.model.lora", "--trainer.optim.lr", lr)
+    return pure(f"full-weights-{lr}", *flags, measures=FORGETTING)
 
 
 def reward(name: str, *flags: str, measures: tuple[str, ...]) -> Run:
@@ -90,8 +90,8 @@ RUNS = (
     context("cook"),
     taus("placebo-half", "0.5", "1", "placebo"),
     taus("placebo-double", "1", "0.5", "placebo"),
-    taus("placebo-half-weights", "0.5", "1", "placebo", *EVERY_WEIGHT, "3e-4", *LONG),
-    taus("placebo-double-weights", "1", "0.5", "placebo", *EVERY_WEIGHT, "3e-4", *LONG),
+    taus("placebo-half-long", "0.5", "1", "placebo", *LONG),
+    taus("placebo-double-long", "1", "0.5", "placebo", *LONG),
     taus("persona-half", "0.5", "1", "pure"),
     taus("persona-double", "1", "0.5", "pure"),
     adapter("rank-1", 1),

@@ -191,11 +191,11 @@ CONTEXTS = Table(
     plot=STUDENT,
 )  # fmt: skip
 POWERS = (
-    ("With the placebo and every weight", "placebo-half-weights", 0.5),
-    ("With the placebo and every weight", "placebo-double-weights", 2.0),
-    ("With the placebo and LoRA", "placebo-half", 0.5),
-    ("With the placebo and LoRA", "context-placebo", 1.0),
-    ("With the placebo and LoRA", "placebo-double", 2.0),
+    ("With the placebo in 300 steps", "placebo-half-long", 0.5),
+    ("With the placebo in 300 steps", "placebo-double-long", 2.0),
+    ("With the placebo in 100 steps", "placebo-half", 0.5),
+    ("With the placebo in 100 steps", "context-placebo", 1.0),
+    ("With the placebo in 100 steps", "placebo-double", 2.0),
     ("With the persona", "persona-half", 0.5),
     ("With the persona", "pure", 1.0),
     ("With the persona", "persona-double", 2.0),
@@ -204,8 +204,8 @@ TAUS = Table(
     "taus",
     "The fixed point",
     (
-        Row("placebo, 0.5 / 1, every weight", "placebo-half-weights"),
-        Row("placebo, 1 / 0.5, every weight", "placebo-double-weights"),
+        Row("placebo, 0.5 / 1, 300 steps", "placebo-half-long"),
+        Row("placebo, 1 / 0.5, 300 steps", "placebo-double-long"),
         Row("placebo, 0.5 / 1", "placebo-half"),
         Row("placebo, 1 / 1", "context-placebo"),
         Row("placebo, 1 / 0.5", "placebo-double"),
