@@ -12,7 +12,9 @@ files differ, and exits with 1 if they do.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from bench.experiments import document
 from bench.experiments.catalog import EXPERIMENTS
 from bench.experiments.runs import ROOT, Maker, Record, Store
 from bench.experiments.tables import Experiment, Table
+from minidistill.errors import EXIT_INTERRUPTED
 
 RUNS = ROOT / "bench" / "results" / "runs"
 Chosen = list[tuple[Experiment, list[Table]]]
@@ -117,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if compare(options.out, options.compare, picked) else 0
     failed = 0
     if not options.tables:
+        # as Ctrl-C does, so that the runs that are being made end too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         failed = make(picked, options.out, max(1, options.workers))
     for experiment, tables in picked:
         document.write(experiment, tables, Store.open(options.out, experiment.name))
@@ -128,4 +133,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(EXIT_INTERRUPTED)
