@@ -252,7 +252,8 @@ def check_schedule(config: Config, *, separate_engine: bool, sleeps: bool) -> No
         why = "they take turns on the same GPU" if separate_engine else "the trainer itself samples"
         other = "give both GPUs of their own" if separate_engine else 'inference.engine = "vllm"'
         if not separate_engine and config.orchestrator.sample_from == "teacher":
-            other += ", with an engine that has the teacher's weights"
+            other += ' and an adapter, or trainer.loss.estimator = "sampled"'
+            other = f"let an engine have the teacher's weights: {other}"
         raise UserError(
             'schedule = "async" needs an engine that samples while the trainer works, '
             f"and here {why}",

@@ -102,7 +102,7 @@ def test_async_needs_an_engine_with_the_teachers_weights(
     plan_on_gpus("--schedule", "async", *flags)
     with pytest.raises(UserError, match="the trainer itself samples") as caught:
         plan_on_gpus("--schedule", "async", *FROM_TEACHER, *flags)
-    assert "an engine that has the teacher's weights" in caught.value.fix
+    assert "let an engine have the teacher's weights" in caught.value.fix
 
 
 def test_likeliest_ids_are_the_students(configure: Configure) -> None:

@@ -54,7 +54,7 @@ def test_the_teacher_samples(tmp_path: Path, flags: tuple[str, ...], scorer: str
     assert f"scored in the {scorer}" in text
     found = steps(run.path)
     assert len(found) == 5
-    assert all(record["reward/mean"] > 0.7 for record in found)
+    assert all(record["reward/mean"] > 0.5 for record in found)
     assert found[0]["kl/forward"] > 0.5
     for record in found:
         if scorer == "trainer":
