@@ -12,6 +12,10 @@ OFTEN = ("--orchestrator.eval.interval", "5")
 FEW = ("--orchestrator.env.0.args.num_train_examples", "32")
 SHORT, LONG = ("--max_steps", "25"), ("--max_steps", "300")
 CURVE, FORGETTING, FIXED = ("curve",), ("forgetting",), ("fixed_point",)
+LONG_REWARD = (
+    *("--max_steps", "200", "--orchestrator.rollouts_per_example", "16"),
+    *("--health.no_gradient", "warn"),  # a step without a success has none
+)
 BOARDS = ("larger_boards",)
 
 
@@ -67,7 +71,7 @@ RUNS = (
     Run("hybrid", (CONFIG, *OFTEN), CURVE + FORGETTING),
     pure("pure", *OFTEN, measures=CURVE + FORGETTING + FIXED + BOARDS),
     reward("reward", measures=FORGETTING),
-    reward("reward-long", *LONG, "--orchestrator.eval.interval", "20", measures=CURVE),
+    reward("reward-long", *LONG_REWARD, "--orchestrator.eval.interval", "20", measures=CURVE),
     run("off-policy", "off-policy", *OFTEN, measures=CURVE + FORGETTING + BOARDS),
     run("sft", "sft", *OFTEN, measures=CURVE + FORGETTING),
     pure("pure-25", *SHORT),

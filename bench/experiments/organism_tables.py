@@ -43,7 +43,7 @@ OBJECTIVES = Table(
         Row("teacher and reward (0.5 / 0.5 / 0.5)", "hybrid"),
         Row("teacher alone", "pure"),
         Row("reward alone (adv_tau 1)", "reward"),
-        Row("reward alone, 300 steps", "reward-long"),
+        Row("reward alone, 200 steps in groups of 16", "reward-long"),
     ),
     USUAL,
     (
@@ -59,7 +59,7 @@ OBJECTIVES = Table(
             "pure", "reward",
         ),
         Higher(
-            "It closes more than the reward alone with three times the samples.",
+            "It closes more than the reward alone with twice the samples, in groups of 16.",
             "pure", "reward-long",
         ),
     ),
@@ -279,7 +279,7 @@ EFFICIENCY = Table(
         Row("`sampled`, on-policy", "sampled"),
         Row("`full`, off-policy", "off-policy"),
         Row("SFT on the teacher's samples", "sft"),
-        Row("reward alone, 300 steps", "reward-long"),
+        Row("reward alone, 200 steps in groups of 16", "reward-long"),
         Row("`full`, 25 steps of 64", "pure-25"),
         Row("`full`, 100 steps of 16", "batch-16"),
     ),
