@@ -5,7 +5,7 @@
 NAME is a table or an experiment; without one, everything is made. What is already made, by the same
 command, is not made again: kill it and start it again as you like. Each run has one thread, and as
 many are made side by side as there are cores. A run's figures are a line of
-bench/results/runs/EXPERIMENT.jsonl. `--compare` prints where the verdicts of two folders of such
+bench/results/records/EXPERIMENT.jsonl. `--compare` prints where the verdicts of two folders of such
 files differ, and exits with 1 if they do.
 """
 
@@ -26,7 +26,7 @@ from bench.experiments.runs import ROOT, Maker, Record, Store
 from bench.experiments.tables import Experiment, Table
 from minidistill.errors import EXIT_INTERRUPTED
 
-RUNS = ROOT / "bench" / "results" / "runs"
+RUNS = ROOT / "bench" / "results" / "records"
 Chosen = list[tuple[Experiment, list[Table]]]
 
 

@@ -3,5 +3,5 @@
     python -m bench.results [NAME…]
 
 makes what is missing and writes the tables into docs/results.md. An experiment is a list of runs
-and the tables that show them; the runs' figures are kept in bench/results/runs/.
+and the tables that show them; the runs' figures are kept in bench/results/records/.
 """

@@ -145,7 +145,7 @@ def source(experiment: Experiment, table: Table, records: Records) -> str:
     return (
         f"`python -m bench.results {table.name}`: {short}{total} runs, seeds 0 to "
         f"{experiment.seeds - 1}, {minutes:.0f} minutes of a core; commit {commits}; {machines}. "
-        f"Each run's command is in [its record](../bench/results/runs/{experiment.name}.jsonl)."
+        f"Each run's command is in [its record](../bench/results/records/{experiment.name}.jsonl)."
     )
 
 
