@@ -26,7 +26,7 @@ from bench.experiments.runs import ROOT, Maker, Record, Store
 from bench.experiments.tables import Experiment, Table
 from minidistill.errors import EXIT_INTERRUPTED
 
-RUNS = ROOT / "bench" / "results" / "records"
+RECORDS = ROOT / "bench" / "results" / "records"
 Chosen = list[tuple[Experiment, list[Table]]]
 
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
     parser.add_argument("--list", action="store_true", help="print what there is, and end")
     parser.add_argument("--tables", action="store_true", help="write the tables only")
-    parser.add_argument("--out", type=Path, default=RUNS, metavar="DIR", help="of the figures")
+    parser.add_argument("--out", type=Path, default=RECORDS, metavar="DIR", help="of the figures")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="compare the verdicts")
     options = parser.parse_args(argv)
     try:

@@ -226,6 +226,6 @@ def test_the_page_is_what_the_records_say() -> None:
     """No figure of a table was written by hand."""
     text = document.PAGE.read_text()
     for experiment in EXPERIMENTS:
-        store = Store.open(results.RUNS, experiment.name)
+        store = Store.open(results.RECORDS, experiment.name)
         for table in experiment.tables:
             assert document.placed(text, table.name, markdown(experiment, table, store)) == text
