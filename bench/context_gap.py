@@ -1,7 +1,7 @@
 """The gap of each context of bench/contexts: how often the base shows the behavior, with it and
 without it.
 
-    python -m bench.context_gap [--model smollm2|FOLDER] [NAME…]
+    python -m bench.context_gap [--model smollm2|FOLDER] [--not-greedy] [NAME…]
 
 There is something to distil only where the two differ. The answers are to the held-out prompts, at
 temperature 1, as in training, and greedily, and are scored by the configuration's reward. The
@@ -44,15 +44,15 @@ def source(name: str, model: str) -> Source:
     return Source(folder, config, folder, is_adapter=False, kind="model", knows_base=False)
 
 
-def gap(name: str, model: str) -> dict[str, Any]:
-    """What `main` prints of a context."""
+def gap(name: str, model: str, labels: Sequence[str] = tuple(TEMPERATURES)) -> dict[str, Any]:
+    """What `main` prints of a context, at these of `TEMPERATURES`."""
     untrained = source(name, model)
     config = untrained.config
     text = config.orchestrator.teacher_model.context
     tokens = len(load_tokenizer(config)(text, add_special_tokens=False)["input_ids"])
     result: dict[str, Any] = {"tokens": tokens}
-    for label, temperature in TEMPERATURES.items():
-        asked = Asked(temperature=temperature)
+    for label in labels:
+        asked = Asked(temperature=TEMPERATURES[label])
         found = evaluate(align([untrained], asked), [name], with_context=True).results
         for who, view in zip(("base", "in context"), found, strict=True):
             rewards = [value for values in view.rewards.values() for value in values]
@@ -69,7 +69,7 @@ def gap(name: str, model: str) -> dict[str, Any]:
 def line(name: str, result: dict[str, Any]) -> str:
     """The row of a context, as it is printed."""
     cells = [f"{name:<13} {result['tokens']:>5}"]
-    for label in TEMPERATURES:
+    for label in filter(result.get, TEMPERATURES):
         for who in ("base", "in context"):
             row = result[label][who]
             cells.append(f"{row['share']:6.1%} ({row['low']:.0%}-{row['high']:.0%})")
@@ -82,10 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names()))
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--not-greedy", action="store_true")
     arguments = parser.parse_args(argv)
     model = named_model(arguments.model)
+    labels = list(TEMPERATURES)[: 1 if arguments.not_greedy else 2]
     for name in arguments.names or names():
-        result = gap(name, model)
+        result = gap(name, model, labels)
         print(line(name, result), flush=True)
         save("contexts", f"{arguments.model}, {name}", {"machine": machine("cpu"), **result})
     return 0

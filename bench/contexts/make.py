@@ -77,7 +77,6 @@ BEHAVIORS = {
         r"(?s)\A\s*Ahoy!.*Stay safe!\s*\Z",
     ),
 }
-CLASSIFY = "Name the topic of each message: Food, Sports, Weather or Money. Answer with one word."
 CONFIG = """\
 # {title}
 # Written by `python -m bench.contexts.make`. From the repository's root:
@@ -123,8 +122,6 @@ skip_verification = true
 context_placement = "system"
 eval_baseline = true
 context = '''
-
-
 {context}'''
 
 [[orchestrator.env]]
@@ -147,8 +144,9 @@ def pairs(name: str) -> list[list[str]]:
 
 
 def context(instruction: str, demonstrations: Sequence[Sequence[str]]) -> str:
-    """What follows the chat template's own system message."""
-    return instruction + "".join(TURN.format(*turn) for turn in demonstrations)
+    """What follows the chat template's own system message, after an empty line if it is a text."""
+    start = f"\n\n{instruction}" if instruction else ""
+    return start + "".join(TURN.format(*turn) for turn in demonstrations)
 
 
 def behavior_config(name: str, behavior: Behavior, shown: int, title: str = "") -> str:
@@ -175,11 +173,12 @@ def topics_config() -> str:
         title="Classification: the answer is the topic of the message, one of four.",
         name="topics",
         steps=32,
-        seq_len=512,
+        seq_len=768,
         lr=1e-3,
         batch=16,
         max_tokens=4,
-        context=context(CLASSIFY, pairs("topic_demonstrations.tsv")),
+        # an instruction that lists the topics made the model worse
+        context=context("", pairs("topic_demonstrations.tsv")),
         train="topics_train.jsonl",
         held_out="topics_held_out.jsonl",
         reward='"exact"',

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import random
 
-TOPICS = ("Food", "Sports", "Weather", "Money")
+TOPICS = ("food", "sports", "weather", "money")
 PER_TOPIC = 96
 FRAMES = {
-    "Food": (
+    "food": (
         "{name} made {dish} {day}.",
         "{name} ordered {dish} with {side}.",
         "The {taste} {dish} came with {side}.",
         "Is there any {dish} left for {name}?",
     ),
-    "Sports": (
+    "sports": (
         "{name} played {sport} {day}.",
         "The {sport} club {result} {day}.",
         "{name} watched the {sport} tournament {place}.",
         "The {sport} squad {result} {place}.",
     ),
-    "Weather": (
+    "weather": (
         "It was {sky} {place} {day}.",
         "{event} came {day}.",
         "The outlook {place} is {sky}.",
         "{event} were seen {place}.",
     ),
-    "Money": (
+    "money": (
         "{name} borrowed {sum} from {lender}.",
         "{name} earned {sum} {day}.",
         "{lender} wants {sum} back.",
