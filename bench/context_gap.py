@@ -59,7 +59,7 @@ def gap(name: str, model: str, labels: Sequence[str] = tuple(TEMPERATURES)) -> d
             hits = sum(value == 1.0 for value in rewards)
             low, high = wilson(hits, len(rewards))
             share = {"hits": hits, "n": len(rewards), "share": hits / len(rewards)}
-            share |= {"low": low, "high": high, "length": view.length}
+            share |= {"low": max(0.0, low), "high": min(1.0, high), "length": view.length}
             result.setdefault(label, {})[who] = share
         kl = found[0].kl
         result[label]["kl"] = None if kl is None else kl.mean

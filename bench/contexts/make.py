@@ -4,7 +4,16 @@
 
 Each configuration bakes one context into SmolLM2-135M-Instruct: an instruction and demonstrations
 as turns of a chat, which the model needs to follow it. demonstrations.tsv has questions with short
-answers, which each behavior changes in its own way.
+answers, which each behavior changes in its own way. model_prompts.jsonl has prompts that the model
+wrote itself, by `minidistill env prompts` (self-prompts, count 256, max_tokens 48); the held-out
+questions are by hand. `topics` is trained on sentences put together from words, and held out are
+96 sentences by hand, which share hardly a word with them.
+
+`both` is `persona` and `sign_off` at once, so that contexts can be baked one after the other and
+together. The parts and the valid labels of a run are scored by
+
+    minidistill eval RUN --env bench/contexts/sign_off.toml
+    minidistill eval RUN --env bench/contexts/checks/valid_topic.toml
 """
 
 from __future__ import annotations
@@ -138,6 +147,20 @@ num_examples = 96
 """
 
 
+VALID_TOPIC = """\
+# Whether the answer is one of the four topics, right or wrong.
+# Written by `python -m bench.contexts.make`.
+
+[[orchestrator.env]]
+id = "jsonl"
+
+[orchestrator.env.args]
+path = "../topics_train.jsonl"
+eval_path = "../topics_held_out.jsonl"
+reward = {{ type = "regex", pattern = '\\A\\s*({topics})\\s*\\Z' }}
+"""
+
+
 def pairs(name: str) -> list[list[str]]:
     """The rows of a file with two columns."""
     return [line.split("\t") for line in (FOLDER / name).read_text().splitlines()]
@@ -197,6 +220,7 @@ def files() -> dict[str, str]:
         name, title = f"persona_{tokens}", f"The persona, in about {tokens} tokens."
         made[f"{name}.toml"] = behavior_config(name, BEHAVIORS["persona"], shown, title)
     made["topics.toml"] = topics_config()
+    made["checks/valid_topic.toml"] = VALID_TOPIC.format(topics="|".join(TOPICS))
     train = [(topic, text) for topic in TOPICS for text in sentences(topic)]
     made["topics_train.jsonl"] = rows(train)
     made["topics_held_out.jsonl"] = rows([(row[0], row[1]) for row in pairs("topics_held_out.tsv")])
