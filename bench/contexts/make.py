@@ -135,7 +135,7 @@ context = '''
 
 [[orchestrator.env]]
 id = "jsonl"
-
+{named}
 [orchestrator.env.args]
 path = "{train}"
 eval_path = "{held_out}"
@@ -145,8 +145,24 @@ reward = {reward}
 interval = 0
 num_examples = 96
 """
+NAMED = """\
+name = "topics"
+weight = 1.0
+"""
+ELSEWHERE = """
+[[orchestrator.eval.env]]
+id = "jsonl"
+name = "topics"
+args = { path = "topics_train.jsonl", eval_path = "topics_held_out.jsonl", reward = "exact" }
 
-
+# Prompts of all kinds, without a context for the teacher: they hold the student to the base.
+[[orchestrator.env]]
+id = "jsonl"
+name = "elsewhere"
+weight = 1.0
+context = ""
+args = { path = "model_prompts.jsonl", num_eval_examples = 8 }
+"""
 VALID_TOPIC = """\
 # Whether the answer is one of the four topics, right or wrong.
 # Written by `python -m bench.contexts.make`.
@@ -184,17 +200,18 @@ def behavior_config(name: str, behavior: Behavior, shown: int, title: str = "") 
         batch=16,
         max_tokens=behavior.max_tokens,
         context=context(behavior.instruction, turns),
+        named="",
         train="model_prompts.jsonl",
         held_out="../../configs/questions.jsonl",
         reward=f"{{ type = \"regex\", pattern = '''{behavior.pattern}''' }}",
     )
 
 
-def topics_config() -> str:
+def topics_config(name: str, title: str, named: str = "") -> str:
     """The configuration of the classification."""
     return CONFIG.format(
-        title="Classification: the answer is the topic of the message, one of four.",
-        name="topics",
+        title=title,
+        name=name,
         steps=32,
         seq_len=768,
         lr=1e-3,
@@ -202,6 +219,7 @@ def topics_config() -> str:
         max_tokens=4,
         # an instruction that lists the topics made the model worse
         context=context("", pairs("topic_demonstrations.tsv")),
+        named=named,
         train="topics_train.jsonl",
         held_out="topics_held_out.jsonl",
         reward='"exact"',
@@ -219,7 +237,11 @@ def files() -> dict[str, str]:
     for tokens, shown in LENGTHS.items():
         name, title = f"persona_{tokens}", f"The persona, in about {tokens} tokens."
         made[f"{name}.toml"] = behavior_config(name, BEHAVIORS["persona"], shown, title)
-    made["topics.toml"] = topics_config()
+    title = "Classification: the answer is the topic of the message, one of four."
+    made["topics.toml"] = topics_config("topics", title)
+    title = "Classification, and half of each step on prompts that are to stay as they are."
+    name = "topics_and_elsewhere"
+    made[f"{name}.toml"] = topics_config(name, title, NAMED) + ELSEWHERE
     made["checks/valid_topic.toml"] = VALID_TOPIC.format(topics="|".join(TOPICS))
     train = [(topic, text) for topic in TOPICS for text in sentences(topic)]
     made["topics_train.jsonl"] = rows(train)
