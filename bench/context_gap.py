@@ -1,7 +1,7 @@
 """The gap of each context of bench/contexts: how often the base shows the behavior, with it and
 without it.
 
-    python -m bench.context_gap [--model smollm2|FOLDER] [--not-greedy] [NAME…]
+    python -m bench.context_gap [--model smollm2|FOLDER] [--not-greedy] [--n N] [NAME…]
 
 There is something to distil only where the two differ. The answers are to the held-out prompts, at
 temperature 1, as in training, and greedily, and are scored by the configuration's reward. The
@@ -44,15 +44,17 @@ def source(name: str, model: str) -> Source:
     return Source(folder, config, folder, is_adapter=False, kind="model", knows_base=False)
 
 
-def gap(name: str, model: str, labels: Sequence[str] = tuple(TEMPERATURES)) -> dict[str, Any]:
-    """What `main` prints of a context, at these of `TEMPERATURES`."""
+def gap(
+    name: str, model: str, labels: Sequence[str] = tuple(TEMPERATURES), prompts: int | None = None
+) -> dict[str, Any]:
+    """What `main` prints of a context, at these of `TEMPERATURES`, on so many held-out prompts."""
     untrained = source(name, model)
     config = untrained.config
     text = config.orchestrator.teacher_model.context
     tokens = len(load_tokenizer(config)(text, add_special_tokens=False)["input_ids"])
     result: dict[str, Any] = {"tokens": tokens}
     for label in labels:
-        asked = Asked(temperature=TEMPERATURES[label])
+        asked = Asked(tasks=prompts, temperature=TEMPERATURES[label])
         found = evaluate(align([untrained], asked), [name], with_context=True).results
         for who, view in zip(("base", "in context"), found, strict=True):
             rewards = [value for values in view.rewards.values() for value in values]
@@ -82,12 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names()))
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--not-greedy", action="store_true")
+    parser.add_argument("--not-greedy", action="store_true", help="at temperature 1 only")
+    parser.add_argument("--n", type=int, help="held-out prompts, by default all 96")
     arguments = parser.parse_args(argv)
     model = named_model(arguments.model)
     labels = list(TEMPERATURES)[: 1 if arguments.not_greedy else 2]
     for name in arguments.names or names():
-        result = gap(name, model, labels)
+        result = gap(name, model, labels, arguments.n)
         print(line(name, result), flush=True)
         save("contexts", f"{arguments.model}, {name}", {"machine": machine("cpu"), **result})
     return 0

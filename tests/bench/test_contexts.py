@@ -124,17 +124,11 @@ def test_the_demonstrations_show_what_is_checked() -> None:
 
 
 def test_the_gap_of_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the tiny model writes moves, never "Ahoy!"
-    load = context_gap.source
-
-    def four(name: str, model: str) -> Any:
-        found = load(name, model)
-        found.config.orchestrator.eval.num_examples = 4  # type: ignore[union-attr]
-        found.config.model.special_tokens_in_text = "text"
-        found.config.orchestrator.teacher_model.context_placement = "user"
-        return found
-
-    monkeypatch.setattr(context_gap, "source", four)
+    # the tiny model writes moves, never "Ahoy!"; it has no system message and no such tokens
+    load = context_gap.load_config
+    flags = ["--model.special_tokens_in_text", "text", "--orchestrator.eval.num_examples", "4"]
+    flags += ["--orchestrator.teacher_model.context_placement", "user"]
+    monkeypatch.setattr(context_gap, "load_config", lambda given: load([*given, *flags]))
     result = context_gap.gap("persona_50", str(resolve("tiny-sokoban")))
     for label in ("temperature 1", "greedy"):
         assert [result[label][who]["n"] for who in ("base", "in context")] == [4, 4]
