@@ -26,6 +26,7 @@ from minidistill.reporting.monitors import open_monitors
 from minidistill.reporting.rollout_log import TokenTexts, with_inserted, write_rollouts
 from minidistill.reporting.terminal.base import Display, Sample
 from minidistill.trainer import checkpoint
+from minidistill.trainer.forward import PrefixCache
 from minidistill.trainer.guards import explain_out_of_memory
 from minidistill.trainer.health import Health
 from minidistill.trainer.metrics import by_group
@@ -228,13 +229,8 @@ class Session:
 
     @explain_out_of_memory("computing the KL on held-out prompts", **SHORTER)
     def held_out_kl(self) -> SampledKL:
-        """KL(student‖teacher) on held-out prompts.
-
-        Where evaluations compute it too, the context is read once. Sharded ranks do without: they
-        have to read the same prefixes in each step.
-        """
+        """KL(student‖teacher) on held-out prompts."""
         assert self.evaluator is not None
-        often = "heldout_kl" in self.asked and self.policy.sharded is None
         answers = self.evaluator.student_answers()
         prompts = self.evaluator.held_out()
         return teacher_kl(
@@ -244,7 +240,7 @@ class Session:
             prompts,
             self.budget,
             answers=answers,
-            prefixes=self.trainer.prefixes if often else None,
+            prefixes=self._prefixes(),
         )
 
     @explain_out_of_memory("computing the KL on unrelated prompts", **SHORTER)
@@ -266,7 +262,13 @@ class Session:
             self.budget,
             label="unrelated",
             max_tokens=tokens,
+            prefixes=self._prefixes(),
         )
+
+    def _prefixes(self) -> PrefixCache | None:
+        """With which the context is read once. Sharded ranks do without: they have to read the same
+        prefixes in each step."""
+        return self.trainer.prefixes if self.policy.sharded is None else None
 
     @explain_out_of_memory("sampling the teacher's completions", **SHORTER)
     def teacher_texts(self) -> list[str]:
