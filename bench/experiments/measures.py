@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.experiments import fixed_point
 from bench.experiments.logprobs import both_views, loaded
+from bench.experiments.runs import ROOT
 
 Figures = dict[str, float | None]
 OPEN = 0.1
@@ -143,11 +144,37 @@ def scores_on(run: Path, levels: Mapping[str, int]) -> tuple[float, float, float
     return means[BASE.name], means[BASE_IN_CONTEXT.name], means[STUDENT.name]
 
 
+def measure_prose(run: Path) -> Figures:
+    """`prose_kl`: the mean KL(base‖student) of the next token on plain prose, in nats."""
+    from bench.text_drift import text_drift
+
+    return {"prose_kl": text_drift(run)}
+
+
+def measure_parts(run: Path) -> Figures:
+    """`persona` and `sign_off`: the student's scores on each of the two behaviors alone."""
+    from minidistill.export.source import open_source
+    from minidistill.look.eval_settings import Asked, align
+    from minidistill.look.evaluation import evaluate
+    from minidistill.look.views import STUDENT
+
+    figures: Figures = {}
+    for part in ("persona", "sign_off"):
+        asked = Asked(str(ROOT / "bench" / "contexts" / f"{part}.toml"))
+        source = align([open_source(str(run))], asked)
+        results = evaluate(source, [run.name], with_context=False).results
+        scores = [r.score.mean for r in results if r.view == STUDENT.name and r.score is not None]
+        (figures[part],) = scores
+    return figures
+
+
 MEASURES: Mapping[str, Callable[[Path], Figures]] = {
     "fixed_point": measure_fixed_point,
     "curve": measure_curve,
     "forgetting": measure_forgetting,
     "larger_boards": measure_larger_boards,
+    "prose": measure_prose,
+    "parts": measure_parts,
 }
 
 

@@ -36,6 +36,7 @@ FIGURES = (
 DIFFERENCES = (
     ("gain", "student", "baseline_student"),
     ("added_back", "student_with_context", "student"),
+    ("distilled", "heldout_kl_before", "heldout_kl_after"),
 )
 
 
@@ -232,6 +233,8 @@ def scoreboard_figures(folder: Path) -> dict[str, Any]:
     for name, after, before in DIFFERENCES:
         known = figures[after] is not None and figures[before] is not None
         figures[name] = figures[after] - figures[before] if known else None
+    if (distilled := figures["distilled"]) and figures["drift_kl"] is not None:
+        figures["drift_share"] = figures["drift_kl"] / distilled
     config = json.loads((folder / "config.resolved.json").read_text())
     steps = steps_of(folder)
     lengths = [step["completions/length_mean"] for step in steps]
