@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bench.experiments.runs import Record
-from bench.experiments.statistics import difference, mean
+from bench.experiments.statistics import Mean, difference, mean
 
 CONFIRMED, CONTRADICTED, NOT_SHOWN = "confirmed", "contradicted", "not shown"
 Records = Mapping[str, Sequence[Record]]
@@ -35,6 +35,13 @@ def values(records: Records, run: str, figure: str, seeds: int) -> list[float] |
     found = [r.number(figure) for r in records.get(run, ())]
     numbers = [value for value in found if value is not None]
     return numbers if len(numbers) == seeds else None
+
+
+def interval(measured: Mean, shape: str) -> str:
+    """The interval in brackets; empty if there is none."""
+    if measured.low is None or measured.high is None:
+        return ""
+    return f" ({measured.low:{shape}} to {measured.high:{shape}})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +87,7 @@ class Higher:
             word = CONFIRMED
         else:
             word = CONTRADICTED if gain.high < self.margin else NOT_SHOWN
-        interval = "" if gain.low is None else f" ({gain.low:+.3f} to {gain.high:+.3f})"
-        return Verdict(self.text, word, f"difference {gain.value:+.3f}{interval}")
+        return Verdict(self.text, word, f"difference {gain.value:+.3f}{interval(gain, '+.3f')}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +106,29 @@ class Near:
             return Verdict(self.text, "incomplete")
         measured = mean(found)
         holds = abs(measured.value - self.predicted) <= self.tolerance * abs(self.predicted)
-        interval = "" if measured.low is None else f" ({measured.low:.3g} to {measured.high:.3g})"
         word = CONFIRMED if holds else CONTRADICTED
         return Verdict(
-            self.text, word, f"{measured.value:.3g}{interval}, predicted {self.predicted:g}"
+            self.text,
+            word,
+            f"{measured.value:.3g}{interval(measured, '.3g')}, predicted {self.predicted:g}",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """The means of a figure with two runs differ by at most `margin`."""
+
+    text: str
+    run: str
+    other: str
+    figure: str
+    margin: float
+
+    def judge(self, records: Records, seeds: int) -> Verdict:
+        ours = values(records, self.run, self.figure, seeds)
+        theirs = values(records, self.other, self.figure, seeds)
+        if ours is None or theirs is None:
+            return Verdict(self.text, "incomplete")
+        gain = difference(ours, theirs)
+        word = CONFIRMED if abs(gain.value) <= self.margin else CONTRADICTED
+        return Verdict(self.text, word, f"difference {gain.value:+.3f}{interval(gain, '+.3f')}")

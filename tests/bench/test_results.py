@@ -17,6 +17,7 @@ from bench.experiments.claims import (
     CONFIRMED,
     CONTRADICTED,
     NOT_SHOWN,
+    Alike,
     Claim,
     EverySeed,
     Higher,
@@ -110,6 +111,13 @@ def test_a_margin_moves_the_border() -> None:
     assert Higher("", "short", "other", "student").judge(both, 2).word == NOT_SHOWN
     assert Higher("", "short", "other", "student", margin=-0.1).judge(both, 2).word == CONFIRMED
     assert Higher("", "short", "other", "student", margin=0.2).judge(both, 2).word == CONTRADICTED
+
+
+def test_means_that_are_alike() -> None:
+    both = records(SHORT, "student", 0.55, 0.65) | records(OTHER, "student", 0.5, 0.5)
+    assert Alike("", "short", "other", "student", 0.11).judge(both, 2).word == CONFIRMED
+    assert Alike("", "other", "short", "student", 0.09).judge(both, 2).word == CONTRADICTED
+    assert Alike("", "short", "other", "student", 0.09).judge(both, 3).word == "incomplete"
 
 
 def test_records_survive(tmp_path: Path) -> None:
