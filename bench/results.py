@@ -5,8 +5,9 @@
 NAME is a table or an experiment; without one, everything is made. What is already made, by the same
 command, is not made again: kill it and start it again as you like. Each run has one thread, and as
 many are made side by side as there are cores. A run's figures are a line of
-bench/results/records/EXPERIMENT.jsonl. `--compare` prints where the verdicts of two folders of such
-files differ, and exits with 1 if they do.
+bench/results/records/EXPERIMENT.jsonl. That of a run that failed has its error, and the exit code
+is then 1: remove the line, and the run is made again. `--compare` prints where the verdicts of two
+folders of such files differ, and exits with 1 if they do; incomplete ones are left out.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from pathlib import Path
 
 from bench.experiments import document
 from bench.experiments.catalog import EXPERIMENTS
-from bench.experiments.runs import ROOT, Maker, Record, Store
+from bench.experiments.claims import INCOMPLETE
+from bench.experiments.runs import ROOT, Maker, Record, Store, locked
 from bench.experiments.tables import Experiment, Table
-from minidistill.errors import EXIT_INTERRUPTED
+from minidistill.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, printable
 
 RECORDS = ROOT / "bench" / "results" / "records"
 Chosen = list[tuple[Experiment, list[Table]]]
@@ -52,6 +54,8 @@ def make(picked: Chosen, folder: Path, workers: int) -> int:
         jobs = list(store.missing(experiment.runs_of(tables), range(experiment.seeds)))
         if not jobs:
             continue
+        with locked(folder):  # before hours of runs that could not be kept
+            pass
         print(f"{experiment.name}: {len(jobs)} runs to make, {workers} at a time", flush=True)
         began = time.monotonic()
 
@@ -84,29 +88,31 @@ def verdicts(folder: Path, picked: Chosen) -> dict[str, str]:
 
 
 def compare(ours: Path, theirs: Path, picked: Chosen) -> int:
-    """Print the claims with another verdict. Returns how many there are."""
+    """Print the claims with another verdict. Returns how many there are.
+
+    Raises UserError if a folder is missing, or no verdict is in both.
+    """
+    for folder in (ours, theirs):
+        if not folder.is_dir():
+            raise UserError("there is no such folder", where=str(folder), fix="check the path")
     here, there = verdicts(ours, picked), verdicts(theirs, picked)
-    different = [name for name in here if here[name] != there[name]]
+    both = [name for name in here if INCOMPLETE not in (here[name], there[name])]
+    if not both:
+        raise UserError(
+            f"none of the {len(here)} verdicts is complete in both folders",
+            where=f"{ours}, {theirs}",
+            fix="make the runs first; --list prints which are missing",
+        )
+    different = [name for name in both if here[name] != there[name]]
     for name in different:
         print(f"{name}\n  {ours}: {here[name]}\n  {theirs}: {there[name]}")
-    print(f"{len(here) - len(different)} of {len(here)} verdicts are the same")
+    left = f"; {len(here) - len(both)} are incomplete" if len(both) < len(here) else ""
+    print(f"{len(both) - len(different)} of {len(both)} verdicts are the same{left}")
     return len(different)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("bench.results", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
-    parser.add_argument("--list", action="store_true", help="print what there is, and end")
-    parser.add_argument("--tables", action="store_true", help="write the tables only")
-    parser.add_argument("--out", type=Path, default=RECORDS, metavar="DIR", help="of the figures")
-    parser.add_argument("--compare", type=Path, metavar="DIR", help="compare the verdicts")
-    options = parser.parse_args(argv)
-    try:
-        picked = chosen(options.names)
-    except ValueError as error:
-        parser.error(str(error))
+def run(picked: Chosen, options: argparse.Namespace) -> int:
+    """What `main` does with valid arguments. Raises UserError."""
     if options.list:
         for experiment, tables in picked:
             for table in tables:
@@ -129,7 +135,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{word:12} {name}")
     if failed:
         print(f"{failed} runs failed; the tables say so")
-    return 0
+    return EXIT_FAILED if failed else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("bench.results", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
+    parser.add_argument("--list", action="store_true", help="print what there is, and end")
+    parser.add_argument("--tables", action="store_true", help="write the tables only")
+    parser.add_argument("--out", type=Path, default=RECORDS, metavar="DIR", help="of the figures")
+    parser.add_argument("--compare", type=Path, metavar="DIR", help="compare the verdicts")
+    options = parser.parse_args(argv)
+    try:
+        picked = chosen(options.names)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        return run(picked, options)
+    except UserError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return error.exit_code
 
 
 if __name__ == "__main__":

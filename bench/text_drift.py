@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minidistill.config import load_config
+from minidistill.errors import EXIT_USAGE
 from minidistill.models.registry import resolve
 
 PROSE = Path(__file__).with_name("prose.txt")
@@ -57,6 +58,9 @@ def mean_kl(model: Any, texts: Sequence[Sequence[int]]) -> float:
 
 
 def main(runs: Sequence[str]) -> int:
+    if not runs:
+        print("usage: python -m bench.text_drift RUN…", file=sys.stderr)
+        return EXIT_USAGE
     for run in runs:
         print(f"{text_drift(run):.4f}  {run}")
     return 0

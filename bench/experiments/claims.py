@@ -10,13 +10,15 @@ from bench.experiments.runs import Record
 from bench.experiments.statistics import Mean, difference, mean
 
 CONFIRMED, CONTRADICTED, NOT_SHOWN = "confirmed", "contradicted", "not shown"
+INCOMPLETE = "incomplete"
+"""While runs are missing, or if one has failed."""
 Records = Mapping[str, Sequence[Record]]
 """By the run's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`word` is one of the three above, or "incomplete" while runs are missing."""
+    """`word` is one of the four above."""
 
     claim: str
     word: str
@@ -57,7 +59,7 @@ class EverySeed:
     def judge(self, records: Records, seeds: int) -> Verdict:
         found = values(records, self.run, self.figure, seeds)
         if found is None:
-            return Verdict(self.text, "incomplete")
+            return Verdict(self.text, INCOMPLETE)
         holds = max(found) <= self.bound if self.most else min(found) >= self.bound
         worst = max(found) if self.most else min(found)
         word = CONFIRMED if holds else CONTRADICTED
@@ -79,7 +81,7 @@ class Higher:
         ours = values(records, self.run, self.figure, seeds)
         theirs = values(records, self.other, self.figure, seeds)
         if ours is None or theirs is None:
-            return Verdict(self.text, "incomplete")
+            return Verdict(self.text, INCOMPLETE)
         gain = difference(ours, theirs)
         if gain.low is None or gain.high is None:
             word = NOT_SHOWN
@@ -103,7 +105,7 @@ class Near:
     def judge(self, records: Records, seeds: int) -> Verdict:
         found = values(records, self.run, self.figure, seeds)
         if found is None:
-            return Verdict(self.text, "incomplete")
+            return Verdict(self.text, INCOMPLETE)
         measured = mean(found)
         holds = abs(measured.value - self.predicted) <= self.tolerance * abs(self.predicted)
         word = CONFIRMED if holds else CONTRADICTED
@@ -128,7 +130,7 @@ class Alike:
         ours = values(records, self.run, self.figure, seeds)
         theirs = values(records, self.other, self.figure, seeds)
         if ours is None or theirs is None:
-            return Verdict(self.text, "incomplete")
+            return Verdict(self.text, INCOMPLETE)
         gain = difference(ours, theirs)
         word = CONFIRMED if abs(gain.value) <= self.margin else CONTRADICTED
         return Verdict(self.text, word, f"difference {gain.value:+.3f}{interval(gain, '+.3f')}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.smollm2 import smollm2
-from minidistill.errors import EXIT_OK
+from minidistill.errors import EXIT_OK, UserError
 
 ROOT = Path(__file__).parent.parent.parent
 FIGURES = (
@@ -80,7 +82,7 @@ class Record:
     figures: Mapping[str, Any]
     """Empty if the run failed."""
     error: str | None
-    """The last line of a run that failed, with its exit code."""
+    """The last line of a run that failed, or of a measure of it, with the exit code."""
     seconds: float
     commit: str
     date: str
@@ -107,21 +109,35 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Store:
+        """Raises UserError if a line is no record."""
         store = cls(folder / f"{name}.jsonl")
-        if store.path.is_file():
-            for line in store.path.read_text().splitlines():
-                values = json.loads(line)
-                record = Record(**values | {"measures": tuple(values["measures"])})
-                store.records[record.name, record.seed] = record
+        store._read()
         return store
 
     def add(self, record: Record) -> None:
-        self.records[record.name, record.seed] = record
-        lines = [json.dumps(as_json(self.records[key])) for key in sorted(self.records)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".part")
-        beside.write_text("\n".join(lines) + "\n")
-        beside.replace(self.path)  # a reader, or a kill, never meets half a file
+        """Write the record, besides those that another process has written meanwhile."""
+        with locked(self.path.parent):
+            self._read()
+            self.records[record.name, record.seed] = record
+            lines = [json.dumps(as_json(self.records[key])) for key in sorted(self.records)]
+            beside = self.path.with_suffix(".part")
+            beside.write_text("\n".join(lines) + "\n")
+            beside.replace(self.path)  # a reader, or a kill, never meets half a file
+
+    def _read(self) -> None:
+        if not self.path.is_file():
+            return
+        for number, line in enumerate(self.path.read_text().splitlines(), 1):
+            try:
+                values = json.loads(line)
+                record = Record(**values | {"measures": tuple(values["measures"])})
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"this line is no record of a run ({type(error).__name__}: {error})",
+                    where=f"{self.path}:{number}",
+                    fix="remove the line: its run is then made again",
+                ) from error
+            self.records[record.name, record.seed] = record
 
     def of(self, run: Run, seeds: Sequence[int]) -> list[Record]:
         """The records of a run as it is defined now, by seed."""
@@ -134,6 +150,29 @@ class Store:
             for run in runs:
                 if not self.of(run, [seed]):
                     yield run, seed
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder, and wait until no other process writes records there.
+
+    Raises UserError if this one cannot.
+    """
+    beside = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        raise UserError(
+            f"records cannot be written: {error.strerror}", where=str(folder), fix="use --out DIR"
+        ) from error
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def as_json(record: Record) -> dict[str, Any]:
@@ -184,7 +223,8 @@ class Maker:
                 for name in run.measures:
                     code, output = self.call(["bench.experiments.measures", name, str(folder)])
                     if code != EXIT_OK:
-                        raise RuntimeError(f"{run.name}, {name}:\n{output}")
+                        error, figures = f"{name}, exit code {code}: {last_error(output)}", {}
+                        break
                     figures |= json.loads(output.splitlines()[-1])
         if self.stopped.is_set():
             return None

@@ -27,6 +27,7 @@ from bench.experiments.runs import Maker, Record, Run, Store
 from bench.experiments.statistics import T975, difference, mean
 from bench.experiments.tables import GAP, STUDENT, Experiment, Row, Table, markdown
 from minidistill.config import load_config
+from minidistill.errors import EXIT_USAGE, UserError
 
 SHORT = Run("short", ("configs/sokoban.toml",))
 OTHER = Run("other", ("configs/sokoban.toml", "--trainer.optim.lr", "1e-3"))
@@ -130,6 +131,35 @@ def test_records_survive(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [again.path]
 
 
+def test_two_processes_keep_each_others_records(tmp_path: Path) -> None:
+    ours, theirs = Store.open(tmp_path, "games"), Store.open(tmp_path, "games")
+    ours.add(record(SHORT, 0, gap_closed=0.5))
+    theirs.add(record(OTHER, 0, gap_closed=0.6))
+    ours.add(record(SHORT, 1, gap_closed=0.7))
+    assert len(Store.open(tmp_path, "games").records) == 3
+
+
+@pytest.mark.parametrize("line", ['{"name": "short", "se', '{"name": "short", "seed": 0}', "3", ""])
+def test_a_damaged_line_is_named(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = EXPERIMENTS[0].name
+    store = Store.open(tmp_path, name)
+    store.add(record(SHORT, 0, gap_closed=0.5))
+    store.path.write_text(store.path.read_text() + line + "\n")
+    assert results.main(["--list", "--out", str(tmp_path), name]) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert f"{name}.jsonl:2" in error
+    assert "remove the line" in error
+
+
+def test_a_folder_that_takes_no_records_is_refused_before_the_runs(tmp_path: Path) -> None:
+    experiment = Experiment("games", (SHORT,), (Table("games", "", (Row("", "short"),)),), seeds=1)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="records cannot be written"):
+        results.make([(experiment, list(experiment.tables))], tmp_path / "file" / "records", 1)
+
+
 def test_what_is_made_is_not_made_again(tmp_path: Path) -> None:
     """Unless its command or its measures are others now."""
     store = Store.open(tmp_path, "games")
@@ -214,6 +244,11 @@ def test_verdicts_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert results.compare(tmp_path / "a", tmp_path / "b", picked) == 0
     assert results.compare(tmp_path / "a", tmp_path / "c", picked) == 1
     assert "contradicted" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no such folder"):
+        results.compare(tmp_path / "a", tmp_path / "none", picked)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="none of the 1 verdicts"):
+        results.compare(tmp_path / "a", tmp_path / "empty", picked)
 
 
 def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from support.lab import SMALL_STEP, make_lab
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.text_drift import PROSE, main, paragraphs, text_drift
+from minidistill.errors import EXIT_USAGE
 from minidistill.models.registry import resolve
 from minidistill.trainer.checkpoint import save_model
 
@@ -54,5 +55,6 @@ def test_the_drift_is_the_kl_from_the_base(
     expected = float(torch.cat(kl).mean())
     assert expected > 1e-3
     assert text_drift(run) == pytest.approx(expected, rel=1e-4)
+    assert main([]) == EXIT_USAGE
     main([str(run)])
     assert capsys.readouterr().out == f"{expected:.4f}  {run}\n"
