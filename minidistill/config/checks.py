@@ -85,8 +85,11 @@ def _teachers_samples(config: Config) -> Iterator[Problem]:
         )
     settings = {"adv_tau": loss.adv_tau, "student_tau": loss.student_tau, "kl_clip": loss.kl_clip}
     unused = {k: v for k, v in settings.items() if v not in (0, "auto", "off")}
+    if loss.ratio_clip_high != LossConfig().ratio_clip_high:
+        unused["ratio_clip_high"] = loss.ratio_clip_high
+    offs = {"kl_clip": '"off"', "ratio_clip_high": f"{LossConfig().ratio_clip_high}, its default"}
     for setting, value in unused.items():
-        off = '"off"' if setting == "kl_clip" else "0"
+        off = offs.get(setting, "0")
         yield Problem(
             f"{name} has one term, -teacher_tau * log π(y), but trainer.loss.{setting} = {value}",
             f"set trainer.loss.{setting} = {off}",

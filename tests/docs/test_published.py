@@ -119,6 +119,18 @@ def test_rows_of_another_form_are_refused(row: dict[str, object], message: str) 
         list(prepare().converted("medical", rows))
 
 
+@pytest.mark.parametrize("overlay", ["sft", "off-policy"])
+def test_the_order_of_overlays_does_not_matter(overlay: str) -> None:
+    """Another estimator on the settings of `sft` would be a loss without its entropy term."""
+    base = ["sokoban-turns-qwen3-4b", "@", "opcd-sokoban"]
+    before, after = (
+        load_config([*base, "@", first, "@", second]).config
+        for first, second in ((overlay, "opcd-full"), ("opcd-full", overlay))
+    )
+    assert before == after
+    assert before.trainer.model.lora is False
+
+
 def test_all_of_them_are_shipped() -> None:
     files = {path.stem for path in (ROOT / "configs" / "published").glob("*.toml")}
     assert files == {name for name in shipped.names() if name.startswith("opcd")}

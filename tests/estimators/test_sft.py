@@ -73,6 +73,11 @@ def test_the_loss_is_the_cross_entropy_of_a_float64_reference(scored: str) -> No
         ),
         ((*CHOSEN, *FROM_TEACHER, "--trainer.loss.kl_clip", "5"), "kl_clip", 'kl_clip = "off"'),
         (
+            (*CHOSEN, *FROM_TEACHER, "--trainer.loss.ratio_clip_high", "5"),
+            "ratio_clip_high",
+            "ratio_clip_high = 2.0",
+        ),
+        (
             (*FROM_TEACHER, "--trainer.loss.token_mask_low", "0.2"),
             "token_mask_low",
             'orchestrator.sample_from = "student"',
