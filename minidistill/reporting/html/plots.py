@@ -50,14 +50,15 @@ def _idle(*busy: str) -> Callable[[Values], float | None]:
 LEARNING = (
     Plot(
         "Teacher KL",
-        "KL(student‖teacher) on the student's completions, in nats per token. Lower is more "
-        "similar; at 0 the student behaves as if it had read the context.",
+        "KL(student‖teacher) on the completions that are trained on, in nats per token. Lower is "
+        "more similar; at 0 the student behaves as if it had read the context. If sample_from is "
+        "\"teacher\" they are the teacher's: see the held-out KL for the student's own.",
         (("teacher_kl", "teacher_kl"),),
         zero=True,
     ),
     Plot(
         "Held-out KL",
-        "The same KL on prompts that training never uses, in nats per token.",
+        "The KL on the student's answers to prompts that training never uses, in nats per token.",
         (("eval/heldout_kl", "eval/heldout_kl"),),
         zero=True,
         marked=("eval/heldout_kl",),
