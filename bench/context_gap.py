@@ -87,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--not-greedy", action="store_true", help="at temperature 1 only")
     parser.add_argument("--n", type=int, help="held-out prompts, by default all 96")
     arguments = parser.parse_args(argv)
+    if unknown := [name for name in arguments.names if name not in names()]:
+        parser.error(f"no context {unknown[0]!r}; there are {', '.join(names())}")
+    if arguments.n is not None and arguments.n < 1:
+        parser.error(f"--n {arguments.n}: at least one prompt is needed")
     model = named_model(arguments.model)
     labels = list(TEMPERATURES)[: 1 if arguments.not_greedy else 2]
     for name in arguments.names or names():

@@ -135,3 +135,15 @@ def test_the_gap_of_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [result[label][who]["hits"] for who in ("base", "in context")] == [0, 0]
         assert result[label]["kl"] > 0
     assert "persona_50" in context_gap.line("persona_50", result)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [(["nonsense"], "no context 'nonsense'; there are both,"), (["--n", "0"], "--n 0: at least")],
+)
+def test_wrong_arguments_are_refused(
+    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        context_gap.main(arguments)
+    assert error in capsys.readouterr().err
