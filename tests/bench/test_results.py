@@ -216,15 +216,16 @@ def test_the_page_has_the_table_in_its_place(tmp_path: Path) -> None:
 
 
 def test_runs_are_made(tmp_path: Path) -> None:
-    """One that ends well, and one that the configuration refuses."""
+    """One that ends well, one that the configuration refuses, and one that cannot be measured."""
     flags = (
         "--max_steps", "1", "--orchestrator.batch_size", "4", "--no-orchestrator.eval",
         "--no-orchestrator.teacher_model.eval_baseline",
     )  # fmt: skip
     good = Run("good", ("configs/sokoban.toml", *flags))
     bad = Run("bad", ("configs/sokoban.toml", "--max_steps", "many"))
+    odd = Run("odd", good.arguments, ("curve",))
     made: list[Record] = []
-    Maker(2).make([(good, 3), (bad, 3)], lambda r, count, total: made.append(r))
+    Maker(2).make([(good, 3), (bad, 3), (odd, 3)], lambda r, count, total: made.append(r))
     by_name = {r.name: r for r in made}
     assert by_name["good"].error is None
     assert by_name["good"].number("samples") == 4
@@ -232,7 +233,8 @@ def test_runs_are_made(tmp_path: Path) -> None:
     assert by_name["good"].command.startswith("minidistill run configs/sokoban.toml --max_steps 1")
     assert "exit code 2" in str(by_name["bad"].error)
     assert "max_steps" in str(by_name["bad"].error)
-    assert by_name["bad"].figures == {}
+    assert by_name["bad"].figures == by_name["odd"].figures == {}
+    assert "curve, exit code 1: ValueError: the run has no baseline" in str(by_name["odd"].error)
 
 
 def test_verdicts_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
