@@ -6,8 +6,10 @@ NAME is a table or an experiment; without one, everything is made. What is alrea
 command, is not made again: kill it and start it again as you like. Each run has one thread, and as
 many are made side by side as there are cores. A run's figures are a line of
 bench/results/records/EXPERIMENT.jsonl. That of a run that failed has its error, and the exit code
-is then 1: remove the line, and the run is made again. `--compare` prints where the verdicts of two
-folders of such files differ, and exits with 1 if they do; incomplete ones are left out.
+is then 1: remove the line, and the run is made again. With `--out` the records are in another
+folder, and docs/results.md stays as it is unless `--tables` is given. `--compare` prints where the
+verdicts of two folders of records differ, and exits with 1 if they do. It leaves out incomplete
+ones.
 """
 
 from __future__ import annotations
@@ -129,7 +131,9 @@ def run(picked: Chosen, options: argparse.Namespace) -> int:
         # as Ctrl-C does, so that the runs that are being made end too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         failed = make(picked, options.out, max(1, options.workers))
-    for experiment, tables in picked:
+    # records elsewhere are a second set, to compare: the page stays that of the first
+    writes = options.tables or options.out == RECORDS
+    for experiment, tables in picked if writes else []:
         document.write(experiment, tables, Store.open(options.out, experiment.name))
     for name, word in verdicts(options.out, picked).items():
         print(f"{word:12} {name}")

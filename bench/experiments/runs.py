@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.smollm2 import smollm2
-from minidistill.errors import EXIT_OK, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError
 
 ROOT = Path(__file__).parent.parent.parent
 FIGURES = (
@@ -193,6 +193,8 @@ class Maker:
         self, jobs: Sequence[tuple[Run, int]], done: Callable[[Record, int, int], None]
     ) -> None:
         """Call `done` with each record, how many there are now, and how many there will be."""
+        for model in {run.model for run, _ in jobs if run.model}:
+            smollm2(model)  # which is converted once, and not by two runs at a time
         with ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(self.one, run, seed) for run, seed in jobs]
             try:
@@ -234,7 +236,10 @@ class Maker:
         )  # fmt: skip
 
     def call(self, module: Sequence[str]) -> tuple[int, str]:
-        """The exit code and the output of `python -m MODULE…`."""
+        """The exit code and the output of `python -m MODULE…`.
+
+        Raises UserError if it was killed.
+        """
         if self.stopped.is_set():
             return 1, ""
         process = subprocess.Popen(
@@ -245,6 +250,13 @@ class Maker:
         self.processes.add(process)
         output, _ = process.communicate()
         self.processes.discard(process)
+        if process.returncode < 0 and not self.stopped.is_set():  # that is no result of a run
+            raise UserError(
+                f"a run was killed by signal {-process.returncode}",
+                where=" ".join(module),
+                fix="start again, with fewer --workers if memory ran out",
+                exit_code=EXIT_ENVIRONMENT,
+            )
         return process.returncode, output
 
 

@@ -121,7 +121,9 @@ def markdown(experiment: Experiment, table: Table, store: Store) -> str:
     ]
     for row in table.rows:
         cells = [column.cell(records[row.run]) for column in table.columns]
-        lines.append("| " + " | ".join([row.label, *cells]) + " |")
+        made = len([r for r in records[row.run] if r.error is None])
+        short = f" ({made} of {experiment.seeds} seeds)" if made < experiment.seeds else ""
+        lines.append("| " + " | ".join([row.label + short, *cells]) + " |")
     failed = [r for row in table.rows for r in records[row.run] if r.error is not None]
     lines += [""] + [f"- `{r.name}`, seed {r.seed}, failed: {r.error}." for r in failed]
     for verdict in table.verdicts(records, experiment.seeds):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,11 @@ def test_intervals_are_students_t() -> None:
     assert measured.lowest == 0.90
 
 
-def test_one_seed_has_no_interval() -> None:
-    assert mean([0.5]).low is None
-    assert mean([0.5]).high is None
+@pytest.mark.parametrize("values", [[0.5], [0.4, 0.6]])
+def test_fewer_than_three_seeds_have_no_interval(values: list[float]) -> None:
+    assert mean(values).value == pytest.approx(0.5)
+    assert mean(values).low is None
+    assert mean(values).high is None
 
 
 def test_differences_are_paired() -> None:
@@ -108,10 +112,10 @@ def test_verdicts_of_two_runs(ours: tuple[float, ...], word: str) -> None:
 
 
 def test_a_margin_moves_the_border() -> None:
-    both = records(SHORT, "student", 0.55, 0.56) | records(OTHER, "student", 0.5, 0.5)
-    assert Higher("", "short", "other", "student").judge(both, 2).word == NOT_SHOWN
-    assert Higher("", "short", "other", "student", margin=-0.1).judge(both, 2).word == CONFIRMED
-    assert Higher("", "short", "other", "student", margin=0.2).judge(both, 2).word == CONTRADICTED
+    both = records(SHORT, "student", 0.52, 0.58, 0.5) | records(OTHER, "student", 0.5, 0.5, 0.5)
+    assert Higher("", "short", "other", "student").judge(both, 3).word == NOT_SHOWN
+    assert Higher("", "short", "other", "student", margin=-0.1).judge(both, 3).word == CONFIRMED
+    assert Higher("", "short", "other", "student", margin=0.2).judge(both, 3).word == CONTRADICTED
 
 
 def test_means_that_are_alike() -> None:
@@ -183,18 +187,19 @@ def test_a_table(tmp_path: Path) -> None:
         (STUDENT, GAP),
         (claim,),
     )
-    experiment = Experiment("games", (SHORT, OTHER), (table,), seeds=2)
+    experiment = Experiment("games", (SHORT, OTHER), (table,), seeds=3)
     store = Store.open(tmp_path, "games")
     store.add(record(SHORT, 0, student=0.5, gap_closed=0.6))
     store.add(record(SHORT, 1, student=0.7, gap_closed=0.4))
+    store.add(record(SHORT, 2, student=0.6, gap_closed=0.5))
     store.add(record(OTHER, 0, error="exit code 4: it broke"))
     lines = markdown(experiment, table, store).splitlines()
     assert lines[0] == "| run | student | gap closed |"
-    assert lines[2] == "| short | 60.0 % (-67.1 to 187.1) | 50.0 % (-77.1 to 177.1) |"
-    assert lines[3] == "| the other | – | – |"
+    assert lines[2] == "| short | 60.0 % (35.2 to 84.8) | 50.0 % (25.2 to 74.8) |"
+    assert lines[3] == "| the other (0 of 3 seeds) | – | – |"
     assert "- `other`, seed 0, failed: exit code 4: it broke." in lines
-    assert "- It closes half. **Contradicted**: worst of 2 seeds 0.4." in lines
-    assert "3 of 4 runs, seeds 0 to 1, 3 minutes of a core; commit 0123abcd; a CPU." in lines[-1]
+    assert "- It closes half. **Contradicted**: worst of 3 seeds 0.4." in lines
+    assert "4 of 6 runs, seeds 0 to 2, 4 minutes of a core; commit 0123abcd; a CPU." in lines[-1]
 
 
 def test_the_page_has_the_table_in_its_place(tmp_path: Path) -> None:
@@ -235,6 +240,19 @@ def test_runs_are_made(tmp_path: Path) -> None:
     assert "max_steps" in str(by_name["bad"].error)
     assert by_name["bad"].figures == by_name["odd"].figures == {}
     assert "curve, exit code 1: ValueError: the run has no baseline" in str(by_name["odd"].error)
+
+
+def test_a_killed_run_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not kept as one that failed."""
+    killed = "import os; os.kill(os.getpid(), 9)"
+    popen = subprocess.Popen
+
+    def start(command: list[str], **settings: Any) -> Any:
+        return popen([sys.executable, "-c", killed], **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(UserError, match="killed by signal 9"):
+        Maker(1).make([(SHORT, 0)], lambda r, count, total: pytest.fail("a record was made"))
 
 
 def test_verdicts_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
