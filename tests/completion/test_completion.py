@@ -131,7 +131,7 @@ def test_commands_settings_values_and_files(complete: Complete) -> None:
     assert {"--trainer.loss.adv_tau", KEY} <= set(keys)
     assert not any("trainer.loss.adv_tau" in word for word in complete("minidistill report --"))
     assert {"auto", "sampled", "full", "top_k"} <= set(complete(f"minidistill plan {KEY} "))
-    assert complete(f"minidistill run a.toml {KEY}=s") == ["sampled"]
+    assert complete(f"minidistill run a.toml {KEY}=sa") == ["sampled"]
     assert {"check", "prompts"} <= set(complete("minidistill env "))
     assert "--samples" in complete("minidistill env check --sam")
     assert "runs" in [word.rstrip("/") for word in complete("minidistill report ru")]
