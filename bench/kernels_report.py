@@ -22,20 +22,23 @@ def machine(device: str) -> dict[str, Any]:
     """The machine and the package versions of the measurements."""
     import triton
 
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":", 1)[1].strip() if names else processor
     return {
         "device": device_name(device),
-        "processor": processor,
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def floor_ms(flops: float, moved: float, dtype: torch.dtype, device: str) -> float | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from minidistill import cli
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK
+from tools.blocks import placed
 
 PAGE = Path(__file__).parents[1] / "docs" / "published.md"
 PRICE = 2
@@ -99,11 +100,7 @@ def page(text: str) -> str:
     """The page's text with the parts as they are now."""
     parts = {"costs": table(), "plan": f"```text\n{printed(SHOWN)}\n```"}
     for name, part in parts.items():
-        before, start, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition(f"<!-- end of {name} -->\n")
-        assert start, f"{PAGE.name} has no part {name}"
-        assert end, f"{PAGE.name} has no end of {name}"
-        text = f"{before}{start}{part}\n{end}{after}"
+        text = placed(text, f"<!-- {name} -->", f"<!-- end of {name} -->", part)
     return text
 
 

@@ -6,8 +6,8 @@ Each configuration bakes one context into SmolLM2-135M-Instruct: an instruction 
 as turns of a chat, which the model needs to follow it. demonstrations.tsv has questions with short
 answers, which each behavior changes in its own way. model_prompts.jsonl has prompts that the model
 wrote itself, by `minidistill env prompts` (self-prompts, count 256, max_tokens 48); the held-out
-questions are by hand. `topics` is trained on sentences put together from words, and held out are
-96 sentences by hand, which share hardly a word with them.
+questions are hand-written. `topics` is trained on sentences that are put together from word lists;
+96 hand-written sentences, with hardly a word in common with those, are held out.
 
 `both` is `persona` and `sign_off` at once, so that contexts can be baked one after the other and
 together. The parts and the valid labels of a run are scored by
@@ -91,7 +91,7 @@ CONFIG = """\
 # Written by `python -m bench.contexts.make`. From the repository's root:
 #   minidistill run bench/contexts/{name}.toml --model.name "$(python -m bench.smollm2)"
 
-max_steps = {steps}
+max_steps = 32
 seq_len = {seq_len}
 
 [model]
@@ -106,7 +106,7 @@ interval = 0
 rank = 16
 
 [trainer.optim]
-lr = {lr}
+lr = 0.001
 
 [trainer.scheduler]
 type = "cosine"
@@ -118,7 +118,7 @@ teacher_tau = 1.0
 student_tau = 1.0
 
 [orchestrator]
-batch_size = {batch}
+batch_size = 16
 rollouts_per_example = 1
 
 [orchestrator.sampling]
@@ -194,10 +194,7 @@ def behavior_config(name: str, behavior: Behavior, shown: int, title: str = "") 
     return CONFIG.format(
         title=title or behavior.title,
         name=name,
-        steps=32,
         seq_len=256 + 256 * (1 + 30 * shown // 256),
-        lr=1e-3,
-        batch=16,
         max_tokens=behavior.max_tokens,
         context=context(behavior.instruction, turns),
         named="",
@@ -212,10 +209,7 @@ def topics_config(name: str, title: str, named: str = "") -> str:
     return CONFIG.format(
         title=title,
         name=name,
-        steps=32,
         seq_len=768,
-        lr=1e-3,
-        batch=16,
         max_tokens=4,
         # an instruction that lists the topics made the model worse
         context=context("", pairs("topic_demonstrations.tsv")),

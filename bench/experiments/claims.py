@@ -39,11 +39,21 @@ def values(records: Records, run: str, figure: str, seeds: int) -> list[float] |
     return numbers if len(numbers) == seeds else None
 
 
+def gain(records: Records, run: str, other: str, figure: str, seeds: int) -> Mean | None:
+    """The mean difference of two runs, seed by seed; None if a value is missing."""
+    ours, theirs = (values(records, name, figure, seeds) for name in (run, other))
+    return None if ours is None or theirs is None else difference(ours, theirs)
+
+
 def interval(measured: Mean, shape: str) -> str:
     """The interval in brackets; empty if there is none."""
     if measured.low is None or measured.high is None:
         return ""
     return f" ({measured.low:{shape}} to {measured.high:{shape}})"
+
+
+def difference_text(found: Mean) -> str:
+    return f"difference {found.value:+.3f}{interval(found, '+.3f')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +88,16 @@ class Higher:
     margin: float = 0.0
 
     def judge(self, records: Records, seeds: int) -> Verdict:
-        ours = values(records, self.run, self.figure, seeds)
-        theirs = values(records, self.other, self.figure, seeds)
-        if ours is None or theirs is None:
+        found = gain(records, self.run, self.other, self.figure, seeds)
+        if found is None:
             return Verdict(self.text, INCOMPLETE)
-        gain = difference(ours, theirs)
-        if gain.low is None or gain.high is None:
+        if found.low is None or found.high is None:
             word = NOT_SHOWN
-        elif gain.low > self.margin:
+        elif found.low > self.margin:
             word = CONFIRMED
         else:
-            word = CONTRADICTED if gain.high < self.margin else NOT_SHOWN
-        return Verdict(self.text, word, f"difference {gain.value:+.3f}{interval(gain, '+.3f')}")
+            word = CONTRADICTED if found.high < self.margin else NOT_SHOWN
+        return Verdict(self.text, word, difference_text(found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +135,8 @@ class Alike:
     margin: float
 
     def judge(self, records: Records, seeds: int) -> Verdict:
-        ours = values(records, self.run, self.figure, seeds)
-        theirs = values(records, self.other, self.figure, seeds)
-        if ours is None or theirs is None:
+        found = gain(records, self.run, self.other, self.figure, seeds)
+        if found is None:
             return Verdict(self.text, INCOMPLETE)
-        gain = difference(ours, theirs)
-        word = CONFIRMED if abs(gain.value) <= self.margin else CONTRADICTED
-        return Verdict(self.text, word, f"difference {gain.value:+.3f}{interval(gain, '+.3f')}")
+        word = CONFIRMED if abs(found.value) <= self.margin else CONTRADICTED
+        return Verdict(self.text, word, difference_text(found))

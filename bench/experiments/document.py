@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from bench.experiments.plot import svg
 from bench.experiments.runs import ROOT, Store
 from bench.experiments.tables import Experiment, Table, markdown, means
+from tools import blocks
 
 PAGE = ROOT / "docs" / "results.md"
 
@@ -31,8 +31,7 @@ def write(experiment: Experiment, tables: Iterable[Table], store: Store, page: P
 
 def placed(text: str, name: str, block: str) -> str:
     """The page with this block between the marks of its name."""
-    begin, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
-    pattern = re.compile(re.escape(begin) + r"\n.*?" + re.escape(end), re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"docs/results.md has no place for {name}: add {begin} and {end}")
-    return pattern.sub(lambda _: f"{begin}\n{block}\n{end}", text)
+    try:
+        return blocks.placed(text, f"<!-- table: {name} -->", f"<!-- end: {name} -->", block)
+    except ValueError as error:
+        raise ValueError(f"no place for {name} in docs/results.md: {error}") from error

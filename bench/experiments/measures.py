@@ -12,11 +12,14 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.experiments import fixed_point
 from bench.experiments.logprobs import both_views, loaded
 from bench.experiments.runs import ROOT
+
+if TYPE_CHECKING:
+    from minidistill.look.eval_settings import Asked
 
 Figures = dict[str, float | None]
 OPEN = 0.1
@@ -132,16 +135,24 @@ def measure_larger_boards(run: Path) -> Figures:
 
 def scores_on(run: Path, levels: Mapping[str, int]) -> tuple[float, float, float]:
     """Mean scores of the base, the base in context, and the student."""
-    from minidistill.export.source import open_source
-    from minidistill.look.eval_settings import Asked, align
-    from minidistill.look.evaluation import evaluate
+    from minidistill.look.eval_settings import Asked
     from minidistill.look.views import BASE, BASE_IN_CONTEXT, STUDENT
 
     args = json.dumps({"num_eval_examples": LEVEL_COUNT, "rules": "omit", **levels})
     asked = Asked("sokoban-env", args, LEVEL_COUNT, max_tokens=LEVEL_TOKENS)
-    results = evaluate(align([open_source(str(run))], asked), [run.name], with_context=True).results
-    means = {result.view: result.score.mean for result in results if result.score is not None}
+    means = evaluated(run, asked, with_context=True)
     return means[BASE.name], means[BASE_IN_CONTEXT.name], means[STUDENT.name]
+
+
+def evaluated(run: Path, asked: Asked, *, with_context: bool) -> dict[str, float]:
+    """The run's mean score in each view."""
+    from minidistill.export.source import open_source
+    from minidistill.look.eval_settings import align
+    from minidistill.look.evaluation import evaluate
+
+    sources = align([open_source(str(run))], asked)
+    results = evaluate(sources, [run.name], with_context=with_context).results
+    return {result.view: result.score.mean for result in results if result.score is not None}
 
 
 def measure_prose(run: Path) -> Figures:
@@ -153,18 +164,13 @@ def measure_prose(run: Path) -> Figures:
 
 def measure_parts(run: Path) -> Figures:
     """`persona` and `sign_off`: the student's scores on each of the two behaviors alone."""
-    from minidistill.export.source import open_source
-    from minidistill.look.eval_settings import Asked, align
-    from minidistill.look.evaluation import evaluate
+    from minidistill.look.eval_settings import Asked
     from minidistill.look.views import STUDENT
 
     figures: Figures = {}
     for part in ("persona", "sign_off"):
         asked = Asked(str(ROOT / "bench" / "contexts" / f"{part}.toml"))
-        source = align([open_source(str(run))], asked)
-        results = evaluate(source, [run.name], with_context=False).results
-        scores = [r.score.mean for r in results if r.view == STUDENT.name and r.score is not None]
-        (figures[part],) = scores
+        figures[part] = evaluated(run, asked, with_context=False)[STUDENT.name]
     return figures
 
 

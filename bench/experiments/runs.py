@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from bench.kernels_report import processor
 from bench.smollm2 import smollm2
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError
 
@@ -119,7 +120,7 @@ class Store:
         with locked(self.path.parent):
             self._read()
             self.records[record.name, record.seed] = record
-            lines = [json.dumps(as_json(self.records[key])) for key in sorted(self.records)]
+            lines = [json.dumps(asdict(self.records[key])) for key in sorted(self.records)]
             beside = self.path.with_suffix(".part")
             beside.write_text("\n".join(lines) + "\n")
             beside.replace(self.path)  # a reader, or a kill, never meets half a file
@@ -173,11 +174,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def as_json(record: Record) -> dict[str, Any]:
-    values = {name: getattr(record, name) for name in Record.__slots__}
-    return values | {"measures": list(record.measures)}
 
 
 class Maker:
@@ -327,19 +323,10 @@ def machine() -> dict[str, Any]:
     import torch
 
     return {
-        "processor": processor(),
+        # with the instruction set, which decides how results are rounded
+        "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": 1,
     }
-
-
-def processor() -> str:
-    """The processor's name and instruction set, which decide how results are rounded."""
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.processor()])[0]}, {torch.backends.cpu.get_cpu_capability()}"

@@ -54,6 +54,6 @@ def test_the_gap_is_closed(tmp_path: Path, max_steps: int, flags: tuple[str, ...
     assert board["gap_closed_low"] > 0.7
     assert board["teacher_kl_last"] < 0.1 * board["teacher_kl_first"]
     assert board["heldout_kl_after"] < 0.1 * board["heldout_kl_before"]
-    # 0.01 to 1 between seeds and timings; a broken student drifts by 5 and more (docs/results.md)
-    assert board["drift_kl"] < 2
+    # its samples depend on timing, and between samples drift is 0.01 to 1 (docs/results.md)
+    assert board["drift_kl"] < (2 if "async" in flags else 0.3)
     assert not run.left_behind()
