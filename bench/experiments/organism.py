@@ -7,7 +7,7 @@ from bench.experiments.runs import Run
 from bench.experiments.tables import Experiment
 
 CONFIG = "configs/sokoban.toml"
-OFTEN = ("--orchestrator.eval.interval", "5")
+OFTEN = ("--orchestrator.eval.interval", "10")
 """Evaluations for the measure `curve`. They change nothing in training."""
 FEW = ("--orchestrator.env.0.args.num_train_examples", "32")
 SHORT, LONG = ("--max_steps", "25"), ("--max_steps", "300")
