@@ -52,7 +52,7 @@ def rate(lr: str, measures: tuple[str, ...] = ()) -> Run:
 
 def every_weight(lr: str) -> Run:
     flags = ("--no-trainer.model.lora", "--trainer.optim.lr", lr)
-    return pure(f"full-weights-{lr}", *flags, measures=FORGETTING)
+    return pure("every-weight", *flags, measures=FORGETTING)
 
 
 def reward(name: str, *flags: str, measures: tuple[str, ...]) -> Run:
@@ -92,8 +92,6 @@ RUNS = (
     context("shuffled"),
     context("novice"),
     context("cook"),
-    taus("placebo-half", "0.5", "1", "placebo"),
-    taus("placebo-double", "1", "0.5", "placebo"),
     taus("placebo-half-long", "0.5", "1", "placebo", *LONG),
     taus("placebo-double-long", "1", "0.5", "placebo", *LONG),
     taus("persona-half", "0.5", "1", "pure"),
@@ -105,8 +103,6 @@ RUNS = (
     rate("2e-4"),
     rate("5e-4"),
     rate("1e-2", measures=FORGETTING),
-    rate("3e-2"),
     every_weight("3e-4"),
-    every_weight("1e-3"),
 )
 ORGANISM = Experiment("organism", RUNS, TABLES)

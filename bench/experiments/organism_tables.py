@@ -193,9 +193,7 @@ CONTEXTS = Table(
 POWERS = (
     ("With the placebo in 300 steps", "placebo-half-long", 0.5),
     ("With the placebo in 300 steps", "placebo-double-long", 2.0),
-    ("With the placebo in 100 steps", "placebo-half", 0.5),
     ("With the placebo in 100 steps", "context-placebo", 1.0),
-    ("With the placebo in 100 steps", "placebo-double", 2.0),
     ("With the persona", "persona-half", 0.5),
     ("With the persona", "pure", 1.0),
     ("With the persona", "persona-double", 2.0),
@@ -206,9 +204,7 @@ TAUS = Table(
     (
         Row("placebo, 0.5 / 1, 300 steps", "placebo-half-long"),
         Row("placebo, 1 / 0.5, 300 steps", "placebo-double-long"),
-        Row("placebo, 0.5 / 1", "placebo-half"),
         Row("placebo, 1 / 1", "context-placebo"),
-        Row("placebo, 1 / 0.5", "placebo-double"),
         Row("persona, 0.5 / 1", "persona-half"),
         Row("persona, 1 / 1", "pure"),
         Row("persona, 1 / 0.5", "persona-double"),
@@ -253,9 +249,7 @@ RATES = Table(
         Row("LoRA, 5e-4", "lr-5e-4"),
         Row("LoRA, 2e-3", "pure"),
         Row("LoRA, 1e-2", "lr-1e-2"),
-        Row("LoRA, 3e-2", "lr-3e-2"),
-        Row("every weight, 3e-4", "full-weights-3e-4"),
-        Row("every weight, 1e-3", "full-weights-1e-3"),
+        Row("every weight, 3e-4", "every-weight"),
     ),
     USUAL,
     (
@@ -263,10 +257,10 @@ RATES = Table(
         Higher("2e-3 closes more than 1e-2.", "pure", "lr-1e-2"),
         Higher(
             "LoRA closes as much as every weight (3e-4), within two points.",
-            "pure", "full-weights-3e-4", margin=AS_WELL,
+            "pure", "every-weight", margin=AS_WELL,
         ),
         Higher(
-            "LoRA drifts less than every weight (3e-4).", "full-weights-3e-4", "pure", "drift_kl"
+            "LoRA drifts less than every weight (3e-4).", "every-weight", "pure", "drift_kl"
         ),
     ),
 )  # fmt: skip
@@ -341,8 +335,7 @@ FORGETTING = Table(
         Row("off-policy", "off-policy"),
         Row("SFT", "sft"),
         Row("teacher alone, lr 1e-2", "lr-1e-2"),
-        Row("teacher alone, every weight (3e-4)", "full-weights-3e-4"),
-        Row("teacher alone, every weight (1e-3)", "full-weights-1e-3"),
+        Row("teacher alone, every weight (3e-4)", "every-weight"),
     ),
     (STUDENT, ADDED_BACK, WITH_CONTEXT, SAME, DRIFT),
     (
