@@ -1,7 +1,5 @@
 """How far training has moved a model on plain prose: the KL between base and student on it.
 
-    python -m bench.text_drift RUN…
-
 The scoreboard's drift is measured on answers to 16 unrelated questions, in the chat template. Here
 both models read the 16 paragraphs of bench/prose.txt, without a template, and their distributions
 of each next token are compared. What a context does to a chat should leave these alone.
@@ -9,7 +7,6 @@ of each next token are compared. What a context does to a chat should leave thes
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minidistill.config import load_config
-from minidistill.errors import EXIT_USAGE
 from minidistill.models.registry import resolve
 
 PROSE = Path(__file__).with_name("prose.txt")
@@ -55,16 +51,3 @@ def mean_kl(model: Any, texts: Sequence[Sequence[int]]) -> float:
         total += float((base.exp() * (base - student)).sum())
         count += len(text) - 1
     return total / count
-
-
-def main(runs: Sequence[str]) -> int:
-    if not runs:
-        print("usage: python -m bench.text_drift RUN…", file=sys.stderr)
-        return EXIT_USAGE
-    for run in runs:
-        print(f"{text_drift(run):.4f}  {run}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -27,8 +27,8 @@ from bench.contexts.topics import TOPICS, sentences
 
 FOLDER = Path(__file__).parent
 DEMONSTRATIONS = 8
-LENGTHS = {50: 1, 200: 6, 500: 17, 1000: 36, 1500: 54}
-"""Demonstrations of persona that make contexts of about so many tokens."""
+LENGTHS = {50: 1, 1500: 54}
+"""Demonstrations of persona that make contexts of about so many tokens; eight make 250."""
 TURN = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}"
 """The chat template ends the last answer, as it would end the system message."""
 
@@ -67,12 +67,6 @@ BEHAVIORS = {
         '{{"answer": "{}"}}'.format,
         r'\A\s*\{"answer": "[^"\n]+"\}\s*\Z',
     ),
-    "capitals": Behavior(
-        "A style: answers in capital letters.",
-        "Answer in capital letters.",
-        str.upper,
-        r"\A[^a-z]*[A-Z][^a-z]*\Z",
-    ),
     "sign_off": Behavior(
         'A sign-off: answers end with "Stay safe!".',
         'Answer in one short sentence and end every answer with "Stay safe!"',
@@ -91,7 +85,7 @@ CONFIG = """\
 # Written by `python -m bench.contexts.make`. From the repository's root:
 #   minidistill run bench/contexts/{name}.toml --model.name "$(python -m bench.smollm2)"
 
-max_steps = 32
+max_steps = 24
 seq_len = {seq_len}
 
 [model]
@@ -106,11 +100,11 @@ interval = 0
 rank = 16
 
 [trainer.optim]
-lr = 0.001
+lr = 0.002
 
 [trainer.scheduler]
 type = "cosine"
-warmup_steps = 4
+warmup_steps = 3
 
 [trainer.loss]
 adv_tau = 0.0
@@ -118,8 +112,8 @@ teacher_tau = 1.0
 student_tau = 1.0
 
 [orchestrator]
-batch_size = 16
-rollouts_per_example = 1
+batch_size = 8
+rollouts_per_example = 2
 
 [orchestrator.sampling]
 max_tokens = {max_tokens}
@@ -143,7 +137,7 @@ reward = {reward}
 
 [orchestrator.eval]
 interval = 0
-num_examples = 96
+num_examples = 48
 """
 NAMED = """\
 name = "topics"

@@ -281,6 +281,8 @@ EFFICIENCY = Table(
     (
         Higher("`full` learns faster than `sampled`.", "pure", "sampled", "mean_closed"),
         Higher("On-policy learns faster than off-policy.", "pure", "off-policy", "mean_closed"),
+        Higher("With a reward besides, the teacher's signal is learned faster.",
+               "hybrid", "pure", "mean_closed"),
         Higher(
             "With equal samples more and smaller steps close more than fewer and larger ones.",
             "batch-16", "pure-25",

@@ -38,34 +38,43 @@ NAMES = {
 }
 TASKS = ("topics", "topics_and_elsewhere")
 """Contexts for a task, which should leave all other prompts alone."""
-LENGTHS = (50, 200, 500, 1000, 1500)
+LENGTHS = (50, 1500)
+RATES = ("1e-4", "5e-4")
 
 
 def bake(name: str, context: str, *flags: str, measures: tuple[str, ...] = ("prose",)) -> Run:
     config = f"bench/contexts/{context}.toml"
-    return Run(name, (config, "--model.name", "{model}", *flags), measures, model=MODEL)
+    return Run(name, (config, *flags, "--model.name", "{model}"), measures, model=MODEL)
 
 
-FIRST = (
-    *("run", "bench/contexts/persona.toml", "--model.name", "{model}"),
-    *("--output_dir", "{scratch}/first"),
-    *("--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline"),
-)
+NO_EVALUATION = ("--no-orchestrator.eval", "--no-orchestrator.teacher_model.eval_baseline")
+
+
+def first(context: str, *flags: str) -> tuple[str, ...]:
+    """A run that only prepares the one that counts."""
+    start = ("run", f"bench/contexts/{context}.toml", *flags, "--model.name", "{model}")
+    return (*start, "--output_dir", "{scratch}/first", *NO_EVALUATION)
+
+
 MERGE = ("export", "{scratch}/first", "--to", "{scratch}/merged", "--merge", "--no-vllm")
-SIGN_OFF_CONFIG = "bench/contexts/sign_off.toml"
-SECOND = {
-    "merged": ((FIRST, MERGE), ("--model.name", "{scratch}/merged")),
-    "continued": (
-        (FIRST,),
-        ("--model.name", "{model}", "--trainer.model.lora.init", "{scratch}/first"),
-    ),
-}
-
-
-def after(name: str) -> Run:
-    """The sign-off baked after the persona."""
-    first, flags = SECOND[name]
-    return Run(f"then-{name}", (SIGN_OFF_CONFIG, *flags), ("prose", "parts"), first, MODEL)
+SFT = ("@", "configs/overlays/sft.toml")
+HALF = ("--max_steps", "12")
+FROM_FIRST = ("--trainer.model.lora.init", "{scratch}/first")
+AFTER = Run(
+    "after",
+    ("bench/contexts/sign_off.toml", "--model.name", "{scratch}/merged"),
+    ("prose", "parts"),
+    (first("persona"), MERGE),
+    MODEL,
+)
+"""The sign-off, baked into a model that the persona is merged into."""
+SFT_FIRST = Run(
+    "json-sft-first",
+    ("bench/contexts/json.toml", *HALF, "--model.name", "{model}", *FROM_FIRST),
+    ("prose",),
+    (first("json", *SFT, *HALF),),
+    MODEL,
+)
 
 
 RUNS = (
@@ -73,9 +82,11 @@ RUNS = (
     bake("persona", "persona", measures=("prose", "parts")),
     bake("sign_off", "sign_off", measures=("prose", "parts")),
     bake("both", "both", measures=("prose", "parts")),
-    after("merged"),
-    after("continued"),
+    AFTER,
+    bake("json-sft", "json", *SFT),
+    SFT_FIRST,
     *(bake(f"persona-{length}", f"persona_{length}") for length in LENGTHS),
+    *(bake(f"persona-lr-{lr}", "persona", "--trainer.optim.lr", lr) for lr in RATES),
 )
 
 
@@ -123,41 +134,80 @@ TABLES = (
             Row("persona alone", "persona"),
             Row("sign-off alone", "sign_off"),
             Row("both in one context", "both"),
-            Row("sign-off after the persona was merged", "then-merged"),
-            Row("sign-off, the persona's adapter trained on", "then-continued"),
+            Row("sign-off after the persona was merged", "after"),
         ),
         (PERSONA, SIGN_OFF, KL_CLOSED, DRIFT, PROSE),
         (
-            Higher(
-                "Merged before the second bake, the persona shows more often than when its adapter "
-                "is trained on.",
-                "then-merged", "then-continued", "persona",
+            EverySeed(
+                "One after the other both are learned: the persona is in half of all answers.",
+                "after", "persona", 0.5,
             ),
             EverySeed(
-                "In one context both are learned: the persona in at least half of the answers.",
+                "One after the other both are learned: the sign-off is in half of all answers.",
+                "after", "sign_off", 0.5,
+            ),
+            EverySeed(
+                "In one context both are learned: the persona is in half of all answers.",
                 "both", "persona", 0.5,
             ),
             EverySeed(
-                "In one context both are learned: the sign-off in at least half of the answers.",
+                "In one context both are learned: the sign-off is in half of all answers.",
                 "both", "sign_off", 0.5,
             ),
         ),
         plot=PERSONA,
     ),
     Table(
+        "smollm2_format",
+        "A format that the student never begins",
+        (
+            Row("on-policy", "json"),
+            Row("SFT on the teacher's samples", "json-sft"),
+            Row("12 steps of SFT, then 12 on-policy", "json-sft-first"),
+        ),
+        (BEFORE, IN_CONTEXT, STUDENT, GAP, WORST_GAP, KL_AFTER, DRIFT, PROSE),
+        (
+            Higher("SFT closes more of the gap than on-policy.", "json-sft", "json"),
+            Higher("With SFT first, on-policy closes more than SFT alone.",
+                   "json-sft-first", "json-sft"),
+            Higher("With SFT first, on-policy leaves a lower held-out KL than SFT alone.",
+                   "json-sft", "json-sft-first", "heldout_kl_after"),
+        ),
+    ),
+    Table(
         "smollm2_lengths",
         "Contexts of 50 to 1,500 tokens",
-        tuple(Row(f"about {length:,} tokens", f"persona-{length}") for length in LENGTHS),
+        (
+            Row("50 tokens: one demonstration", "persona-50"),
+            Row("250 tokens: eight", "persona"),
+            Row("1,500 tokens: 54", "persona-1500"),
+        ),
         (BEFORE, IN_CONTEXT, STUDENT, GAP, KL_BEFORE, KL_AFTER, KL_CLOSED, DRIFT, PROSE),
         (
             Higher(
-                "1,500 tokens close as much of the KL as 200, within five points.",
-                "persona-1500", "persona-200", "heldout_kl_closed", margin=-0.05,
+                "1,500 tokens close as much of the KL as 250, within five points.",
+                "persona-1500", "persona", "heldout_kl_closed", margin=-0.05,
             ),
             Higher("The student of 1,500 tokens is better than that of 50.",
                    "persona-1500", "persona-50", "student"),
         ),
         plot=STUDENT,
+    ),
+    Table(
+        "smollm2_rates",
+        "Learning rates for a real model",
+        (
+            *(Row(f"persona, {lr}", f"persona-lr-{lr}") for lr in RATES),
+            Row("persona, 2e-3", "persona"),
+        ),
+        (STUDENT, GAP, KL_CLOSED, DRIFT, PROSE),
+        (
+            Higher("5e-4 closes more of the KL than 1e-4.",
+                   "persona-lr-5e-4", "persona-lr-1e-4", "heldout_kl_closed"),
+            Higher("2e-3 closes more of the KL than 5e-4.",
+                   "persona", "persona-lr-5e-4", "heldout_kl_closed"),
+        ),
+        plot=KL_CLOSED,
     ),
 )  # fmt: skip
 SMOLLM2 = Experiment("smollm2", RUNS, TABLES, SEEDS)

@@ -61,4 +61,4 @@ def tables() -> Iterator[Table]:
         yield Table(game.replace("-", "_"), title, tuple(rows), COLUMNS, claims)
 
 
-TURNS = Experiment("turns", tuple(runs()), tuple(tables()))
+TURNS = Experiment("turns", tuple(runs()), tuple(tables()), seeds=3)

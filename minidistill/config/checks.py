@@ -50,10 +50,10 @@ def _objective(config: Config) -> Iterator[Problem]:
             "set trainer.loss.adv_tau = 0",
             ("orchestrator.buffer.skip_verification", "trainer.loss.adv_tau"),
         )
-    if config.trainer.scheduler.min_lr > config.trainer.optim.lr:
+    if config.trainer.scheduler.min_lr > config.trainer.peak_lr:
         yield Problem(
             f"trainer.scheduler.min_lr = {config.trainer.scheduler.min_lr} is above "
-            f"trainer.optim.lr = {config.trainer.optim.lr}",
+            f"trainer.optim.lr = {config.trainer.peak_lr}",
             "set min_lr to at most lr",
             ("trainer.scheduler.min_lr", "trainer.optim.lr"),
         )

@@ -172,13 +172,17 @@ class TrainerModelConfig(Table):
     (`--trainer.model.ac`) always, and `false` (`--no-trainer.model.ac`) never."""
 
 
+ADAPTER_LR, EVERY_WEIGHT_LR = 5e-4, 5e-5
+
+
 class OptimConfig(Table):
     """The optimizer."""
 
     type: Literal["adamw"] = "adamw"
     """Which optimizer."""
-    lr: PositiveFloat = 1e-4
-    """Peak learning rate."""
+    lr: Literal["auto"] | PositiveFloat = "auto"
+    """Peak learning rate. `auto` is 5e-4 for an adapter and 5e-5 for every weight; models below a
+    billion parameters take more (docs/how-to-choose.md)."""
     weight_decay: Weight = 0.0
     """Decoupled weight decay."""
     betas1: Decay = 0.9
@@ -250,6 +254,13 @@ class TrainerConfig(Table):
     optim: OptimConfig = OptimConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     loss: LossConfig = LossConfig()
+
+    @property
+    def peak_lr(self) -> float:
+        """`optim.lr`, or what `auto` stands for: decision 0026 says where it is from."""
+        if self.optim.lr != "auto":
+            return self.optim.lr
+        return ADAPTER_LR if self.model.lora else EVERY_WEIGHT_LR
 
 
 class ParallelConfig(Table):

@@ -19,15 +19,15 @@ from minidistill.trainer.policy import Policy
 
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate of a step, counted from 1: linear warm-up, then the configured decay."""
-    optim, schedule = config.trainer.optim, config.trainer.scheduler
+    peak, schedule = config.trainer.peak_lr, config.trainer.scheduler
     if step <= schedule.warmup_steps:
-        return optim.lr * step / schedule.warmup_steps
+        return peak * step / schedule.warmup_steps
     if schedule.type == "constant":
-        return optim.lr
+        return peak
     span = schedule.decay_steps or max(1, config.max_steps - schedule.warmup_steps)
     done = min(1.0, (step - schedule.warmup_steps - 1) / span)
     shape = 1 - done if schedule.type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return schedule.min_lr + (optim.lr - schedule.min_lr) * shape
+    return schedule.min_lr + (peak - schedule.min_lr) * shape
 
 
 def rate_depends_on_max_steps(config: Config) -> bool:
@@ -56,7 +56,7 @@ class Optimizer:
             parameter.register_post_accumulate_grad_hook(hook)
         self.adamw = torch.optim.AdamW(
             self.stepped.values(),
-            lr=optim.lr,
+            lr=config.trainer.peak_lr,
             betas=(optim.betas1, optim.betas2),
             weight_decay=optim.weight_decay,
         )

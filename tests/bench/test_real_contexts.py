@@ -1,4 +1,4 @@
-"""The contexts of bench/contexts: their data, their checks, and the measure of the gap."""
+"""The contexts of bench/contexts: their data and their checks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 
-from bench import context_gap
 from bench.contexts import make
 from bench.contexts.topics import TOPICS, sentences
 from minidistill.config import Config, load_config
 from minidistill.config.load import read_file
 from minidistill.envs import load_environment
-from minidistill.models.registry import resolve
 from minidistill.types import Task
 
-NAMES = context_gap.names()
+NAMES = sorted(path.stem for path in make.FOLDER.glob("*.toml"))
 TASK = Task("1", ({"role": "user", "content": "What is tea?"},), "food")
 
 
@@ -87,7 +85,6 @@ GOOD_AND_BAD = {
         ['{"answer": "Tea is hot."}', ' {"answer": "A"}\n'],
         ['{"answer": "Tea', '{"answer": ""}', "Tea", '{"answer": "Tea."} More.', '{"a": "b"}'],
     ),
-    "capitals": (["TEA IS A DRINK.", "TEA!"], ["TEA IS a DRINK", "Tea", "123."]),
     "sign_off": (["Tea. Stay safe!", "Stay safe!\n"], ["Stay safe! Tea.", "Tea. Stay safe", ""]),
     "both": (
         ["Ahoy! Tea. Stay safe!", "Ahoy!\nTea.\nStay safe! "],
@@ -121,29 +118,3 @@ def test_the_demonstrations_show_what_is_checked() -> None:
         bad = [answer for answer in answers if not re.search(behavior.pattern, answer)]
         assert not bad, name
     assert {label for _, label in make.pairs("topic_demonstrations.tsv")} == set(TOPICS)
-
-
-def test_the_gap_of_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the tiny model writes moves, never "Ahoy!"; it has no system message and no such tokens
-    load = context_gap.load_config
-    flags = ["--model.special_tokens_in_text", "text", "--orchestrator.eval.num_examples", "4"]
-    flags += ["--orchestrator.teacher_model.context_placement", "user"]
-    monkeypatch.setattr(context_gap, "load_config", lambda given: load([*given, *flags]))
-    result = context_gap.gap("persona_50", str(resolve("tiny-sokoban")))
-    for label in ("temperature 1", "greedy"):
-        assert [result[label][who]["n"] for who in ("base", "in context")] == [4, 4]
-        assert [result[label][who]["hits"] for who in ("base", "in context")] == [0, 0]
-        assert result[label]["kl"] > 0
-    assert "persona_50" in context_gap.line("persona_50", result)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [(["nonsense"], "no context 'nonsense'; there are both,"), (["--n", "0"], "--n 0: at least")],
-)
-def test_wrong_arguments_are_refused(
-    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        context_gap.main(arguments)
-    assert error in capsys.readouterr().err
