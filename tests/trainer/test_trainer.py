@@ -234,3 +234,12 @@ def test_learning_rates(configure: Configure) -> None:
     ).config  # fmt: skip
     rates = [learning_rate(linear, step) for step in (1, 2, 3, 4, 5, 50)]
     assert rates == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02, 0.02])
+
+
+@pytest.mark.parametrize(("flags", "rate"), [((), 5e-4), (("--no-trainer.model.lora",), 5e-5)])
+def test_the_automatic_learning_rate_depends_on_what_is_trained(
+    flags: tuple[str, ...], rate: float, configure: Configure
+) -> None:
+    warm_up = ("--trainer.scheduler.warmup_steps", "2", "--trainer.optim.lr", "auto")
+    config = configure(*warm_up, *flags).config
+    assert [learning_rate(config, step) for step in (1, 2, 3)] == [rate / 2, rate, rate]
