@@ -85,7 +85,7 @@ CONFIG = """\
 # Written by `python -m bench.contexts.make`. From the repository's root:
 #   minidistill run bench/contexts/{name}.toml --model.name "$(python -m bench.smollm2)"
 
-max_steps = 24
+max_steps = 28
 seq_len = {seq_len}
 
 [model]

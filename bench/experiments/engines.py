@@ -10,7 +10,7 @@ from bench.experiments.smollm2 import MODEL
 from bench.experiments.tables import USUAL, Experiment, Row, Table
 
 SAMPLED = ("--trainer.loss.estimator", "sampled")
-SHORT = ("--max_steps", "12", "--orchestrator.eval.num_examples", "32")
+SHORT = ("--max_steps", "14", "--orchestrator.eval.num_examples", "32")
 ENGINES = {"embedded": "the trainer's model", "vllm": "vLLM"}
 SUBJECTS = {
     "sokoban": ("Sokoban", "configs/sokoban.toml", "@", "configs/overlays/pure.toml"),

@@ -95,7 +95,6 @@ RUNS = (
     taus("placebo-half-long", "0.5", "1", "placebo", *LONG),
     taus("placebo-double-long", "1", "0.5", "placebo", *LONG),
     taus("persona-half", "0.5", "1", "pure"),
-    taus("persona-double", "1", "0.5", "pure"),
     adapter("rank-1", 1),
     adapter("rank-4", 4),
     adapter("rank-64", 64),

@@ -196,7 +196,6 @@ POWERS = (
     ("With the placebo in 100 steps", "context-placebo", 1.0),
     ("With the persona", "persona-half", 0.5),
     ("With the persona", "pure", 1.0),
-    ("With the persona", "persona-double", 2.0),
 )
 TAUS = Table(
     "taus",
@@ -207,7 +206,6 @@ TAUS = Table(
         Row("placebo, 1 / 1", "context-placebo"),
         Row("persona, 0.5 / 1", "persona-half"),
         Row("persona, 1 / 1", "pure"),
-        Row("persona, 1 / 0.5", "persona-double"),
     ),
     (POWER, OPEN_POWER, OPEN_TOKENS, POWER_KL, PREDICTED_KL, STUDENT),
     tuple(

@@ -34,7 +34,6 @@ NAMES = {
     "json": "format: a JSON object with one key",
     "topics": "classification: one of four topics",
     "topics_and_elsewhere": "classification, half of each step on other prompts",
-    "sign_off": "sign-off: answers end with “Stay safe!”",
 }
 TASKS = ("topics", "topics_and_elsewhere")
 """Contexts for a task, which should leave all other prompts alone."""
@@ -58,7 +57,7 @@ def first(context: str, *flags: str) -> tuple[str, ...]:
 
 MERGE = ("export", "{scratch}/first", "--to", "{scratch}/merged", "--merge", "--no-vllm")
 SFT = ("@", "configs/overlays/sft.toml")
-HALF = ("--max_steps", "12")
+HALF = ("--max_steps", "14")
 FROM_FIRST = ("--trainer.model.lora.init", "{scratch}/first")
 AFTER = Run(
     "after",
@@ -78,9 +77,8 @@ SFT_FIRST = Run(
 
 
 RUNS = (
-    *(bake(name, name) for name in NAMES if name not in ("persona", "sign_off")),
+    *(bake(name, name) for name in NAMES if name != "persona"),
     bake("persona", "persona", measures=("prose", "parts")),
-    bake("sign_off", "sign_off", measures=("prose", "parts")),
     bake("both", "both", measures=("prose", "parts")),
     AFTER,
     bake("json-sft", "json", *SFT),
@@ -132,7 +130,6 @@ TABLES = (
         "Two contexts",
         (
             Row("persona alone", "persona"),
-            Row("sign-off alone", "sign_off"),
             Row("both in one context", "both"),
             Row("sign-off after the persona was merged", "after"),
         ),
@@ -163,7 +160,7 @@ TABLES = (
         (
             Row("on-policy", "json"),
             Row("SFT on the teacher's samples", "json-sft"),
-            Row("12 steps of SFT, then 12 on-policy", "json-sft-first"),
+            Row("14 steps of SFT, then 14 on-policy", "json-sft-first"),
         ),
         (STUDENT, KL_AFTER, DRIFT, PROSE),
         (
