@@ -100,7 +100,7 @@ interval = 0
 rank = 16
 
 [trainer.optim]
-lr = 0.002
+lr = {lr}
 
 [trainer.scheduler]
 type = "cosine"
@@ -112,7 +112,7 @@ teacher_tau = 1.0
 student_tau = 1.0
 
 [orchestrator]
-batch_size = 8
+batch_size = {batch_size}
 rollouts_per_example = 2
 
 [orchestrator.sampling]
@@ -153,7 +153,7 @@ args = { path = "topics_train.jsonl", eval_path = "topics_held_out.jsonl", rewar
 [[orchestrator.env]]
 id = "jsonl"
 name = "elsewhere"
-weight = 1.0
+weight = 3.0
 context = ""
 args = { path = "model_prompts.jsonl", num_eval_examples = 8 }
 """
@@ -190,6 +190,8 @@ def behavior_config(name: str, behavior: Behavior, shown: int, title: str = "") 
         name=name,
         seq_len=256 + 256 * (1 + 30 * shown // 256),
         max_tokens=behavior.max_tokens,
+        lr=2e-3,
+        batch_size=8,
         context=context(behavior.instruction, turns),
         named="",
         train="model_prompts.jsonl",
@@ -198,13 +200,15 @@ def behavior_config(name: str, behavior: Behavior, shown: int, title: str = "") 
     )
 
 
-def topics_config(name: str, title: str, named: str = "") -> str:
+def topics_config(name: str, title: str, batch_size: int = 8, named: str = "") -> str:
     """The configuration of the classification."""
     return CONFIG.format(
         title=title,
         name=name,
         seq_len=768,
         max_tokens=4,
+        lr=1e-3,  # with more, other prompts change with it
+        batch_size=batch_size,
         # an instruction that lists the topics made the model worse
         context=context("", pairs("topic_demonstrations.tsv")),
         named=named,
@@ -227,9 +231,9 @@ def files() -> dict[str, str]:
         made[f"{name}.toml"] = behavior_config(name, BEHAVIORS["persona"], shown, title)
     title = "Classification: the answer is the topic of the message, one of four."
     made["topics.toml"] = topics_config("topics", title)
-    title = "Classification, and half of each step on prompts that are to stay as they are."
+    title = "Classification, and most of each step on prompts that are to stay as they are."
     name = "topics_and_elsewhere"
-    made[f"{name}.toml"] = topics_config(name, title, NAMED) + ELSEWHERE
+    made[f"{name}.toml"] = topics_config(name, title, 16, NAMED) + ELSEWHERE
     made["checks/valid_topic.toml"] = VALID_TOPIC.format(topics="|".join(TOPICS))
     train = [(topic, text) for topic in TOPICS for text in sentences(topic)]
     made["topics_train.jsonl"] = rows(train)

@@ -33,7 +33,7 @@ NAMES = {
     "brevity": "brevity: one line of at most 12 words",
     "json": "format: a JSON object with one key",
     "topics": "classification: one of four topics",
-    "topics_and_elsewhere": "classification, half of each step on other prompts",
+    "topics_and_elsewhere": "classification, 3/4 of each larger step on other prompts",
 }
 TASKS = ("topics", "topics_and_elsewhere")
 """Contexts for a task, which should leave all other prompts alone."""
