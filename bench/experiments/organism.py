@@ -12,10 +12,8 @@ OFTEN = ("--orchestrator.eval.interval", "10")
 FEW = ("--orchestrator.env.0.args.num_train_examples", "32")
 SHORT, LONG = ("--max_steps", "25"), ("--max_steps", "300")
 CURVE, FORGETTING, FIXED = ("curve",), ("forgetting",), ("fixed_point",)
-LONG_REWARD = (
-    *("--max_steps", "200", "--orchestrator.rollouts_per_example", "16"),
-    *("--health.no_gradient", "warn"),  # a step without a success has none
-)
+NO_STOP = ("--health.no_gradient", "warn")  # steps without a success have none
+LONG_REWARD = ("--max_steps", "200", "--orchestrator.rollouts_per_example", "16", *NO_STOP)
 BOARDS = ("larger_boards",)
 
 
@@ -70,7 +68,7 @@ def taus(name: str, teacher_tau: str, student_tau: str, overlay: str, *flags: st
 RUNS = (
     Run("hybrid", (CONFIG, *OFTEN), CURVE + FORGETTING),
     pure("pure", *OFTEN, measures=CURVE + FORGETTING + FIXED + BOARDS),
-    reward("reward", measures=FORGETTING),
+    reward("reward", *NO_STOP, measures=FORGETTING),
     reward("reward-long", *LONG_REWARD, "--orchestrator.eval.interval", "20", measures=CURVE),
     run("off-policy", "off-policy", *OFTEN, measures=CURVE + FORGETTING + BOARDS),
     run("sft", "sft", *OFTEN, measures=CURVE + FORGETTING),
