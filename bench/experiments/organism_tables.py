@@ -251,7 +251,7 @@ RATES = Table(
     ),
     USUAL,
     (
-        Higher("2e-3 closes more than 2e-4, the usual rate of large models.", "pure", "lr-2e-4"),
+        Higher("2e-3 closes more than 2e-4.", "pure", "lr-2e-4"),
         Higher("2e-3 closes more than 1e-2.", "pure", "lr-1e-2"),
         Higher(
             "LoRA closes as much as every weight (3e-4), within two points.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minidistill.baking.context import FLAG as CONTEXT
 from minidistill.baking.prompts import FLAG as PROMPTS
@@ -32,7 +32,7 @@ class Defaults:
     """Rollouts of a step."""
     max_tokens: int
     """Of a completion."""
-    lr: float
+    lr: float | Literal["auto"]
     rank: int
     prompts: int
     """That the model writes."""
@@ -64,7 +64,7 @@ GPU = Defaults(
     steps=100,
     batch_size=64,
     max_tokens=256,
-    lr=5e-4,
+    lr="auto",
     rank=16,
     prompts=1000,
     prompt_tokens=128,

@@ -56,7 +56,8 @@ class TeacherConfig(Table):
     """Evaluate student and teacher before training; needs `[orchestrator.eval]`."""
     update: Literal["frozen", "live", "ema"] = "frozen"
     """The teacher's weights: the base model's, the student's, or a moving average of the latter.
-    `frozen` closed most of the gap (docs/how-to-choose.md)."""
+    `live` lost the context's effect, and no average did better than `frozen`
+    (docs/how-to-choose.md)."""
     ema_decay: Fraction = 0.99
     """Decay of the moving average with `update = "ema"`. 0.9 closed less of the gap."""
 
