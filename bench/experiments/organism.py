@@ -15,6 +15,7 @@ CURVE, FORGETTING, FIXED = ("curve",), ("forgetting",), ("fixed_point",)
 NO_STOP = ("--health.no_gradient", "warn")  # steps without a success have none
 LONG_REWARD = ("--max_steps", "200", "--orchestrator.rollouts_per_example", "16", *NO_STOP)
 BOARDS = ("larger_boards",)
+EVERY_WEIGHT = ("--no-trainer.model.lora", "--trainer.optim.lr", "3e-4")
 
 
 def run(name: str, overlay: str, *flags: str, measures: tuple[str, ...] = ()) -> Run:
@@ -46,11 +47,6 @@ def adapter(name: str, rank: int, *flags: str) -> Run:
 
 def rate(lr: str, measures: tuple[str, ...] = ()) -> Run:
     return pure(f"lr-{lr}", "--trainer.optim.lr", lr, measures=measures)
-
-
-def every_weight(lr: str) -> Run:
-    flags = ("--no-trainer.model.lora", "--trainer.optim.lr", lr)
-    return pure("every-weight", *flags, measures=FORGETTING)
 
 
 def reward(name: str, *flags: str, measures: tuple[str, ...]) -> Run:
@@ -100,6 +96,6 @@ RUNS = (
     rate("2e-4"),
     rate("5e-4"),
     rate("1e-2", measures=FORGETTING),
-    every_weight("3e-4"),
+    pure("every-weight", *EVERY_WEIGHT, measures=FORGETTING),
 )
 ORGANISM = Experiment("organism", RUNS, TABLES)
