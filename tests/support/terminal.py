@@ -61,6 +61,16 @@ class Terminal:
         found, self.output = self.output[:end], self.output[end:]
         return found
 
+    def send_until(self, keys: bytes, text: str) -> str:
+        """Press these keys again each second until it writes `text`, and return as `read_until`."""
+        deadline = time.monotonic() + SECONDS
+        while text not in self.output and time.monotonic() < deadline:
+            self.send(keys)
+            again = time.monotonic() + 1.0
+            while text not in self.output and time.monotonic() < again:
+                self._read()
+        return self.read_until(text)
+
     def wait(self) -> int:
         """The exit code; `output` has the rest of what was written."""
         deadline = time.monotonic() + SECONDS
