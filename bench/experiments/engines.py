@@ -7,7 +7,18 @@ from collections.abc import Iterator
 from bench.experiments.claims import Alike, Claim
 from bench.experiments.runs import Run
 from bench.experiments.smollm2 import MODEL
-from bench.experiments.tables import USUAL, Experiment, Row, Table
+from bench.experiments.tables import (
+    BEFORE,
+    DRIFT,
+    GAP,
+    IN_CONTEXT,
+    KL_AFTER,
+    KL_CLOSED,
+    STUDENT,
+    Experiment,
+    Row,
+    Table,
+)
 
 SAMPLED = ("--trainer.loss.estimator", "sampled")
 SHORT = ("--max_steps", "14", "--orchestrator.eval.num_examples", "32")
@@ -39,10 +50,11 @@ def claims() -> Iterator[Claim]:
         )  # fmt: skip
 
 
+COLUMNS = (BEFORE, IN_CONTEXT, STUDENT, GAP, KL_AFTER, KL_CLOSED, DRIFT)
 ROWS = tuple(
     Row(f"{title}, {name}", f"{subject}-{engine}")
     for subject, (title, *_) in SUBJECTS.items()
     for engine, name in ENGINES.items()
 )
-TABLE = Table("engines", "Two engines", ROWS, USUAL, tuple(claims()))
+TABLE = Table("engines", "Two engines", ROWS, COLUMNS, tuple(claims()), KL_CLOSED)
 ENGINES_AGREE = Experiment("engines", tuple(runs()), (TABLE,), seeds=1)

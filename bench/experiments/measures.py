@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.experiments import fixed_point
-from bench.experiments.logprobs import both_views, loaded
+from bench.experiments.logprobs import both_views, held_out, loaded
 from bench.experiments.runs import ROOT
 
 if TYPE_CHECKING:
     from minidistill.look.eval_settings import Asked
 
-Figures = dict[str, float | None]
+Figures = dict[str, Any]
+"""Numbers, or None where there is none; `answers` alone is text."""
 OPEN = 0.1
 """Nats. Where the teacher's entropy is lower, one token has nearly all of its probability, and any
 power of it looks the same."""
@@ -33,6 +34,8 @@ LEVELS: Mapping[str, Mapping[str, int]] = {
 }
 """tiny-sokoban has seen interiors of 4 x 4 (6 x 6 with the walls) with one box, and solutions of
 two to six moves."""
+ANSWERED = 2
+"""Held-out prompts whose answers are kept."""
 LEVEL_COUNT = 256
 LEVEL_TOKENS = 16  # seven moves, the two tags and the end, and a few that are not needed
 
@@ -174,6 +177,27 @@ def measure_parts(run: Path) -> Figures:
     return figures
 
 
+def measure_answers(run: Path) -> Figures:
+    """`answers`: what the base, the base in context and the student answer greedily to the first
+    held-out prompts."""
+    from minidistill.types import Request, Role, SamplingParams
+
+    model = loaded(run)
+    prompts = held_out(model, ANSWERED)
+    greedy = SamplingParams(model.config.orchestrator.sampling.max_tokens, 0.0)
+    views = {
+        "base": (Role.BASE, [prompt.student_ids for prompt in prompts]),
+        "in_context": (Role.BASE, [prompt.teacher_ids for prompt in prompts]),
+        "student": (Role.STUDENT, [prompt.student_ids for prompt in prompts]),
+    }
+    kept = [{"prompt": str(prompt.task.messages[-1]["content"])} for prompt in prompts]
+    for view, (role, ids) in views.items():
+        answers = model.engine.generate([Request(row, 0) for row in ids], greedy, role)
+        for texts, answer in zip(kept, answers, strict=True):
+            texts[view] = model.builder.decode(answer.token_ids)
+    return {"answers": kept}
+
+
 MEASURES: Mapping[str, Callable[[Path], Figures]] = {
     "fixed_point": measure_fixed_point,
     "curve": measure_curve,
@@ -181,6 +205,7 @@ MEASURES: Mapping[str, Callable[[Path], Figures]] = {
     "larger_boards": measure_larger_boards,
     "prose": measure_prose,
     "parts": measure_parts,
+    "answers": measure_answers,
 }
 
 

@@ -10,7 +10,8 @@ CONFIG = "configs/sokoban.toml"
 OFTEN = ("--orchestrator.eval.interval", "10")
 """Evaluations for the measure `curve`. They change nothing in training."""
 FEW = ("--orchestrator.env.0.args.num_train_examples", "32")
-SHORT, LONG = ("--max_steps", "25"), ("--max_steps", "300")
+SHORT = ("--max_steps", "25", "--trainer.scheduler.warmup_steps", "3")
+LONG = ("--max_steps", "300")
 CURVE, FORGETTING, FIXED = ("curve",), ("forgetting",), ("fixed_point",)
 NO_STOP = ("--health.no_gradient", "warn")  # steps without a success have none
 LONG_REWARD = ("--max_steps", "200", "--orchestrator.rollouts_per_example", "16", *NO_STOP)

@@ -33,15 +33,18 @@ NAMES = {
     "brevity": "brevity: one line of at most 12 words",
     "json": "format: a JSON object with one key",
     "topics": "classification: one of four topics",
-    "topics_and_elsewhere": "classification, 3/4 of each larger step on other prompts",
+    "topics_and_elsewhere": "classification, and 6 of the 8 prompts of a step from elsewhere",
 }
 TASKS = ("topics", "topics_and_elsewhere")
 """Contexts for a task, which should leave all other prompts alone."""
 LENGTHS = (50, 1500)
+PROSE_KL = ("prose",)
 RATES = ("1e-4", "5e-4")
 
 
-def bake(name: str, context: str, *flags: str, measures: tuple[str, ...] = ("prose",)) -> Run:
+def bake(
+    name: str, context: str, *flags: str, measures: tuple[str, ...] = ("prose", "answers")
+) -> Run:
     config = f"bench/contexts/{context}.toml"
     return Run(name, (config, *flags, "--model.name", "{model}"), measures, model=MODEL)
 
@@ -70,7 +73,7 @@ AFTER = Run(
 SFT_FIRST = Run(
     "json-sft-first",
     ("bench/contexts/json.toml", *HALF, "--model.name", "{model}", *FROM_FIRST),
-    ("prose",),
+    PROSE_KL,
     (first("json", *SFT, *HALF),),
     MODEL,
 )
@@ -78,13 +81,16 @@ SFT_FIRST = Run(
 
 RUNS = (
     *(bake(name, name) for name in NAMES if name != "persona"),
-    bake("persona", "persona", measures=("prose", "parts")),
+    bake("persona", "persona", measures=("prose", "parts", "answers")),
     bake("both", "both", measures=("prose", "parts")),
     AFTER,
-    bake("json-sft", "json", *SFT),
+    bake("json-sft", "json", *SFT, measures=PROSE_KL),
     SFT_FIRST,
-    *(bake(f"persona-{length}", f"persona_{length}") for length in LENGTHS),
-    *(bake(f"persona-lr-{lr}", "persona", "--trainer.optim.lr", lr) for lr in RATES),
+    *(bake(f"persona-{length}", f"persona_{length}", measures=PROSE_KL) for length in LENGTHS),
+    *(
+        bake(f"persona-lr-{lr}", "persona", "--trainer.optim.lr", lr, measures=PROSE_KL)
+        for lr in RATES
+    ),
 )
 
 
@@ -124,6 +130,7 @@ TABLES = (
             PROSE, LENGTH_BEFORE, LENGTH,
         ),
         claims(),
+        answers=True,
     ),
     Table(
         "smollm2_two",
@@ -136,19 +143,19 @@ TABLES = (
         (PERSONA, SIGN_OFF, KL_CLOSED, DRIFT, PROSE),
         (
             EverySeed(
-                "One after the other both are learned: the persona is in half of all answers.",
+                "One after the other: at least half of the answers have the persona.",
                 "after", "persona", 0.5,
             ),
             EverySeed(
-                "One after the other both are learned: the sign-off is in half of all answers.",
+                "One after the other: at least half of the answers have the sign-off.",
                 "after", "sign_off", 0.5,
             ),
             EverySeed(
-                "In one context both are learned: the persona is in half of all answers.",
+                "In one context: at least half of the answers have the persona.",
                 "both", "persona", 0.5,
             ),
             EverySeed(
-                "In one context both are learned: the sign-off is in half of all answers.",
+                "In one context: at least half of the answers have the sign-off.",
                 "both", "sign_off", 0.5,
             ),
         ),
@@ -164,11 +171,11 @@ TABLES = (
         ),
         (STUDENT, KL_AFTER, DRIFT, PROSE),
         (
-            Higher("After SFT more answers are JSON than on-policy.",
+            Higher("SFT gives more JSON answers than on-policy.",
                    "json-sft", "json", "student"),
-            Higher("With SFT first and then on-policy more are than after SFT alone.",
+            Higher("SFT first, then on-policy gives more JSON answers than SFT alone.",
                    "json-sft-first", "json-sft", "student"),
-            Higher("With SFT first and then on-policy the held-out KL is lower than after SFT.",
+            Higher("SFT first, then on-policy leaves a lower held-out KL than SFT alone.",
                    "json-sft", "json-sft-first", "heldout_kl_after"),
         ),
         plot=STUDENT,
@@ -187,7 +194,7 @@ TABLES = (
                 "1,500 tokens close as much of the KL as 250, within five points.",
                 "persona-1500", "persona", "heldout_kl_closed", margin=-0.05,
             ),
-            Higher("The student of 1,500 tokens is better than that of 50.",
+            Higher("The student of the 1,500 tokens scores higher than that of the 50.",
                    "persona-1500", "persona-50", "student"),
         ),
         plot=STUDENT,

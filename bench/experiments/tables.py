@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bench.experiments.claims import Claim, Records, Verdict
 from bench.experiments.runs import Record, Run, Store
 from bench.experiments.statistics import Mean, mean
+from minidistill.errors import printable
 
 
 def percent(value: float) -> str:
@@ -82,6 +83,8 @@ class Table:
     columns: tuple[Column, ...] = USUAL
     claims: tuple[Claim, ...] = ()
     plot: Column | None = GAP
+    answers: bool = False
+    """Whether the answers of the first seed's runs, by the measure `answers`, stand below."""
 
     def verdicts(self, records: Records, seeds: int) -> list[Verdict]:
         return [claim.judge(records, seeds) for claim in self.claims]
@@ -129,10 +132,29 @@ def markdown(experiment: Experiment, table: Table, store: Store) -> str:
     for verdict in table.verdicts(records, experiment.seeds):
         figures = f": {verdict.figures}" if verdict.figures else ""
         lines.append(f"- {verdict.claim} **{verdict.word.capitalize()}**{figures}.")
+    if table.answers:
+        lines += ["", *answers(table, records)]
     if table.plot is not None:
         lines += ["", f"![{table.title}](results/{table.name}.svg)"]
     lines += ["", source(experiment, table, records)]
     return "\n".join(lines).replace("\n\n\n", "\n\n")
+
+
+def answers(table: Table, records: Records) -> list[str]:
+    """What the first seed's runs answered before and after, as a table."""
+    lines = ["| run | prompt | base | in context | student |", "|---|---|---|---|---|"]
+    for row in table.rows:
+        for made in records[row.run][:1]:
+            for answer in made.figures.get("answers", ()):
+                texts = (answer[view] for view in ("prompt", "base", "in_context", "student"))
+                lines.append("| " + " | ".join([row.label, *map(code, texts)]) + " |")
+    return lines if len(lines) > 2 else []
+
+
+def code(text: str) -> str:
+    """A model's text as code within a table's cell, so that nothing in it is markup."""
+    shown = " ↵ ".join(printable(text).split("\n")).replace("|", "\\|")
+    return f"`` {shown} ``" if "`" in shown else f"`{shown}`" if shown else "(nothing)"
 
 
 def source(experiment: Experiment, table: Table, records: Records) -> str:
