@@ -10,10 +10,9 @@ questions are hand-written. `topics` is trained on sentences that are put togeth
 96 hand-written sentences, with hardly a word in common with those, are held out.
 
 `both` is `persona` and `sign_off` at once, so that contexts can be baked one after the other and
-together. The parts and the valid labels of a run are scored by
+together. A part of it is scored by
 
     minidistill eval RUN --env bench/contexts/sign_off.toml
-    minidistill eval RUN --env bench/contexts/checks/valid_topic.toml
 """
 
 from __future__ import annotations
@@ -157,18 +156,6 @@ weight = 3.0
 context = ""
 args = { path = "model_prompts.jsonl", num_eval_examples = 8 }
 """
-VALID_TOPIC = """\
-# Whether the answer is one of the four topics, right or wrong.
-# Written by `python -m bench.contexts.make`.
-
-[[orchestrator.env]]
-id = "jsonl"
-
-[orchestrator.env.args]
-path = "../topics_train.jsonl"
-eval_path = "../topics_held_out.jsonl"
-reward = {{ type = "regex", pattern = '\\A\\s*({topics})\\s*\\Z' }}
-"""
 
 
 def pairs(name: str) -> list[list[str]]:
@@ -234,7 +221,6 @@ def files() -> dict[str, str]:
     title = "Classification, and most of each step on prompts that are to stay as they are."
     name = "topics_and_elsewhere"
     made[f"{name}.toml"] = topics_config(name, title, 16, NAMED) + ELSEWHERE
-    made["checks/valid_topic.toml"] = VALID_TOPIC.format(topics="|".join(TOPICS))
     train = [(topic, text) for topic in TOPICS for text in sentences(topic)]
     made["topics_train.jsonl"] = rows(train)
     made["topics_held_out.jsonl"] = rows([(row[0], row[1]) for row in pairs("topics_held_out.tsv")])

@@ -111,6 +111,8 @@ def _load(given: Given, settings: list[Override], resume: bool) -> LoadedConfig:
     for key, flag in given.flags().items():
         if (other := loaded.provenance.get(key, flag)) != flag:
             raise UserError(f"{flag} and {other} both set {key}", flag, "keep one of the two")
+    if not loaded.config.trainer.model.lora:  # the rate is one for an adapter
+        layer.append(override("trainer.optim.lr", "auto"))
     layer += _of_prompts(given, loaded, chosen)
     layer += _of_model(given, loaded)
     return load_layers([layer, settings], resume=resume)

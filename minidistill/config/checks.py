@@ -51,9 +51,10 @@ def _objective(config: Config) -> Iterator[Problem]:
             ("orchestrator.buffer.skip_verification", "trainer.loss.adv_tau"),
         )
     if config.trainer.scheduler.min_lr > config.trainer.peak_lr:
+        auto = "auto, which is " if config.trainer.optim.lr == "auto" else ""
         yield Problem(
             f"trainer.scheduler.min_lr = {config.trainer.scheduler.min_lr} is above "
-            f"trainer.optim.lr = {config.trainer.peak_lr}",
+            f"trainer.optim.lr = {auto}{config.trainer.peak_lr}",
             "set min_lr to at most lr",
             ("trainer.scheduler.min_lr", "trainer.optim.lr"),
         )

@@ -87,6 +87,13 @@ def test_overrides_as_values() -> None:
     assert (plan.loaded.config.trainer.optim.lr, plan.loaded.config.ckpt.keep) == (3e-4, 5)
 
 
+def test_without_an_adapter_the_rate_is_not_one_for_adapters() -> None:
+    config = bake(overrides=["--no-trainer.model.lora"]).loaded.config
+    assert config.trainer.peak_lr == 5e-5
+    chosen = bake(overrides=["--no-trainer.model.lora", "--trainer.optim.lr", "1e-4"])
+    assert chosen.loaded.config.trainer.peak_lr == 1e-4
+
+
 def test_a_gpu_has_other_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu = bake().loaded.config.orchestrator
     on_machine(monkeypatch, gpus=1)

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from bench.experiments import fixed_point, measures
 from bench.experiments.logprobs import both_views, held_out, loaded
 from bench.experiments.measures import curve_figures
 from bench.experiments.organism_tables import KINDS
 from minidistill.cli import main
+from minidistill.models.registry import resolve
 from minidistill.types import Role
 
 
@@ -159,6 +162,41 @@ def test_measures_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     shares = [(score - board["baseline_student"]) / gap for score in steps]
     assert shares[-1] == pytest.approx(closed)
     assert first["mean_closed"] == pytest.approx(sum(shares) / 2)
+
+
+@torch.no_grad()
+def test_answers_are_those_of_transformers_and_peft(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = loaded(run)
+    prompts, source = held_out(model, measures.ANSWERED), model.source
+    longest = model.config.orchestrator.sampling.max_tokens
+
+    def greedy(ids: Sequence[int], *, adapted: bool) -> str:
+        reference: Any = AutoModelForCausalLM.from_pretrained(
+            resolve(source.base), dtype=torch.float32
+        )
+        if adapted:
+            reference = PeftModel.from_pretrained(reference, source.weights)
+        given = torch.tensor([ids])
+        out = reference.eval().generate(
+            input_ids=given, attention_mask=torch.ones_like(given), do_sample=False,
+            max_new_tokens=longest,
+        )  # fmt: skip
+        return str(model.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+
+    expected = [
+        {
+            "prompt": prompt.task.messages[-1]["content"],
+            "base": greedy(prompt.student_ids, adapted=False),
+            "in_context": greedy(prompt.teacher_ids, adapted=False),
+            "student": greedy(prompt.student_ids, adapted=True),
+        }
+        for prompt in prompts
+    ]
+    assert measures.main(["answers", str(run)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"answers": expected}
+    assert len({texts["base"] for texts in expected} | {t["in_context"] for t in expected}) > 1
 
 
 def test_larger_boards(

@@ -27,7 +27,7 @@ from bench.experiments.claims import (
 )
 from bench.experiments.runs import Maker, Record, Run, Store
 from bench.experiments.statistics import T975, difference, mean
-from bench.experiments.tables import GAP, STUDENT, Experiment, Row, Table, markdown
+from bench.experiments.tables import GAP, STUDENT, Experiment, Row, Table, answers, markdown
 from minidistill.config import load_config
 from minidistill.errors import EXIT_USAGE, UserError
 
@@ -123,6 +123,18 @@ def test_means_that_are_alike() -> None:
     assert Alike("", "short", "other", "student", 0.11).judge(both, 2).word == CONFIRMED
     assert Alike("", "other", "short", "student", 0.09).judge(both, 2).word == CONTRADICTED
     assert Alike("", "short", "other", "student", 0.09).judge(both, 3).word == "incomplete"
+
+
+def test_answers_of_a_model_are_no_markup() -> None:
+    """The first seed's, below the table."""
+    texts = {"prompt": "a|b", "base": "1\n2", "in_context": "`x`\x1b[1m", "student": ""}
+    made = {
+        "short": [record(SHORT, seed, answers=[texts | {"base": f"1\n{seed}"}]) for seed in (0, 1)]
+    }
+    table = Table("games", "Games", (Row("a row", "short"), Row("another", "other")), answers=True)
+    lines = answers(table, made | {"other": []})
+    assert lines[2:] == ["| a row | `a\\|b` | `1 ↵ 0` | `` `x`[1m `` | (nothing) |"]
+    assert answers(table, {"short": [], "other": []}) == []
 
 
 def test_records_survive(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ REFUSED = [  # file, line, key and value in `what`, part of `fix`
     ("inference_gpu_ids = []\n" + BASE, 1, "inference_gpu_ids = []", "non-empty"),
     ("teacher_gpu_ids = [0]\ntrainer_gpu_ids = [0, 1]\n" + BASE, 2, "GPU 0 is in", "same ones"),
     ("seq_len = 512\n" + BASE, 1, "no room for a prompt", "max_tokens below"),
-    (BASE + "[trainer.scheduler]\nmin_lr = 1.0", 7, "above trainer.optim.lr", "at most"),
+    (BASE + "[trainer.scheduler]\nmin_lr = 1.0", 7, "lr = auto, which is 0.0005", "at most"),
     (BASE + "[inference.parallel]\ntp = 0", 7, "inference.parallel.tp = 0", "≥ 1"),
     (BASE + "[inference.parallel]\ndp = -2", 7, "inference.parallel.dp = -2", "≥ 1"),
 ]
