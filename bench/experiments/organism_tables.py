@@ -23,7 +23,7 @@ from bench.experiments.tables import (
 )
 
 AS_WELL = -0.02
-"""The margin of "as well as": two points of the gap."""
+"""The margin of "at most two points less"."""
 SAME = Column("small talk as before", "same_answers", percent, " %", interval=True)
 CHANGED = Column("student - before", "gain", percent, " points", interval=True)
 WITH_CONTEXT = Column("student with context - without", "added_back", percent, " points", True)
@@ -51,7 +51,7 @@ OBJECTIVES = Table(
             "`full` closes at least 90 % of the gap in every seed.", "pure", "gap_closed", 0.9
         ),
         Higher(
-            "The teacher alone closes as much as teacher and reward, within two points.",
+            "The teacher alone closes at most two points less than teacher and reward.",
             "pure", "hybrid", margin=AS_WELL,
         ),
         Higher(
@@ -120,11 +120,11 @@ ESTIMATORS = Table(
     USUAL,
     (
         Higher(
-            "`top_k` with k = 64 closes as much as `full`, within two points.",
+            "`top_k` with k = 64 closes at most two points less than `full`.",
             "top-k-64", "pure", margin=AS_WELL,
         ),
         Higher(
-            "`top_k` with k = 8 closes as much as `full`, within two points.",
+            "`top_k` with k = 8 closes at most two points less than `full`.",
             "top-k-8", "pure", margin=AS_WELL,
         ),
         Higher("`top_k` with k = 1 closes less than `full`.", "pure", "top-k-1"),
@@ -136,7 +136,7 @@ TEACHERS = Table(
     "Frozen and moving teachers",
     (
         Row("frozen", "pure"),
-        Row("moving average, decay 0.99 (the default)", "ema-0.99"),
+        Row("moving average, decay 0.99 (the default decay)", "ema-0.99"),
         Row("moving average, decay 0.9", "ema-0.9"),
         Row("live: the student itself", "live"),
     ),
@@ -231,10 +231,10 @@ RANKS = Table(
     (
         Higher("Rank 1 closes less of the gap than rank 16.", "pure", "rank-1"),
         Higher(
-            "Rank 4 closes as much as rank 16, within two points.", "rank-4", "pure", margin=AS_WELL
+            "Rank 4 closes at most two points less than rank 16.", "rank-4", "pure", margin=AS_WELL
         ),
         Higher(
-            "At rank 64 rslora closes as much as without, within two points.",
+            "At rank 64 rslora closes at most two points less than LoRA without it.",
             "rslora-64", "rank-64", margin=AS_WELL,
         ),
     ),
@@ -254,7 +254,7 @@ RATES = Table(
         Higher("2e-3 closes more than 2e-4.", "pure", "lr-2e-4"),
         Higher("2e-3 closes more than 1e-2.", "pure", "lr-1e-2"),
         Higher(
-            "LoRA closes as much as every weight (3e-4), within two points.",
+            "LoRA closes at most two points less than every weight (3e-4).",
             "pure", "every-weight", margin=AS_WELL,
         ),
         Higher(

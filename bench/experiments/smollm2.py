@@ -191,7 +191,7 @@ TABLES = (
         (BEFORE, IN_CONTEXT, STUDENT, GAP, KL_BEFORE, KL_AFTER, KL_CLOSED, DRIFT, PROSE),
         (
             Higher(
-                "1,500 tokens close as much of the KL as 250, within five points.",
+                "1,500 tokens close at most five points less of the KL than 250.",
                 "persona-1500", "persona", "heldout_kl_closed", margin=-0.05,
             ),
             Higher("The student of the 1,500 tokens scores higher than that of the 50.",

@@ -22,7 +22,7 @@ from bench.experiments.tables import (
 )
 
 GAMES = {"sokoban-turns": "Sokoban in turns", "frozen-lake": "Frozen Lake in turns"}
-STEPS = {"sokoban-turns": (40, 73), "frozen-lake": (40, 56)}
+STEPS = {"sokoban-turns": (40, 73), "frozen-lake": (40, 48)}
 """Of on-policy runs, and of runs on the teacher's conversations, which are shorter. So both are
 trained on about as many tokens."""
 WHO = {
