@@ -48,9 +48,9 @@ def chosen(names: Sequence[str]) -> Chosen:
     return out
 
 
-def make(picked: Chosen, folder: Path, workers: int) -> int:
-    """Make the runs that are missing. Returns how many failed."""
-    maker, failed = Maker(workers), 0
+def make(picked: Chosen, folder: Path, workers: int) -> None:
+    """Make the runs that are missing."""
+    maker = Maker(workers)
     for experiment, tables in picked:
         store = Store.open(folder, experiment.name)
         jobs = list(store.missing(experiment.runs_of(tables), range(experiment.seeds)))
@@ -62,9 +62,7 @@ def make(picked: Chosen, folder: Path, workers: int) -> int:
         began = time.monotonic()
 
         def done(record: Record, count: int, total: int) -> None:
-            nonlocal failed
             store.add(record)  # noqa: B023 - called within this round of the loop
-            failed += record.error is not None
             left = (time.monotonic() - began) / count * (total - count)  # noqa: B023
             closed = record.number("gap_closed")
             shown = record.error or ("" if closed is None else f"gap closed {closed:.1%}")
@@ -75,6 +73,15 @@ def make(picked: Chosen, folder: Path, workers: int) -> int:
             )
 
         maker.make(jobs, done)
+
+
+def failures(picked: Chosen, folder: Path) -> int:
+    """How many runs of these tables have failed."""
+    failed = 0
+    for experiment, tables in picked:
+        store = Store.open(folder, experiment.name)
+        for run in experiment.runs_of(tables):
+            failed += sum(r.error is not None for r in store.of(run, range(experiment.seeds)))
     return failed
 
 
@@ -126,18 +133,18 @@ def run(picked: Chosen, options: argparse.Namespace) -> int:
         return 0
     if options.compare is not None:
         return 1 if compare(options.out, options.compare, picked) else 0
-    failed = 0
     if not options.tables:
         # as Ctrl-C does, so that the runs that are being made end too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        failed = make(picked, options.out, max(1, options.workers))
+        make(picked, options.out, max(1, options.workers))
     # records elsewhere are a second set, to compare: the page stays that of the first
-    writes = options.tables or options.out == RECORDS
-    for experiment, tables in picked if writes else []:
-        document.write(experiment, tables, Store.open(options.out, experiment.name))
+    writes = options.tables or options.out.resolve() == RECORDS
+    for experiment, _ in picked if writes else []:
+        # all of its tables, for they share runs
+        document.write(experiment, experiment.tables, Store.open(options.out, experiment.name))
     for name, word in verdicts(options.out, picked).items():
         print(f"{word:12} {name}")
-    if failed:
+    if failed := failures(picked, options.out):
         print(f"{failed} runs failed; the tables say so")
     return EXIT_FAILED if failed else 0
 

@@ -58,7 +58,7 @@ BEHAVIORS = {
         "Brevity: an answer is one line of at most 12 words, and complete.",
         "Answer in one short sentence.",
         str,
-        r"\A\s*(?:\S+ +){0,11}\S*[.!?]\s*\Z",
+        r"\A\s*(?:\S+ +){0,11}\S*\w\S*[.!?]\s*\Z",
     ),
     "json": Behavior(
         "A format: the answer is a JSON object with one key.",

@@ -12,13 +12,15 @@ from bench.experiments.statistics import Mean, difference, mean
 CONFIRMED, CONTRADICTED, NOT_SHOWN = "confirmed", "contradicted", "not shown"
 INCOMPLETE = "incomplete"
 """While runs are missing, or if one has failed."""
+UNDEFINED = "undefined"
+"""The runs are there, but one of them has no such figure: for example no share of a gap of zero."""
 Records = Mapping[str, Sequence[Record]]
 """By the run's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`word` is one of the four above."""
+    """`word` is one of the five above."""
 
     claim: str
     word: str
@@ -29,20 +31,38 @@ class Claim(Protocol):
     @property
     def text(self) -> str: ...
 
-    def judge(self, records: Records, seeds: int) -> Verdict: ...
+    def judge(self, records: Records, seeds: int) -> Verdict:
+        """Raises Missing."""
+        ...
 
 
-def values(records: Records, run: str, figure: str, seeds: int) -> list[float] | None:
-    """A figure of each seed; None if one is missing."""
-    found = [r.number(figure) for r in records.get(run, ())]
-    numbers = [value for value in found if value is not None]
-    return numbers if len(numbers) == seeds else None
+class Missing(Exception):
+    """A claim cannot be judged: the word for it."""
 
 
-def gain(records: Records, run: str, other: str, figure: str, seeds: int) -> Mean | None:
-    """The mean difference of two runs, seed by seed; None if a value is missing."""
+def values(records: Records, run: str, figure: str, seeds: int) -> list[float]:
+    """A figure of each seed. Raises Missing."""
+    made = [r for r in records.get(run, ()) if r.error is None]
+    if len(made) < seeds:
+        raise Missing(INCOMPLETE)
+    numbers = [value for r in made if (value := r.number(figure)) is not None]
+    if len(numbers) < seeds:
+        raise Missing(UNDEFINED)
+    return numbers
+
+
+def gain(records: Records, run: str, other: str, figure: str, seeds: int) -> Mean:
+    """The mean difference of two runs, seed by seed. Raises Missing."""
     ours, theirs = (values(records, name, figure, seeds) for name in (run, other))
-    return None if ours is None or theirs is None else difference(ours, theirs)
+    return difference(ours, theirs)
+
+
+def judged(claim: Claim, records: Records, seeds: int) -> Verdict:
+    """What the records say of a claim."""
+    try:
+        return claim.judge(records, seeds)
+    except Missing as missing:
+        return Verdict(claim.text, str(missing))
 
 
 def interval(measured: Mean, shape: str) -> str:
@@ -68,8 +88,6 @@ class EverySeed:
 
     def judge(self, records: Records, seeds: int) -> Verdict:
         found = values(records, self.run, self.figure, seeds)
-        if found is None:
-            return Verdict(self.text, INCOMPLETE)
         holds = max(found) <= self.bound if self.most else min(found) >= self.bound
         worst = max(found) if self.most else min(found)
         word = CONFIRMED if holds else CONTRADICTED
@@ -89,8 +107,6 @@ class Higher:
 
     def judge(self, records: Records, seeds: int) -> Verdict:
         found = gain(records, self.run, self.other, self.figure, seeds)
-        if found is None:
-            return Verdict(self.text, INCOMPLETE)
         if found.low is None or found.high is None:
             word = NOT_SHOWN
         elif found.low > self.margin:
@@ -112,8 +128,6 @@ class Near:
 
     def judge(self, records: Records, seeds: int) -> Verdict:
         found = values(records, self.run, self.figure, seeds)
-        if found is None:
-            return Verdict(self.text, INCOMPLETE)
         measured = mean(found)
         holds = abs(measured.value - self.predicted) <= self.tolerance * abs(self.predicted)
         word = CONFIRMED if holds else CONTRADICTED
@@ -136,7 +150,5 @@ class Alike:
 
     def judge(self, records: Records, seeds: int) -> Verdict:
         found = gain(records, self.run, self.other, self.figure, seeds)
-        if found is None:
-            return Verdict(self.text, INCOMPLETE)
         word = CONFIRMED if abs(found.value) <= self.margin else CONTRADICTED
         return Verdict(self.text, word, difference_text(found))

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.experiments.plot import svg
-from bench.experiments.runs import ROOT, Store
+from bench.experiments.runs import ROOT, Store, locked
 from bench.experiments.tables import Experiment, Table, markdown, means
 from tools import blocks
 
 PAGE = ROOT / "docs" / "results.md"
 
 
-def write(experiment: Experiment, tables: Iterable[Table], store: Store, page: Path = PAGE) -> None:
+def write(experiment: Experiment, tables: Sequence[Table], store: Store, page: Path = PAGE) -> None:
     """Write the tables and their plots. Raises ValueError if the page has no place for one."""
-    text = page.read_text()
-    for table in tables:
-        text = placed(text, table.name, markdown(experiment, table, store))
-        if table.plot is None:
-            continue
-        rows = means(table, experiment.records(store))
-        plots = page.parent / "results"
-        plots.mkdir(exist_ok=True)
-        axis = f"{table.plot.title}{',' + table.plot.unit if table.plot.unit else ''}"
-        picture = svg(table.title, axis, rows, table.plot.show)
-        (plots / f"{table.name}.svg").write_text(picture)
-    page.write_text(text)
+    plots = page.parent / "results"
+    with locked(plots):
+        text = page.read_text()
+        for table in tables:
+            text = placed(text, table.name, markdown(experiment, table, store))
+        for table in tables:
+            if (picture := plot(experiment, table, store)) is not None:
+                (plots / f"{table.name}.svg").write_text(picture)
+        page.write_text(text)
+
+
+def plot(experiment: Experiment, table: Table, store: Store) -> str | None:
+    """The table's plot as SVG, if it has one."""
+    if table.plot is None:
+        return None
+    axis = f"{table.plot.title}{',' + table.plot.unit if table.plot.unit else ''}"
+    return svg(table.title, axis, means(table, experiment.records(store)), table.plot.show)
 
 
 def placed(text: str, name: str, block: str) -> str:

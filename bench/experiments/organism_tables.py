@@ -193,7 +193,6 @@ CONTEXTS = Table(
 POWERS = (
     ("With the placebo in 300 steps", "placebo-half-long", 0.5),
     ("With the placebo in 300 steps", "placebo-double-long", 2.0),
-    ("With the placebo in 100 steps", "context-placebo", 1.0),
     ("With the persona", "persona-half", 0.5),
     ("With the persona", "pure", 1.0),
 )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -19,14 +21,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bench.kernels_report import processor
 from bench.smollm2 import smollm2
-from minidistill.errors import EXIT_ENVIRONMENT, EXIT_OK, UserError
+from minidistill.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_OK, UserError
 
 ROOT = Path(__file__).parent.parent.parent
+NO_RESULT = (EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
+"""Exit codes that say nothing about what was run."""
+DATA = re.compile(r'"([^"\n]+\.jsonl)"')
+"""How a configuration names a file of data."""
 FIGURES = (
     "baseline_student", "baseline_teacher", "baseline_diff", "student", "student_with_context",
     "gap_closed", "gap_closed_low", "gap_closed_high", "eval_tasks", "length_before",
@@ -36,11 +43,12 @@ FIGURES = (
     "unrelated_kl_before", "unrelated_kl_after", "drift_kl", "steps",
 )  # fmt: skip
 """What is kept of a scoreboard."""
-DIFFERENCES = (
-    ("gain", "student", "baseline_student"),
-    ("added_back", "student_with_context", "student"),
-    ("distilled", "heldout_kl_before", "heldout_kl_after"),
-)
+DIFFERENCES = {
+    "gain": ("student", "baseline_student"),
+    "added_back": ("student_with_context", "student"),
+    "distilled": ("heldout_kl_before", "heldout_kl_after"),
+}
+"""Figures that follow from others: the first minus the second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,12 @@ class Run:
         lines = ["minidistill " + shlex.join(command) for command in self.commands(seed)]
         return " && ".join(lines)
 
+    def inputs(self) -> str:
+        """A digest of the configurations that the commands name and of the data that those name."""
+        parts = [part for command in (*self.first, self.arguments) for part in command]
+        files = {ROOT / part for part in parts if part.endswith(".toml")}
+        return digest(tuple(sorted(files)))
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -80,6 +94,8 @@ class Record:
     seed: int
     command: str
     measures: tuple[str, ...]
+    inputs: str
+    """Of the run: see `Run.inputs`."""
     figures: Mapping[str, Any]
     """Empty if the run failed."""
     error: str | None
@@ -90,11 +106,23 @@ class Record:
     machine: Mapping[str, Any]
 
     def is_of(self, run: Run) -> bool:
-        """Whether this is what the run would be."""
-        return self.command == run.shown(self.seed) and self.measures == run.measures
+        """Whether this is what the run would be, unless the code has changed."""
+        asked = (run.shown(self.seed), run.measures, run.inputs())
+        return (self.command, self.measures, self.inputs) == asked
 
     def number(self, figure: str) -> float | None:
-        """A figure, if it was measured and is a number."""
+        """A figure, or one that follows from others, if it was measured and is a number.
+
+        `drift_share` is the drift KL as a share of the KL that was distilled, if that is positive.
+        """
+        if figure in DIFFERENCES:
+            after, before = map(self.number, DIFFERENCES[figure])
+            return None if after is None or before is None else after - before
+        if figure == "drift_share":
+            drift, distilled = self.number("drift_kl"), self.number("distilled")
+            if drift is None or distilled is None or distilled <= 0:
+                return None
+            return drift / distilled
         value = self.figures.get(figure)
         if not isinstance(value, int | float) or not math.isfinite(value):
             return None
@@ -126,6 +154,7 @@ class Store:
             beside.replace(self.path)  # a reader, or a kill, never meets half a file
 
     def _read(self) -> None:
+        self.records.clear()  # lines may have been removed
         if not self.path.is_file():
             return
         for number, line in enumerate(self.path.read_text().splitlines(), 1):
@@ -183,7 +212,6 @@ class Maker:
         self.workers = workers
         self.stopped = threading.Event()
         self.processes: set[subprocess.Popen[str]] = set()
-        self.commit = commit()
 
     def make(
         self, jobs: Sequence[tuple[Run, int]], done: Callable[[Record, int, int], None]
@@ -205,7 +233,7 @@ class Maker:
 
     def one(self, run: Run, seed: int) -> Record | None:
         """Make one run. Returns None if everything is to stop."""
-        began = time.perf_counter()
+        began, name = time.perf_counter(), commit()
         error, figures = None, {}
         with tempfile.TemporaryDirectory() as scratch:
             places = {"scratch": scratch, "model": str(smollm2(run.model)) if run.model else ""}
@@ -218,23 +246,23 @@ class Maker:
             else:
                 folder = Path(scratch) / "run"
                 figures = scoreboard_figures(folder)
-                for name in run.measures:
-                    code, output = self.call(["bench.experiments.measures", name, str(folder)])
+                for measure in run.measures:
+                    code, output = self.call(["bench.experiments.measures", measure, str(folder)])
                     if code != EXIT_OK:
-                        error, figures = f"{name}, exit code {code}: {last_error(output)}", {}
+                        error, figures = f"{measure}, exit code {code}: {last_error(output)}", {}
                         break
                     figures |= json.loads(output.splitlines()[-1])
         if self.stopped.is_set():
             return None
         return Record(
-            run.name, seed, run.shown(seed), run.measures, figures, error,
-            round(time.perf_counter() - began, 1), self.commit, date.today().isoformat(), machine(),
+            run.name, seed, run.shown(seed), run.measures, run.inputs(), figures, error,
+            round(time.perf_counter() - began, 1), name, date.today().isoformat(), machine(),
         )  # fmt: skip
 
     def call(self, module: Sequence[str]) -> tuple[int, str]:
         """The exit code and the output of `python -m MODULE…`.
 
-        Raises UserError if it was killed.
+        Raises UserError if it was ended from outside, or lacks something of the machine.
         """
         if self.stopped.is_set():
             return 1, ""
@@ -246,14 +274,28 @@ class Maker:
         self.processes.add(process)
         output, _ = process.communicate()
         self.processes.discard(process)
-        if process.returncode < 0 and not self.stopped.is_set():  # that is no result of a run
+        code = process.returncode
+        if (code < 0 or code in NO_RESULT) and not self.stopped.is_set():
             raise UserError(
-                f"a run was killed by signal {-process.returncode}",
+                f"a run was killed by signal {-code}" if code < 0 else last_error(output),
                 where=" ".join(module),
                 fix="start again, with fewer --workers if memory ran out",
                 exit_code=EXIT_ENVIRONMENT,
             )
-        return process.returncode, output
+        return code, output
+
+
+@cache
+def digest(files: tuple[Path, ...]) -> str:
+    """Of the contents of these files, and of those that they name as a path beside them."""
+    seen = hashlib.sha256()
+    for file in files:
+        text = file.read_text()
+        seen.update(text.encode())
+        names = (file.parent / found for found in DATA.findall(text))
+        for named in sorted({name for name in names if name.is_file()}):
+            seen.update(named.read_bytes())
+    return seen.hexdigest()[:16]
 
 
 def search_path() -> str:
@@ -278,11 +320,6 @@ def scoreboard_figures(folder: Path) -> dict[str, Any]:
     """The figures of a run's scoreboard, and how much it was trained on."""
     board = json.loads((folder / "scoreboard.json").read_text())
     figures = {name: board.get(name) for name in FIGURES}
-    for name, after, before in DIFFERENCES:
-        known = figures[after] is not None and figures[before] is not None
-        figures[name] = figures[after] - figures[before] if known else None
-    if (distilled := figures["distilled"]) and figures["drift_kl"] is not None:
-        figures["drift_share"] = figures["drift_kl"] / distilled
     config = json.loads((folder / "config.resolved.json").read_text())
     steps = steps_of(folder)
     lengths = [step["completions/length_mean"] for step in steps]
@@ -300,7 +337,7 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [step for line in lines if "time/step" in (step := json.loads(line))]
 
 
-CODE = ("minidistill", "kernels", "configs", "bench/*.py", "bench/*.toml", "bench/*.txt")
+CODE = ("minidistill", "kernels", "configs", "bench/*.py", "bench/*.txt", "bench/contexts")
 
 
 def commit() -> str:

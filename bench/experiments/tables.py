@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.experiments.claims import Claim, Records, Verdict
+from bench.experiments.claims import Claim, Records, Verdict, judged
 from bench.experiments.runs import Record, Run, Store
-from bench.experiments.statistics import Mean, mean
+from bench.experiments.statistics import T975, Mean, mean
 from minidistill.errors import printable
 
 
@@ -16,8 +16,10 @@ def percent(value: float) -> str:
 
 
 def three(value: float) -> str:
-    """Three significant digits, never with an exponent."""
-    return f"{value:.3g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.5f}"
+    """Three significant digits, without an exponent, down to 5 decimals."""
+    if value and not 1e-4 <= abs(value) < 1000:
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5f}"
+    return f"{value:.3g}"
 
 
 def whole(value: float) -> str:
@@ -41,9 +43,9 @@ class Column:
         if not found:
             return "–"
         measured = mean(found)
-        if self.worst:
-            return self.show(measured.lowest) + self.unit
-        text = self.show(measured.value) + self.unit
+        text = self.show(measured.lowest if self.worst else measured.value) + self.unit
+        if len(found) < len(records):  # a mean of the others says little
+            return f"{text} ({len(found)} of {len(records)})"
         if self.interval and measured.low is not None and measured.high is not None:
             text += f" ({self.show(measured.low)} to {self.show(measured.high)})"
         return text
@@ -84,10 +86,10 @@ class Table:
     claims: tuple[Claim, ...] = ()
     plot: Column | None = GAP
     answers: bool = False
-    """Whether the answers of the first seed's runs, by the measure `answers`, stand below."""
+    """Whether the answers of the runs with seed 0, by the measure `answers`, stand below."""
 
     def verdicts(self, records: Records, seeds: int) -> list[Verdict]:
-        return [claim.judge(records, seeds) for claim in self.claims]
+        return [judged(claim, records, seeds) for claim in self.claims]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class Experiment:
         assert len(set(names)) == len(names), f"two runs of {self.name} have one name"
         missing = {row.run for table in self.tables for row in table.rows} - set(names)
         assert not missing, f"{self.name} has no run {missing}"
+        assert self.seeds <= max(T975), f"intervals are known for {max(T975)} seeds at most"
 
     def runs_of(self, tables: Iterable[Table]) -> list[Run]:
         """The runs that these tables show."""
@@ -141,11 +144,11 @@ def markdown(experiment: Experiment, table: Table, store: Store) -> str:
 
 
 def answers(table: Table, records: Records) -> list[str]:
-    """What the first seed's runs answered before and after, as a table."""
+    """What the runs with seed 0 answered before and after, as a table."""
     lines = ["| run | prompt | base | in context | student |", "|---|---|---|---|---|"]
     for row in table.rows:
-        for made in records[row.run][:1]:
-            for answer in made.figures.get("answers", ()):
+        for made in records[row.run]:
+            for answer in made.figures.get("answers", ()) if made.seed == 0 else ():
                 texts = (answer[view] for view in ("prompt", "base", "in_context", "student"))
                 lines.append("| " + " | ".join([row.label, *map(code, texts)]) + " |")
     return lines if len(lines) > 2 else []
@@ -175,11 +178,12 @@ def source(experiment: Experiment, table: Table, records: Records) -> str:
 
 
 def means(table: Table, records: Records) -> list[tuple[str, Mean]]:
-    """What the plot shows: each row's mean, without the rows that have none."""
+    """What the plot shows: the mean of each row whose runs all have the figure."""
     assert table.plot is not None
     out = []
     for row in table.rows:
-        found = [v for r in records[row.run] if (v := r.number(table.plot.figure)) is not None]
-        if found:
+        made = [r for r in records[row.run] if r.error is None]
+        found = [v for r in made if (v := r.number(table.plot.figure)) is not None]
+        if found and len(found) == len(made):
             out.append((row.label, mean(found)))
     return out

@@ -75,6 +75,7 @@ GOOD_AND_BAD = {
         ["Tea is a drink.", "One two three four five six seven eight nine ten eleven twelve!"],
         [
             "Tea is a",
+            ".",
             "One two three four five six seven eight nine ten eleven twelve thirteen.",
             "Tea.\n\nIt is hot.",
             "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,18 +19,22 @@ from bench.experiments.catalog import EXPERIMENTS
 from bench.experiments.claims import (
     CONFIRMED,
     CONTRADICTED,
+    INCOMPLETE,
     NOT_SHOWN,
+    UNDEFINED,
     Alike,
     Claim,
     EverySeed,
     Higher,
     Near,
+    judged,
 )
-from bench.experiments.runs import Maker, Record, Run, Store
+from bench.experiments.measures import MEASURES
+from bench.experiments.runs import Maker, Record, Run, Store, digest
 from bench.experiments.statistics import T975, difference, mean
-from bench.experiments.tables import GAP, STUDENT, Experiment, Row, Table, answers, markdown
+from bench.experiments.tables import GAP, STUDENT, Experiment, Row, Table, answers, markdown, means
 from minidistill.config import load_config
-from minidistill.errors import EXIT_USAGE, UserError
+from minidistill.errors import EXIT_FAILED, EXIT_USAGE, UserError
 
 SHORT = Run("short", ("configs/sokoban.toml",))
 OTHER = Run("other", ("configs/sokoban.toml", "--trainer.optim.lr", "1e-3"))
@@ -37,7 +42,7 @@ OTHER = Run("other", ("configs/sokoban.toml", "--trainer.optim.lr", "1e-3"))
 
 def record(run: Run, seed: int, error: str | None = None, **figures: Any) -> Record:
     return Record(
-        run.name, seed, run.shown(seed), run.measures, figures, error,
+        run.name, seed, run.shown(seed), run.measures, run.inputs(), figures, error,
         61.0, "0123abcd", "2026-11-28", {"processor": "a CPU"},
     )  # fmt: skip
 
@@ -86,14 +91,14 @@ def test_differences_are_paired() -> None:
         (EverySeed("", "short", "gap_closed", 0.9), (0.99, 0.89), CONTRADICTED),
         (EverySeed("", "short", "gap_closed", 0.9, most=True), (0.9, 0.1), CONFIRMED),
         (EverySeed("", "short", "gap_closed", 0.9, most=True), (0.91, 0.1), CONTRADICTED),
-        (EverySeed("", "short", "gap_closed", 0.9), (0.99, float("nan")), "incomplete"),
+        (EverySeed("", "short", "gap_closed", 0.9), (0.99, float("nan")), UNDEFINED),
         (Near("", "short", "gap_closed", 2.0, 0.1), (1.79, 1.83), CONFIRMED),
         (Near("", "short", "gap_closed", 2.0, 0.1), (1.78, 1.81), CONTRADICTED),
-        (Near("", "short", "gap_closed", 2.0, 0.1), (2.0,), "incomplete"),
+        (Near("", "short", "gap_closed", 2.0, 0.1), (2.0,), INCOMPLETE),
     ],
 )
 def test_verdicts_of_one_run(claim: Claim, values: tuple[float, ...], word: str) -> None:
-    assert claim.judge(records(SHORT, "gap_closed", *values), 2).word == word
+    assert judged(claim, records(SHORT, "gap_closed", *values), 2).word == word
 
 
 @pytest.mark.parametrize(
@@ -102,27 +107,45 @@ def test_verdicts_of_one_run(claim: Claim, values: tuple[float, ...], word: str)
         ((0.8, 0.82, 0.81), CONFIRMED),
         ((0.2, 0.22, 0.21), CONTRADICTED),
         ((0.1, 0.9, 0.5), NOT_SHOWN),
-        ((0.8, 0.82), "incomplete"),
+        ((0.8, 0.82), INCOMPLETE),
+        ((0.8, 0.82, math.nan), UNDEFINED),
     ],
 )
 def test_verdicts_of_two_runs(ours: tuple[float, ...], word: str) -> None:
     both = records(SHORT, "gap_closed", *ours) | records(OTHER, "gap_closed", 0.5, 0.5, 0.5)
-    verdict = Higher("", "short", "other").judge(both, 3)
-    assert verdict.word == word
+    assert judged(Higher("", "short", "other"), both, 3).word == word
 
 
 def test_a_margin_moves_the_border() -> None:
     both = records(SHORT, "student", 0.52, 0.58, 0.5) | records(OTHER, "student", 0.5, 0.5, 0.5)
-    assert Higher("", "short", "other", "student").judge(both, 3).word == NOT_SHOWN
-    assert Higher("", "short", "other", "student", margin=-0.1).judge(both, 3).word == CONFIRMED
-    assert Higher("", "short", "other", "student", margin=0.2).judge(both, 3).word == CONTRADICTED
+    for margin, word in ((0.0, NOT_SHOWN), (-0.1, CONFIRMED), (0.2, CONTRADICTED)):
+        assert judged(Higher("", "short", "other", "student", margin), both, 3).word == word
 
 
 def test_means_that_are_alike() -> None:
     both = records(SHORT, "student", 0.55, 0.65) | records(OTHER, "student", 0.5, 0.5)
-    assert Alike("", "short", "other", "student", 0.11).judge(both, 2).word == CONFIRMED
-    assert Alike("", "other", "short", "student", 0.09).judge(both, 2).word == CONTRADICTED
-    assert Alike("", "short", "other", "student", 0.09).judge(both, 3).word == "incomplete"
+    for runs, margin, seeds, word in (
+        (("short", "other"), 0.11, 2, CONFIRMED),
+        (("other", "short"), 0.09, 2, CONTRADICTED),
+        (("short", "other"), 0.09, 3, INCOMPLETE),
+    ):
+        assert judged(Alike("", *runs, "student", margin), both, seeds).word == word
+
+
+def test_a_run_that_failed_leaves_a_claim_incomplete() -> None:
+    made = {"short": [record(SHORT, 0, gap_closed=0.9), record(SHORT, 1, error="it broke")]}
+    assert judged(EverySeed("", "short", "gap_closed", 0.5), made, 2).word == INCOMPLETE
+
+
+def test_figures_that_follow_from_others() -> None:
+    kls: dict[str, Any] = {"heldout_kl_before": 0.5, "heldout_kl_after": 0.1, "drift_kl": 0.04}
+    made = record(SHORT, 0, student=0.9, baseline_student=0.2, **kls)
+    assert made.number("gain") == pytest.approx(0.7)
+    assert made.number("distilled") == pytest.approx(0.4)
+    assert made.number("drift_share") == pytest.approx(0.1)
+    assert made.number("added_back") is None
+    worse = record(SHORT, 0, **kls | {"heldout_kl_after": 0.7})
+    assert worse.number("drift_share") is None, "there is nothing that it is a share of"
 
 
 def test_answers_of_a_model_are_no_markup() -> None:
@@ -176,6 +199,41 @@ def test_a_folder_that_takes_no_records_is_refused_before_the_runs(tmp_path: Pat
         results.make([(experiment, list(experiment.tables))], tmp_path / "file" / "records", 1)
 
 
+def test_a_run_knows_what_its_files_say(tmp_path: Path) -> None:
+    """Those of the commands before it too, and the data beside them."""
+    config, data = tmp_path / "a.toml", tmp_path / "a.jsonl"
+    config.write_text('path = "a.jsonl"')
+    data.write_text("1")
+
+    def inputs(run: Run) -> str:
+        digest.cache_clear()
+        return run.inputs()
+
+    plain, after = Run("a", (str(config),)), Run("a", ("x",), first=(("run", str(config)),))
+    before = inputs(plain), inputs(after)
+    assert inputs(plain) == inputs(Run("b", ("--max_steps", "3", str(config))))
+    data.write_text("2")
+    changed = inputs(plain), inputs(after)
+    config.write_text('path = "b.jsonl"')
+    again = inputs(plain), inputs(after)
+    assert len({before, changed, again}) == 3
+    assert all(a != b for a, b in zip(before, changed, strict=True))
+    made = record(plain, 0)
+    assert made.is_of(plain)
+    config.write_text("max_steps = 3")
+    digest.cache_clear()
+    assert not made.is_of(plain)
+
+
+def test_a_line_that_was_removed_does_not_come_back(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, "games")
+    store.add(record(SHORT, 0, error="it broke"))
+    store.add(record(SHORT, 1, gap_closed=0.5))
+    store.path.write_text(store.path.read_text().splitlines()[1] + "\n")
+    store.add(record(SHORT, 2, gap_closed=0.5))
+    assert [seed for _, seed in Store.open(tmp_path, "games").records] == [1, 2]
+
+
 def test_what_is_made_is_not_made_again(tmp_path: Path) -> None:
     """Unless its command or its measures are others now."""
     store = Store.open(tmp_path, "games")
@@ -212,6 +270,28 @@ def test_a_table(tmp_path: Path) -> None:
     assert "- `other`, seed 0, failed: exit code 4: it broke." in lines
     assert "- It closes half. **Contradicted**: worst of 3 seeds 0.4." in lines
     assert "4 of 6 runs, seeds 0 to 2, 4 minutes of a core; commit 0123abcd; a CPU." in lines[-1]
+
+
+def test_a_figure_that_some_runs_lack_is_marked(tmp_path: Path) -> None:
+    table = Table("games", "Games", (Row("short", "short"),), (GAP, STUDENT), plot=GAP)
+    experiment = Experiment("games", (SHORT,), (table,), seeds=3)
+    store = Store.open(tmp_path, "games")
+    for seed, closed in enumerate((0.6, None, 0.8)):
+        store.add(record(SHORT, seed, gap_closed=closed, student=0.5))
+    row = markdown(experiment, table, store).splitlines()[2]
+    assert row == "| short | 70.0 % (2 of 3) | 50.0 % (50.0 to 50.0) |"
+    assert means(table, experiment.records(store)) == []
+
+
+def test_failures_are_counted_however_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = Table("games", "Games", (Row("short", "short"),), (GAP,))
+    experiment = Experiment("games", (SHORT,), (table,), seeds=1)
+    monkeypatch.setattr(results, "EXPERIMENTS", (experiment,))
+    Store.open(tmp_path, "games").add(record(SHORT, 0, error="it broke"))
+    assert results.main(["--out", str(tmp_path)]) == EXIT_FAILED
+    assert "1 runs failed" in capsys.readouterr().out
 
 
 def test_the_page_has_the_table_in_its_place(tmp_path: Path) -> None:
@@ -254,16 +334,25 @@ def test_runs_are_made(tmp_path: Path) -> None:
     assert "curve, exit code 1: ValueError: the run has no baseline" in str(by_name["odd"].error)
 
 
-def test_a_killed_run_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("killed", "what"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9"),
+        ("print('error: no space'); exit(3)", "no space"),
+        ("print('stopped after step 3'); exit(130)", "stopped after step 3"),
+    ],
+)
+def test_a_run_that_was_ended_is_no_result(
+    killed: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is not kept as one that failed."""
-    killed = "import os; os.kill(os.getpid(), 9)"
     popen = subprocess.Popen
 
     def start(command: list[str], **settings: Any) -> Any:
         return popen([sys.executable, "-c", killed], **settings)
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    with pytest.raises(UserError, match="killed by signal 9"):
+    with pytest.raises(UserError, match=what):
         Maker(1).make([(SHORT, 0)], lambda r, count, total: pytest.fail("a record was made"))
 
 
@@ -292,9 +381,20 @@ def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)
 def test_each_run_has_a_valid_configuration(experiment: Experiment) -> None:
     for run in experiment.runs:
-        arguments = [a.replace("{model}", "tiny-sokoban") for a in run.arguments]
-        if not any("{scratch}" in a for a in arguments):
-            load_config(arguments)
+        first = [command[1:] for command in run.first if command[0] == "run"]
+        for arguments in (run.arguments, *first):
+            flags = " ".join(arguments).replace("--trainer.model.lora.init {scratch}/first", "")
+            load_config(flags.replace("{model}", "m").replace("{scratch}", "s").split())
+        assert set(run.measures) <= set(MEASURES)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)
+def test_claims_are_about_rows_of_their_table(experiment: Experiment) -> None:
+    for table in experiment.tables:
+        shown = {row.run for row in table.rows}
+        for claim in table.claims:
+            about = {getattr(claim, name) for name in ("run", "other") if hasattr(claim, name)}
+            assert about <= shown, claim.text
 
 
 def test_the_page_is_what_the_records_say() -> None:
@@ -304,3 +404,10 @@ def test_the_page_is_what_the_records_say() -> None:
         store = Store.open(results.RECORDS, experiment.name)
         for table in experiment.tables:
             assert document.placed(text, table.name, markdown(experiment, table, store)) == text
+            plot = document.PAGE.parent / "results" / f"{table.name}.svg"
+            assert document.plot(experiment, table, store) == (
+                plot.read_text() if plot.exists() else None
+            )
+    names = [table.name for experiment in EXPERIMENTS for table in experiment.tables]
+    assert sorted(re.findall("<!-- table: (.*) -->", text)) == sorted(names)
+    assert {path.stem for path in plot.parent.glob("*.svg")} <= set(names)
