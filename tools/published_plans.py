@@ -6,6 +6,7 @@ python -m tools.published_plans --check  exits with 1 if the page is out of date
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -105,9 +106,12 @@ def page(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("tools.published_plans")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if it is out of date")
+    check = parser.parse_args(arguments).check
     text = PAGE.read_text()
     now = page(text)
-    if arguments == ["--check"]:
+    if check:
         return int(now != text)
     PAGE.write_text(now)
     return 0
