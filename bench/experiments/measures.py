@@ -1,6 +1,6 @@
 """Figures of a finished run that its scoreboard does not have.
 
-    python -m bench.experiments.measures NAME RUN
+    python -m bench.experiments.measures NAME… RUN
 
 prints them as JSON, in the last line.
 """
@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from bench.experiments import fixed_point
@@ -166,14 +167,28 @@ def measure_prose(run: Path) -> Figures:
 
 
 def measure_parts(run: Path) -> Figures:
-    """`persona` and `sign_off`: the student's scores on each of the two behaviors alone."""
-    from minidistill.look.eval_settings import Asked
-    from minidistill.look.views import STUDENT
+    """`persona` and `sign_off`: the shares of the student's held-out answers with each of
+    the two behaviors."""
+    from minidistill.config import load_config
+    from minidistill.envs import load_environment
+    from minidistill.evaluation.kl import sample
+    from minidistill.types import Role
 
+    model = loaded(run)
+    settings = model.config.orchestrator
+    assert settings.eval is not None
+    prompts = held_out(model, settings.eval.num_examples)
+    view = [prompt.student_ids for prompt in prompts]
+    longest = settings.sampling.max_tokens
+    answers = sample(model.config, model.engine, view, "parts", Role.STUDENT, longest)
+    texts = [model.builder.decode(answer.token_ids) for answer in answers]
     figures: Figures = {}
     for part in ("persona", "sign_off"):
-        asked = Asked(str(ROOT / "bench" / "contexts" / f"{part}.toml"))
-        figures[part] = evaluated(run, asked, with_context=False)[STUDENT.name]
+        config = load_config([str(ROOT / "bench" / "contexts" / f"{part}.toml")]).config
+        env = config.orchestrator.env[0]
+        check = load_environment(env.id, env.args)
+        scored = zip(prompts, texts, strict=True)
+        figures[part] = fmean(check.score(prompt.task, text).value for prompt, text in scored)
     return figures
 
 
@@ -212,10 +227,13 @@ MEASURES: Mapping[str, Callable[[Path], Figures]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench.experiments.measures", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("name", choices=MEASURES, metavar="NAME")
+    parser.add_argument("names", choices=MEASURES, nargs="+", metavar="NAME")
     parser.add_argument("run", type=Path, metavar="RUN")
     options = parser.parse_args(argv)
-    print(json.dumps(MEASURES[options.name](options.run)))
+    figures: Figures = {}
+    for name in options.names:
+        figures |= MEASURES[name](options.run)
+    print(json.dumps(figures))
     return 0
 
 

@@ -246,12 +246,13 @@ class Maker:
             else:
                 folder = Path(scratch) / "run"
                 figures = scoreboard_figures(folder)
-                for measure in run.measures:
-                    code, output = self.call(["bench.experiments.measures", measure, str(folder)])
-                    if code != EXIT_OK:
-                        error, figures = f"{measure}, exit code {code}: {last_error(output)}", {}
-                        break
-                    figures |= json.loads(output.splitlines()[-1])
+                if run.measures:
+                    measures = ["bench.experiments.measures", *run.measures, str(folder)]
+                    code, output = self.call(measures)
+                    if code == EXIT_OK:
+                        figures |= json.loads(output.splitlines()[-1])
+                    else:
+                        error, figures = f"measures, exit code {code}: {last_error(output)}", {}
         if self.stopped.is_set():
             return None
         return Record(

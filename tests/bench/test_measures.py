@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from minidistill.cli import main
 from minidistill.envs import load_environment
 from minidistill.evaluation.unrelated import DRIFT_TOKENS, unrelated_prompts
 from minidistill.models.registry import resolve
+from minidistill.tasks.prompts import PromptBuilder
 from minidistill.types import Role
 
 
@@ -215,6 +217,19 @@ def test_answers_that_stay_the_same(run: Path, capsys: pytest.CaptureFixture[str
         for prompt in unrelated_prompts(reference.builder)
     ]
     assert printed("forgetting", run, capsys)["same_answers"] == sum(same) / len(same)
+
+
+def test_parts_are_scored_on_the_same_answers(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two measures at once; every second answer is given one of the behaviors, or both."""
+    parts = ["Ahoy! A ship.", "A ship. Stay safe!", "Ahoy! A ship. Stay safe!", "A ship."]
+    texts = itertools.cycle(parts)
+    monkeypatch.setattr(PromptBuilder, "decode", lambda self, ids: next(texts))
+    assert measures.main(["parts", "curve", str(run)]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["persona"], figures["sign_off"]) == (0.5, 0.5)
+    assert "mean_closed" in figures
 
 
 def test_larger_boards(

@@ -331,7 +331,7 @@ def test_runs_are_made(tmp_path: Path) -> None:
     assert "exit code 2" in str(by_name["bad"].error)
     assert "max_steps" in str(by_name["bad"].error)
     assert by_name["bad"].figures == by_name["odd"].figures == {}
-    assert "curve, exit code 1: ValueError: the run has no baseline" in str(by_name["odd"].error)
+    assert "measures, exit code 1: ValueError: the run has no baseline" in str(by_name["odd"].error)
 
 
 @pytest.mark.parametrize(
