@@ -184,8 +184,8 @@ class OptimConfig(Table):
     type: Literal["adamw"] = "adamw"
     """Which optimizer."""
     lr: Literal["auto"] | PositiveFloat = "auto"
-    """Peak learning rate. `auto` is 5e-4 for an adapter and 5e-5 for every weight. A model of
-    0.9 M parameters took 2e-3 (docs/how-to-choose.md)."""
+    """Peak learning rate. `auto` is 5e-4 for an adapter and 5e-5 for every weight. Models of 0.9
+    and 135 M parameters took 2e-3 (docs/how-to-choose.md)."""
     weight_decay: Weight = 0.0
     """Decoupled weight decay."""
     betas1: Decay = 0.9
