@@ -135,8 +135,11 @@ def run(picked: Chosen, options: argparse.Namespace) -> int:
         return 1 if compare(options.out, options.compare, picked) else 0
     if not options.tables:
         # as Ctrl-C does, so that the runs that are being made end too
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        make(picked, options.out, max(1, options.workers))
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            make(picked, options.out, max(1, options.workers))
+        finally:
+            signal.signal(signal.SIGTERM, before)
     # records elsewhere are a second set, to compare: the page stays that of the first
     writes = options.tables or options.out.resolve() == RECORDS
     for experiment, _ in picked if writes else []:

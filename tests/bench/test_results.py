@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -290,7 +291,9 @@ def test_failures_are_counted_however_old(
     experiment = Experiment("games", (SHORT,), (table,), seeds=1)
     monkeypatch.setattr(results, "EXPERIMENTS", (experiment,))
     Store.open(tmp_path, "games").add(record(SHORT, 0, error="it broke"))
+    before = signal.getsignal(signal.SIGTERM)
     assert results.main(["--out", str(tmp_path)]) == EXIT_FAILED
+    assert signal.getsignal(signal.SIGTERM) == before
     assert "1 runs failed" in capsys.readouterr().out
 
 
