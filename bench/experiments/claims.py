@@ -37,7 +37,12 @@ class Claim(Protocol):
 
 
 class Missing(Exception):
-    """A claim cannot be judged: the word for it."""
+    """A claim cannot be judged. The message is the word of its verdict."""
+
+
+def numbers(records: Sequence[Record], figure: str) -> list[float]:
+    """The figure of each record that has it."""
+    return [value for record in records if (value := record.number(figure)) is not None]
 
 
 def values(records: Records, run: str, figure: str, seeds: int) -> list[float]:
@@ -45,10 +50,10 @@ def values(records: Records, run: str, figure: str, seeds: int) -> list[float]:
     made = [r for r in records.get(run, ()) if r.error is None]
     if len(made) < seeds:
         raise Missing(INCOMPLETE)
-    numbers = [value for r in made if (value := r.number(figure)) is not None]
-    if len(numbers) < seeds:
+    found = numbers(made, figure)
+    if len(found) < seeds:
         raise Missing(UNDEFINED)
-    return numbers
+    return found
 
 
 def gain(records: Records, run: str, other: str, figure: str, seeds: int) -> Mean:

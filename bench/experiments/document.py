@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.experiments.plot import svg
-from bench.experiments.runs import ROOT, Store, locked
+from bench.experiments.runs import ROOT, Store
 from bench.experiments.tables import Experiment, Table, markdown, means
 from tools import blocks
 
@@ -15,15 +15,15 @@ PAGE = ROOT / "docs" / "results.md"
 
 def write(experiment: Experiment, tables: Sequence[Table], store: Store, page: Path = PAGE) -> None:
     """Write the tables and their plots. Raises ValueError if the page has no place for one."""
+    text = page.read_text()
+    for table in tables:  # before a plot is written that has no place
+        text = placed(text, table.name, markdown(experiment, table, store))
     plots = page.parent / "results"
-    with locked(plots):
-        text = page.read_text()
-        for table in tables:
-            text = placed(text, table.name, markdown(experiment, table, store))
-        for table in tables:
-            if (picture := plot(experiment, table, store)) is not None:
-                (plots / f"{table.name}.svg").write_text(picture)
-        page.write_text(text)
+    plots.mkdir(exist_ok=True)
+    for table in tables:
+        if (picture := plot(experiment, table, store)) is not None:
+            (plots / f"{table.name}.svg").write_text(picture)
+    page.write_text(text)
 
 
 def plot(experiment: Experiment, table: Table, store: Store) -> str | None:

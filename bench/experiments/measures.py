@@ -13,14 +13,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.experiments import fixed_point
 from bench.experiments.logprobs import both_views, held_out, loaded
 from bench.experiments.runs import ROOT
-
-if TYPE_CHECKING:
-    from minidistill.look.eval_settings import Asked
 
 Figures = dict[str, Any]
 """Numbers, or None where there is none; `answers` alone is text."""
@@ -139,24 +136,17 @@ def measure_larger_boards(run: Path) -> Figures:
 
 def scores_on(run: Path, levels: Mapping[str, int]) -> tuple[float, float, float]:
     """Mean scores of the base, the base in context, and the student."""
-    from minidistill.look.eval_settings import Asked
+    from minidistill.export.source import open_source
+    from minidistill.look.eval_settings import Asked, align
+    from minidistill.look.evaluation import evaluate
     from minidistill.look.views import BASE, BASE_IN_CONTEXT, STUDENT
 
     args = json.dumps({"num_eval_examples": LEVEL_COUNT, "rules": "omit", **levels})
     asked = Asked("sokoban-env", args, LEVEL_COUNT, max_tokens=LEVEL_TOKENS)
-    means = evaluated(run, asked, with_context=True)
-    return means[BASE.name], means[BASE_IN_CONTEXT.name], means[STUDENT.name]
-
-
-def evaluated(run: Path, asked: Asked, *, with_context: bool) -> dict[str, float]:
-    """The run's mean score in each view."""
-    from minidistill.export.source import open_source
-    from minidistill.look.eval_settings import align
-    from minidistill.look.evaluation import evaluate
-
     sources = align([open_source(str(run))], asked)
-    results = evaluate(sources, [run.name], with_context=with_context).results
-    return {result.view: result.score.mean for result in results if result.score is not None}
+    results = evaluate(sources, [run.name], with_context=True).results
+    means = {result.view: result.score.mean for result in results if result.score is not None}
+    return means[BASE.name], means[BASE_IN_CONTEXT.name], means[STUDENT.name]
 
 
 def measure_prose(run: Path) -> Figures:
@@ -167,8 +157,8 @@ def measure_prose(run: Path) -> Figures:
 
 
 def measure_parts(run: Path) -> Figures:
-    """`persona` and `sign_off`: the shares of the student's held-out answers with each of
-    the two behaviors."""
+    """`persona` and `sign_off`: the share of the student's answers to held-out prompts that shows
+    each of the two behaviors."""
     from minidistill.config import load_config
     from minidistill.envs import load_environment
     from minidistill.evaluation.kl import sample

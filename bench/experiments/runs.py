@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +285,6 @@ class Maker:
         return code, output
 
 
-@cache
 def digest(files: tuple[Path, ...]) -> str:
     """Of the contents of these files, and of those that they name as a path beside them."""
     seen = hashlib.sha256()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.experiments.claims import Claim, Records, Verdict, judged
+from bench.experiments.claims import Claim, Records, Verdict, judged, numbers
 from bench.experiments.runs import Record, Run, Store
 from bench.experiments.statistics import T975, Mean, mean
 from minidistill.errors import printable
@@ -17,9 +17,9 @@ def percent(value: float) -> str:
 
 def three(value: float) -> str:
     """Three significant digits, without an exponent, down to 5 decimals."""
-    if value and not 1e-4 <= abs(value) < 1000:
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5f}"
-    return f"{value:.3g}"
+    if abs(value) >= 999.5:
+        return whole(value)
+    return f"{value:.3g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.5f}"
 
 
 def whole(value: float) -> str:
@@ -39,7 +39,7 @@ class Column:
     """The lowest value of any seed in place of the mean."""
 
     def cell(self, records: Sequence[Record]) -> str:
-        found = [value for r in records if (value := r.number(self.figure)) is not None]
+        found = numbers(records, self.figure)
         if not found:
             return "–"
         measured = mean(found)
@@ -183,7 +183,7 @@ def means(table: Table, records: Records) -> list[tuple[str, Mean]]:
     out = []
     for row in table.rows:
         made = [r for r in records[row.run] if r.error is None]
-        found = [v for r in made if (v := r.number(table.plot.figure)) is not None]
+        found = numbers(made, table.plot.figure)
         if found and len(found) == len(made):
             out.append((row.label, mean(found)))
     return out

@@ -340,7 +340,7 @@ def test_a_chat_on_a_terminal(far: Path) -> None:
         screen.read_until("> ")
         screen.send(b"half a line")
         screen.read_until("half a line")
-        # one that comes before Python waits in `select` again acts only with the next key
+        # a Ctrl-C before Python is back in `select` is noticed only at the next key
         screen.send_until(b"\x03", "\n> ")
         screen.send(b"\x04")
         assert screen.wait() == 0

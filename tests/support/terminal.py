@@ -62,7 +62,7 @@ class Terminal:
         return found
 
     def send_until(self, keys: bytes, text: str) -> str:
-        """Press these keys again each second until it writes `text`, and return as `read_until`."""
+        """Send the keys, and again each second, until it has written `text`; as `read_until`."""
         deadline = time.monotonic() + SECONDS
         while text not in self.output and time.monotonic() < deadline:
             self.send(keys)
