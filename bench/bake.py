@@ -41,11 +41,11 @@ from minidistill.models.hub import load_tokenizer
 from minidistill.models.registry import resolve
 
 QUESTIONS, BATCH, SEED = 64, 16, 0
-Z = 1.959964  # of a 95 % interval
+Z = 1.959964  # of a 95% interval
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
+    """Wilson's 95% interval of a share."""
     share, z2 = hits / count, Z * Z / count
     middle = (share + z2 / 2) / (1 + z2)
     half = Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count)) / (1 + z2)

@@ -15,20 +15,20 @@ ones.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.experiments import document
 from bench.experiments.catalog import EXPERIMENTS
 from bench.experiments.claims import INCOMPLETE
-from bench.experiments.runs import ROOT, Maker, Record, Store, locked
+from bench.experiments.runs import ROOT, Maker, Record, Store, check_writable
 from bench.experiments.tables import Experiment, Table
 from minidistill.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, printable
+from minidistill.system.files import drop_output
 
 RECORDS = ROOT / "bench" / "results" / "records"
 Chosen = list[tuple[Experiment, list[Table]]]
@@ -50,29 +50,31 @@ def chosen(names: Sequence[str]) -> Chosen:
 
 def make(picked: Chosen, folder: Path, workers: int) -> None:
     """Make the runs that are missing."""
-    maker = Maker(workers)
     for experiment, tables in picked:
         store = Store.open(folder, experiment.name)
         jobs = list(store.missing(experiment.runs_of(tables), range(experiment.seeds)))
-        if not jobs:
-            continue
-        with locked(folder):  # before hours of runs that could not be kept
-            pass
-        print(f"{experiment.name}: {len(jobs)} runs to make, {workers} at a time", flush=True)
-        began = time.monotonic()
+        if jobs:
+            check_writable(folder)  # before hours of runs that could not be kept
+            print(f"{experiment.name}: {len(jobs)} runs to make, {workers} at a time", flush=True)
+            Maker(workers).make(jobs, keeper(store))
 
-        def done(record: Record, count: int, total: int) -> None:
-            store.add(record)  # noqa: B023 - called within this round of the loop
-            left = (time.monotonic() - began) / count * (total - count)  # noqa: B023
-            closed = record.number("gap_closed")
-            shown = record.error or ("" if closed is None else f"gap closed {closed:.1%}")
-            print(
-                f"  {count}/{total}  {record.name}, seed {record.seed}: {shown}  "
-                f"{record.seconds:.0f} s, {left / 60:.0f} min left",
-                flush=True,
-            )
 
-        maker.make(jobs, done)
+def keeper(store: Store) -> Callable[[Record, int, int], None]:
+    """Keeps a record and prints it, with the time that is left."""
+    began = time.monotonic()
+
+    def keep(record: Record, count: int, total: int) -> None:
+        store.add(record)
+        left = (time.monotonic() - began) / count * (total - count)
+        closed = record.number("gap_closed")
+        shown = record.error or ("" if closed is None else f"gap closed {closed:.1%}")
+        print(
+            f"  {count}/{total}  {record.name}, seed {record.seed}: {shown}  "
+            f"{record.seconds:.0f} s, {left / 60:.0f} min left",
+            flush=True,
+        )
+
+    return keep
 
 
 def failures(picked: Chosen, folder: Path) -> int:
@@ -121,7 +123,7 @@ def compare(ours: Path, theirs: Path, picked: Chosen) -> int:
 
 
 def run(picked: Chosen, options: argparse.Namespace) -> int:
-    """What `main` does with valid arguments. Raises UserError."""
+    """Do what was asked. Returns the exit code. Raises UserError."""
     if options.list:
         for experiment, tables in picked:
             for table in tables:
@@ -134,12 +136,7 @@ def run(picked: Chosen, options: argparse.Namespace) -> int:
     if options.compare is not None:
         return 1 if compare(options.out, options.compare, picked) else 0
     if not options.tables:
-        # as Ctrl-C does, so that the runs that are being made end too
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            make(picked, options.out, max(1, options.workers))
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        make(picked, options.out, options.workers)
     # records elsewhere are a second set, to compare: the page stays that of the first
     writes = options.tables or options.out.resolve() == RECORDS
     for experiment, _ in picked if writes else []:
@@ -156,12 +153,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench.results", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
-    parser.add_argument("--list", action="store_true", help="print what there is, and end")
-    parser.add_argument("--tables", action="store_true", help="write the tables only")
-    parser.add_argument("--out", type=Path, default=RECORDS, metavar="DIR", help="of the figures")
-    parser.add_argument("--compare", type=Path, metavar="DIR", help="compare the verdicts")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--workers", type=int, default=cores, metavar="N", help="runs at a time; default: the cores"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RECORDS, metavar="DIR", help="folder of the records"
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="print what there is")
+    instead.add_argument("--tables", action="store_true", help="write the tables only")
+    instead.add_argument("--compare", type=Path, metavar="DIR", help="compare the verdicts")
     options = parser.parse_args(argv)
+    if options.workers < 1:
+        parser.error("--workers takes 1 or more")
     try:
         picked = chosen(options.names)
     except ValueError as error:
@@ -174,6 +179,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
-    sys.exit(EXIT_INTERRUPTED)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs end too
+    code = EXIT_INTERRUPTED
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:  # `| head`: what was to be made or compared may not have been
+        code = EXIT_INTERRUPTED
+        drop_output(sys.stdout)
+    sys.exit(code)

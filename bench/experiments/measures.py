@@ -18,6 +18,17 @@ from typing import Any
 from bench.experiments import fixed_point
 from bench.experiments.logprobs import both_views, held_out, loaded
 from bench.experiments.runs import ROOT
+from bench.text_drift import text_drift
+from minidistill.config import load_config
+from minidistill.envs import load_environment
+from minidistill.errors import UserError
+from minidistill.evaluation.kl import sample
+from minidistill.evaluation.unrelated import DRIFT_TOKENS, unrelated_prompts
+from minidistill.export.source import open_source
+from minidistill.look.eval_settings import Asked, align
+from minidistill.look.evaluation import evaluate
+from minidistill.look.views import BASE, BASE_IN_CONTEXT, STUDENT
+from minidistill.types import Request, Role, SamplingParams
 
 Figures = dict[str, Any]
 """Numbers, or None where there is none; `answers` alone is text."""
@@ -85,6 +96,8 @@ def curve_figures(lines: Iterable[Mapping[str, Any]], batch_size: int) -> Figure
         raise ValueError("the run has no baseline: set orchestrator.teacher_model.eval_baseline")
     if before == teacher:
         raise ValueError("the context changes no score, so there is no gap to close")
+    if not scores:
+        raise ValueError("the run has no later evaluation: set orchestrator.eval.interval")
     closed = {step: (score - before) / (teacher - before) for step, score in scores.items()}
 
     def samples_to(share: float) -> float | None:
@@ -101,9 +114,6 @@ def curve_figures(lines: Iterable[Mapping[str, Any]], batch_size: int) -> Figure
 def measure_forgetting(run: Path) -> Figures:
     """`same_answers`: the share of the unrelated questions that the student answers greedily, token
     by token, as the base does."""
-    from minidistill.evaluation.unrelated import DRIFT_TOKENS, unrelated_prompts
-    from minidistill.types import Request, Role, SamplingParams
-
     model = loaded(run)
     requests = [Request(prompt.student_ids, 0) for prompt in unrelated_prompts(model.builder)]
     greedy = SamplingParams(DRIFT_TOKENS, 0.0)
@@ -136,11 +146,6 @@ def measure_larger_boards(run: Path) -> Figures:
 
 def scores_on(run: Path, levels: Mapping[str, int]) -> tuple[float, float, float]:
     """Mean scores of the base, the base in context, and the student."""
-    from minidistill.export.source import open_source
-    from minidistill.look.eval_settings import Asked, align
-    from minidistill.look.evaluation import evaluate
-    from minidistill.look.views import BASE, BASE_IN_CONTEXT, STUDENT
-
     args = json.dumps({"num_eval_examples": LEVEL_COUNT, "rules": "omit", **levels})
     asked = Asked("sokoban-env", args, LEVEL_COUNT, max_tokens=LEVEL_TOKENS)
     sources = align([open_source(str(run))], asked)
@@ -151,19 +156,12 @@ def scores_on(run: Path, levels: Mapping[str, int]) -> tuple[float, float, float
 
 def measure_prose(run: Path) -> Figures:
     """`prose_kl`: the mean KL(base‖student) of the next token on plain prose, in nats."""
-    from bench.text_drift import text_drift
-
     return {"prose_kl": text_drift(run)}
 
 
 def measure_parts(run: Path) -> Figures:
     """`persona` and `sign_off`: the share of the student's answers to held-out prompts that shows
     each of the two behaviors."""
-    from minidistill.config import load_config
-    from minidistill.envs import load_environment
-    from minidistill.evaluation.kl import sample
-    from minidistill.types import Role
-
     model = loaded(run)
     settings = model.config.orchestrator
     assert settings.eval is not None
@@ -177,16 +175,16 @@ def measure_parts(run: Path) -> Figures:
         config = load_config([str(ROOT / "bench" / "contexts" / f"{part}.toml")]).config
         env = config.orchestrator.env[0]
         check = load_environment(env.id, env.args)
-        scored = zip(prompts, texts, strict=True)
-        figures[part] = fmean(check.score(prompt.task, text).value for prompt, text in scored)
+        figures[part] = fmean(
+            check.score(prompt.task, text).value
+            for prompt, text in zip(prompts, texts, strict=True)
+        )
     return figures
 
 
 def measure_answers(run: Path) -> Figures:
     """`answers`: what the base, the base in context and the student answer greedily to the first
     held-out prompts."""
-    from minidistill.types import Request, Role, SamplingParams
-
     model = loaded(run)
     prompts = held_out(model, ANSWERED)
     greedy = SamplingParams(model.config.orchestrator.sampling.max_tokens, 0.0)
@@ -221,8 +219,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN")
     options = parser.parse_args(argv)
     figures: Figures = {}
-    for name in options.names:
-        figures |= MEASURES[name](options.run)
+    try:
+        for name in options.names:
+            figures |= MEASURES[name](options.run)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     print(json.dumps(figures))
     return 0
 

@@ -24,17 +24,17 @@ from bench.experiments.tables import (
 
 AS_WELL = -0.02
 """The margin of "at most two points less"."""
-SAME = Column("small talk as before", "same_answers", percent, " %", interval=True)
+SAME = Column("small talk unchanged", "same_answers", percent, "%", interval=True)
 CHANGED = Column("student - before", "gain", percent, " points", interval=True)
 WITH_CONTEXT = Column("student with context - without", "added_back", percent, " points", True)
 POWER = Column("r, all tokens", "power", interval=True)
 OPEN_POWER = Column("r, undecided tokens", "open_power", interval=True)
-OPEN_TOKENS = Column("undecided tokens", "open_tokens", percent, " %")
+OPEN_TOKENS = Column("undecided tokens", "open_tokens", percent, "%")
 POWER_KL = Column("KL to q^r", "power_kl")
 PREDICTED_KL = Column("KL to q^(predicted r)", "predicted_kl")
-TO_HALF = Column("samples to 50 %", "samples_to_half", whole, interval=True)
-TO_90 = Column("samples to 90 %", "samples_to_90", whole)
-MEAN_CLOSED = Column("mean over the run", "mean_closed", percent, " %", interval=True)
+TO_HALF = Column("samples to 50%", "samples_to_half", whole, interval=True)
+TO_90 = Column("samples to 90%", "samples_to_90", whole)
+MEAN_CLOSED = Column("mean over the run", "mean_closed", percent, "%", interval=True)
 
 OBJECTIVES = Table(
     "objectives",
@@ -48,7 +48,7 @@ OBJECTIVES = Table(
     USUAL,
     (
         EverySeed(
-            "`full` closes at least 90 % of the gap in every seed.", "pure", "gap_closed", 0.9
+            "`full` closes at least 90% of the gap in every seed.", "pure", "gap_closed", 0.9
         ),
         Higher(
             "The teacher alone closes at most two points less than teacher and reward.",
@@ -59,7 +59,8 @@ OBJECTIVES = Table(
             "pure", "reward",
         ),
         Higher(
-            "It closes more than the reward alone with twice the samples, in groups of 16.",
+            "The teacher alone closes more than the reward alone with twice the samples, in groups "
+            "of 16.",
             "pure", "reward-long",
         ),
     ),
@@ -180,21 +181,21 @@ CONTEXTS = Table(
             "pure", "context-shuffled", "baseline_teacher",
         ),
         EverySeed(
-            "In a random order the base solves at most 48 % in context, half as much.",
+            "With its words in a random order the base solves at most 48% in context.",
             "context-shuffled", "baseline_teacher", 0.48, most=True,
         ),
         EverySeed(
-            "With the cook's persona the base solves at most 48 % in context.",
+            "With the cook persona the base solves at most 48% in context.",
             "context-cook", "baseline_teacher", 0.48, most=True,
         ),
     ),
     plot=STUDENT,
 )  # fmt: skip
 POWERS = (
-    ("With the placebo in 300 steps", "placebo-half-long", 0.5),
-    ("With the placebo in 300 steps", "placebo-double-long", 2.0),
-    ("With the persona", "persona-half", 0.5),
-    ("With the persona", "pure", 1.0),
+    ("With the placebo, 300 steps", "placebo-half-long", 0.5),
+    ("With the placebo, 300 steps", "placebo-double-long", 2.0),
+    ("With the persona, 100 steps", "persona-half", 0.5),
+    ("With the persona, 100 steps", "pure", 1.0),
 )
 TAUS = Table(
     "taus",
@@ -209,7 +210,7 @@ TAUS = Table(
     (POWER, OPEN_POWER, OPEN_TOKENS, POWER_KL, PREDICTED_KL, STUDENT),
     tuple(
         Near(
-            f"{setting} teacher_tau / student_tau = {ratio:g} gives q^{ratio:g}, within 10 %.",
+            f"{setting} at teacher_tau / student_tau = {ratio:g} give q^{ratio:g}, within 10%.",
             run, "power", ratio, 0.1,
         )
         for setting, run, ratio in POWERS
@@ -240,30 +241,30 @@ RANKS = Table(
 )  # fmt: skip
 RATES = Table(
     "rates",
-    "Learning rates, and every weight",
+    "Learning rates, and full fine-tuning",
     (
         Row("LoRA, 2e-4", "lr-2e-4"),
         Row("LoRA, 5e-4", "lr-5e-4"),
         Row("LoRA, 2e-3", "pure"),
         Row("LoRA, 1e-2", "lr-1e-2"),
-        Row("every weight, 3e-4", "every-weight"),
+        Row("full fine-tuning, 3e-4", "every-weight"),
     ),
     USUAL,
     (
         Higher("2e-3 closes more than 2e-4.", "pure", "lr-2e-4"),
         Higher("2e-3 closes more than 1e-2.", "pure", "lr-1e-2"),
         Higher(
-            "LoRA closes at most two points less than every weight (3e-4).",
+            "LoRA closes at most two points less than full fine-tuning (3e-4).",
             "pure", "every-weight", margin=AS_WELL,
         ),
         Higher(
-            "LoRA drifts less than every weight (3e-4).", "every-weight", "pure", "drift_kl"
+            "LoRA drifts less than full fine-tuning (3e-4).", "every-weight", "pure", "drift_kl"
         ),
     ),
 )  # fmt: skip
 EFFICIENCY = Table(
     "efficiency",
-    "Samples that it takes",
+    "Samples needed",
     (
         Row("`full`, on-policy", "pure"),
         Row("teacher and reward", "hybrid"),
@@ -296,25 +297,25 @@ LARGER_BOARDS = Table(
     "Levels beyond those trained on",
     (Row("on-policy", "pure"), Row("off-policy", "off-policy")),
     tuple(
-        Column(f"{title}: {view}", f"{kind}_{figure}", percent, " %", interval=figure == "student")
+        Column(f"{title}: {view}", f"{kind}_{figure}", percent, "%", interval=figure == "student")
         for kind, title in KINDS
         for view, figure in (("in context", "in_context"), ("student", "student"))
     ),
     (
         EverySeed(
-            "Without the context the base solves at most 5 % of any kind.",
+            "Without the context the base solves at most 5% of any kind.",
             "pure", "highest_base", 0.05, most=True,
         ),
         EverySeed(
-            "On the larger 4 × 5 boards at least 80 % of the gap is closed in every seed.",
+            "On the larger 4 × 5 boards at least 80% of the gap is closed in every seed.",
             "pure", "tall_closed", 0.8,
         ),
         EverySeed(
-            "With two boxes at least 80 % of the gap is closed in every seed.",
+            "With two boxes at least 80% of the gap is closed in every seed.",
             "pure", "boxes_closed", 0.8,
         ),
         EverySeed(
-            "On solutions of 7 moves at least 80 % of the gap is closed in every seed.",
+            "On levels that need 7 moves at least 80% of the gap is closed in every seed.",
             "pure", "long_closed", 0.8,
         ),
         Higher(
@@ -334,7 +335,7 @@ FORGETTING = Table(
         Row("off-policy", "off-policy"),
         Row("SFT", "sft"),
         Row("teacher alone, lr 1e-2", "lr-1e-2"),
-        Row("teacher alone, every weight (3e-4)", "every-weight"),
+        Row("teacher alone, full fine-tuning (3e-4)", "every-weight"),
     ),
     (STUDENT, ADDED_BACK, WITH_CONTEXT, SAME, DRIFT),
     (
@@ -343,7 +344,7 @@ FORGETTING = Table(
             "pure", "added_back", -0.05,
         ),
         EverySeed(
-            "At least 90 % of the small talk is as before in every seed.",
+            "At least 90% of the small talk is unchanged in every seed.",
             "pure", "same_answers", 0.9,
         ),
         Higher("Off-policy drifts more than on-policy.", "off-policy", "pure", "drift_kl"),

@@ -11,9 +11,7 @@ import os
 import platform
 import re
 import shlex
-import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,15 +22,21 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.kernels_report import processor
 from bench.smollm2 import smollm2
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_OK, UserError
+from minidistill.system.subprocesses import Subprocess
 
 ROOT = Path(__file__).parent.parent.parent
 NO_RESULT = (EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
 """Exit codes that say nothing about what was run."""
-DATA = re.compile(r'"([^"\n]+\.jsonl)"')
-"""How a configuration names a file of data."""
+CODE = ("minidistill", "kernels", "configs", "bench", ":!bench/results")
+"""What a run may depend on."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+DATA = re.compile(r"""["']([^"'\n]+\.\w+)["']""")
+"""How a configuration may name a file of data."""
 FIGURES = (
     "baseline_student", "baseline_teacher", "baseline_diff", "student", "student_with_context",
     "gap_closed", "gap_closed_low", "gap_closed_high", "eval_tasks", "length_before",
@@ -74,9 +78,9 @@ class Run:
         return [*before, ["run", *self.arguments, *flags, "--output_dir", "{scratch}/run"]]
 
     def shown(self, seed: int) -> str:
-        """The commands as one types them."""
+        """The commands as one types them, with the model's name in its placeholder."""
         lines = ["minidistill " + shlex.join(command) for command in self.commands(seed)]
-        return " && ".join(lines)
+        return filled(" && ".join(lines), {"model": f"{{{self.model}}}"})
 
     def inputs(self) -> str:
         """A digest of the configurations that the commands name and of the data that those name."""
@@ -115,8 +119,8 @@ class Record:
         `drift_share` is the drift KL as a share of the KL that was distilled, if that is positive.
         """
         if figure in DIFFERENCES:
-            after, before = map(self.number, DIFFERENCES[figure])
-            return None if after is None or before is None else after - before
+            first, second = map(self.number, DIFFERENCES[figure])
+            return None if first is None or second is None else first - second
         if figure == "drift_share":
             drift, distilled = self.number("drift_kl"), self.number("distilled")
             if drift is None or distilled is None or distilled <= 0:
@@ -144,6 +148,7 @@ class Store:
 
     def add(self, record: Record) -> None:
         """Write the record, besides those that another process has written meanwhile."""
+        check_writable(self.path.parent)
         with locked(self.path.parent):
             self._read()
             self.records[record.name, record.seed] = record
@@ -181,21 +186,21 @@ class Store:
                     yield run, seed
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the folder, and wait until no other process writes records there.
-
-    Raises UserError if this one cannot.
-    """
-    beside = folder / f".writable-{os.getpid()}"
+def check_writable(folder: Path) -> None:
+    """Make the folder. Raises UserError if records cannot be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        beside.touch()
-        beside.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(
             f"records cannot be written: {error.strerror}", where=str(folder), fix="use --out DIR"
         ) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes records there."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -204,13 +209,17 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+class Failed(Exception):
+    """A run failed, which is a result. The message is the error of its record."""
+
+
 class Maker:
     """Makes runs side by side, each on one thread."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self.stopped = threading.Event()
-        self.processes: set[subprocess.Popen[str]] = set()
+        self.children: set[Subprocess] = set()
 
     def make(
         self, jobs: Sequence[tuple[Run, int]], done: Callable[[Record, int, int], None]
@@ -225,64 +234,74 @@ class Maker:
                     if (record := future.result()) is not None:
                         done(record, count, len(jobs))
             except BaseException:
-                self.stopped.set()
-                for process in list(self.processes):
-                    process.send_signal(signal.SIGTERM)
+                self.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def stop(self) -> None:
+        """End the runs that are being made."""
+        self.stopped.set()
+        for child in list(self.children):
+            child.popen.terminate()
 
     def one(self, run: Run, seed: int) -> Record | None:
         """Make one run. Returns None if everything is to stop."""
-        began, name = time.perf_counter(), commit()
+        # before the run: the files may be edited while it lasts
+        began, code, inputs = time.perf_counter(), commit(), run.inputs()
         error, figures = None, {}
-        with tempfile.TemporaryDirectory() as scratch:
-            places = {"scratch": scratch, "model": str(smollm2(run.model)) if run.model else ""}
-            for command in run.commands(seed):
-                arguments = [filled(part, places) for part in command]
-                code, output = self.call(["minidistill", *arguments])
-                if code != EXIT_OK:
-                    error = f"exit code {code}: {last_error(output)}"
-                    break
-            else:
-                folder = Path(scratch) / "run"
-                figures = scoreboard_figures(folder)
-                if run.measures:
-                    measures = ["bench.experiments.measures", *run.measures, str(folder)]
-                    code, output = self.call(measures)
-                    if code == EXIT_OK:
-                        figures |= json.loads(output.splitlines()[-1])
-                    else:
-                        error, figures = f"measures, exit code {code}: {last_error(output)}", {}
+        with tempfile.TemporaryDirectory(prefix="minidistill-results-") as scratch:
+            try:
+                figures = self.figures(run, seed, Path(scratch))
+            except Failed as failed:
+                error = str(failed)
         if self.stopped.is_set():
             return None
         return Record(
-            run.name, seed, run.shown(seed), run.measures, run.inputs(), figures, error,
-            round(time.perf_counter() - began, 1), name, date.today().isoformat(), machine(),
+            run.name, seed, run.shown(seed), run.measures, inputs, figures, error,
+            round(time.perf_counter() - began, 1), code, date.today().isoformat(), machine(),
         )  # fmt: skip
 
-    def call(self, module: Sequence[str]) -> tuple[int, str]:
-        """The exit code and the output of `python -m MODULE…`.
+    def figures(self, run: Run, seed: int, scratch: Path) -> dict[str, Any]:
+        """Run its commands and its measures. Raises Failed."""
+        places = {"scratch": str(scratch)}
+        if run.model is not None:
+            places["model"] = str(smollm2(run.model))
+        for command in run.commands(seed):
+            self.call("minidistill", [filled(part, places) for part in command])
+        folder = scratch / "run"
+        figures = scoreboard_figures(folder)
+        if run.measures:
+            output = self.call("bench.experiments.measures", [*run.measures, str(folder)])
+            figures |= json.loads(output.splitlines()[-1])
+        return figures
 
-        Raises UserError if it was ended from outside, or lacks something of the machine.
+    def call(self, module: str, arguments: Sequence[str]) -> str:
+        """The output of `python -m MODULE…`.
+
+        Raises Failed if it fails, and UserError if it was ended from outside, or lacks something of
+        the machine.
         """
         if self.stopped.is_set():
-            return 1, ""
-        process = subprocess.Popen(
-            [sys.executable, "-m", *module],
-            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()},
-        )  # fmt: skip
-        self.processes.add(process)
-        output, _ = process.communicate()
-        self.processes.discard(process)
-        code = process.returncode
+            raise Failed("stopped")
+        child = Subprocess(module, arguments, (), ONE_THREAD, ROOT)
+        self.children.add(child)
+        try:
+            if self.stopped.is_set():  # `stop` may have come between the two
+                child.popen.terminate()
+            code, output = child.popen.wait(), child.output()
+        finally:
+            self.children.discard(child)
+            child.close()
         if (code < 0 or code in NO_RESULT) and not self.stopped.is_set():
             raise UserError(
                 f"a run was killed by signal {-code}" if code < 0 else last_error(output),
-                where=" ".join(module),
+                where=" ".join([module, *arguments]),
                 fix="start again, with fewer --workers if memory ran out",
                 exit_code=EXIT_ENVIRONMENT,
             )
-        return code, output
+        if code != EXIT_OK:
+            raise Failed(f"{module.rpartition('.')[2]}, exit code {code}: {last_error(output)}")
+        return output
 
 
 def digest(files: tuple[Path, ...]) -> str:
@@ -295,11 +314,6 @@ def digest(files: tuple[Path, ...]) -> str:
         for named in sorted({name for name in names if name.is_file()}):
             seen.update(named.read_bytes())
     return seen.hexdigest()[:16]
-
-
-def search_path() -> str:
-    given = os.environ.get("PYTHONPATH")
-    return os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *([given] if given else [])])
 
 
 def filled(text: str, places: Mapping[str, str]) -> str:
@@ -336,9 +350,6 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [step for line in lines if "time/step" in (step := json.loads(line))]
 
 
-CODE = ("minidistill", "kernels", "configs", "bench/*.py", "bench/*.txt", "bench/contexts")
-
-
 def commit() -> str:
     """The commit that is checked out, with "+" if code differs from it; "unknown" without git."""
 
@@ -356,8 +367,6 @@ def commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    import torch
-
     return {
         # with the instruction set, which decides how results are rounded
         "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",

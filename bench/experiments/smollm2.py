@@ -26,15 +26,16 @@ from bench.experiments.tables import (
 MODEL = "smollm2-bf16"
 SEEDS = 3
 PROSE = Column("drift KL on prose", "prose_kl", interval=True)
-PERSONA = Column("persona", "persona", percent, " %", interval=True)
-SIGN_OFF = Column("sign-off", "sign_off", percent, " %", interval=True)
+PERSONA = Column("persona", "persona", percent, "%", interval=True)
+SIGN_OFF = Column("sign-off", "sign_off", percent, "%", interval=True)
 NAMES = {
-    "persona": "persona: a pirate's answers begin with “Ahoy!”",
-    "brevity": "brevity: one line of at most 12 words",
-    "json": "format: a JSON object with one key",
-    "topics": "classification: one of four topics",
-    "topics_and_elsewhere": "classification, and 6 of the 8 prompts of a step from elsewhere",
+    "persona": ("persona", "a pirate, whose answers begin with “Ahoy!”"),
+    "brevity": ("brevity", "one line of at most 12 words"),
+    "json": ("format", "a JSON object with one key"),
+    "topics": ("classification", "one of four topics"),
+    "topics_and_elsewhere": ("classification with other prompts", "6 of the 8 in a step"),
 }
+"""A title of each run, and what its context asks for."""
 TASKS = ("topics", "topics_and_elsewhere")
 """Contexts for a task, which should leave all other prompts alone."""
 LENGTHS = (50, 1500)
@@ -92,24 +93,27 @@ RUNS = (
 
 def claims() -> tuple[Claim, ...]:
     out: list[Claim] = []
-    for name in NAMES:
+    for name, (title, _) in NAMES.items():
+        start = title.capitalize()
         out += [
             EverySeed(
-                f"`{name}`: at least 80 % of the gap in every seed.", name, "gap_closed", 0.8
+                f"{start}: at least 80% of the gap is closed in every seed.",
+                name, "gap_closed", 0.8,
             ),
             EverySeed(
-                f"`{name}`: the lower end of each seed's interval is at least 60 %.",
+                f"{start}: the lower end of each seed's interval is at least 60%.",
                 name, "gap_closed_low", 0.6,
             ),
             EverySeed(
-                f"`{name}`: at least 70 % of the held-out KL in every seed.",
+                f"{start}: at least 70% of the held-out KL is closed in every seed.",
                 name, "heldout_kl_closed", 0.7,
             ),
         ]  # fmt: skip
     for name in TASKS:
         out.append(
             EverySeed(
-                f"`{name}`: the drift KL is under a tenth of the KL that was distilled.",
+                f"{NAMES[name][0].capitalize()}: the drift KL is at most a tenth of the KL that "
+                "was distilled.",
                 name, "drift_share", 0.1, most=True,
             )
         )  # fmt: skip
@@ -120,7 +124,7 @@ TABLES = (
     Table(
         "smollm2_contexts",
         "Contexts for a real model",
-        tuple(Row(label, name) for name, label in NAMES.items()),
+        tuple(Row(f"{title}: {what}", name) for name, (title, what) in NAMES.items()),
         (
             BEFORE, IN_CONTEXT, STUDENT, GAP, WORST_GAP, KL_BEFORE, KL_AFTER, KL_CLOSED, DRIFT,
             PROSE, LENGTH_BEFORE, LENGTH,
@@ -159,7 +163,7 @@ TABLES = (
     ),
     Table(
         "smollm2_format",
-        "A format that the student never begins",
+        "A format that the student never starts",
         (
             Row("on-policy", "json"),
             Row("SFT on the teacher's samples", "json-sft"),
@@ -184,13 +188,13 @@ TABLES = (
             Row("250 tokens: eight", "persona"),
             Row("1,500 tokens: 54", "persona-1500"),
         ),
-        (BEFORE, IN_CONTEXT, STUDENT, GAP, KL_BEFORE, KL_AFTER, KL_CLOSED, DRIFT, PROSE),
+        (BEFORE, IN_CONTEXT, STUDENT, GAP, WORST_GAP, KL_BEFORE, KL_AFTER, KL_CLOSED, DRIFT, PROSE),
         (
             Higher(
                 "1,500 tokens close at most five points less of the KL than 250.",
                 "persona-1500", "persona", "heldout_kl_closed", margin=-0.05,
             ),
-            Higher("The student of the 1,500 tokens scores higher than that of the 50.",
+            Higher("The student of 1,500 tokens scores higher than that of 50.",
                    "persona-1500", "persona-50", "student"),
         ),
         plot=STUDENT,

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 T975 = {3: 4.3027, 4: 3.1824, 5: 2.7764, 6: 2.5706, 7: 2.4469, 8: 2.3646}
-"""The 97.5 % quantile of Student's t with n - 1 degrees of freedom, by the number of values n."""
+"""The 97.5% quantile of Student's t with n - 1 degrees of freedom, by the number of values n."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A mean over seeds, with its 95 % interval: None with fewer than three values."""
+    """A mean over seeds, with its 95% interval: None with fewer than three values."""
 
     value: float
     low: float | None

@@ -51,15 +51,15 @@ class Column:
         return text
 
 
-BEFORE = Column("before", "baseline_student", percent, " %")
-IN_CONTEXT = Column("in context", "baseline_teacher", percent, " %")
-STUDENT = Column("student", "student", percent, " %", interval=True)
-GAP = Column("gap closed", "gap_closed", percent, " %", interval=True)
-WORST_GAP = Column("lowest seed", "gap_closed", percent, " %", worst=True)
-ADDED_BACK = Column("context added back", "student_with_context", percent, " %", interval=True)
+BEFORE = Column("before", "baseline_student", percent, "%")
+IN_CONTEXT = Column("in context", "baseline_teacher", percent, "%")
+STUDENT = Column("student", "student", percent, "%", interval=True)
+GAP = Column("gap closed", "gap_closed", percent, "%", interval=True)
+WORST_GAP = Column("lowest seed", "gap_closed", percent, "%", worst=True)
+ADDED_BACK = Column("context added back", "student_with_context", percent, "%", interval=True)
 KL_BEFORE = Column("held-out KL before", "heldout_kl_before")
 KL_AFTER = Column("held-out KL after", "heldout_kl_after", interval=True)
-KL_CLOSED = Column("KL closed", "heldout_kl_closed", percent, " %", interval=True)
+KL_CLOSED = Column("KL closed", "heldout_kl_closed", percent, "%", interval=True)
 DRIFT = Column("drift KL", "drift_kl", three, interval=True)
 LENGTH_BEFORE = Column("length before", "length_before")
 LENGTH = Column("length after", "length_after")
@@ -121,6 +121,16 @@ class Experiment:
 def markdown(experiment: Experiment, table: Table, store: Store) -> str:
     """The table with its plot, its verdicts, and where it comes from."""
     records = experiment.records(store)
+    blocks = [grid(experiment, table, records), remarks(experiment, table, records)]
+    if table.answers:
+        blocks.append(answers(table, records))
+    if table.plot is not None:
+        blocks.append([f"![{table.title}](results/{table.name}.svg)"])
+    blocks.append([source(experiment, table, records)])
+    return "\n\n".join("\n".join(lines) for lines in blocks if lines)
+
+
+def grid(experiment: Experiment, table: Table, records: Records) -> list[str]:
     lines = [
         "| " + " | ".join(["run", *(column.title for column in table.columns)]) + " |",
         "|---" * (1 + len(table.columns)) + "|",
@@ -130,17 +140,17 @@ def markdown(experiment: Experiment, table: Table, store: Store) -> str:
         made = len([r for r in records[row.run] if r.error is None])
         short = f" ({made} of {experiment.seeds} seeds)" if made < experiment.seeds else ""
         lines.append("| " + " | ".join([row.label + short, *cells]) + " |")
+    return lines
+
+
+def remarks(experiment: Experiment, table: Table, records: Records) -> list[str]:
+    """The runs that failed, and the verdicts."""
     failed = [r for row in table.rows for r in records[row.run] if r.error is not None]
-    lines += [""] + [f"- `{r.name}`, seed {r.seed}, failed: {r.error}." for r in failed]
+    lines = [f"- `{r.name}`, seed {r.seed}, failed: {code(r.error or '')}." for r in failed]
     for verdict in table.verdicts(records, experiment.seeds):
         figures = f": {verdict.figures}" if verdict.figures else ""
         lines.append(f"- {verdict.claim} **{verdict.word.capitalize()}**{figures}.")
-    if table.answers:
-        lines += ["", *answers(table, records)]
-    if table.plot is not None:
-        lines += ["", f"![{table.title}](results/{table.name}.svg)"]
-    lines += ["", source(experiment, table, records)]
-    return "\n".join(lines).replace("\n\n\n", "\n\n")
+    return lines
 
 
 def answers(table: Table, records: Records) -> list[str]:

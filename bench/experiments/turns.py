@@ -53,7 +53,7 @@ def tables() -> Iterator[Table]:
         rows.append(Row("on-policy, live teacher", f"{game}-live"))
         on, off, sft, live = (row.run for row in rows)
         claims: tuple[Claim, ...] = (
-            EverySeed("On-policy closes at least 80 % in every seed.", on, "gap_closed", 0.8),
+            EverySeed("On-policy closes at least 80% in every seed.", on, "gap_closed", 0.8),
             Higher("On-policy closes more of the gap than off-policy.", on, off),
             Higher("On-policy closes more of the gap than SFT.", on, sft),
             Higher("A frozen teacher closes more of the gap than a live one.", on, live),

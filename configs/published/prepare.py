@@ -1,12 +1,12 @@
-"""Make the files of prompts of `opcd-medical` and `opcd-safety` from the public data sets of OPCD.
+"""Make the prompt files of `opcd-medical` and `opcd-safety` from the public data sets of OPCD.
 
     pip install 'minidistill[datasets]'
     python configs/published/prepare.py medical
 
 It writes `opcd-medical-train.jsonl` and `opcd-medical-test.jsonl` into the current directory. The
-data sets are `ytz20/sys_medmcqa_train` and so on of the Hugging Face hub. Of each row it reads
-`content`, a prompt as text or as messages, and `answer`: the letter of an option, or yes or no. In
-the files the answer stands as the model should write it: `<answer>B</answer>`.
+data sets are `ytz20/sys_medmcqa_train` and the like, on the Hugging Face hub. From each row it
+reads `content`, a prompt as text or as messages, and `answer`: the letter of an option, or yes or
+no. In the files the answer is in the form in which the model should write it: `<answer>B</answer>`.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def linear_distill(
     of a token is
 
         full     -rho adv_tau A log pi(y) + sum_v pi_v (student_tau log pi_v - teacher_tau log q_v)
-        top_k    the same sum over the student's k likeliest ids and one bucket for the rest
+        top_k    the same sum over the student's k most likely ids and one bucket for the rest
         sampled  -rho [adv_tau A + teacher_tau log q(y) - student_tau log pi(y)] log pi(y),
                  the bracket detached (the policy-gradient form of the reverse KL: Lu et al.,
                  "On-Policy Distillation", 2025)
@@ -65,7 +65,7 @@ def linear_distill(
         teacher_weight: (V, H) the teacher's own head, or its `Head`, if it is not the student's.
             With it the teacher's hidden states may have another width.
         teacher_logp_N: (N,) log q(y), scored elsewhere; for `sampled` without `h_t_NH`.
-        topk_ids_NK: (N, K) distinct ids, the student's likeliest; for `top_k` without `h_t_NH`.
+        topk_ids_NK: (N, K) distinct ids, the student's most likely; for `top_k` without `h_t_NH`.
         teacher_topk_logp_NK: (N, K) log q at `topk_ids_NK`, scored elsewhere.
         advantage_N: (N,) A, centered; None is 0.
         sampler_logp_N: (N,) log mu(y); None makes rho 1.

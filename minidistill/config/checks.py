@@ -33,7 +33,7 @@ def _objective(config: Config) -> Iterator[Problem]:
     if loss.teacher_tau == 0 and loss.adv_tau == 0:
         yield Problem(
             "trainer.loss.teacher_tau and trainer.loss.adv_tau are both 0: nothing to learn from",
-            "set trainer.loss.teacher_tau above 0 to distil",
+            "set trainer.loss.teacher_tau above 0 to distill",
             ("trainer.loss.teacher_tau", "trainer.loss.adv_tau"),
         )
     if config.separate_teacher is not None and teacher.update != "frozen":

@@ -40,11 +40,11 @@ def context_problems(config: Config) -> Iterator[Problem]:
     )
     if without or blank:
         key = ".".join((*map(str, _TEACHER), "context"))
-        what = f"{key} is empty, so there is nothing to distil"
+        what = f"{key} is empty, so there is nothing to distill"
         if without and len(without) < len(tables):
             what = f"{key} is empty, and {tables[without[0]][1].name!r} has no context of its own"
         elif not without:
-            what = "the context of every environment is empty, so there is nothing to distil"
+            what = "the context of every environment is empty, so there is nothing to distill"
         yield Problem(
             what,
             'set context = "…" or context_file = "…" in [orchestrator.teacher_model]',

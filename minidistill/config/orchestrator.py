@@ -56,8 +56,8 @@ class TeacherConfig(Table):
     """Evaluate student and teacher before training; needs `[orchestrator.eval]`."""
     update: Literal["frozen", "live", "ema"] = "frozen"
     """The teacher's weights: the base model's, the student's, or a moving average of the latter.
-    `live` lost the context's effect, and no average did better than `frozen`
-    (docs/how-to-choose.md)."""
+    With `live` the student ended below the base in two of three games, and neither average tried
+    did better than `frozen` (docs/how-to-choose.md)."""
     ema_decay: Fraction = 0.99
     """Decay of the moving average with `update = "ema"`. 0.9 closed less of the gap."""
 
@@ -153,8 +153,8 @@ class OrchestratorConfig(Table):
     Prompts that are generated are measured when they are drawn: `drop` draws others then."""
     sample_from: Literal["student", "teacher"] = "student"
     """Whose completions are trained on. `teacher` is off-policy, a baseline to compare with: the
-    teacher samples with the context, and the student learns on that from its own prompt. The token
-    masks are then off. docs/how-to-choose.md says where it is better."""
+    teacher samples with the context, and the student is trained on these completions with its own
+    prompt. The token masks are then off. docs/how-to-choose.md says when it is better."""
     sampling: SamplingConfig = SamplingConfig()
     buffer: BufferConfig = BufferConfig()
     teacher_model: TeacherConfig

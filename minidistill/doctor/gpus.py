@@ -17,7 +17,7 @@ SMI_SECONDS = 30.0
 LEAST_FREE = 4.0
 """GiB, on one GPU at least."""
 NO_GPU = "there is no NVIDIA GPU: everything runs on the CPU"
-REBOOT = "reboot, or install the driver anew: `nvidia-smi` has to work by itself"
+REBOOT = "reboot, or reinstall the driver: `nvidia-smi` has to work by itself"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ def compiled() -> Result:
     """A kernel compiles for this GPU and computes there; without one it compiles for an sm_90."""
     import torch
 
-    # compiled anew: a cache would hide a compiler that does not work
+    # compiled again: a cache would hide a compiler that does not work
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         import triton

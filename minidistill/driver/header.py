@@ -89,7 +89,7 @@ def header(
     rows += _selection_rows(config)
     rows += _prompt_rows(builder)
     if context_count > 1:
-        drawn = ", drawn anew for each prompt and step" if builder.contexts.are_drawn else ""
+        drawn = ", drawn for each prompt and step" if builder.contexts.are_drawn else ""
         rows.append(("contexts", f"{context_count:,} different ones{drawn}"))
     rows += [
         ("tasks", _tasks(orchestrator)),

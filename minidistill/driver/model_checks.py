@@ -37,7 +37,8 @@ from minidistill.trainer.token_kl import token_kl
 from minidistill.types import Prompt, Role
 from minidistill_kernels import linear_reverse_kl
 
-# Of the hidden states: what experts may round anew, if they do. If nothing does, no change is right
+# Of the hidden states: what experts may round differently, if they do. If nothing does, no change
+# is right
 LEAK = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 NO_LEAK = 1e-6
 # Rounding error of a KL or log-prob between two passes of different shapes, by dtype

@@ -90,7 +90,8 @@ def largest_leak(policy: Policy, first: Ids, second: Ids, layout: Layout) -> flo
     """How much `second`'s hidden states change if `first`, in the same batch, has other tokens.
 
     Relative to the largest hidden state. It is 0 if no sequence reads another, whatever the dtype:
-    the passes have the same shapes. Only experts, whose batches depend on all tokens, round anew.
+    the passes have the same shapes. Only experts, whose batches depend on all tokens, round
+    differently.
     """
     first, second = probe_ids(policy, first), probe_ids(policy, second)
 

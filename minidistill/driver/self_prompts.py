@@ -44,7 +44,7 @@ MOST = 4
 ROUND = 512
 """Texts sampled at a time."""
 FORMAT = 1
-"""Of what decides a file's name. Another number samples anew."""
+"""Of what decides a file's name. Another number samples again."""
 
 
 class SelfPrompts:

@@ -54,7 +54,7 @@ def check_completion(
     if params.top_ids:
         shape = () if completion.top_ids is None else completion.top_ids.shape
         if shape != (tokens, params.top_ids):
-            what = f"likeliest ids of shape {shape} for the {tokens} tokens of {name}"
+            what = f"most likely ids of shape {shape} for the {tokens} tokens of {name}"
             raise _error(engine, what)
 
 

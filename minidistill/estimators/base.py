@@ -91,7 +91,7 @@ class Estimator:
         return None
 
     def top_ids(self, top_k: int) -> int:
-        """How many of the sampler's likeliest ids a teacher's engine must score at each token."""
+        """How many of the sampler's most likely ids a teacher's engine must score at each token."""
         return 0
 
     def engine_scores(

@@ -1,4 +1,4 @@
-"""The reverse KL over the student's k likeliest ids and one bucket for the rest."""
+"""The reverse KL over the student's k most likely ids and one bucket for the rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TopK(Estimator):
-    """The sum of `full`, with all ids but the k likeliest in one bucket."""
+    """The sum of `full`, with all ids but the k most likely in one bucket."""
 
     name = kernel_mode = "top_k"
     needs = TeacherNeeds.LOGPROBS_AT_IDS

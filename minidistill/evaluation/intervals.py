@@ -12,7 +12,7 @@ RESAMPLES = 10_000
 MIN_TASKS = 8  # a bootstrap over fewer says next to nothing about other tasks
 NOTHING_TO_LEARN = 0.02
 """Nats of KL in a whole completion. By Pinsker's inequality, whoever reads a completion with less
-and guesses whether its author had the context is right in at most 55 % of cases."""
+and guesses whether its author had the context is right in at most 55% of cases."""
 
 CLOSED = ("closed", "closed_low", "closed_high")
 
@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A 95 % interval."""
+    """A 95% interval."""
 
     low: float
     high: float
@@ -33,7 +33,7 @@ def picks(count: int, seed: int) -> Array:
 
 
 def percentiles(values: Array) -> Interval | None:
-    """The 95 % interval of resampled values; NaN ones are left out.
+    """The 95% interval of resampled values; NaN ones are left out.
 
     None if it has no width. All tasks then agree, and a bootstrap cannot say what others would do.
     """

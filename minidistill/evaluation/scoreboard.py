@@ -30,7 +30,7 @@ def compare(
     """Means and the gap closed over one set of tasks.
 
     Each sequence has a mean reward for each task, in the same order. The gap closed is
-    (student - before) / (teacher - before). Its 95 % interval is a percentile bootstrap over tasks
+    (student - before) / (teacher - before). Its 95% interval is a percentile bootstrap over tasks
     (10,000 resamples, all figures of a task drawn together). `gap_closed` is None if there is no
     gap to close: the interval of the baseline difference includes 0, or the context makes the score
     worse. With fewer than `MIN_TASKS` tasks there is no interval, and so no verdict on a gap. An

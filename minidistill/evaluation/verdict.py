@@ -114,7 +114,7 @@ def grade(share: float, low: float | None, high: float | None) -> str:
 
 
 def points(tasks: int) -> float:
-    """Half of the widest 95 % interval that a mean of scores of 0 or 1 has, in points of 100."""
+    """Half of the widest 95% interval that a mean of scores of 0 or 1 has, in points of 100."""
     return 98 / math.sqrt(tasks)
 
 

@@ -19,7 +19,7 @@ from minidistill.evaluation.intervals import (
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A mean over tasks with its 95 % interval, and its values in each resample of the tasks.
+    """A mean over tasks with its 95% interval, and its values in each resample of the tasks.
 
     `interval` is None if there are fewer than `MIN_TASKS` tasks, or if all of them agree.
     """

@@ -49,7 +49,7 @@ class Lines:
         self._written = ""
 
     def show(self, view: int, text: str) -> None:
-        # a tokenizer may write the end of a text anew with the next token
+        # a tokenizer may rewrite the end of a text with the next token
         if self.streams and text.startswith(self._written):
             self._write(text[len(self._written) :])
             self._written = text

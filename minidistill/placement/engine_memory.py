@@ -62,7 +62,7 @@ def sync_buffer(config: Config, shape: ModelShape, itemsize: int) -> int:
 def received_memory(config: Config, shape: ModelShape, itemsize: int, tp: int) -> MemoryBreakdown:
     """Bytes that a sync takes in the engine's process, outside its budget.
 
-    vLLM copies what it receives. Of a whole model it also builds each layer anew, before it copies
+    vLLM copies what it receives. Of a whole model it also builds each layer again, before it copies
     it over the old one.
     """
     received = {"received weights": sync_buffer(config, shape, itemsize)}

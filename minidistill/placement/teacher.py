@@ -53,7 +53,7 @@ def place_teacher(config: Config, *, separate_engine: bool, scores_ids: bool) ->
         return in_trainer("vLLM scores given tokens at temperature 1 only")
     needs_ids = chosen is not None and chosen.needs is TeacherNeeds.LOGPROBS_AT_IDS
     if needs_ids and config.orchestrator.sample_from == "teacher":
-        return in_trainer("the sampler's likeliest ids are the teacher's, not the student's")
+        return in_trainer("the sampler's most likely ids are the teacher's, not the student's")
     if needs_ids and (not scores_ids or config.inference.server_urls):
         return in_trainer("this vLLM gives no log-probs at chosen ids (it needs its V2 runner)")
     if update == "ema" and all_weights:

@@ -19,7 +19,7 @@ class Share:
 
     value: float
     low: float | None
-    """The ends of the 95 % interval; None without one."""
+    """The ends of the 95% interval; None without one."""
     high: float | None
 
 

@@ -219,7 +219,7 @@ class Collector:
 
     @property
     def _top_ids(self) -> int:
-        """How many of the sampler's likeliest ids the teacher's engine will score."""
+        """How many of the sampler's most likely ids the teacher's engine will score."""
         if self.placement.teacher.scorer != "engine":
             return 0
         return self.placement.teacher.estimator.top_ids(self.config.trainer.loss.top_k)
@@ -270,10 +270,10 @@ class Collector:
 
 
 def _ids_to_score(completion: Completion) -> np.ndarray:
-    """For each token of the sequence its own id, then the likeliest ids if it was sampled."""
+    """For each token of the sequence its own id, then the most likely ids if it was sampled."""
     assert completion.top_ids is not None
     sequence = np.array(completion.sequence)
-    # what was not sampled has no likeliest ids: its own, whose scores are left out again
+    # what was not sampled has no most likely ids: its own, whose scores are left out again
     ids = np.repeat(sequence[:, None], 1 + completion.top_ids.shape[1], axis=1)
     ids[list(completion.sampled_at), 1:] = completion.top_ids
     return ids

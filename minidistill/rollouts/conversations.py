@@ -229,7 +229,7 @@ def _check_stripped(played: Sequence[Played], environments: Sequence[str]) -> No
         if asked and sum(p.whole for p in own) == asked:
             raise UserError(
                 f"none of {asked} requests of {name!r} has the part that the student is not to "
-                "read, so there is nothing to distil",
+                "read, so there is nothing to distill",
                 where="orchestrator.env",
                 fix='with strip = "system" the program sends it in a system message; with strip = '
                 '"context" orchestrator.teacher_model.context is in a message, letter for letter',

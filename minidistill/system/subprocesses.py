@@ -134,8 +134,9 @@ class Subprocess:
         arguments: Sequence[str],
         descriptors: Sequence[int],
         environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
     ) -> None:
-        """Start the process.
+        """Start the process, in this folder if one is given.
 
         It inherits the file `descriptors` under the same numbers, and this process's environment
         variables, updated with `environment`.
@@ -162,6 +163,7 @@ class Subprocess:
                 stdout=self._output,
                 stderr=STDOUT,
                 start_new_session=True,
+                cwd=folder,
                 env={**os.environ, **(environment or {}), **ours},
             )
             stack.pop_all()
@@ -183,13 +185,17 @@ class Subprocess:
         """The last line of output, as "; last output: …", or "". The log gets the end of it."""
         if self._output.closed:
             return ""
-        text = printable(self._end_of_output().decode(errors="replace")).strip()
+        text = printable(self.output()).strip()
         if not text:
             return ""
         lines = text.splitlines()
         quoted = "\n".join(f"  | {line}" for line in lines)
         logger.debug(f"the end of the output of process {self.popen.pid}:\n{quoted}")
         return f"; last output: {lines[-1].strip()[:LINE]}"
+
+    def output(self) -> str:
+        """The end of what it has printed so far."""
+        return self._end_of_output().decode(errors="replace")
 
     def trim_output(self) -> None:
         """Drop all but the end of a long output, which would fill the disk in a long run."""

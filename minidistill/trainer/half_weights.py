@@ -21,7 +21,7 @@ ROWS = 4096
 
 
 class HalfWeights:
-    """Packed copies of frozen weights, by layer. A weight that has changed is packed anew."""
+    """Packed copies of frozen weights, by layer. A weight that has changed is packed again."""
 
     def __init__(self) -> None:
         self._packed: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()

@@ -1,6 +1,6 @@
 """Packed copies of the weights for passes of few tokens on a CPU.
 
-A product with few rows reads a weight once and computes little. torch's own packs the weight anew
+A product with few rows reads a weight once and computes little. torch's own packs the weight again
 each time, which takes longer than the product, and an adapter adds six small operations to each of
 its layers. So a call that samples runs one role's layers from copies. Frozen weights that float16
 holds exactly are copied once a run (half_weights.py), and the adapter's products are added. Others

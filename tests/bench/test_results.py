@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,11 @@ from bench.experiments import document
 from bench.experiments.catalog import EXPERIMENTS
 from bench.experiments.claims import EverySeed
 from bench.experiments.measures import MEASURES
-from bench.experiments.runs import Maker, Record, Run, Store
+from bench.experiments.runs import ROOT, Maker, Record, Run, Store, filled, locked
 from bench.experiments.tables import GAP, STUDENT, Experiment, Row, Table, answers, markdown, means
 from minidistill.config import load_config
-from minidistill.errors import EXIT_FAILED, EXIT_USAGE, UserError
+from minidistill.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, UserError
+from minidistill.system import subprocesses
 
 
 def test_answers_of_a_model_are_no_markup() -> None:
@@ -46,12 +50,24 @@ def test_records_survive(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [again.path]
 
 
-def test_two_processes_keep_each_others_records(tmp_path: Path) -> None:
+def test_two_stores_keep_each_others_records(tmp_path: Path) -> None:
     ours, theirs = Store.open(tmp_path, "games"), Store.open(tmp_path, "games")
     ours.add(record(SHORT, 0, gap_closed=0.5))
     theirs.add(record(OTHER, 0, gap_closed=0.6))
     ours.add(record(SHORT, 1, gap_closed=0.7))
     assert len(Store.open(tmp_path, "games").records) == 3
+
+
+def test_a_record_waits_for_the_lock(tmp_path: Path) -> None:
+    """Another process may be writing."""
+    store = Store.open(tmp_path, "games")
+    writer = threading.Thread(target=store.add, args=[record(SHORT, 0, gap_closed=0.5)])
+    with locked(tmp_path):
+        writer.start()
+        writer.join(0.2)
+        assert writer.is_alive()
+    writer.join()
+    assert len(Store.open(tmp_path, "games").records) == 1
 
 
 @pytest.mark.parametrize("line", ['{"name": "short", "se', '{"name": "short", "seed": 0}', "3", ""])
@@ -88,8 +104,7 @@ def test_a_run_knows_what_its_files_say(tmp_path: Path) -> None:
     changed = plain.inputs(), after.inputs()
     config.write_text('path = "b.jsonl"')
     again = plain.inputs(), after.inputs()
-    assert len({before, changed, again}) == 3
-    assert all(a != b for a, b in zip(before, changed, strict=True))
+    assert all(len(set(of_one)) == 3 for of_one in zip(before, changed, again, strict=True))
     made = record(plain, 0)
     assert made.is_of(plain)
     config.write_text("max_steps = 3")
@@ -136,9 +151,9 @@ def test_a_table(tmp_path: Path) -> None:
     store.add(record(OTHER, 0, error="exit code 4: it broke"))
     lines = markdown(experiment, table, store).splitlines()
     assert lines[0] == "| run | student | gap closed |"
-    assert lines[2] == "| short | 60.0 % (35.2 to 84.8) | 50.0 % (25.2 to 74.8) |"
+    assert lines[2] == "| short | 60.0% (35.2 to 84.8) | 50.0% (25.2 to 74.8) |"
     assert lines[3] == "| the other (0 of 3 seeds) | – | – |"
-    assert "- `other`, seed 0, failed: exit code 4: it broke." in lines
+    assert "- `other`, seed 0, failed: `exit code 4: it broke`." in lines
     assert "- It closes half. **Contradicted**: worst of 3 seeds 0.4." in lines
     assert "4 of 6 runs, seeds 0 to 2, 4 minutes of a core; commit 0123abcd; a CPU." in lines[-1]
 
@@ -150,7 +165,7 @@ def test_a_figure_that_some_runs_lack_is_marked(tmp_path: Path) -> None:
     for seed, closed in enumerate((0.6, None, 0.8)):
         store.add(record(SHORT, seed, gap_closed=closed, student=0.5))
     row = markdown(experiment, table, store).splitlines()[2]
-    assert row == "| short | 70.0 % (2 of 3) | 50.0 % (50.0 to 50.0) |"
+    assert row == "| short | 70.0% (2 of 3) | 50.0% (50.0 to 50.0) |"
     assert means(table, experiment.records(store)) == []
 
 
@@ -161,9 +176,7 @@ def test_failures_are_counted_however_old(
     experiment = Experiment("games", (SHORT,), (table,), seeds=1)
     monkeypatch.setattr(results, "EXPERIMENTS", (experiment,))
     Store.open(tmp_path, "games").add(record(SHORT, 0, error="it broke"))
-    before = signal.getsignal(signal.SIGTERM)
     assert results.main(["--out", str(tmp_path)]) == EXIT_FAILED
-    assert signal.getsignal(signal.SIGTERM) == before
     assert "1 runs failed" in capsys.readouterr().out
 
 
@@ -219,14 +232,70 @@ def test_a_run_that_was_ended_is_no_result(
     killed: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not kept as one that failed."""
+    replace_runs(monkeypatch, killed)
+    with pytest.raises(UserError, match=what):
+        Maker(1).make([(SHORT, 0)], lambda r, count, total: pytest.fail("a record was made"))
+
+
+def replace_runs(monkeypatch: pytest.MonkeyPatch, *codes: str) -> list[Any]:
+    """Have each run execute its code instead, those after the last of them that code too. Returns
+    a list that gets their processes."""
+    started: list[Any] = []
     popen = subprocess.Popen
 
     def start(command: list[str], **settings: Any) -> Any:
-        return popen([sys.executable, "-c", killed], **settings)
+        code = codes[min(len(started), len(codes) - 1)]
+        started.append(popen([sys.executable, "-c", code], **settings))
+        return started[-1]
 
-    monkeypatch.setattr(subprocess, "Popen", start)
-    with pytest.raises(UserError, match=what):
-        Maker(1).make([(SHORT, 0)], lambda r, count, total: pytest.fail("a record was made"))
+    monkeypatch.setattr(subprocesses, "Popen", start)
+    return started
+
+
+def test_what_stops_one_run_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait for their turn do not start."""
+    started = replace_runs(
+        monkeypatch, "import time; time.sleep(1); exit(3)", "import time; time.sleep(600)"
+    )
+    with pytest.raises(UserError):
+        Maker(2).make([(SHORT, seed) for seed in range(9)], lambda r, count, total: None)
+    assert 2 <= len(started) <= 3
+    assert all(process.returncode is not None for process in started)
+
+
+def test_runs_end_with_the_program_that_is_killed(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    (tmp_path / "endless.py").write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(pid)!r}).write_text(f'{{os.getpid()}}\\n')\n"
+        "time.sleep(600)\n"
+    )
+    program = "from bench.experiments.runs import Maker; Maker(1).call('endless', [])"
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
+    ) as parent:
+        wait_until(lambda: pid.exists() and pid.read_text().endswith("\n"))
+        parent.kill()
+    child = int(pid.read_text())
+    wait_until(lambda: not Path(f"/proc/{child}").exists())
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_reader_that_goes_away() -> None:
+    """It is no success: what was to be compared may not have been."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "bench.results", "--list"]
+    ended = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (EXIT_INTERRUPTED, "")
 
 
 def test_verdicts_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,9 +325,23 @@ def test_each_run_has_a_valid_configuration(experiment: Experiment) -> None:
     for run in experiment.runs:
         first = [command[1:] for command in run.first if command[0] == "run"]
         for arguments in (run.arguments, *first):
-            flags = " ".join(arguments).replace("--trainer.model.lora.init {scratch}/first", "")
-            load_config(flags.replace("{model}", "m").replace("{scratch}", "s").split())
+            flags = [filled(part, {"model": "m", "scratch": "s"}) for part in arguments]
+            if "--trainer.model.lora.init" in flags:  # there is no such adapter yet
+                where = flags.index("--trainer.model.lora.init")
+                del flags[where : where + 2]
+            load_config(flags)
         assert set(run.measures) <= set(MEASURES)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)
+def test_figures_of_tables_are_measured(experiment: Experiment) -> None:
+    """A name that is misspelled would show as a dash."""
+    records = experiment.records(Store.open(results.RECORDS, experiment.name))
+    for table in experiment.tables:
+        made = [r for row in table.rows for r in records[row.run]]
+        for part in (*table.columns, *table.claims):
+            measured = any(r.number(part.figure) is not None for r in made)
+            assert measured or not made, (table.name, part.figure)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)

@@ -34,7 +34,7 @@ def test_the_system_message_of_a_program_is_its_context(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (TEACHER + AGENT + 'args = { strip = "context" }', "nothing to distil"),
+        (TEACHER + AGENT + 'args = { strip = "context" }', "nothing to distill"),
         (TEACHER + AGENT + 'context = "Be brief."', "does not read"),
         (TEACHER + AGENT + '[[orchestrator.env.contexts]]\ncontext = "A."', "its program decides"),
         (TEACHER + AGENT + 'examples = { path = "a.jsonl" }', "its program decides"),

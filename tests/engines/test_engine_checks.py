@@ -172,7 +172,7 @@ def test_scores_of_the_likeliest_ids(parts: Parts, top: Any) -> None:
 @pytest.mark.parametrize("ids", [None, np.zeros((1, 1)), np.zeros((2, 2))])
 def test_likeliest_ids_of_another_shape(parts: Parts, ids: Any) -> None:
     completion = Completion((1,), (0.0,), "eos", ids)
-    with pytest.raises(UserError, match="likeliest ids of shape"):
+    with pytest.raises(UserError, match="most likely ids of shape"):
         check_completion(parts.engine, completion, SamplingParams(4, top_ids=2), "rollout 0")
 
 

@@ -141,7 +141,7 @@ def test_many_contexts_and_their_exact_resumption() -> None:
     check_metrics(records(Path("whole"))[1:5])
     check_scoreboard(board(Path("whole")))
     facts = json.loads(Path("whole/env.json").read_text())
-    text = f"{board(Path('whole'))['contexts']} different ones, drawn anew for each prompt and step"
+    text = f"{board(Path('whole'))['contexts']} different ones, drawn for each prompt and step"
     assert ["contexts", text] in facts["header"]
 
 

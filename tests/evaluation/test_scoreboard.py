@@ -70,7 +70,7 @@ def test_values_computed_by_hand() -> None:
     assert (board["baseline_diff"], board["gap_closed"]) == (1.0, 0.75)
     # all tasks agree: a bootstrap has no width, and says nothing about other tasks
     assert (board["baseline_diff_low"], board["baseline_diff_high"]) == (None, None)
-    # of 8 draws at 3/4, 3 or fewer succeed in 2.7 % of cases
+    # of 8 draws at 3/4, 3 or fewer succeed in 2.7% of cases
     assert (board["gap_closed_low"], board["gap_closed_high"]) == (0.375, 1.0)
     assert board["outcome"] == "partly"
     assert board["verdict"] == (  # and maybe all of it

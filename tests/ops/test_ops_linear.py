@@ -118,7 +118,7 @@ def test_half_precision_is_no_worse_than_torch(dtype, gap):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gap", [0.006, 0.018])
 def test_small_kl_keeps_its_digits(dtype, gap):
-    """KL between 1e-4 and 1e-3 is exact to 1 %, where bf16 logits give errors of 30 % or more."""
+    """KL between 1e-4 and 1e-3 is exact to 1%, where bf16 logits give errors of 30% or more."""
     case = make_case(16, 2000, 128, dtype=torch.float32, gap=gap)
     # A gap that bf16 hidden states can represent: equal exponents, other last digits
     case["h_s"] = case["h_s"].bfloat16().to(dtype)

@@ -64,7 +64,7 @@ def test_reverse_kl_and_gradient(case, temperature):
 
 @pytest.mark.parametrize("size", [1e-2, 3e-2])
 def test_small_kl_keeps_its_digits(size):
-    """KL of 1e-4 and 1e-3 is exact to 1 %, whatever the logits' offset."""
+    """KL of 1e-4 and 1e-3 is exact to 1%, whatever the logits' offset."""
     torch.manual_seed(0)
     s = torch.randn(6, 3000) * 3
     t = s + torch.randn(6, 3000) * size * 1.4 + 20 * torch.arange(6)[:, None]

@@ -170,7 +170,7 @@ def test_contexts_and_syncs_are_outside_an_engines_share() -> None:
 
 
 def test_a_sync_of_every_weight_is_a_phase() -> None:
-    """A chunk is sent and copied; the embedding, the largest layer, is built anew."""
+    """A chunk is sent and copied; the embedding, the largest layer, is built again."""
     phases = planned(LARGE, 4, 80, "--no-trainer.model.lora").devices[0].phases
     embedding = 2 * 151936 * 2560
     chunk = max(embedding, SYNC_CHUNK_BYTES)

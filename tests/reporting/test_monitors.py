@@ -200,7 +200,7 @@ def test_the_run_id_is_kept_and_a_damaged_one_replaced(
     (tmp_path / "wandb_id").write_text("../../etc\x1b[0m")
     assert wandb_id(tmp_path) not in (first, "../../etc\x1b[0m")
     [warning] = caplog.messages
-    assert "has no id of a W&B run any more: its curves begin anew" in warning
+    assert "has no id of a W&B run any more: its curves start again" in warning
 
 
 def test_the_run_id_is_not_written_through_a_link_nor_read_of_a_pipe(tmp_path: Path) -> None:

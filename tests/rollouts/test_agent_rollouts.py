@@ -113,7 +113,7 @@ def test_requests_that_cannot_be_answered_are_refused_and_the_program_goes_on(
 
 def test_a_run_whose_requests_have_no_context_ends(configured: Any, tmp_path: Path) -> None:
     flags = agent(tmp_path, *questions(8), strip="context")
-    with pytest.raises(UserError, match="nothing to distil") as stopped:
+    with pytest.raises(UserError, match="nothing to distill") as stopped:
         configured(*flags, "--orchestrator.teacher_model.context", "Not there.").collect()
     assert stopped.value.exit_code == EXIT_HEALTH
 

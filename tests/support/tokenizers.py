@@ -56,7 +56,7 @@ def metaspace(template: str | None = CHATML, *, scheme: str = "first", **flags: 
 
 
 def unigram(template: str | None = CHATML) -> Any:
-    """Its vocabulary has "</s>", the likeliest piece of that text."""
+    """Its vocabulary has "</s>", the most likely piece of that text."""
     core = Tokenizer(models.Unigram())
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     core.decoder = decoders.Metaspace()

@@ -196,7 +196,7 @@ def test_unusable_examples_are_refused() -> None:
 @pytest.mark.parametrize(
     ("teacher", "tables", "what"),
     [
-        ("", [env("a")], "context is empty, so there is nothing to distil"),
+        ("", [env("a")], "context is empty, so there is nothing to distill"),
         ("", [env("a"), env("b", text='context = "x"')], "'a' has no context of its own"),
         ("", [env("a", text='context = " "')], "the context of every environment is empty"),
         ("", [env("a", text=f'context = "x"\n{CHOICES}')], "both context and contexts are set"),

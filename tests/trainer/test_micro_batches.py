@@ -39,7 +39,7 @@ def test_padded_groups_have_little_padding(budget: int) -> None:
         tokens, padded = sum(lengths[i] for i in group), padded_tokens(lengths, group)
         assert padded <= budget or len(group) == 1
         assert tokens >= 0.95 * padded
-    if budget == 10_000:  # as few as the spread of the lengths asks for: 10 % from first to last
+    if budget == 10_000:  # as few as the spread of the lengths asks for: 10% from first to last
         assert len(groups) <= 35
         assert len(split_by_tokens(lengths, budget)) < len(groups)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -88,6 +92,35 @@ def test_a_rank_says_what_it_waits_for_and_gives_up(
     assert f"127.0.0.1:{port}" in message
     assert "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment ask for it" in message
     assert "to run alone instead: env -u RANK" in message
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_rank_that_waits_can_be_ended(port: str, signum: int) -> None:
+    program = (
+        "import torch; from minidistill.trainer.distributed import rank_group as g; "
+        "g.SILENT_SECONDS = 0.2; g.RankGroup(0, 2).join(torch.device('cpu'), None, 60.0)"
+    )
+    variables = dict(zip(NAMES, ("0", "2", "127.0.0.1", port), strict=True))
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, env=os.environ | variables | paths
+    ) as process:
+        try:
+            assert process.stderr is not None
+            assert b"waits for the other ranks" in process.stderr.readline()
+            process.send_signal(signum)
+            assert process.wait(10) == -signum
+        finally:
+            process.kill()
+
+
+def test_handlers_come_back_after_the_wait(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+    set_environment(monkeypatch, "0", "2", "127.0.0.1", port)
+    monkeypatch.setattr(rank_group, "JOIN_TIMEOUT", timedelta(seconds=1))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(UserError):
+        RankGroup(0, 2).join(torch.device("cpu"), None, 60.0)
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ class Killing:
         begun = (path / "config.resolved.json").exists()
         self.log.say(f"kills: {self.log.done['kills']}: {path.name}: {'; '.join(history)}")
         if not self.run(path, f"{path.name}, {'; '.join(history)}", resume=begun) and not begun:
-            shutil.rmtree(path)  # the directory of a run that never began: start anew
+            shutil.rmtree(path)  # the directory of a run that never began: start again
             self.run(path, f"{path.name}, again", resume=False)
         return done
 

@@ -22,7 +22,7 @@ class Log:
     """The log of a soak in `folder/soak.log`; what repeats a finding is in `folder/findings`."""
 
     def __init__(self, folder: Path, copy: Path | None = None) -> None:
-        """`copy` is another file for the log. Both begin anew."""
+        """`copy` is another file for the log. Both start empty."""
         self.folder = folder.resolve()
         self.findings: list[str] = []
         self.done: Counter[str] = Counter()

@@ -118,7 +118,7 @@ class ServerEngine(Engine):
         finished: Finished | None = None,
     ) -> list[Completion]:
         if params.top_ids:
-            raise ValueError("a server cannot score the likeliest ids, so it returns none")
+            raise ValueError("a server cannot score the most likely ids, so it returns none")
         assert self._policy is not None
         common = {
             "max_tokens": params.max_tokens,

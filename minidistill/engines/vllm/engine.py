@@ -326,7 +326,7 @@ class VllmReplicas(Replicas):
 
 
 def _teacher_scores(scores: np.ndarray | None, params: SamplingParams) -> TeacherScores | None:
-    """From log-probs (tokens, 1 + k) of the sampled token and of the k likeliest ids."""
+    """From log-probs (tokens, 1 + k) of the sampled token and of the k most likely ids."""
     if scores is None:
         return None
     return TeacherScores(scores[:, 0].tolist(), scores[:, 1:] if params.top_ids else None)

@@ -71,7 +71,7 @@ def build_options(
         "max_num_seqs": MAX_SEQUENCES,
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from
-        # the student's k likeliest tokens, and the one it sampled
+        # the student's k most likely tokens, and the one it sampled
         "max_logprobs": config.trainer.loss.top_k + 1,
         "worker_extension_cls": "minidistill.engines.vllm.weights_receive.Receiver",
         "weight_transfer_config": {"backend": "minidistill"},

@@ -129,7 +129,7 @@ class EngineWorker:
         """The fields of a `Completion`."""
         sample = output.outputs[0]
         stop = "length" if sample.finish_reason == "length" else "eos"
-        # a row for each token: the sampled one, then the k likeliest
+        # a row for each token: the sampled one, then the k most likely
         width = len(sample.logprobs.logprobs) // max(1, len(sample.token_ids))
         logprobs = tuple(sample.logprobs.logprobs[::width])
         ids = np.array(sample.logprobs.token_ids).reshape(-1, width)[:, 1:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -66,6 +67,23 @@ def launched_by_torchrun() -> tuple[int, int] | None:
 
 
 _ALONE = f"env {' '.join(f'-u {name}' for name in TORCHRUN)} minidistill run …"
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM end the process at once.
+
+    torch waits in C++, where Python runs no handler of a signal.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone sets handlers
+        yield
+        return
+    before = [(s, signal.signal(s, signal.SIG_DFL)) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for signum, handler in before:
+            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager
@@ -142,7 +160,8 @@ class RankGroup:
         alone = f"to run alone instead: {_ALONE}"
         source = f"{', '.join(TORCHRUN)} in the environment ask for it"
         minutes = f"for up to {limit.total_seconds() / 60:g} minutes"
-        with _said_after(SILENT_SECONDS, f"{waiting}, {minutes}. {source}; {alone}"):
+        said = _said_after(SILENT_SECONDS, f"{waiting}, {minutes}. {source}; {alone}")
+        with said, _ended_by_signals():
             store: Any = None
             try:
                 found = rendezvous("env://", self.rank, self.size, timeout=limit)

@@ -170,7 +170,7 @@ def test_a_run_that_shares_one_gpu(tmp_path: Path, estimator: str) -> None:
         ("--trainer.loss.estimator", "top_k"),
         ("--trainer.loss.estimator", "sampled", "--teacher_gpu_ids", "0"),
     ],
-    ids=["in the trainer", "in the engine", "at the likeliest ids", "in its own engine"],
+    ids=["in the trainer", "in the engine", "at the most likely ids", "in its own engine"],
 )
 def test_steps_are_streamed_on_two_gpus(tmp_path: Path, flags: tuple[str, ...]) -> None:
     """With every place for the teacher: all overlap, and no sequence is scored twice."""

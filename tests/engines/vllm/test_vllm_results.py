@@ -1,7 +1,7 @@
 """Runs that sample with vLLM learn the context, with an adapter or every weight.
 
 They train on half as many rollouts a step as the shipped experiment, whose targets
-tests/driver/test_scoreboard_targets.py checks. Embedded, they close 91 % and 92 % of the gap.
+tests/driver/test_scoreboard_targets.py checks. Embedded, they close 91% and 92% of the gap.
 """
 
 from __future__ import annotations
