@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.experiments.claims import Alike, Claim
+from bench.experiments.claims import Alike, Claim, EverySeed
 from bench.experiments.runs import Run
 from bench.experiments.smollm2 import MODEL
 from bench.experiments.tables import (
@@ -15,6 +15,7 @@ from bench.experiments.tables import (
     KL_AFTER,
     KL_CLOSED,
     STUDENT,
+    Column,
     Experiment,
     Row,
     Table,
@@ -48,9 +49,15 @@ def claims() -> Iterator[Claim]:
             "points.",
             f"{subject}-vllm", f"{subject}-embedded", "heldout_kl_closed", 0.1,
         )  # fmt: skip
+        yield EverySeed(
+            f"{title.capitalize()}: vLLM's log-probs are the trainer's, with a mismatch of at most "
+            "1e-3 nats in every step.",
+            f"{subject}-vllm", "sampler_mismatch", 1e-3, most=True,
+        )  # fmt: skip
 
 
-COLUMNS = (BEFORE, IN_CONTEXT, STUDENT, GAP, KL_AFTER, KL_CLOSED, DRIFT)
+MISMATCH = Column("highest sampler mismatch", "sampler_mismatch", "{:.0e}".format)
+COLUMNS = (BEFORE, IN_CONTEXT, STUDENT, GAP, KL_AFTER, KL_CLOSED, DRIFT, MISMATCH)
 ROWS = tuple(
     Row(f"{title}, {name}", f"{subject}-{engine}")
     for subject, (title, *_) in SUBJECTS.items()

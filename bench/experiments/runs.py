@@ -337,7 +337,9 @@ def scoreboard_figures(folder: Path) -> dict[str, Any]:
     steps = steps_of(folder)
     lengths = [step["completions/length_mean"] for step in steps]
     samples = config["orchestrator"]["batch_size"]
+    mismatches = [step["kl/sampler_mismatch"] for step in steps if "kl/sampler_mismatch" in step]
     return figures | {
+        "sampler_mismatch": max(mismatches, default=None),
         "samples": samples * len(steps),
         "tokens": round(sum(lengths) * samples),
         "train_seconds": round(sum(step["time/step"] for step in steps), 1),
