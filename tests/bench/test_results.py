@@ -314,6 +314,15 @@ def test_verdicts_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
         results.compare(tmp_path / "a", tmp_path / "empty", picked)
 
 
+@pytest.mark.parametrize("what", ["--list", "--tables"])
+def test_a_folder_that_is_not_there(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page would lose its tables."""
+    assert results.main([what, "--out", str(tmp_path / "recrods")]) == EXIT_USAGE
+    assert "there is no such folder" in capsys.readouterr().err
+
+
 def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         results.main(["nonsense"])
