@@ -109,7 +109,8 @@ class EverySeed:
         holds = max(found) <= self.bound if self.most else min(found) >= self.bound
         worst = max(found) if self.most else min(found)
         verdict = CONFIRMED if holds else CONTRADICTED
-        return Verdict(self.text, verdict, f"worst of {seeds} seeds {worst:.3g}")
+        which = f"worst of {seeds} seeds" if seeds > 1 else "one seed"
+        return Verdict(self.text, verdict, f"{which}: {worst:.3g}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,9 +180,10 @@ def source(experiment: Experiment, table: Table, records: Records) -> str:
     machines = "; ".join(sorted({str(r.machine["processor"]) for r in made}))
     minutes = sum(r.seconds for r in made) / 60
     short = "" if len(made) == total else f"{len(made)} of "
+    seeds = f"seeds 0 to {experiment.seeds - 1}" if experiment.seeds > 1 else "seed 0"
     return (
-        f"`python -m bench.results {table.name}`: {short}{total} runs, seeds 0 to "
-        f"{experiment.seeds - 1}, {minutes:.0f} minutes of a core; commit {commits}; {machines}. "
+        f"`python -m bench.results {table.name}`: {short}{total} runs, {seeds}, "
+        f"{minutes:.0f} minutes of a core; commit {commits}; {machines}. "
         f"Each run's command is in [its record](../bench/results/records/{experiment.name}.jsonl)."
     )
 

@@ -154,7 +154,7 @@ def test_a_table(tmp_path: Path) -> None:
     assert lines[2] == "| short | 60.0% (35.2 to 84.8) | 50.0% (25.2 to 74.8) |"
     assert lines[3] == "| the other (0 of 3 seeds) | – | – |"
     assert "- `other`, seed 0, failed: `exit code 4: it broke`." in lines
-    assert "- It closes half. **Contradicted**: worst of 3 seeds 0.4." in lines
+    assert "- It closes half. **Contradicted**: worst of 3 seeds: 0.4." in lines
     assert "4 of 6 runs, seeds 0 to 2, 4 minutes of a core; commit 0123abcd; a CPU." in lines[-1]
 
 
