@@ -1,6 +1,6 @@
 """Makes the results: runs with several seeds, and from their figures the tables of docs/results.md.
 
-    python -m bench.results [NAME…] [--workers N] [--list | --tables] [--out DIR] [--compare DIR]
+    python -m bench.results [NAME…] [--workers N] [--out DIR] [--list | --tables | --compare DIR]
 
 NAME is a table or an experiment; without one, everything is made. What is already made, by the same
 command, is not made again: kill it and start it again as you like. Each run has one thread, and as

@@ -35,7 +35,7 @@ NO_RESULT = (EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
 CODE = ("minidistill", "kernels", "configs", "bench", ":!bench/results")
 """What a run may depend on."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-DATA = re.compile(r"""["']([^"'\n]+\.\w+)["']""")
+DATA = re.compile(r"""["']([^"'\n]{1,200}\.\w+)["']""")
 """How a configuration may name a file of data."""
 FIGURES = (
     "baseline_student", "baseline_teacher", "baseline_diff", "student", "student_with_context",
@@ -228,8 +228,8 @@ class Maker:
         for model in {run.model for run, _ in jobs if run.model}:
             smollm2(model)  # which is converted once, and not by two runs at a time
         with ThreadPoolExecutor(self.workers) as pool:
-            futures = [pool.submit(self.one, run, seed) for run, seed in jobs]
             try:
+                futures = [pool.submit(self.one, run, seed) for run, seed in jobs]
                 for count, future in enumerate(as_completed(futures), 1):
                     if (record := future.result()) is not None:
                         done(record, count, len(jobs))
@@ -242,7 +242,7 @@ class Maker:
         """End the runs that are being made."""
         self.stopped.set()
         for child in list(self.children):
-            child.popen.terminate()
+            child.kill()
 
     def one(self, run: Run, seed: int) -> Record | None:
         """Make one run. Returns None if everything is to stop."""
@@ -287,7 +287,7 @@ class Maker:
         self.children.add(child)
         try:
             if self.stopped.is_set():  # `stop` may have come between the two
-                child.popen.terminate()
+                child.kill()
             code, output = child.popen.wait(), child.output()
         finally:
             self.children.discard(child)

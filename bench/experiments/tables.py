@@ -146,7 +146,7 @@ def grid(experiment: Experiment, table: Table, records: Records) -> list[str]:
 def remarks(experiment: Experiment, table: Table, records: Records) -> list[str]:
     """The runs that failed, and the verdicts."""
     failed = [r for row in table.rows for r in records[row.run] if r.error is not None]
-    lines = [f"- `{r.name}`, seed {r.seed}, failed: {code(r.error or '')}." for r in failed]
+    lines = [f"- `{r.name}`, seed {r.seed}, failed: {r.error}." for r in failed]
     for verdict in table.verdicts(records, experiment.seeds):
         figures = f": {verdict.figures}" if verdict.figures else ""
         lines.append(f"- {verdict.claim} **{verdict.word.capitalize()}**{figures}.")

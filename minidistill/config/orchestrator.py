@@ -56,7 +56,7 @@ class TeacherConfig(Table):
     """Evaluate student and teacher before training; needs `[orchestrator.eval]`."""
     update: Literal["frozen", "live", "ema"] = "frozen"
     """The teacher's weights: the base model's, the student's, or a moving average of the latter.
-    With `live` the student ended below the base in two of three games, and neither average tried
+    With `live` the student ended below the base in two of three settings, and neither average tried
     did better than `frozen` (docs/how-to-choose.md)."""
     ema_decay: Fraction = 0.99
     """Decay of the moving average with `update = "ema"`. 0.9 closed less of the gap."""

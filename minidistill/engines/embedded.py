@@ -102,7 +102,7 @@ class EmbeddedEngine(Engine):
         finished: Finished | None = None,
     ) -> list[Completion]:
         if params.top_ids:
-            raise ValueError("the embedded engine returns no most likely ids")
+            raise ValueError("the embedded engine does not return the most likely ids")
         on_gpu = self.policy.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.policy.device)

@@ -273,7 +273,7 @@ def _ids_to_score(completion: Completion) -> np.ndarray:
     """For each token of the sequence its own id, then the most likely ids if it was sampled."""
     assert completion.top_ids is not None
     sequence = np.array(completion.sequence)
-    # what was not sampled has no most likely ids: its own, whose scores are left out again
+    # what was not sampled has no such ids: its own, whose scores are left out again
     ids = np.repeat(sequence[:, None], 1 + completion.top_ids.shape[1], axis=1)
     ids[list(completion.sampled_at), 1:] = completion.top_ids
     return ids

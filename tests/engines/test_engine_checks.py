@@ -163,14 +163,14 @@ def test_scores_that_cannot_be_used(parts: Parts, spoil: Any, says: str) -> None
 
 
 @pytest.mark.parametrize("top", [np.array([[0.0, math.nan]]), np.zeros((2, 2))])
-def test_scores_of_the_likeliest_ids(parts: Parts, top: Any) -> None:
+def test_scores_of_the_most_likely_ids(parts: Parts, top: Any) -> None:
     scores = [TeacherScores([0.0], top)]
     with pytest.raises(UserError, match="scripted"):
         check_scores(parts.engine, scores, [(1,)], lambda row: "rollout 0")
 
 
 @pytest.mark.parametrize("ids", [None, np.zeros((1, 1)), np.zeros((2, 2))])
-def test_likeliest_ids_of_another_shape(parts: Parts, ids: Any) -> None:
+def test_most_likely_ids_of_another_shape(parts: Parts, ids: Any) -> None:
     completion = Completion((1,), (0.0,), "eos", ids)
     with pytest.raises(UserError, match="most likely ids of shape"):
         check_completion(parts.engine, completion, SamplingParams(4, top_ids=2), "rollout 0")

@@ -110,10 +110,10 @@ class EngineWorker:
             if teacher_prompts is None:
                 end(row, fields)
             else:
-                tokens, likeliest = fields[0], fields[3]
+                tokens, top_ids = fields[0], fields[3]
                 ids = np.array(tokens)[:, None]
-                if likeliest is not None:
-                    ids = np.c_[ids, likeliest]
+                if top_ids is not None:
+                    ids = np.c_[ids, top_ids]
                 done = partial(end, row, fields)
                 self._submit_scoring(teacher_prompts[row], tokens, ids, teacher_adapter, done)
             if waiting:

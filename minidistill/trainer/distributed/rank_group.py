@@ -78,7 +78,10 @@ def _ended_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone sets handlers
         yield
         return
-    before = [(s, signal.signal(s, signal.SIG_DFL)) for s in (signal.SIGINT, signal.SIGTERM)]
+    found = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    before = [(s, handler) for s, handler in found if handler not in (None, signal.SIG_IGN)]
+    for signum, _ in before:
+        signal.signal(signum, signal.SIG_DFL)
     try:
         yield
     finally:

@@ -57,7 +57,6 @@ def follow(loaded: LoadedConfig) -> int:
     devices = plan_run(loaded, Machine.local()).placement.devices
     device = devices[int(os.environ.get("LOCAL_RANK", rank_and_size[0])) % len(devices)]
     group = RankGroup(*rank_and_size)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler waits for the end of `join`
     group.join(device, None, loaded.config.silence.step)
     # the driver finishes its step and then dismisses the other ranks
     for number in (signal.SIGINT, signal.SIGTERM):
