@@ -21,15 +21,12 @@ def write(experiment: Experiment, tables: Sequence[Table], store: Store, page: P
     plots = page.parent / "results"
     plots.mkdir(exist_ok=True)
     for table in tables:
-        if (picture := plot(experiment, table, store)) is not None:
-            (plots / f"{table.name}.svg").write_text(picture)
+        (plots / f"{table.name}.svg").write_text(plot(experiment, table, store))
     page.write_text(text)
 
 
-def plot(experiment: Experiment, table: Table, store: Store) -> str | None:
-    """The table's plot as SVG, if it has one."""
-    if table.plot is None:
-        return None
+def plot(experiment: Experiment, table: Table, store: Store) -> str:
+    """The table's plot as SVG."""
     unit = table.plot.unit.strip()
     axis = f"{table.plot.title}, {unit}" if unit else table.plot.title
     return svg(table.title, axis, means(table, experiment.records(store)), table.plot.show)

@@ -295,13 +295,17 @@ KINDS = (("tall", "4 × 5"), ("wide", "5 × 5"), ("long", "7 moves"), ("boxes", 
 LARGER_BOARDS = Table(
     "larger_boards",
     "Levels beyond those trained on",
-    (Row("on-policy", "pure"), Row("off-policy", "off-policy")),
     tuple(
-        Column(f"{title}: {view}", f"{kind}_{figure}", percent, "%", interval=figure == "student")
+        Row(f"{title}, {label}", run, f"{kind}_")
         for kind, title in KINDS
-        for view, figure in (
-            ("before", "base"), ("in context", "in_context"), ("student", "student"),
-        )
+        for label, run in (("on-policy", "pure"), ("off-policy", "off-policy"))
+    ),
+    (
+        Column("before", "base", percent, "%"),
+        Column("in context", "in_context", percent, "%"),
+        STUDENT,
+        Column("gap closed", "closed", percent, "%", interval=True),
+        Column("lowest seed", "closed", percent, "%", worst=True),
     ),
     (
         EverySeed(
@@ -325,7 +329,7 @@ LARGER_BOARDS = Table(
             "pure", "off-policy", "tall_student",
         ),
     ),
-    plot=None,
+    plot=STUDENT,
 )  # fmt: skip
 FORGETTING = Table(
     "forgetting",

@@ -38,8 +38,8 @@ class Column:
     worst: bool = False
     """The lowest value of any seed in place of the mean."""
 
-    def cell(self, records: Sequence[Record]) -> str:
-        found = numbers(records, self.figure)
+    def cell(self, records: Sequence[Record], prefix: str = "") -> str:
+        found = numbers(records, prefix + self.figure)
         if not found:
             return "–"
         measured = mean(found)
@@ -69,24 +69,31 @@ USUAL = (BEFORE, IN_CONTEXT, STUDENT, GAP, WORST_GAP, KL_AFTER, DRIFT)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a table: a run under the name that it has there."""
+    """A line of a table: a run under the name that it has there. With `prefix` it shows the figures
+    whose names are that and the column's, so that one run can have several lines."""
 
     label: str
     run: str
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of runs. `plot` is the column that the plot shows; None is no plot."""
+    """Rows of runs. `plot` is the column that the plot shows."""
 
     name: str
     title: str
     rows: tuple[Row, ...]
     columns: tuple[Column, ...] = USUAL
     claims: tuple[Claim, ...] = ()
-    plot: Column | None = GAP
+    plot: Column = GAP
     answers: bool = False
     """Whether the answers of the runs with seed 0, by the measure `answers`, stand below."""
+
+    @property
+    def runs(self) -> list[str]:
+        """The names of the runs that it shows."""
+        return list(dict.fromkeys(row.run for row in self.rows))
 
     def verdicts(self, records: Records, seeds: int) -> list[Verdict]:
         return [judged(claim, records, seeds) for claim in self.claims]
@@ -104,13 +111,13 @@ class Experiment:
     def __post_init__(self) -> None:
         names = [run.name for run in self.runs]
         assert len(set(names)) == len(names), f"two runs of {self.name} have one name"
-        missing = {row.run for table in self.tables for row in table.rows} - set(names)
+        missing = {run for table in self.tables for run in table.runs} - set(names)
         assert not missing, f"{self.name} has no run {missing}"
         assert self.seeds <= max(T975), f"intervals are known for {max(T975)} seeds at most"
 
     def runs_of(self, tables: Iterable[Table]) -> list[Run]:
         """The runs that these tables show."""
-        shown = {row.run for table in tables for row in table.rows}
+        shown = {run for table in tables for run in table.runs}
         return [run for run in self.runs if run.name in shown]
 
     def records(self, store: Store) -> dict[str, list[Record]]:
@@ -124,8 +131,7 @@ def markdown(experiment: Experiment, table: Table, store: Store) -> str:
     blocks = [grid(experiment, table, records), remarks(experiment, table, records)]
     if table.answers:
         blocks.append(answers(table, records))
-    if table.plot is not None:
-        blocks.append([f"![{table.title}](results/{table.name}.svg)"])
+    blocks.append([f"![{table.title}](results/{table.name}.svg)"])
     blocks.append([source(experiment, table, records)])
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
@@ -136,7 +142,7 @@ def grid(experiment: Experiment, table: Table, records: Records) -> list[str]:
         "|---" * (1 + len(table.columns)) + "|",
     ]
     for row in table.rows:
-        cells = [column.cell(records[row.run]) for column in table.columns]
+        cells = [column.cell(records[row.run], row.prefix) for column in table.columns]
         made = len([r for r in records[row.run] if r.error is None])
         short = f" ({made} of {experiment.seeds} seeds)" if made < experiment.seeds else ""
         lines.append("| " + " | ".join([row.label + short, *cells]) + " |")
@@ -145,7 +151,7 @@ def grid(experiment: Experiment, table: Table, records: Records) -> list[str]:
 
 def remarks(experiment: Experiment, table: Table, records: Records) -> list[str]:
     """The runs that failed, and the verdicts."""
-    failed = [r for row in table.rows for r in records[row.run] if r.error is not None]
+    failed = [r for run in table.runs for r in records[run] if r.error is not None]
     lines = [f"- `{r.name}`, seed {r.seed}, failed: {r.error}." for r in failed]
     for verdict in table.verdicts(records, experiment.seeds):
         figures = f": {verdict.figures}" if verdict.figures else ""
@@ -172,8 +178,8 @@ def code(text: str) -> str:
 
 def source(experiment: Experiment, table: Table, records: Records) -> str:
     """Where a table comes from: the command, how many runs, the commits and the machines."""
-    made = [record for row in table.rows for record in records[row.run]]
-    total = len(table.rows) * experiment.seeds
+    made = [record for run in table.runs for record in records[run]]
+    total = len(table.runs) * experiment.seeds
     if not made:
         return f"`python -m bench.results {table.name}`: not run yet."
     commits = ", ".join(sorted({r.commit for r in made}))
@@ -190,11 +196,10 @@ def source(experiment: Experiment, table: Table, records: Records) -> str:
 
 def means(table: Table, records: Records) -> list[tuple[str, Mean]]:
     """What the plot shows: the mean of each row whose runs all have the figure."""
-    assert table.plot is not None
     out = []
     for row in table.rows:
         made = [r for r in records[row.run] if r.error is None]
-        found = numbers(made, table.plot.figure)
+        found = numbers(made, row.prefix + table.plot.figure)
         if found and len(found) == len(made):
             out.append((row.label, mean(found)))
     return out

@@ -168,6 +168,25 @@ def test_a_figure_that_some_runs_lack_is_marked(tmp_path: Path) -> None:
     assert means(table, experiment.records(store)) == []
 
 
+def test_a_run_with_two_lines_counts_once(tmp_path: Path) -> None:
+    rows = (Row("small boards", "short", "small_"), Row("large boards", "short", "large_"))
+    table = Table("games", "Games", rows, (STUDENT,), plot=STUDENT)
+    experiment = Experiment("games", (SHORT,), (table,), seeds=1)
+    store = Store.open(tmp_path, "games")
+    store.add(record(SHORT, 0, small_student=0.5, large_student=0.25))
+    lines = markdown(experiment, table, store).splitlines()
+    assert lines[2:4] == ["| small boards | 50.0% |", "| large boards | 25.0% |"]
+    assert "`python -m bench.results games`: 1 runs" in lines[-1]
+    plotted = means(table, experiment.records(store))
+    assert [(label, measured.value) for label, measured in plotted] == [
+        ("small boards", 0.5),
+        ("large boards", 0.25),
+    ]
+    store = Store.open(tmp_path / "failed", "games")
+    store.add(record(SHORT, 0, error="it broke"))
+    assert markdown(experiment, table, store).count("it broke") == 1
+
+
 def test_failures_are_counted_however_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,16 +358,19 @@ def test_figures_of_tables_are_measured(experiment: Experiment) -> None:
     """A name that is misspelled would show as a dash."""
     records = experiment.records(Store.open(results.RECORDS, experiment.name))
     for table in experiment.tables:
-        made = [r for row in table.rows for r in records[row.run]]
-        for part in (*table.columns, *table.claims):
-            measured = any(r.number(part.figure) is not None for r in made)
-            assert measured or not made, (table.name, part.figure)
+        made = [(r, row.prefix) for row in table.rows for r in records[row.run]]
+        for column in (*table.columns, table.plot):
+            measured = any(r.number(prefix + column.figure) is not None for r, prefix in made)
+            assert measured or not made, (table.name, column.figure)
+        for claim in table.claims:
+            measured = any(r.number(claim.figure) is not None for r, _ in made)
+            assert measured or not made, (table.name, claim.figure)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)
 def test_claims_are_about_rows_of_their_table(experiment: Experiment) -> None:
     for table in experiment.tables:
-        shown = {row.run for row in table.rows}
+        shown = set(table.runs)
         for claim in table.claims:
             about = {getattr(claim, name) for name in ("run", "other") if hasattr(claim, name)}
             assert about <= shown, claim.text
@@ -362,9 +384,7 @@ def test_the_page_is_what_the_records_say() -> None:
         for table in experiment.tables:
             assert document.placed(text, table.name, markdown(experiment, table, store)) == text
             plot = document.PAGE.parent / "results" / f"{table.name}.svg"
-            assert document.plot(experiment, table, store) == (
-                plot.read_text() if plot.exists() else None
-            )
+            assert document.plot(experiment, table, store) == plot.read_text()
     names = [table.name for experiment in EXPERIMENTS for table in experiment.tables]
     assert sorted(re.findall("<!-- table: (.*) -->", text)) == sorted(names)
-    assert {path.stem for path in plot.parent.glob("*.svg")} <= set(names)
+    assert {path.stem for path in plot.parent.glob("*.svg")} == set(names)
