@@ -69,8 +69,10 @@ USUAL = (BEFORE, IN_CONTEXT, STUDENT, GAP, WORST_GAP, KL_AFTER, DRIFT)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a table: a run under the name that it has there. With `prefix` it shows the figures
-    whose names are that and the column's, so that one run can have several lines."""
+    """A line of a table: a run under the name that it has there.
+
+    The name of each figure is `prefix` and then the column's, so one run can have several lines.
+    """
 
     label: str
     run: str
