@@ -28,6 +28,7 @@ from bench.kernels_report import processor
 from bench.smollm2 import smollm2
 from minidistill.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_OK, UserError
 from minidistill.system.subprocesses import Subprocess
+from tools import forked
 
 ROOT = Path(__file__).parent.parent.parent
 NO_RESULT = (EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
@@ -35,6 +36,12 @@ NO_RESULT = (EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
 CODE = ("minidistill", "kernels", "configs", "bench", ":!bench/results")
 """What a run may depend on."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+IMPORTS = (
+    "bench.experiments.measures",
+    "minidistill.driver.loop",
+    "transformers.models.llama.modeling_llama",
+)
+"""Imported once for all runs: that takes as long as a fifth of a short one."""
 DATA = re.compile(r"""["']([^"'\n]{1,200}\.\w+)["']""")
 """How a configuration may name a file of data."""
 FIGURES = (
@@ -220,6 +227,7 @@ class Maker:
         self.workers = workers
         self.stopped = threading.Event()
         self.children: set[Subprocess] = set()
+        self.code = ""
 
     def make(
         self, jobs: Sequence[tuple[Run, int]], done: Callable[[Record, int, int], None]
@@ -227,6 +235,8 @@ class Maker:
         """Call `done` with each record, how many there are now, and how many there will be."""
         for model in {run.model for run, _ in jobs if run.model}:
             smollm2(model)  # which is converted once, and not by two runs at a time
+        self.code = commit()  # before its imports: the files may be edited while the runs last
+        forked.start_server(IMPORTS, [str(ROOT)], ONE_THREAD)
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 futures = [pool.submit(self.one, run, seed) for run, seed in jobs]
@@ -246,8 +256,7 @@ class Maker:
 
     def one(self, run: Run, seed: int) -> Record | None:
         """Make one run. Returns None if everything is to stop."""
-        # before the run: the files may be edited while it lasts
-        began, code, inputs = time.perf_counter(), commit(), run.inputs()
+        began, inputs = time.perf_counter(), run.inputs()
         error, figures = None, {}
         with tempfile.TemporaryDirectory(prefix="minidistill-results-") as scratch:
             try:
@@ -258,7 +267,7 @@ class Maker:
             return None
         return Record(
             run.name, seed, run.shown(seed), run.measures, inputs, figures, error,
-            round(time.perf_counter() - began, 1), code, date.today().isoformat(), machine(),
+            round(time.perf_counter() - began, 1), self.code, date.today().isoformat(), machine(),
         )  # fmt: skip
 
     def figures(self, run: Run, seed: int, scratch: Path) -> dict[str, Any]:
@@ -283,7 +292,7 @@ class Maker:
         """
         if self.stopped.is_set():
             raise Failed("stopped")
-        child = Subprocess(module, arguments, (), ONE_THREAD, ROOT)
+        child = Subprocess(module, arguments, (), ONE_THREAD, ROOT, forked.ForkedPopen)
         self.children.add(child)
         try:
             if self.stopped.is_set():  # `stop` may have come between the two

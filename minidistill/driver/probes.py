@@ -132,10 +132,14 @@ def sampling_error(policy: Policy, prompts: Sequence[Ids], role: Role, shares: b
     ended = sample(frozenset(later - {c.token_ids[0] for c in endless}))
     logp, sampler = [], []
     with policy.inference(), policy.running_as(role):
-        for request, completion in zip([*requests, *requests], [*endless, *ended], strict=True):
-            logp_NV = own_logprobs(policy, request.prompt_ids, completion.token_ids)
-            ids_N = torch.tensor(completion.token_ids, device=policy.device)
-            logp.append(logp_NV.gather(1, ids_N[:, None])[:, 0].cpu())
-            sampler.append(torch.tensor(completion.logprobs))
+        for request, *samples in zip(requests, endless, ended, strict=True):
+            read: Ids = ()
+            for completion in samples:  # the second is how the first begins, unless something fails
+                ids = completion.token_ids
+                if ids != read[: len(ids)]:
+                    read, own_NV = ids, own_logprobs(policy, request.prompt_ids, ids)
+                ids_N = torch.tensor(ids, device=policy.device)
+                logp.append(own_NV[: len(ids)].gather(1, ids_N[:, None])[:, 0].cpu())
+                sampler.append(torch.tensor(completion.logprobs))
     log_ratio_N = (torch.cat(logp) - torch.cat(sampler)).double()
     return float((log_ratio_N.exp() - 1 - log_ratio_N).mean())

@@ -145,7 +145,11 @@ def to_reward(value: object) -> Reward:
             raise ScoringError(f'it returned {_short(value)}, without the key "reward"')
         metrics = {name: metric for name, metric in value.items() if name != "reward"}
         value = value["reward"]
-    number = _number(value, f"it returned {_short(value)}: {EXPECTED}", "the reward")
+
+    def wrong() -> str:
+        return f"it returned {_short(value)}: {EXPECTED}"
+
+    number = _number(value, wrong, lambda: "the reward")
     if len(metrics) > MOST_METRICS:
         raise ScoringError(
             f"it returned {len(metrics)} metrics: at most {MOST_METRICS} are recorded"
@@ -167,25 +171,30 @@ def _name(name: object) -> str:
 
 
 def _metric(name: object, value: object) -> float:
-    wrong = f"the metric {_short(name)} is {_short(value)}: give a number"
-    return _number(value, wrong, f"the metric {_short(name)}")
+    def described() -> str:
+        return f"the metric {_short(name)}"
+
+    return _number(value, lambda: f"{described()} is {_short(value)}: give a number", described)
 
 
-def _number(value: object, wrong: str, name: str) -> float:
-    """`value` as a finite float. Raises ScoringError: `wrong` if it is no number."""
+def _number(value: object, wrong: Callable[[], str], name: Callable[[], str]) -> float:
+    """`value` as a finite float. Raises ScoringError: with `wrong()` if it is no number.
+
+    Both texts are made for an error only, for they call a user's `repr`.
+    """
     if not isinstance(value, Real | Decimal) and callable(item := getattr(value, "item", None)):
         try:
             value = item()
         except (TypeError, ValueError, RuntimeError):
-            raise ScoringError(wrong) from None
+            raise ScoringError(wrong()) from None
     if not isinstance(value, Real | Decimal):
-        raise ScoringError(wrong)
+        raise ScoringError(wrong())
     try:
         number = float(value)
     except (OverflowError, ValueError):  # an integer above 1e308, a signaling NaN
         number = math.inf
     if not math.isfinite(number):
-        raise ScoringError(f"{name} is {number}, which is not finite")
+        raise ScoringError(f"{name()} is {number}, which is not finite")
     return number
 
 

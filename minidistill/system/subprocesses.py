@@ -16,9 +16,10 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
+from typing import Any
 
 from minidistill.errors import EXIT_ENVIRONMENT, UserError, printable
 from minidistill.system import local_modules
@@ -135,11 +136,12 @@ class Subprocess:
         descriptors: Sequence[int],
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
+        popen: Callable[..., Any] | None = None,
     ) -> None:
         """Start the process, in this folder if one is given.
 
         It inherits the file `descriptors` under the same numbers, and this process's environment
-        variables, updated with `environment`.
+        variables, updated with `environment`. `popen` may stand in for `subprocess.Popen`.
         """
         root = str(Path(__file__).resolve().parents[2])
         paths = [path or os.getcwd() for path in sys.path]
@@ -156,7 +158,7 @@ class Subprocess:
             self._output = stack.enter_context(tempfile.TemporaryFile())
             # shared with the process, which then goes on at the end of what `trim_output` leaves
             fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)
-            self.popen = Popen(
+            self.popen = (popen or Popen)(
                 [sys.executable, "-c", START, module, *arguments],
                 pass_fds=[*descriptors, watched],
                 stdin=DEVNULL,

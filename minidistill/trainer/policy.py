@@ -26,7 +26,7 @@ from minidistill.trainer.distributed.fsdp import ShardedModels, full_tensor, sha
 from minidistill.trainer.distributed.rank_group import RankGroup
 from minidistill.trainer.half_weights import HalfWeights
 from minidistill.trainer.head import PRODUCT, LogitMap
-from minidistill.trainer.modes import set_dropout
+from minidistill.trainer.modes import set_dropout, without_adapters
 from minidistill.types import Role
 from minidistill_kernels import Head
 
@@ -223,7 +223,7 @@ class Policy:
         elif not self._holds(weights):
             raise KeyError(f"this process does not hold the {role.value}'s weights")
         elif weights is Weights.BASE:
-            with self.model.disable_adapter():
+            with without_adapters(self.model):
                 yield
         else:
             self.model.base_model.set_adapter(weights.value, inference_mode=True)

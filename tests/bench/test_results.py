@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support.forked
 from support.experiment_records import OTHER, SHORT, record
 from support.processes import wait_for
 
@@ -23,8 +25,14 @@ from bench.experiments.measures import MEASURES
 from bench.experiments.runs import ROOT, Maker, Record, Run, Store, filled, locked
 from bench.experiments.tables import GAP, STUDENT, Experiment, Row, Table, answers, markdown, means
 from minidistill.config import load_config
-from minidistill.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, UserError
-from minidistill.system import subprocesses
+from minidistill.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    UserError,
+)
+from tools import forked
 
 
 def test_answers_of_a_model_are_no_markup() -> None:
@@ -226,6 +234,7 @@ def test_runs_are_made(tmp_path: Path) -> None:
     bad = Run("bad", ("configs/sokoban.toml", "--max_steps", "many"))
     odd = Run("odd", good.arguments, ("curve",))
     made: list[Record] = []
+    support.forked.start_server()  # the one of all tests, and not one for runs only
     Maker(2).make([(good, 3), (bad, 3), (odd, 3)], lambda r, count, total: made.append(r))
     by_name = {r.name: r for r in made}
     assert by_name["good"].error is None
@@ -266,7 +275,8 @@ def replace_runs(monkeypatch: pytest.MonkeyPatch, *codes: str) -> list[Any]:
         started.append(popen([sys.executable, "-c", code], **settings))
         return started[-1]
 
-    monkeypatch.setattr(subprocesses, "Popen", start)
+    monkeypatch.setattr(forked, "start_server", lambda *_: None)
+    monkeypatch.setattr(forked, "ForkedPopen", start)
     return started
 
 
@@ -281,22 +291,44 @@ def test_what_stops_one_run_stops_the_others(monkeypatch: pytest.MonkeyPatch) ->
     assert all(process.returncode is not None for process in started)
 
 
-def test_runs_end_with_the_program_that_is_killed(tmp_path: Path) -> None:
+ENDLESS = """
+import os, pathlib, time
+pathlib.Path("{pid}").write_text(f"{{os.getpid()}}\\n")
+time.sleep(600)
+"""
+CALL = """
+import sys
+from bench.experiments.runs import Maker
+from minidistill.errors import UserError
+from tools import forked
+forked.start_server([], [])
+print(forked.forkserver._forkserver._forkserver_pid, flush=True)
+try:
+    Maker(1).call("endless", [])
+except UserError as error:
+    assert "killed by signal 9" in str(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize("which", ["program", "server"])
+def test_runs_end_with_what_is_killed(which: str, tmp_path: Path) -> None:
+    """The program, or the process that its runs are forked from."""
     pid = tmp_path / "pid"
-    (tmp_path / "endless.py").write_text(
-        "import os, pathlib, time\n"
-        f"pathlib.Path({str(pid)!r}).write_text(f'{{os.getpid()}}\\n')\n"
-        "time.sleep(600)\n"
-    )
-    program = "from bench.experiments.runs import Maker; Maker(1).call('endless', [])"
+    (tmp_path / "endless.py").write_text(ENDLESS.format(pid=pid))
     with subprocess.Popen(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", CALL],
+        stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
-    ) as parent:
+    ) as program:
+        assert program.stdout is not None
+        server = int(program.stdout.readline())
         wait_for(lambda: pid.exists() and pid.read_text().endswith("\n"))
-        parent.kill()
-    stat = Path(f"/proc/{pid.read_text().strip()}/stat")
-    wait_for(lambda: not stat.exists() or ") Z " in stat.read_text())
+        os.kill({"program": program.pid, "server": server}[which], signal.SIGKILL)
+        assert program.wait() == {"program": -signal.SIGKILL, "server": EXIT_ENVIRONMENT}[which]
+    for ended in (int(pid.read_text()), server):
+        stat = Path(f"/proc/{ended}/stat")
+        wait_for(lambda stat=stat: not stat.exists() or ") Z " in stat.read_text())
 
 
 def test_a_reader_that_goes_away() -> None:

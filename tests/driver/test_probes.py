@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.lab import Lab, make_lab
 
+from minidistill.driver import probes
 from minidistill.driver.model_checks import check_model
 from minidistill.driver.probes import probe_ids, sampling_error
 from minidistill.engines.embedded import EmbeddedEngine
@@ -95,6 +96,31 @@ def test_sampling_from_a_long_prompt_reads_a_part(lab: Lab) -> None:
     assert len(ids * 20) > 1000
     assert error < 1e-6
     assert 256 < max(widths) < 270, "a prompt and what is sampled from it"
+
+
+@torch.no_grad()
+def test_a_sample_is_read_once_for_all_its_beginnings(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A beginning that is not the same is read by itself, and has the error that it has."""
+    right, read = probes.own_logprobs, []
+    monkeypatch.setattr(probes, "own_logprobs", lambda *args: read.append(args[2]) or right(*args))
+    prompts = [r.prompt.student_ids for r in lab.rollouts[::4]]
+    assert sampling_error(lab.policy, prompts, Role.STUDENT, shares=True) < 1e-6
+    assert len(read) == 8
+    generate = EmbeddedEngine.generate
+
+    def wrong_at_an_end(engine: Any, *args: Any) -> Any:
+        completions = generate(engine, *args)
+        if engine.policy.eos_ids:
+            first = completions[0]
+            ids = (first.token_ids[0] + 1, *first.token_ids[1:])
+            completions[0] = replace(first, token_ids=ids)
+        return completions
+
+    monkeypatch.setattr(EmbeddedEngine, "generate", wrong_at_an_end)
+    assert sampling_error(lab.policy, prompts, Role.STUDENT, shares=True) > 1e-3
+    assert len(read) == 8 + 9
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -45,6 +45,20 @@ def test_a_number_in_any_form(name: str) -> None:
         assert type(reward.value) is float
 
 
+def test_a_good_number_is_not_described() -> None:
+    """A user's `repr` may be slow."""
+
+    asked = []
+
+    class Slow(float):
+        def __repr__(self) -> str:
+            asked.append(self)
+            return "slow"
+
+    assert to_reward({"reward": Slow(0.5), "m": Slow(1.0)}) == Reward(0.5, {"m": 1.0})
+    assert not asked
+
+
 def test_metrics_are_floats() -> None:
     metrics = {"ok": True, "share": np.float64(0.5), "count": torch.tensor(3)}
     expected = Reward(1.0, {"ok": 1.0, "share": 0.5, "count": 3.0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -79,6 +80,22 @@ def test_peft_loads_a_saved_adapter_and_computes_the_same(saved: tuple[Lab, Path
     loaded = PeftModel.from_pretrained(base, folder).eval()
     torch.testing.assert_close(ours, logprobs(lab, loaded), rtol=1e-5, atol=1e-6)
     assert (ours - without).abs().max() > 1e-2
+
+
+def test_the_base_runs_without_its_adapter(saved: tuple[Lab, Path]) -> None:
+    """The adapter is on again afterwards, whatever happens, and all that is trained stays so."""
+    from transformers import AutoModelForCausalLM
+
+    policy, trained = saved[0].policy, [name for name, _ in saved[0].policy.parameters]
+    base = logprobs(saved[0], AutoModelForCausalLM.from_pretrained(resolve("tiny-sokoban")))
+    student = student_logprobs(saved[0])
+    with policy.running_as(Role.BASE):
+        with contextlib.suppress(ZeroDivisionError), policy.running_as(Role.TEACHER):
+            torch.testing.assert_close(logprobs(saved[0], policy.causal), base)
+            assert [name for name, _ in policy.parameters] == trained
+            raise ZeroDivisionError
+        torch.testing.assert_close(logprobs(saved[0], policy.causal), base)
+    assert torch.equal(student_logprobs(saved[0]), student)
 
 
 def test_training_starts_from_a_saved_adapter(
