@@ -50,13 +50,14 @@ def chosen(names: Sequence[str]) -> Chosen:
 
 def make(picked: Chosen, folder: Path, workers: int) -> None:
     """Make the runs that are missing."""
+    maker = Maker(workers)
     for experiment, tables in picked:
         store = Store.open(folder, experiment.name)
         jobs = list(store.missing(experiment.runs_of(tables), range(experiment.seeds)))
         if jobs:
             check_writable(folder)  # before hours of runs that could not be kept
             print(f"{experiment.name}: {len(jobs)} runs to make, {workers} at a time", flush=True)
-            Maker(workers).make(jobs, keeper(store))
+            maker.make(jobs, keeper(store))
 
 
 def keeper(store: Store) -> Callable[[Record, int, int], None]:

@@ -227,7 +227,7 @@ class Maker:
         self.workers = workers
         self.stopped = threading.Event()
         self.children: set[Subprocess] = set()
-        self.code = ""
+        self.code = commit()  # now: the files may be edited while the runs last
 
     def make(
         self, jobs: Sequence[tuple[Run, int]], done: Callable[[Record, int, int], None]
@@ -235,7 +235,6 @@ class Maker:
         """Call `done` with each record, how many there are now, and how many there will be."""
         for model in {run.model for run, _ in jobs if run.model}:
             smollm2(model)  # which is converted once, and not by two runs at a time
-        self.code = commit()  # before its imports: the files may be edited while the runs last
         forked.start_server(IMPORTS, [str(ROOT)], ONE_THREAD)
         with ThreadPoolExecutor(self.workers) as pool:
             try:

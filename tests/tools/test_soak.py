@@ -20,6 +20,7 @@ from support.paths import ROOT
 from support.processes import wait_for
 
 from minidistill.errors import UserError
+from tools.forked import CONTEXT
 from tools.soak import __main__ as soak
 from tools.soak import inputs, kills, shared, starts
 from tools.soak.commands import MARK, Commands
@@ -44,7 +45,7 @@ class ForkedCommands(Commands):
     def start(self, module: str, *arguments: str, output: Path, **environment: str) -> Any:
         forked.start_server()
         variables = {**self.environment, **environment}
-        process = forked.CONTEXT.Process(
+        process = CONTEXT.Process(
             target=_be, args=(module, arguments, variables, str(output), str(self.folder))
         )
         output.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from support.vllm import NEEDS_VLLM, Bench, make_bench, student_error
 from minidistill.engines.vllm.weights_buffer import SendBuffer, open_buffer, views
 from minidistill.errors import EXIT_OK
 from minidistill.types import Role
+from tools.forked import CONTEXT
 
 pytestmark = [*NEEDS_VLLM, pytest.mark.gpu]
 SHORT = (
@@ -50,7 +51,7 @@ def test_a_handle_opens_in_another_process(reader: int) -> None:
     outbox = SendBuffer(torch.bfloat16, DEVICE, gpus=size((reader,), ()))
     if REHEARSED:
         forked.start_server()
-    spawn: Any = forked.CONTEXT if REHEARSED else multiprocessing.get_context("spawn")
+    spawn: Any = CONTEXT if REHEARSED else multiprocessing.get_context("spawn")
     for seed in size((1, 2), (1,)):
         torch.manual_seed(seed)
         tensors = [(n, torch.randn(shape)) for n, shape in (("a", (3, 5)), ("b", (7,)))]
